@@ -1,0 +1,1 @@
+"""Which text in which proportion: documents, tokenizer, SeqIO tasks and mixtures, export to the token store."""

@@ -1,0 +1,1 @@
+"""From stored tokens to batches on the devices."""

@@ -1,0 +1,224 @@
+"""The token store: fixed-length token sequences per split and language, as TensorStore (zarr3) arrays.
+
+    STORE/manifest.json            what is inside, with provenance; written last, so its presence means "complete"
+    STORE/tokenizer.model          the SentencePiece model the tokens come from
+    STORE/<split>/<language>/      zarr3 array [sequences, length], uint16 or uint32
+
+A training sequence is a slice of the language's documents, each ended by EOS, joined and cut to `length`; the last
+row is padded with 0. Reading is random access by row, on local disks and gs://.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import read_json, sha256, write_json
+
+FORMAT = "mlx-token-store"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+PAD_ID, EOS_ID, UNK_ID, BOS_ID = 0, 1, 2, 3
+
+# A shard is one file. Rows are stored uncompressed one by one inside it, so a random row costs one ranged read.
+ROWS_PER_SHARD = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One language of one split.
+
+    Attributes:
+      sequences: rows in the array.
+      tokens: tokens that are not padding, one EOS per document included.
+      bytes: UTF-8 bytes of the text.
+      documents: number of documents.
+      files: data file (relative to the array's folder) -> size in bytes, to notice truncation.
+    """
+
+    sequences: int
+    tokens: int
+    bytes: int
+    documents: int
+    files: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a token store holds.
+
+    Attributes:
+      sequence_length: tokens per row.
+      vocab_size: ids are below this.
+      tokenizer_sha256: fingerprint of tokenizer.model.
+      splits: split -> language -> Part.
+      provenance: how the store was made (inputs' hashes, configuration, version).
+    """
+
+    sequence_length: int
+    vocab_size: int
+    tokenizer_sha256: str
+    splits: Mapping[str, Mapping[str, Part]]
+    provenance: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+
+def write_manifest(store: epath.PathLike, manifest: Manifest) -> None:
+    """Completes a store: to be called when all arrays and the tokenizer are in place."""
+    content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
+    write_json(epath.Path(store) / MANIFEST, content)
+
+
+def read_manifest(store: epath.PathLike) -> Manifest:
+    """Reads and checks a store's manifest.
+
+    Raises:
+      InputError: no manifest (not a store, or its export was interrupted), another format, or a tokenizer that is
+        not the one the tokens were made with.
+    """
+    path = epath.Path(store) / MANIFEST
+    if not path.exists():
+        raise InputError(f"{store}: no token store here (no {MANIFEST}; was its export interrupted? run it again)")
+    content = read_json(path, "token store manifest")
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or content.pop("version", None) != VERSION:
+        raise InputError(f"{path}: not the manifest of a token store of version {VERSION}")
+    try:
+        splits = {s: {l: Part(**part) for l, part in parts.items()} for s, parts in content.pop("splits").items()}
+        manifest = Manifest(splits=splits, **content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: malformed manifest: {error}") from None
+    tokenizer = epath.Path(store) / TOKENIZER
+    if not tokenizer.exists() or sha256(tokenizer) != manifest.tokenizer_sha256:
+        raise InputError(f"{tokenizer}: not the tokenizer these tokens were made with (missing or changed)")
+    return manifest
+
+
+def _spec(path: epath.PathLike) -> dict[str, Any]:
+    path = str(path)
+    return {"driver": "zarr3", "kvstore": path if "://" in path else f"file://{epath.Path(path).absolute()}/"}
+
+
+class PartWriter:
+    """Writes one language of one split, row blocks in, a Part out. Memory stays at one shard of rows."""
+
+    def __init__(self, path: epath.PathLike, sequence_length: int, dtype: np.dtype):
+        """Creates (replacing what is there) the array at `path`."""
+        self._path = epath.Path(path)
+        if self._path.exists():
+            self._path.rmtree()
+        self._rows: list[np.ndarray] = []
+        self._pending = self._written = 0
+        codecs = [{"name": "sharding_indexed", "configuration": {
+            "chunk_shape": [1, sequence_length],
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        }}]
+        metadata = {
+            "shape": [0, sequence_length],
+            "data_type": np.dtype(dtype).name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS_PER_SHARD, sequence_length]}},
+            "codecs": codecs,
+        }
+        self._array = ts.open({**_spec(path), "metadata": metadata}, create=True).result()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Adds rows: unsigned integers [n, sequence_length]."""
+        self._rows.append(rows)
+        self._pending += len(rows)
+        if self._pending >= ROWS_PER_SHARD:
+            rows = np.concatenate(self._rows)
+            whole = len(rows) // ROWS_PER_SHARD * ROWS_PER_SHARD
+            self._flush(rows[:whole])
+            self._rows, self._pending = [rows[whole:]], len(rows) - whole
+
+    def _flush(self, rows: np.ndarray) -> None:
+        stop = self._written + len(rows)
+        self._array = self._array.resize(exclusive_max=[stop, None]).result()
+        for start in range(self._written, stop, ROWS_PER_SHARD):
+            block = rows[start - self._written :][:ROWS_PER_SHARD]
+            self._array[start : start + len(block)].write(block).result()
+        self._written = stop
+
+    def close(self, tokens: int, n_bytes: int, documents: int) -> Part:
+        """Writes what is left; the counts go into the returned Part."""
+        if self._pending:
+            self._flush(np.concatenate(self._rows))
+            self._rows, self._pending = [], 0
+        return Part(self._written, tokens, n_bytes, documents, _data_files(self._path))
+
+
+def _data_files(path: epath.Path) -> dict[str, int]:
+    """Data files of an array, relative to its folder, with their sizes."""
+    found, folders = {}, [path]
+    while folders:
+        for child in folders.pop().iterdir():
+            if child.is_dir():
+                folders.append(child)
+            elif child.name != "zarr.json":
+                found[str(child.relative_to(path))] = child.stat().length
+    return dict(sorted(found.items()))
+
+
+class TokenStore:
+    """A complete token store, opened for reading."""
+
+    def __init__(self, path: epath.PathLike):
+        """Raises InputError when there is no complete, readable store at `path`."""
+        self.path = epath.Path(path)
+        self.manifest = read_manifest(path)
+
+    def part(self, split: str, language: str) -> Part:
+        """Raises InputError when the store lacks the split or the language."""
+        parts = self.parts(split)
+        if language not in parts:
+            raise InputError(f"{self.path}: no {split} text in {language!r}; there is {', '.join(sorted(parts))}")
+        return parts[language]
+
+    def parts(self, split: str) -> Mapping[str, Part]:
+        """language -> Part of a split, languages without a whole sequence left in."""
+        if split not in self.manifest.splits:
+            raise InputError(f"{self.path}: no split {split!r}; there is {', '.join(sorted(self.manifest.splits))}")
+        return self.manifest.splits[split]
+
+    def array(self, split: str, language: str) -> ts.TensorStore:
+        """The rows of one language: [sequences, sequence_length].
+
+        Raises:
+          InputError: a data file is missing or truncated, or the array is not what the manifest says.
+        """
+        part, folder = self.part(split, language), self.path / split / language
+        for name, size in part.files.items():
+            file = folder / name
+            if not file.exists():
+                raise InputError(f"{file}: missing from the token store; export it again")
+            if (found := file.stat().length) != size:
+                raise InputError(f"{file}: {found} bytes where the manifest says {size}; export the token store again")
+        try:
+            array = ts.open(_spec(folder), read=True, open=True).result()
+        except ValueError as error:
+            raise InputError(f"{folder}: cannot be opened as zarr3: {str(error).splitlines()[0]}") from None
+        if array.shape != (part.sequences, self.manifest.sequence_length):
+            raise InputError(f"{folder}: shape {array.shape} where the manifest says "
+                             f"{(part.sequences, self.manifest.sequence_length)}; export the token store again")
+        return array
+
+    def read(self, split: str, language: str) -> np.ndarray:
+        """All rows of one language in memory: [sequences, sequence_length]."""
+        return self.array(split, language).read().result()
+
+
+def used_languages(store: TokenStore, split: str, rates: Iterable[str]) -> list[str]:
+    """The languages of `rates`, checked to have at least one sequence in the store."""
+    languages = list(rates)
+    for language in languages:
+        if store.part(split, language).sequences == 0:
+            raise InputError(f"{store.path}: {language!r} has no {split} sequence, but a positive rate")
+    return languages

@@ -1,0 +1,49 @@
+"""Files that are whole or absent: atomic writes and content hashes, on local disks and object stores."""
+
+import hashlib
+import json
+import os
+import uuid
+from typing import Any
+
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+
+
+def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes `content` so that a killed run leaves the old file or the new one, never a part."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: epath.PathLike, what: str = "file") -> Any:
+    """Reads JSON; raises InputError naming the file (a `what`) when it is missing or malformed."""
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a valid JSON {what}: {error}") from None
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,34 @@
+"""Packaging of the five top-level packages."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+
+
+def requirements(name: str) -> list[str]:
+    """The direct requirements in requirements/<name>.in, without its `-r` lines."""
+    lines = (ROOT / "requirements" / f"{name}.in").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+setup(
+    name="mlx-pretrain",
+    version="0.1.0",
+    description="Pretraining of multilingual language models on JAX: mixtures, training, raters, evaluation",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=[pattern for p in PACKAGES for pattern in (p, f"{p}.*")]),
+    package_data={"": ["*.html.j2"]},
+    install_requires=requirements("core"),
+    extras_require={
+        "data": requirements("data"),
+        "test": requirements("data") + requirements("test"),
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    },
+)
