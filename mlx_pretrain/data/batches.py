@@ -1,0 +1,44 @@
+"""From stored token sequences to what a decoder reads: inputs, positions, segments, loss weights."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID
+
+
+class DecoderBatch(NamedTuple):
+    """All `[batch, length]`.
+
+    Attributes:
+      inputs: the previous token; BOS at the start of a row and of each document.
+      targets: the tokens to predict.
+      positions: counted from 0 within each document.
+      segment_ids: number of the document within its row.
+      weights: float32, 1 for real targets and 0 for padding.
+    """
+
+    inputs: jax.Array
+    targets: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    weights: jax.Array
+
+
+def decoder_batch(tokens: jax.Array) -> DecoderBatch:
+    """Splits packed sequences `[batch, length]` at their EOS tokens.
+
+    Every stored token is predicted once, EOS and the first token of each document included; EOS is never read.
+    """
+    previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=EOS_ID)
+    starts = previous == EOS_ID
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    document_start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return DecoderBatch(
+        inputs=jnp.where(starts, BOS_ID, previous),
+        targets=tokens,
+        positions=index - document_start,
+        segment_ids=jnp.cumsum(starts, axis=1, dtype=jnp.int32),
+        weights=(tokens != PAD_ID).astype(jnp.float32),
+    )

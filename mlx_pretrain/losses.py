@@ -1,0 +1,165 @@
+"""Cross entropy of a decoder's hidden states, without ever holding the logits of a whole batch.
+
+`cross_entropy` walks over chunks of tokens: logits of a chunk, log-sum-exp, and, when a gradient is asked for, the
+chunk's part of the gradient at once, so that nothing is computed twice and only gradients (of the size of hidden
+states and kernel) are kept. Under a mesh it runs in `shard_map`: every device walks its own tokens against its slice
+of the vocabulary, and the kernel's gradient crosses the network once instead of once a chunk.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mlx_pretrain.partitioning import BATCH_AXES
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, float32 scalars; divide by `weight` for means.
+
+    Attributes:
+      nll: weighted negative log-likelihood, nats.
+      z_loss: weighted squared log-partition function (PaLM, arXiv 2204.02311 section 5).
+      weight: sum of the loss weights.
+    """
+
+    nll: jax.Array
+    z_loss: jax.Array
+    weight: jax.Array
+
+
+class _Plan(NamedTuple):
+    """Static part of the computation."""
+
+    chunk_tokens: int
+    z_coefficient: float
+    vocab_axis: str | None
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    z_coefficient: float = 0.0,
+    chunk_tokens: int = 1024,
+) -> tuple[jax.Array, LossSums]:
+    """Weighted sum of softmax cross entropy (plus z-loss) over all tokens of the global batch.
+
+    Differentiable in `hidden` and `kernel`.
+
+    Args:
+      hidden: `[batch, length, embed]`, compute dtype.
+      kernel: float32 `[embed, vocab]`; the product runs in the dtype of `hidden`, sums in float32.
+      targets: int `[batch, length]`.
+      weights: float `[batch, length]`, 0 for tokens that don't count.
+      z_coefficient: weight of the z-loss.
+      chunk_tokens: tokens whose logits are held at once on a device (the nearest divisor below is taken).
+
+    Returns:
+      total: float32 scalar, nll + z_coefficient * z_loss, the one to differentiate.
+      sums: its parts.
+    """
+    return _cross_entropy(_plan(chunk_tokens, z_coefficient), hidden, kernel, targets, weights.astype(jnp.float32))
+
+
+def token_nll(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens: int = 1024) -> jax.Array:
+    """Negative log-likelihood of every target, nats: float32 `[batch, length]`; arguments as in `cross_entropy`."""
+    plan = _plan(chunk_tokens, 0.0)
+    return _run(plan, False, hidden, kernel, targets, jnp.zeros(targets.shape, jnp.float32))[0]
+
+
+def _plan(chunk_tokens: int, z_coefficient: float) -> _Plan:
+    mesh = jax.sharding.get_abstract_mesh()
+    return _Plan(chunk_tokens, z_coefficient, None if mesh.empty or mesh.size == 1 else "tensor")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(plan: _Plan, hidden, kernel, targets, weights):
+    nll, log_partition, _, _ = _run(plan, False, hidden, kernel, targets, weights)
+    return _sums(plan, nll, log_partition, weights)
+
+
+def _forward(plan: _Plan, hidden, kernel, targets, weights):
+    nll, log_partition, d_hidden, d_kernel = _run(plan, True, hidden, kernel, targets, weights)
+    return _sums(plan, nll, log_partition, weights), (d_hidden, d_kernel)
+
+
+def _backward(plan: _Plan, gradients, cotangents):
+    scale, _ = cotangents
+    d_hidden, d_kernel = gradients
+    return (d_hidden * scale).astype(d_hidden.dtype), d_kernel * scale, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _sums(plan: _Plan, nll, log_partition, weights) -> tuple[jax.Array, LossSums]:
+    sums = LossSums(jnp.sum(weights * nll), jnp.sum(weights * jnp.square(log_partition)), jnp.sum(weights))
+    return sums.nll + plan.z_coefficient * sums.z_loss, sums
+
+
+def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
+    """Per token nll and log-partition, and, if wanted, the total's gradients; on a mesh, over all devices."""
+    local = functools.partial(_local, plan, gradients)
+    if plan.vocab_axis is None:
+        return local(hidden, kernel, targets, weights)
+    tokens, vocab = P(BATCH_AXES), P(None, plan.vocab_axis)
+    return jax.shard_map(
+        local,
+        in_specs=(tokens, vocab, tokens, tokens),
+        out_specs=(tokens, tokens, tokens, P("fsdp", plan.vocab_axis)) if gradients else (tokens, tokens, None, None),
+        check_vma=False,
+    )(hidden, kernel, targets, weights)
+
+
+def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
+    """One device's tokens against its slice of the vocabulary."""
+    dtype, axis = hidden.dtype, plan.vocab_axis
+    n_chunks = _chunks(targets.size, plan.chunk_tokens)
+    split = lambda x: x.reshape(n_chunks, targets.size // n_chunks, *x.shape[2:])  # noqa: E731
+    kernel_low = kernel.astype(dtype)
+    offset = 0 if axis is None else jax.lax.axis_index(axis) * kernel.shape[1]
+    total = (lambda x: x) if axis is None else functools.partial(jax.lax.psum, axis_name=axis)
+
+    def chunk(d_kernel, inputs):
+        h, target, weight = inputs
+        scores = jnp.einsum("TD,DV->TV", h, kernel_low, preferred_element_type=jnp.float32)
+        peak = jnp.max(scores, axis=-1)
+        peak = peak if axis is None else jax.lax.pmax(peak, axis)
+        exponentials = jnp.exp(scores - peak[:, None])
+        partition = total(jnp.sum(exponentials, axis=-1))
+        log_partition = peak + jnp.log(partition)
+        here = jnp.arange(scores.shape[1]) == (target - offset)[:, None]
+        nll = log_partition - total(jnp.sum(jnp.where(here, scores, 0.0), axis=-1))
+        if not gradients:
+            return d_kernel, (nll, log_partition, None)
+        slope = weight * (1 + 2 * plan.z_coefficient * log_partition) / partition
+        d_scores = (exponentials * slope[:, None] - jnp.where(here, weight[:, None], 0.0)).astype(dtype)
+        d_h = jnp.einsum("TV,DV->TD", d_scores, kernel_low, preferred_element_type=jnp.float32)
+        d_kernel += jnp.einsum("TD,TV->DV", h, d_scores, preferred_element_type=jnp.float32)
+        return d_kernel, (nll, log_partition, total(d_h).astype(dtype))
+
+    start = jnp.zeros(kernel.shape, jnp.float32) if gradients else None
+    inputs = (split(hidden), split(targets), split(weights))
+    d_kernel, (nll, log_partition, d_hidden) = jax.lax.scan(chunk, start, inputs)
+    nll, log_partition = nll.reshape(targets.shape), log_partition.reshape(targets.shape)
+    if not gradients:
+        return nll, log_partition, None, None
+    if axis is not None:
+        d_kernel = jax.lax.psum_scatter(jax.lax.psum(d_kernel, "data"), "fsdp", scatter_dimension=0, tiled=True)
+    return nll, log_partition, d_hidden.reshape(hidden.shape), d_kernel
+
+
+def _chunks(n_tokens: int, chunk_tokens: int) -> int:
+    """The fewest equal chunks of at most `chunk_tokens` tokens."""
+    return next(n for n in range(-(-n_tokens // chunk_tokens), n_tokens + 1) if n_tokens % n == 0)
+
+
+def mean_loss(sums: LossSums) -> dict[str, Any]:
+    """Per-token means of accumulated sums."""
+    weight = jnp.maximum(sums.weight, 1.0)
+    return {"loss": sums.nll / weight, "z_loss": sums.z_loss / weight}

@@ -1,0 +1,113 @@
+"""Attention: one pure function for training and decoding, and the Flax module around it."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.models.layers import matrix, rotate
+from mlx_pretrain.partitioning import constrain
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer (or, with a leading axis, of all layers).
+
+    Attributes:
+      keys, values: `[batch, cache_length, kv_heads, head_dim]`; slot s holds position s of that row.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal (or masked) softmax attention, softmax in float32, scale 1 / sqrt(head_dim).
+
+    Args:
+      query: `[batch, q_length, heads, head_dim]`.
+      key, value: `[batch, kv_length, kv_heads, head_dim]`; kv_heads divides heads (grouped queries, arXiv 2305.13245).
+      segment_ids: int `[batch, length]`; a token attends only within its segment.
+      mask: bool `[batch, 1, q_length, kv_length]`, replaces the causal mask (decoding).
+      implementation: "xla" or "cudnn"; None picks cudnn on a GPU at 16-bit precision, else xla.
+
+    Returns:
+      `[batch, q_length, heads, head_dim]`, in the dtype of `query`.
+    """
+    if implementation is None:
+        on_gpu = jax.default_backend() == "gpu"
+        implementation = "cudnn" if on_gpu and query.dtype.itemsize == 2 and mask is None else "xla"
+    causal = mask is None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=causal, implementation=implementation
+    )
+
+
+def write_cache(cache: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
+    """Puts `[batch, length, kv_heads, head_dim]` into slots `positions` (`[batch, length]`) of each row."""
+    rows = jnp.arange(key.shape[0])[:, None]
+    return Cache(
+        cache.keys.at[rows, positions].set(key.astype(cache.keys.dtype), mode="drop"),
+        cache.values.at[rows, positions].set(value.astype(cache.values.dtype), mode="drop"),
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions.
+
+    Attributes:
+      n_heads, n_kv_heads, head_dim: shape of the projections.
+      dtype: compute dtype.
+      output_gain: scales the initial output projection.
+      implementation: see `dot_product_attention`.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: Any
+    output_gain: float = 1.0
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """`x` is `[batch, length, embed]`; with a cache, new keys are written at `positions` and all up to there read."""
+        embed, heads, kv_heads = x.shape[-1], (self.n_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
+        query = matrix(self, "query", (embed, *heads), ("embed", "heads", "head_dim"), embed)
+        key = matrix(self, "key", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)
+        value = matrix(self, "value", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)
+        fan_in = self.n_heads * self.head_dim
+        out = matrix(self, "out", (*heads, embed), ("heads", "head_dim", "embed"), fan_in, self.output_gain)
+
+        q = rotate(jnp.einsum("BTD,DNH->BTNH", x, query), *angles)
+        k = rotate(jnp.einsum("BTD,DKH->BTKH", x, key), *angles)
+        v = jnp.einsum("BTD,DKH->BTKH", x, value)
+        q = constrain(q, "batch", "length", "act_heads", None)
+        k = constrain(k, "batch", "length", "act_kv_heads", None)
+        v = constrain(v, "batch", "length", "act_kv_heads", None)
+        mask = None
+        if cache is not None:
+            cache = write_cache(cache, k, v, positions)
+            k, v = cache
+            mask = (jnp.arange(k.shape[1]) <= positions[..., None])[:, None]
+        attended = dot_product_attention(
+            q, k, v, segment_ids=segment_ids, mask=mask, implementation=self.implementation
+        )
+        return jnp.einsum("BTNH,NHD->BTD", attended, out), cache

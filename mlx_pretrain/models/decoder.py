@@ -1,0 +1,199 @@
+"""The LLaMA decoder (arXiv 2302.13971, 2307.09288): RMSNorm, rotary grouped-query attention, SwiGLU."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.attention import Attention, Cache
+from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, matrix, rotary_angles
+from mlx_pretrain.partitioning import constrain
+
+# What the backward pass keeps of each layer; the rest is computed again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and numerics of a decoder.
+
+    Attributes:
+      vocab_size: rows of the embedding; pad it to a multiple of the tensor axis.
+      embed_dim: width of the residual stream.
+      n_layers, n_heads, n_kv_heads, head_dim, mlp_dim: as usual; n_kv_heads < n_heads is grouped-query attention.
+      max_length: longest sequence (positions) the model is meant for.
+      rope_theta: base of the rotary frequencies.
+      norm_epsilon: inside the square root of RMSNorm.
+      tie_embeddings: the output projection is the embedding transposed.
+      segment_attention: tokens attend only within their own document of a packed sequence.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
+      remat: key of REMAT_POLICIES.
+      unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
+      attention: "xla", "cudnn" or None to pick by platform.
+    """
+
+    vocab_size: int = gin.REQUIRED
+    embed_dim: int = gin.REQUIRED
+    n_layers: int = gin.REQUIRED
+    n_heads: int = gin.REQUIRED
+    n_kv_heads: int = gin.REQUIRED
+    head_dim: int = gin.REQUIRED
+    mlp_dim: int = gin.REQUIRED
+    max_length: int = gin.REQUIRED
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    segment_attention: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    attention: str | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "embed_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_dim", "max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"DecoderConfig.{name} = {value!r}: must be a positive integer")
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"DecoderConfig: n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"DecoderConfig.head_dim = {self.head_dim}: rotary positions need an even number")
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(f"DecoderConfig.remat = {self.remat!r}: not one of {', '.join(REMAT_POLICIES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"DecoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        attention = 2 * self.embed_dim * (self.n_heads + self.n_kv_heads) * self.head_dim
+        layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
+        embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
+        return self.n_layers * layer + embeddings + self.embed_dim
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs to train on one token of a sequence of `length`, without recomputation.
+
+        6 per weight in a matrix product (the output projection included, the embedding lookup not) plus
+        12 * layers * heads * head_dim * length for attention scores and values over the whole square, halved for
+        the causal mask (arXiv 2204.02311, appendix B, counts the whole square).
+        """
+        lookup = 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
+        norms = (2 * self.n_layers + 1) * self.embed_dim
+        attention = 6 * self.n_layers * self.n_heads * self.head_dim * length
+        return 6.0 * (self.parameters() - lookup - norms) + attention
+
+
+class Block(nn.Module):
+    """One layer, `[batch, length, embed]` in and out, in the signature of `nn.scan`: the carry comes first."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, angles, positions, segment_ids, cache):
+        config = self.config
+        # Residual branches start smaller in deep models, so that the stream's variance does not grow with depth.
+        gain = (2 * config.n_layers) ** -0.5
+        attended, cache = Attention(
+            config.n_heads, config.n_kv_heads, config.head_dim, self.dtype, gain, config.attention, name="attention"
+        )(RMSNorm(config.norm_epsilon, self.dtype, name="attention_norm")(x), angles, positions, segment_ids, cache)
+        x = constrain(x + attended, "batch", "length", "act_embed")
+        hidden = RMSNorm(config.norm_epsilon, self.dtype, name="mlp_norm")(x)
+        x = x + GatedMLP(config.mlp_dim, self.dtype, gain, name="mlp")(hidden)
+        return constrain(x, "batch", "length", "act_embed"), cache
+
+
+class Decoder(nn.Module):
+    """Tokens to final hidden states; `logits` projects those to the vocabulary.
+
+    Training calls the module and hands the hidden states to `losses.cross_entropy` with `output_kernel(params)`, so
+    that float32 logits of a whole batch never exist.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the decoder.
+
+        Args:
+          tokens: int `[batch, length]`.
+          positions: int `[batch, length]`, counted within each document.
+          segment_ids: int `[batch, length]`, which document of the row a token is in; None: one document.
+          cache: keys and values `[layers, batch, cache_length, kv_heads, head_dim]` to extend; None: training.
+
+        Returns:
+          hidden: `[batch, length, embed]` after the final norm.
+          cache: extended, or None.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        embed = config.embed_dim
+        init = nn.with_logical_partitioning(fan_in_init(embed), ("vocab", "embed"))
+        table = self.param("embedding", init, (config.vocab_size, embed), jnp.float32)
+        if not config.tie_embeddings:
+            # Declared here so that one parameter tree holds it; used by `output_kernel`.
+            _Output(config.vocab_size, embed, name="output")()
+        # The lookup wants whole rows: sharded over embed as well, XLA would gather the table every time.
+        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0).astype(dtype)
+        x = constrain(x, "batch", "length", "act_embed")
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+        block = Block
+        if config.remat != "none" and cache is None:
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=config.n_layers,
+            unroll=config.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        segment_ids = segment_ids if config.segment_attention else None
+        x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, cache)
+        return RMSNorm(config.norm_epsilon, dtype, name="final_norm")(x), cache
+
+
+class _Output(nn.Module):
+    """Holds the output projection `[embed, vocab]`."""
+
+    vocab_size: int
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self):
+        init = nn.with_logical_partitioning(fan_in_init(self.embed_dim), ("embed", "vocab"))
+        return self.param("kernel", init, (self.embed_dim, self.vocab_size), jnp.float32)
+
+
+def output_kernel(params: Any) -> jax.Array:
+    """The output projection `[embed, vocab]` of a decoder's (unboxed) parameters, tied or not."""
+    return params["output"]["kernel"] if "output" in params else params["embedding"].T
+
+
+def logits(params: Any, hidden: jax.Array) -> jax.Array:
+    """Float32 logits `[..., vocab]` of hidden states `[..., embed]`."""
+    kernel = output_kernel(params).astype(hidden.dtype)
+    return jnp.einsum("...D,DV->...V", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
+    """A zero cache for all layers: `[layers, batch, length, kv_heads, head_dim]`."""
+    shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))

@@ -1,0 +1,78 @@
+"""Layers shared by the models: normalisation, rotary positions, gated MLP."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.partitioning import constrain
+
+
+def fan_in_init(fan_in: int, gain: float = 1.0) -> Callable[..., jax.Array]:
+    """Truncated normal with standard deviation gain / sqrt(fan_in)."""
+    # 0.8796 is the standard deviation of a unit normal truncated to [-2, 2].
+    return nn.initializers.truncated_normal(gain / (0.8796 * fan_in**0.5))
+
+
+def matrix(
+    module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str], fan_in: int, gain: float = 1.0
+) -> jax.Array:
+    """A float32 weight of `shape` with logical `axes`, cast to the module's compute dtype `module.dtype`."""
+    init = nn.with_logical_partitioning(fan_in_init(fan_in, gain), tuple(axes))
+    return module.param(name, init, tuple(shape), jnp.float32).astype(module.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467) in float32, `[..., features]` in and out."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
+        )
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * scale).astype(self.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), frequencies theta^(-2i/head_dim).
+
+    Args:
+      positions: int `[batch, length]`.
+
+    Returns:
+      cos, sin: float32 `[batch, length, 1, head_dim / 2]`.
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `[batch, length, heads, head_dim]`; pairs are (i, i + head_dim / 2), as in Hugging Face's LLaMA."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202): `(silu(x W_gate) * x W_up) W_down`, `[batch, length, embed]`."""
+
+    mlp_dim: int
+    dtype: Any
+    output_gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        embed = x.shape[-1]
+        gate = matrix(self, "gate", (embed, self.mlp_dim), ("embed", "mlp"), embed)
+        up = matrix(self, "up", (embed, self.mlp_dim), ("embed", "mlp"), embed)
+        down = matrix(self, "down", (self.mlp_dim, embed), ("mlp", "embed"), self.mlp_dim, self.output_gain)
+        hidden = nn.silu(jnp.einsum("BTD,DF->BTF", x, gate)) * jnp.einsum("BTD,DF->BTF", x, up)
+        hidden = constrain(hidden, "batch", "length", "act_mlp")
+        return jnp.einsum("BTF,FD->BTD", hidden, down)

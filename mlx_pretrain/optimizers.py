@@ -1,0 +1,112 @@
+"""Optimizers and learning-rate schedules from optax, with the choices a pretraining run needs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gin
+import jax
+import optax
+
+from mlx_pretrain.errors import InputError
+
+Schedule = Callable[[Any], Any]
+
+
+@gin.configurable
+def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
+    """Linear warm-up from 0 to `peak`, then a cosine down to `final_fraction * peak` at `total_steps`."""
+    _check_steps("warmup_cosine", warmup_steps, 0, total_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, peak * final_fraction)
+
+
+@gin.configurable
+def warmup_stable_decay(
+    peak: float, total_steps: int, warmup_steps: int, decay_steps: int, final_fraction: float = 0.0
+) -> Schedule:
+    """WSD (arXiv 2404.06395): linear warm-up, constant `peak`, linear decay over the last `decay_steps`."""
+    _check_steps("warmup_stable_decay", warmup_steps, decay_steps, total_steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup_steps),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, peak * final_fraction, decay_steps),
+        ],
+        [warmup_steps, total_steps - decay_steps],
+    )
+
+
+def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
+    if warmup < 0 or decay < 0 or warmup + decay > total:
+        raise InputError(f"{name}: {warmup} steps of warm-up and {decay} of decay do not fit {total} steps")
+
+
+def _is_matrix(path: tuple, leaf: Any) -> bool:
+    """Weight decay and Muon are for matrices; norm scales, stacked over layers or not, are left alone."""
+    return leaf.ndim >= 2 and path[-1].key != "scale"
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters weight decay applies to: all but the norm scales."""
+    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+
+
+@gin.configurable
+def adamw(
+    learning_rate: Schedule | float,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) behind clipping by the global norm; decay on matrices only."""
+    update = optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=weight_decay, mask=decay_mask)
+    return _clipped(clip_norm, update)
+
+
+@gin.configurable
+def muon(
+    learning_rate: Schedule | float,
+    adam_learning_rate: Schedule | float,
+    beta: float = 0.95,
+    weight_decay: float = 0.1,
+    clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Muon (optax.contrib) for the layers' matrices, AdamW for embedding, output projection and norms.
+
+    The update of an m x n matrix is scaled by sqrt(max(1, n / m)) (optax's default).
+    """
+    update = optax.contrib.muon(
+        learning_rate,
+        beta=beta,
+        weight_decay=weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_learning_rate=adam_learning_rate,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=_muon_dimensions,
+    )
+    return _clipped(clip_norm, update)
+
+
+# Input and output axes of the layers' weights; axis 0 is the layer.
+_MUON_AXES = {
+    "query": ((1,), (2, 3)),
+    "key": ((1,), (2, 3)),
+    "value": ((1,), (2, 3)),
+    "out": ((1, 2), (3,)),
+    "gate": ((1,), (2,)),
+    "up": ((1,), (2,)),
+    "down": ((1,), (2,)),
+}
+
+
+def _muon_dimensions(params: Any) -> Any:
+    def dimensions(path, _):
+        axes = _MUON_AXES.get(path[-1].key)
+        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _clipped(clip_norm: float | None, update: optax.GradientTransformation) -> optax.GradientTransformation:
+    return update if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), update)

@@ -1,0 +1,89 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlx_pretrain import partitioning
+from mlx_pretrain.models.decoder import Decoder, DecoderConfig
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything a step reads and writes; saved and restored as one.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      skipped: int32 scalar, steps whose update was left out for being non-finite.
+      params: float32 tree.
+      opt_state: of the optax optimizer.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def _boxed_params(config: DecoderConfig, seed: int) -> Any:
+    """Parameters in boxes that carry their logical axis names."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Decoder(config).init(jax.random.key(seed), tokens, tokens, tokens)["params"]
+
+
+def _state(config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    params = nn.unbox(_boxed_params(config, seed))
+    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_params(
+    config: DecoderConfig, mesh: Mesh, rules: partitioning.Rules = partitioning.DEFAULT_RULES
+) -> Any:
+    """Shapes, dtypes and shardings of the parameters."""
+    boxed = jax.eval_shape(lambda: _boxed_params(config, 0))
+    # Not nn.unbox: it would apply the sharding to a shape that holds no array.
+    values = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return _with_shardings(values, partitioning.shardings(boxed, mesh, rules))
+
+
+def abstract_state(
+    config: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without computing anything; works for meshes of absent devices."""
+    params = abstract_params(config, mesh, rules)
+    state = jax.eval_shape(lambda: _state(config, optimizer, 0))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    # Moments are laid out as their parameters, everything else (counts) is replicated.
+    opt_shardings = optax.tree.map_params(
+        optimizer,
+        lambda moment, param: moment if isinstance(moment, optax.MaskedNode) else param.sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: replicated,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # in the place of parameters another rule updates
+    )
+    return TrainState(
+        step=_with_shardings(state.step, replicated),
+        skipped=_with_shardings(state.skipped, replicated),
+        params=params,
+        opt_state=_with_shardings(state.opt_state, opt_shardings),
+    )
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def initial_state(
+    config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
+) -> TrainState:
+    """A fresh state, laid out as `abstract` says: every device makes its own part, the same values on any mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: _state(config, optimizer, seed), out_shardings=shardings)()
