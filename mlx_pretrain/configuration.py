@@ -8,9 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import gin
 from etils import epath
 
+import gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 
@@ -21,7 +21,7 @@ _USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--g
   --gin_search_path=DIR where relative files and includes are looked for besides the current folder"""
 
 # Included gin files are named relative to the repository root, from wherever the command is started.
-_REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -61,10 +61,10 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[st
     Raises:
       InputError: a file is missing, or a name or value in it is wrong; the message names file and cause.
     """
-    for path in (*search, "", _REPOSITORY):
+    for path in (*search, "", REPOSITORY):
         gin.add_config_file_search_path(path)
     for file in files:
-        if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", _REPOSITORY)):
+        if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", REPOSITORY)):
             raise InputError(f"{file}: no such gin file")
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)

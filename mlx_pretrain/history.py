@@ -2,11 +2,11 @@
 
     run.json       what was run: version, started (ISO), device, command, model, parameters, sequence_length,
                    batch_size (sequences per step), steps, rates, train_sequences, token_store, tokenizer_sha256, seed
-    metrics.jsonl  one object per line, "kind" "train" or "eval":
-                   train: step, time (unix seconds), loss (nats/token), learning_rate, grad_norm, tokens_per_s,
-                     mfu (0 to 1), seconds/data, seconds/step, seconds/checkpoint (disjoint: waiting for data, computing and saving;
-                     means per step since the line before), tokens/<language> (delivered so far)
-                   eval: step, loss, bits_per_byte (mean over languages), loss/<language>, bits_per_byte/<language>
+    metrics.jsonl  one object per line, with step, "kind" "train" or "eval", time (Unix seconds); null is not finite
+                   train: loss (nats/token), learning_rate, grad_norm, tokens_per_s, mfu (0 to 1),
+                     seconds/step, seconds/data (the part of it spent waiting for data), seconds/checkpoint and
+                     seconds/eval (beside it), means per step since the line before, tokens/<language> delivered so far
+                   eval: loss, bits_per_byte (mean over languages), loss/<language>, bits_per_byte/<language>
     samples.jsonl  optional; per line language, prompt, completion, temperature, top_p
 """
 
@@ -108,8 +108,9 @@ def read_history(path: epath.Path) -> History:
         if (kind := line.get("kind")) not in kinds:
             continue
         for name, value in line.items():
-            if _METRIC.fullmatch(name) and value is not None and not isinstance(value, int | float):
+            if _METRIC.fullmatch(name) and not isinstance(value, int | float | None):
                 raise InputError(f"{path}:{number}: {name!r} is {value!r}, not a number")
+        line = {name: math.nan if value is None else value for name, value in line.items()}
         if not isinstance(line.get("step"), int) or "loss" not in line:
             raise InputError(f"{path}:{number}: a {kind} line needs an integer 'step' and a 'loss'")
         # After a restart from a checkpoint the steps since then come again: the later line counts.
@@ -157,7 +158,14 @@ def read_samples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
 
 def column(lines: Iterable[Mapping[str, Any]], name: str) -> np.ndarray:
     """One metric over lines, NaN where it is absent: float64 [n_lines]."""
-    return np.array([np.nan if line.get(name) is None else line[name] for line in lines], np.float64)
+    return np.array([line.get(name, np.nan) for line in lines], np.float64)
+
+
+def parts_of_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Seconds per step, float64 [n_lines] each; parts that were never recorded count 0."""
+    step, data, checkpoint, evaluation = (
+        np.nan_to_num(column(lines, f"seconds/{name}")) for name in ("step", "data", "checkpoint", "eval"))
+    return {"compute": step - data, "data": data, "checkpoint": checkpoint, "eval": evaluation}
 
 
 def per_language(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -167,7 +175,7 @@ def per_language(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 def mean_bits(line: Mapping[str, Any]) -> float | None:
     """Bits per byte of an eval line, every language counting the same; None when it has none."""
-    values = [value for value in per_language(line, "bits_per_byte").values() if value is not None]
+    values = list(per_language(line, "bits_per_byte").values())
     return line.get("bits_per_byte", statistics.fmean(values) if values else None)
 
 
@@ -231,7 +239,7 @@ class Summary:
       wall_s: seconds from the start to the last line, pauses included; None when unknown.
       training_s: seconds in training steps; None when unknown.
       tokens_per_s, mfu: medians over the run; None when unknown.
-      time_shares: part of a step's time -> share of the run's step time.
+      time_shares: part of `parts_of_time` -> share of the time of all; empty when unknown.
     """
 
     def __init__(self, facts: Mapping[str, Any], history: History):
@@ -252,10 +260,9 @@ class Summary:
         usable = np.isfinite(speed) & (speed > 0)
         self.training_s = float(np.sum(np.diff(self._tokens)[usable] / speed[usable])) or None
         self.tokens_per_s = float(np.median(speed[usable])) if usable.any() else None
-        mfu = [line["mfu"] for line in history.train if line.get("mfu") is not None]
-        self.mfu = statistics.median(mfu) if mfu else None
-        parts = {name: column(history.train, f"seconds/{name}") for name in ("data", "step", "checkpoint")}
-        seconds = {name: float(np.nansum(values * np.diff(self._steps))) for name, values in parts.items()}
+        mfu = column(history.train, "mfu")
+        self.mfu = float(np.nanmedian(mfu)) if np.isfinite(mfu).any() else None
+        seconds = {name: float(values @ np.diff(self._steps)) for name, values in parts_of_time(history.train).items()}
         total = sum(seconds.values())
         self.time_shares = {name: value / total for name, value in seconds.items()} if total > 0 else {}
 
@@ -293,11 +300,12 @@ class Summary:
         return worst, difference, difference * self.tokens / self._facts["sequence_length"]
 
     def _wall_s(self) -> float | None:
-        times = [line["time"] for line in self._history.train if line.get("time") is not None]
+        times = [line["time"] for line in (*self._history.train, *self._history.evals) if "time" in line]
         if not times:
             return None
+        # A run that was resumed may have started long before the start written down last.
         started = parse_time(self._facts["started"])
-        return times[-1] - min([times[0]] + ([started.timestamp()] if started else []))
+        return max(times) - min(times + ([started.timestamp()] if started else []))
 
 
 def parse_time(text: str | None) -> datetime.datetime | None:

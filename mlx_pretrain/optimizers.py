@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import gin
 import jax
 import optax
 
+import gin
 from mlx_pretrain.errors import InputError
 
 Schedule = Callable[[Any], Any]
@@ -17,6 +17,12 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fr
     """Linear warm-up from 0 to `peak`, then a cosine down to `final_fraction * peak` at `total_steps`."""
     _check_steps("warmup_cosine", warmup_steps, 0, total_steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, peak * final_fraction)
+
+
+@gin.configurable
+def constant(value: float) -> Schedule:
+    """The same learning rate at every step."""
+    return optax.constant_schedule(value)
 
 
 @gin.configurable
@@ -52,7 +58,7 @@ def decay_mask(params: Any) -> Any:
 
 @gin.configurable
 def adamw(
-    learning_rate: Schedule | float,
+    learning_rate: Schedule,
     b1: float = 0.9,
     b2: float = 0.95,
     epsilon: float = 1e-8,
@@ -66,22 +72,23 @@ def adamw(
 
 @gin.configurable
 def muon(
-    learning_rate: Schedule | float,
-    adam_learning_rate: Schedule | float,
+    learning_rate: Schedule,
+    adam_fraction: float = 0.1,
     beta: float = 0.95,
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
     """Muon (optax.contrib) for the layers' matrices, AdamW for embedding, output projection and norms.
 
-    The update of an m x n matrix is scaled by sqrt(max(1, n / m)) (optax's default).
+    The update of an m x n matrix is scaled by sqrt(max(1, n / m)) (optax's default); AdamW's rate is `adam_fraction`
+    times Muon's.
     """
     update = optax.contrib.muon(
         learning_rate,
         beta=beta,
         weight_decay=weight_decay,
         weight_decay_mask=decay_mask,
-        adam_learning_rate=adam_learning_rate,
+        adam_learning_rate=lambda step: adam_fraction * learning_rate(step),
         adam_weight_decay=weight_decay,
         muon_weight_dimension_numbers=_muon_dimensions,
     )

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gin
 import jinja2
 import matplotlib
 import numpy as np
@@ -20,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+import gin
 from mlx_pretrain.configuration import run
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.history import (
@@ -31,6 +31,7 @@ from mlx_pretrain.history import (
     column,
     mean_bits,
     parse_time,
+    parts_of_time,
     per_language,
     read_history,
     read_run,
@@ -46,8 +47,8 @@ _STYLE = {
     "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": RULE,
     "grid.linewidth": 0.7, "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.titlecolor": INK,
     "axes.titlepad": 10, "axes.labelsize": 10.5, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5, "ytick.left": False, "xtick.major.size": 3, "lines.linewidth": 1.7, "legend.frameon": False,
-    "legend.handlelength": 1.3, "legend.fontsize": 10.5, "axes.xmargin": 0.02,
+    "ytick.labelsize": 10.5, "ytick.left": False, "xtick.major.size": 3, "lines.linewidth": 1.7,
+    "legend.frameon": False, "legend.handlelength": 1.3, "legend.fontsize": 10.5, "axes.xmargin": 0.02,
 }
 # Characters that HTML or UTF-8 cannot hold; a model writing bytes makes some.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -64,8 +65,14 @@ def _panel(title: str, height: float, left: float = 46, width: float = _FIGURE_W
     return figure, axes
 
 
+def _legend(axes: Axes, **more: Any) -> None:
+    """The legend, in the line of the title, where no curve can cross it."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, columnspacing=1.1, borderaxespad=0.25,
+                handletextpad=0.4, **more)
+
+
 def _svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as inline SVG: coloured by the page, ids unique to `name`, described to screen readers by `label`."""
+    """The figure as inline SVG: coloured by the page, ids unique to `name`, `label` for screen readers."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -140,7 +147,7 @@ class Plots:
             bottom = min([low.min(), *held_out[np.isfinite(held_out)]])
             pad = 0.05 * (top - bottom) or 0.5
             axes.set_ylim(bottom - pad, top + pad)
-            axes.legend(loc="upper right", labelcolor="linecolor")
+        _legend(axes, labelcolor="linecolor")
         return _svg(figure, "loss", "Training and held-out loss over training tokens")
 
     def mean_bits(self) -> Markup | None:
@@ -148,16 +155,16 @@ class Plots:
         if not np.isfinite(self._means).any():
             return None
         figure, axes = self._over_tokens("Held-out text (bits per byte)")
-        ranges = [[v for v in per_language(line, "bits_per_byte").values() if v is not None and math.isfinite(v)]
+        ranges = [[v for v in per_language(line, "bits_per_byte").values() if math.isfinite(v)]
                   for line in self._history.evals]
         if any(len(values) > 1 for values in ranges):
             low, high = (np.array([pick(v) if v else np.nan for v in ranges]) for pick in (min, max))
-            axes.fill_between(self._eval_x, low, high, color=ACCENT, alpha=0.14, linewidth=0, label="all languages")
-        axes.plot(self._eval_x, self._means, color=ACCENT, marker="o", markersize=4, label="mean over languages",
+            axes.fill_between(self._eval_x, low, high, color=ACCENT, alpha=0.14, linewidth=0, label="range")
+        axes.plot(self._eval_x, self._means, color=ACCENT, marker="o", markersize=4, label="mean of languages",
                   clip_on=False)
         axes.set_ylim(bottom=0)
         if any(len(values) > 1 for values in ranges):
-            axes.legend(loc="upper right")
+            _legend(axes)
         return _svg(figure, "bits", "Bits per byte on held-out text over training tokens")
 
     def _by_language(self, title: str, languages: Sequence[Language]) -> tuple[Figure, Axes, np.ndarray]:
@@ -185,8 +192,7 @@ class Plots:
         axes.plot(after, rows, "o", markersize=6.5, color=ACCENT, label="after")
         axes.set_xlim(left=0)
         axes.set_xlabel("Bits per byte (lower is better)")
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, columnspacing=1, borderaxespad=0.2,
-                    handletextpad=0.2)
+        _legend(axes)
         return _svg(figure, "dumbbells", "Bits per byte by language, before and after training; numbers in the table")
 
     def shares(self) -> Markup | None:
@@ -203,8 +209,7 @@ class Plots:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         axes.set_xlim(left=0)
         axes.set_xlabel("Share of training tokens")
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, columnspacing=1, borderaxespad=0.2,
-                    handletextpad=0.4)
+        _legend(axes)
         return _svg(figure, "shares", "Share of training tokens asked for and delivered; numbers in the table")
 
     def small_multiples(self) -> list[tuple[str, list[tuple[Language, Markup]]]]:
@@ -262,28 +267,24 @@ class Plots:
         return [plot for plot in plots if plot is not None]
 
     def _step_time(self) -> Markup | None:
-        x, compute, *_ = _runs(self._train_x, column(self._history.train, "seconds/step"))
-        if len(x) < 2:
+        if not self._summary.time_shares or len(self._train_x) < 2:
             return None
-        other = [np.nan_to_num(column(self._history.train, f"seconds/{name}")) for name in ("data", "checkpoint")]
-        usable = np.isfinite(column(self._history.train, "seconds/step"))
-        data, checkpoint = (_runs(self._train_x[usable], values[usable])[1] for values in other)
-        scale, unit = (1e3, "milliseconds") if np.median(compute) < 1 else (1, "seconds")
+        x, parts = self._train_x, parts_of_time(self._history.train)
+        del parts["eval"]  # its spikes would hide the rest; the text has its share
+        total = sum(parts.values())
+        scale, unit = (1e3, "ms") if np.median(total) < 1 else (1, "s")
         figure, axes = self._over_tokens(f"Time per step ({unit})")
-        axes.stackplot(x, compute * scale, data * scale, checkpoint * scale, colors=(ACCENT, WARM, MUTED), alpha=0.7,
-                       linewidth=0, labels=("compute", "waiting for data", "checkpoint"))
-        total = compute + data + checkpoint
-        # The first steps hold the compilation; they may run out of the picture.
-        axes.set_ylim(0, max(np.percentile(total, 97), np.median(total) * 1.35) * scale * 1.2)
-        axes.legend(loc="upper right", ncols=3, columnspacing=1, handlelength=0.8, handleheight=0.8)
-        return _svg(figure, "time", "Time per training step: compute, waiting for data, checkpoint")
+        axes.stackplot(_runs(x, total)[0], *(_runs(x, values)[1] * scale for values in parts.values()), alpha=0.7,
+                       linewidth=0, colors=(ACCENT, WARM, INK), labels=("compute", "data wait", "checkpoint"))
+        # A slow start or checkpoint makes a spike; what a usual step takes must stay readable.
+        axes.set_ylim(0, max(np.percentile(total, 90) * 1.2, np.median(total) * 1.6) * scale)
+        _legend(axes, handlelength=0.8)
+        return _svg(figure, "time", "Time per training step, by what it was spent on")
 
 
 def number(value: float | None, digits: int = 2) -> str:
     """Fixed digits, thousands separated; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def compact(value: float | None) -> str:

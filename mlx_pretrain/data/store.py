@@ -88,7 +88,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
     if not path.exists():
         raise InputError(f"{store}: no token store here (no {MANIFEST}; was its export interrupted? run it again)")
     content = read_json(path, "token store manifest")
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or content.pop("version", None) != VERSION:
+    found = (content.pop("format", None), content.pop("version", None)) if isinstance(content, dict) else None
+    if found != (FORMAT, VERSION):
         raise InputError(f"{path}: not the manifest of a token store of version {VERSION}")
     try:
         splits = {s: {l: Part(**part) for l, part in parts.items()} for s, parts in content.pop("splits").items()}

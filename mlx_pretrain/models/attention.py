@@ -88,7 +88,7 @@ class Attention(nn.Module):
         segment_ids: jax.Array | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
-        """`x` is `[batch, length, embed]`; with a cache, new keys are written at `positions` and all up to there read."""
+        """`x`: `[batch, length, embed]`. With a cache, keys are written at `positions` and all up to there are read."""
         embed, heads, kv_heads = x.shape[-1], (self.n_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
         query = matrix(self, "query", (embed, *heads), ("embed", "heads", "head_dim"), embed)
         key = matrix(self, "key", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)

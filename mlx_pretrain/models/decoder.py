@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 
+import gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import Attention, Cache
-from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, matrix, rotary_angles
+from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
 from mlx_pretrain.partitioning import constrain
 
 # What the backward pass keeps of each layer; the rest is computed again.
@@ -60,7 +60,8 @@ class DecoderConfig:
     attention: str | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "embed_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_dim", "max_length"):
+        sizes = ("vocab_size", "embed_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_dim", "max_length")
+        for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"DecoderConfig.{name} = {value!r}: must be a positive integer")

@@ -1,0 +1,52 @@
+"""What the devices could do at best: peak FLOP/s by kind, measured where no table knows."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s per jax device, from the makers' data sheets. Longest matching prefix of device_kind wins.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,  # a jax device is one of two cores
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device, dtype: str) -> float | None:
+    """Peak FLOP/s of one device: the table's bfloat16 number, a measured one on CPU, None when unknown."""
+    if device.platform == "cpu":
+        return measured_matmul_flops(dtype)
+    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+@functools.cache
+def measured_matmul_flops(dtype: str, size: int = 2048, repeats: int = 3) -> float:
+    """FLOP/s of the best of a few square matrix products on this host's CPU, all its cores together."""
+    device = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(device):
+        x = jnp.ones((size, size), dtype)
+        product = jax.jit(lambda a, b: a @ b)
+        product(x, x).block_until_ready()
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / jax.local_device_count("cpu")
+
+
+def describe_devices() -> str:
+    """The devices in words, e.g. "cpu x 1" or "TPU v5e x 16"."""
+    devices = jax.devices()
+    return f"{devices[0].device_kind} x {len(devices)}"

@@ -1,0 +1,112 @@
+"""Sampling from a decoder with a key-value cache: prompts of unlike length in one batch, static shapes."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.decoder import Cache, Decoder, DecoderConfig, empty_cache, logits
+
+
+def generate(
+    config: DecoderConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Continues prompts (token ids, without BOS) until EOS or `max_new_tokens`.
+
+    Args:
+      config, params: the decoder.
+      prompts: may be empty lists; BOS is put before each.
+      max_new_tokens: at most so many per prompt.
+      temperature: 0 takes the most likely token.
+      top_p: samples from the smallest set of tokens that holds this probability (arXiv 1904.09751).
+      seed: of the sampling; row i of a batch draws from a stream of its own.
+      vocab_size: of the tokenizer; ids from there on, rows that pad the model's vocabulary, are never taken.
+
+    Returns:
+      The new tokens of each prompt, EOS left out.
+
+    Raises:
+      InputError: a prompt and its continuation do not fit the model's positions, or a sampling parameter is off.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise InputError(
+            f"generate: temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], "
+            f"max_new_tokens={max_new_tokens} >= 1"
+        )
+    lengths = np.array([len(prompt) + 1 for prompt in prompts], np.int32)
+    if (longest := int(lengths.max())) + max_new_tokens > config.max_length:
+        raise InputError(
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{config.max_length} positions"
+        )
+    # Prompt widths are rounded up, so that prompts of similar length share a compiled program.
+    width = min(-(-longest // 32) * 32, config.max_length)
+    tokens = np.full((len(prompts), width), PAD_ID, np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[0], row[1 : len(prompt) + 1] = BOS_ID, prompt
+    never = np.array([PAD_ID, UNK_ID, BOS_ID, *range(vocab_size or config.vocab_size, config.vocab_size)])
+    key = jax.random.key(seed)
+    new = _generate(
+        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, never, key
+    )
+    results = []
+    for row in np.asarray(new).tolist():
+        results.append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, never, key):
+    """New tokens `[batch, max_new_tokens]`, PAD after EOS."""
+    batch, width = tokens.shape
+    model = Decoder(config)
+    rows = jnp.arange(batch)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+    def sample(hidden: jax.Array, step: jax.Array) -> jax.Array:
+        scores = logits(params, hidden).at[:, never].set(-jnp.inf)
+        if greedy:
+            return jnp.argmax(scores, axis=-1)
+        scores = keep_top_p(scores / temperature, top_p)
+        return jax.vmap(lambda k, s: jax.random.categorical(jax.random.fold_in(k, step), s))(keys, scores)
+
+    # Padding behind a prompt writes keys that are overwritten before a later position may read them.
+    cache = empty_cache(config, batch, min(width + max_new_tokens, config.max_length))
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
+    hidden, cache = model.apply({"params": params}, tokens, positions, cache=cache)
+    first = sample(hidden[rows, lengths - 1], jnp.int32(0))
+
+    def step(carry: tuple[Cache, jax.Array, jax.Array], index: jax.Array):
+        cache, token, done = carry
+        done |= token == EOS_ID
+        hidden, cache = model.apply(
+            {"params": params}, token[:, None], (lengths + index)[:, None], cache=cache
+        )
+        following = jnp.where(done, PAD_ID, sample(hidden[:, 0], index + 1))
+        return (cache, following, done), following
+
+    start = (cache, first, jnp.zeros(batch, bool))
+    _, rest = jax.lax.scan(step, start, jnp.arange(max_new_tokens - 1, dtype=jnp.int32))
+    return jnp.concatenate([first[:, None], rest.T.astype(first.dtype)], axis=1)
+
+
+def keep_top_p(scores: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """Sets all but the nucleus of `[batch, vocab]` scores to -inf; the most likely token always stays."""
+    ordered = jnp.sort(scores, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    threshold = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores >= threshold, scores, -jnp.inf)

@@ -1,0 +1,73 @@
+"""What comes from outside while a run is under way: requests to stop and requests for a profile."""
+
+import contextlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+
+class _Handlers(contextlib.AbstractContextManager):
+    """Signal handlers for the time of a `with` block."""
+
+    def __init__(self, handlers: dict[signal.Signals, Callable[..., None]]):
+        self._handlers = handlers
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, handler) for number, handler in self._handlers.items()}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class StopRequest(_Handlers):
+    """Notes SIGTERM and Ctrl-C, so that the loop stops at a step boundary; a second Ctrl-C interrupts at once.
+
+    Attributes:
+      requested: name of the signal, or None.
+    """
+
+    def __init__(self):
+        super().__init__({signal.SIGTERM: self._note, signal.SIGINT: self._note})
+        self.requested: str | None = None
+
+    def _note(self, number: int, _) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+
+
+class Profiler(_Handlers):
+    """Records a `jax.profiler` trace of a few steps, at a given step or when SIGUSR1 comes."""
+
+    def __init__(self, folder: epath.Path, at: int | None, steps: int = 5):
+        super().__init__({signal.SIGUSR1: self._note})
+        self._folder, self._at, self._steps = folder, at, steps
+        self._until: int | None = None
+        self._asked = False
+
+    def _note(self, *_) -> None:
+        self._asked = True
+
+    def before_step(self, step: int, state: Any) -> None:
+        """Starts or ends a trace, when the steps before have really ended."""
+        if self._until is not None and step >= self._until:
+            self._end(state)
+        if self._until is None and (self._asked or step == self._at):
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._until, self._asked = step + self._steps, False
+
+    def _end(self, state: Any = None) -> None:
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        self._until = None
+
+    def __exit__(self, *details):
+        if self._until is not None:
+            self._end()
+        return super().__exit__(*details)

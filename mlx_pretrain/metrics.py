@@ -1,0 +1,67 @@
+"""Where numbers of a run go: metrics.jsonl (every tool reads it) and TensorBoard event files.
+
+A line of metrics.jsonl is one JSON object with "step", "kind" ("train" or "eval"), "time" (Unix seconds) and scalars.
+clu's metric writers import TensorFlow wherever it is installed, so TensorBoard files come from tensorboardX.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+
+import tensorboardX
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import write_atomic
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run_dir: epath.PathLike) -> list[dict]:
+    """All whole lines of a run's metrics; a last line cut off by a kill is left out.
+
+    Raises:
+      InputError: no such file, or a line before the last is not JSON.
+    """
+    path = epath.Path(run_dir) / METRICS
+    if not path.exists():
+        raise InputError(f"{path}: no such file: not the folder of a training run")
+    lines = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise InputError(f"{path}:{number}: not JSON: {error}") from None
+    return records
+
+
+class MetricWriter:
+    """Appends scalars of a run; used by one process of a job."""
+
+    def __init__(self, run_dir: epath.PathLike, step: int):
+        """Opens the files of a run that goes on after `step`; lines of later steps, from before a crash, go."""
+        path = epath.Path(run_dir) / METRICS
+        if path.exists():
+            kept = [json.dumps(r) + "\n" for r in read_metrics(run_dir) if r["step"] <= step]
+            write_atomic(path, "".join(kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a")
+        self._board = tensorboardX.SummaryWriter(
+            str(epath.Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=30
+        )
+
+    def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
+        """Writes scalars of one kind ("train" or "eval"); non-finite ones become null in JSON, as JSON has no NaN."""
+        clean = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **clean}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()

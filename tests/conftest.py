@@ -1,0 +1,70 @@
+"""Shared by all tests: eight simulated devices, a small model, a token store of patterned tokens."""
+
+import os
+
+# Before jax is imported anywhere.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+
+from mlx_pretrain.data import store as token_store
+from mlx_pretrain.data.rates import save_rates
+from mlx_pretrain.files import sha256, write_atomic
+from mlx_pretrain.models.decoder import DecoderConfig
+
+LENGTH = 32
+LANGUAGES = {"aa": 40, "bb": 24, "cc": 9}  # language -> training sequences
+RATES = {"aa": 0.5, "bb": 0.3, "cc": 0.2}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> DecoderConfig:
+    """Grouped queries, two layers, widths that divide over two tensor devices."""
+    return DecoderConfig(
+        vocab_size=96, embed_dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, mlp_dim=48, max_length=64
+    )
+
+
+def make_tokens(rng: np.random.Generator, rows: int, offset: int) -> np.ndarray:
+    """Learnable rows [rows, LENGTH]: pairs of equal tokens, documents of unlike length, a padded last row."""
+    tokens = rng.integers(4 + offset, 34 + offset, (rows, LENGTH))
+    tokens[:, ::2] = tokens[:, 1::2]
+    tokens[np.arange(rows), rng.integers(5, LENGTH - 5, rows)] = token_store.EOS_ID
+    tokens[-1, LENGTH - 7 :] = token_store.PAD_ID
+    return tokens.astype(np.uint16)
+
+
+@pytest.fixture(scope="session")
+def store_dir(tmp_path_factory) -> str:
+    """A complete token store with three languages and rates.json beside the manifest."""
+    folder = tmp_path_factory.mktemp("store")
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split in ("train", "heldout"):
+        splits[split] = {}
+        for number, (language, rows) in enumerate(LANGUAGES.items()):
+            tokens = make_tokens(rng, rows if split == "train" else 5, 30 * number)
+            writer = token_store.PartWriter(folder / split / language, LENGTH, np.uint16)
+            writer.append(tokens)
+            real = int((tokens != token_store.PAD_ID).sum())
+            splits[split][language] = writer.close(real, 3 * real, rows)
+    write_atomic(folder / token_store.TOKENIZER, b"stands for a tokenizer")
+    fingerprint = sha256(folder / token_store.TOKENIZER)
+    token_store.write_manifest(folder, token_store.Manifest(LENGTH, 96, fingerprint, splits, {"made_by": "tests"}))
+    save_rates(folder / "rates.json", RATES, {"made_by": "tests"})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Initial parameters of the small model, unboxed, on one device."""
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    from mlx_pretrain.models.decoder import Decoder
+
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return nn.unbox(jax.jit(Decoder(tiny_config).init)(jax.random.key(1), tokens, tokens, tokens))["params"]

@@ -1,0 +1,84 @@
+"""The chunked loss equals the direct one: value, parts and gradients, on one device and on a mesh."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlx_pretrain import losses, partitioning
+
+BATCH, LENGTH, EMBED, VOCAB = 8, 12, 16, 40
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
+    kernel = rng.normal(size=(EMBED, VOCAB)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+    weights = (rng.random((BATCH, LENGTH)) * (rng.random((BATCH, LENGTH)) < 0.8)).astype(np.float32)
+    return hidden, kernel, targets, weights
+
+
+def direct(hidden, kernel, targets, weights, z):
+    scores = hidden @ kernel
+    log_partition = jax.nn.logsumexp(scores, axis=-1)
+    nll = log_partition - jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (nll + z * log_partition**2))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 32, 1000])
+@pytest.mark.parametrize("z", [0.0, 0.1])
+def test_chunked_equals_direct(arrays, chunk_tokens, z):
+    hidden, kernel, targets, weights = arrays
+    chunked = functools.partial(losses.cross_entropy, z_coefficient=z, chunk_tokens=chunk_tokens)
+    (total, sums), grads = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(hidden, kernel, targets, weights)
+    expected, expected_grads = jax.value_and_grad(direct, argnums=(0, 1))(hidden, kernel, targets, weights, z)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(sums.weight, weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(total, sums.nll + z * sums.z_loss, rtol=1e-6)
+    for ours, theirs in zip(grads, expected_grads):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
+def test_mesh_equals_one_device(arrays, mesh_shape):
+    hidden, kernel, targets, weights = arrays
+    chunked = functools.partial(losses.cross_entropy, z_coefficient=0.1, chunk_tokens=5)
+    gradient = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))
+    mesh = partitioning.make_mesh(*mesh_shape)
+    rows = partitioning.batch_sharding(mesh)
+    with partitioning.use(mesh):
+        args = [jax.device_put(x, s) for x, s in zip(arrays, (rows, None, rows, rows))]
+        (total, sums), grads = gradient(*args)
+        nll = jax.jit(losses.token_nll)(args[0], args[1], args[2])
+    expected, expected_grads = jax.value_and_grad(direct, argnums=(0, 1))(hidden, kernel, targets, weights, 0.1)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(np.asarray(nll) * weights), sums.nll, rtol=1e-5)
+    for ours, theirs in zip(grads, expected_grads):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_whole_logits_never_exist():
+    """The largest array in the gradient's program is far below batch x length x vocabulary."""
+    batch, length, embed, vocab = 8, 64, 16, 512
+    args = (
+        jnp.zeros((batch, length, embed)),
+        jnp.zeros((embed, vocab)),
+        jnp.zeros((batch, length), jnp.int32),
+        jnp.ones((batch, length)),
+    )
+    chunked = functools.partial(losses.cross_entropy, chunk_tokens=16)
+    text = str(jax.make_jaxpr(jax.grad(chunked, argnums=(0, 1), has_aux=True))(*args))
+    largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"[fi]\d+\[([\d,]+)\]", text))
+    assert embed * vocab <= largest <= batch * length * vocab / 16
+
+
+def test_large_logits_do_not_overflow():
+    hidden = jnp.full((1, 2, 4), 100.0)
+    kernel = jnp.eye(4) * 50
+    total, _ = losses.cross_entropy(hidden, kernel, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2)))
+    np.testing.assert_allclose(total, 2 * np.log(4), rtol=2e-4)  # float32 has 7 digits for 5000 + log 4

@@ -1,0 +1,42 @@
+"""The mixture order: exact shares, random access, every source in sequence."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_pretrain.data.mixing import MixtureOrder
+
+RATES = st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(RATES, st.integers(0, 3000))
+def test_shares_are_exact_within_the_stated_bound(rates, stop):
+    order = MixtureOrder(rates)
+    counts = np.bincount(order(0, stop)[0], minlength=len(rates))
+    assert np.all(np.abs(counts - stop * order.rates) <= 0.5 + len(rates) * order.rates / 2 + 1e-9)
+    np.testing.assert_array_equal(counts, order.counts(stop))
+
+
+@settings(max_examples=60, deadline=None)
+@given(RATES, st.integers(0, 500), st.integers(0, 500))
+def test_any_part_equals_that_part_of_the_whole(rates, start, length):
+    order = MixtureOrder(rates)
+    source, index = order(0, start + length)
+    part_source, part_index = order(start, start + length)
+    np.testing.assert_array_equal(part_source, source[start:])
+    np.testing.assert_array_equal(part_index, index[start:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(RATES)
+def test_each_source_is_taken_in_sequence(rates):
+    source, index = MixtureOrder(rates)(0, 400)
+    for s in range(len(rates)):
+        np.testing.assert_array_equal(index[source == s], np.arange((source == s).sum()))
+
+
+def test_error_does_not_grow_far_into_a_run():
+    rates = np.random.default_rng(0).dirichlet(np.ones(61))
+    order, far = MixtureOrder(rates), 10**9
+    assert np.abs(order.counts(far) - far * order.rates).max() < 4

@@ -1,0 +1,75 @@
+"""Schedules at their corners, the decay mask, and AdamW and Muon against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlx_pretrain import optimizers
+from mlx_pretrain.errors import InputError
+
+
+def test_cosine_has_its_corners():
+    schedule = optimizers.warmup_cosine(4.3e-4, 100, 10)
+    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 55, 100)],
+                               4.3e-4 * np.array([0, 0.5, 1, 0.55, 0.1]), rtol=1e-5)
+
+
+def test_wsd_has_its_corners():
+    schedule = optimizers.warmup_stable_decay(1.0, 100, 10, 20, final_fraction=0.1)
+    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 50, 80, 90, 100)],
+                               [0, 0.5, 1, 1, 1, 0.55, 0.1], rtol=1e-5)
+
+
+def test_schedules_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="do not fit"):
+        optimizers.warmup_stable_decay(1.0, 20, 15, 10)
+    with pytest.raises(InputError, match="do not fit"):
+        optimizers.warmup_cosine(1.0, 20, 30)
+
+
+def test_decay_is_for_matrices_only(tiny_params):
+    mask = optimizers.decay_mask(tiny_params)
+    flat = {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(mask)}
+    assert {path for path, decayed in flat.items() if not decayed} == {
+        "['final_norm']['scale']", "['layers']['attention_norm']['scale']", "['layers']['mlp_norm']['scale']"
+    }
+
+
+def test_adamw_equals_its_definition(tiny_params):
+    """arXiv 1711.05101, algorithm 2, behind clipping by the global norm, in NumPy."""
+    rng = np.random.default_rng(0)
+    optimizer = optimizers.adamw(optimizers.constant(0.01), clip_norm=1.0)
+    params, state = tiny_params, optimizer.init(tiny_params)
+    step = jax.jit(optimizer.update)
+    m = v = jax.tree.map(np.zeros_like, jax.device_get(params))
+    expected = jax.device_get(params)
+    decay = optimizers.decay_mask(params)
+    for t in (1, 2, 3):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), expected)
+        updates, state = step(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+        grads = jax.tree.map(lambda g: g / norm, grads)  # noqa: B023
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
+        v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, v, grads)
+        expected = jax.tree.map(
+            lambda p, m, v, d: p - 0.01 * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + 0.1 * d * p),  # noqa: B023
+            expected, m, v, decay,
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, expected)
+
+
+def test_muon_orthogonalises_each_layer(tiny_params):
+    """The first update of a layer's matrix has singular values near 1, layer by layer; embeddings get AdamW's."""
+    rng = np.random.default_rng(0)
+    optimizer = optimizers.muon(optimizers.constant(1.0), adam_fraction=1.0, weight_decay=0.0, clip_norm=None)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), jax.device_get(tiny_params))
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tiny_params), tiny_params)
+    gate = np.asarray(updates["layers"]["mlp"]["gate"])
+    query = np.asarray(updates["layers"]["attention"]["query"]).reshape(2, 32, 32)
+    for layer in range(2):
+        for update in (gate[layer], query[layer]):
+            values = np.linalg.svd(update / max(1, update.shape[1] / update.shape[0]) ** 0.5, compute_uv=False)
+            assert values.min() > 0.5 and values.max() < 1.3
+    np.testing.assert_allclose(np.abs(updates["embedding"]), 1.0, rtol=1e-3)
