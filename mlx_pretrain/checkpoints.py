@@ -11,10 +11,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import gin
 import orbax.checkpoint as ocp
 from etils import epath
 
-import gin
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_atomic, write_json

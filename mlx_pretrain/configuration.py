@@ -8,9 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import gin
 from etils import epath
 
-import gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 
@@ -91,7 +91,8 @@ def errors_as_one_line() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # gin appends the call it happened in to every exception that passes through it.
+        print(f"error: {_first_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -104,6 +105,8 @@ def run(main: Callable[[], object], module: str) -> None:
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
         print(_USAGE.format(module=module), (main.__doc__ or "").strip(), sep="\n\n")
         return
+    # Under its own name too, so that gin files that import it do not run, and register, a second copy.
+    sys.modules.setdefault(module, sys.modules["__main__"])
     with errors_as_one_line():
         parse_gin(*parse_flags(sys.argv[1:]))
         try:

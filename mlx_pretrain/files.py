@@ -40,6 +40,30 @@ def read_json(path: epath.PathLike, what: str = "file") -> Any:
         raise InputError(f"{path}: not a valid JSON {what}: {error}") from None
 
 
+def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSONL file; a truncated last line, as a killed writer leaves it, is left out.
+
+    Raises:
+      InputError: the file is missing, or a line before the last is not a JSON object.
+    """
+    try:
+        lines = [(n, line) for n, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), 1) if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    found = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == lines[-1][0]:
+                break
+            raise InputError(f"{path}:{number}: not a valid JSON line: {error}") from None
+        found.append((number, value))
+    return found
+
+
 def sha256(path: epath.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 
+import gin
 from etils import epath
 
-import gin
 from mlx_pretrain import checkpoints, configuration, partitioning
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.data.tokenizer import Tokenizer

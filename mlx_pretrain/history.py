@@ -12,7 +12,6 @@
 
 import dataclasses
 import datetime
-import json
 import math
 import re
 import statistics
@@ -24,7 +23,7 @@ from etils import epath
 
 from mlx_pretrain.data.rates import normalise_rates
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json
+from mlx_pretrain.files import read_json, read_jsonl
 
 # code -> native name, English name.
 LANGUAGES = {
@@ -76,35 +75,11 @@ class History:
     restarts: int
 
 
-def read_lines(path: epath.Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSONL file; a truncated last line, as a killed writer leaves it, is left out.
-
-    Raises:
-      InputError: the file is missing, or a line before the last is not a JSON object.
-    """
-    try:
-        lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    found = []
-    for number, line in lines:
-        try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == lines[-1][0]:
-                break
-            raise InputError(f"{path}:{number}: not a valid JSON line: {error}") from None
-        found.append((number, value))
-    return found
-
-
 def read_history(path: epath.Path) -> History:
     """Reads metrics.jsonl. Raises InputError naming the line when it is malformed, or has no training step."""
     kinds: dict[str, list] = {"train": [], "eval": []}
     restarts = 0
-    for number, line in read_lines(path):
+    for number, line in read_jsonl(path):
         if (kind := line.get("kind")) not in kinds:
             continue
         for name, value in line.items():
@@ -148,7 +123,7 @@ def read_run(path: epath.Path) -> dict[str, Any]:
 def read_samples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
     """language -> samples of samples.jsonl; empty without that file. Raises InputError when it is malformed."""
     samples: dict[str, list[dict[str, Any]]] = {}
-    for number, line in read_lines(path) if path.exists() else []:
+    for number, line in read_jsonl(path) if path.exists() else []:
         for name in ("language", "prompt", "completion"):
             if not isinstance(line.get(name), str):
                 raise InputError(f"{path}:{number}: a sample needs the text {name!r}")

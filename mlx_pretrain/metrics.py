@@ -12,31 +12,9 @@ from collections.abc import Mapping
 import tensorboardX
 from etils import epath
 
-from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_atomic
+from mlx_pretrain.files import read_jsonl, write_atomic
 
 METRICS = "metrics.jsonl"
-
-
-def read_metrics(run_dir: epath.PathLike) -> list[dict]:
-    """All whole lines of a run's metrics; a last line cut off by a kill is left out.
-
-    Raises:
-      InputError: no such file, or a line before the last is not JSON.
-    """
-    path = epath.Path(run_dir) / METRICS
-    if not path.exists():
-        raise InputError(f"{path}: no such file: not the folder of a training run")
-    lines = path.read_text().split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line:
-                records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not JSON: {error}") from None
-    return records
 
 
 class MetricWriter:
@@ -46,7 +24,7 @@ class MetricWriter:
         """Opens the files of a run that goes on after `step`; lines of later steps, from before a crash, go."""
         path = epath.Path(run_dir) / METRICS
         if path.exists():
-            kept = [json.dumps(r) + "\n" for r in read_metrics(run_dir) if r["step"] <= step]
+            kept = [json.dumps(record) + "\n" for _, record in read_jsonl(path) if record["step"] <= step]
             write_atomic(path, "".join(kept))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a")

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import gin
 import jax
 import optax
 
-import gin
 from mlx_pretrain.errors import InputError
 
 Schedule = Callable[[Any], Any]

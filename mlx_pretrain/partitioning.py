@@ -8,11 +8,11 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import flax.linen as nn
+import gin
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-import gin
 from mlx_pretrain.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gin
 import jinja2
 import matplotlib
 import numpy as np
@@ -19,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-import gin
 from mlx_pretrain.configuration import run
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.history import (

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gin
+
 from mlx_pretrain import configuration, optimizers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
+import gin
 import grain
 import jax
 import numpy as np
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
-import gin
 from mlx_pretrain.data.mixing import MixtureOrder
 from mlx_pretrain.data.store import TokenStore, used_languages
 from mlx_pretrain.errors import InputError

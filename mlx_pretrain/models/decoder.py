@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
 
-import gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import Attention, Cache
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles

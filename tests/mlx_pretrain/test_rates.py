@@ -34,7 +34,9 @@ def test_bad_rates_name_file_and_cause(tmp_path, rates, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"rates": {"en": 1}}', '{"format": "mlx-rates", "version": 9, "rates": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rates": {"en": 1}}', '{"format": "mlx-rates", "version": 9, "rates": {}}']
+)
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "rates.json"
     path.write_text(text)
