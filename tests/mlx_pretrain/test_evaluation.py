@@ -1,0 +1,37 @@
+"""Held-out evaluation against a plain computation over single rows."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlx_pretrain import losses, partitioning
+from mlx_pretrain.data.batches import decoder_batch
+from mlx_pretrain.data.store import TokenStore
+from mlx_pretrain.evaluation import HeldOut
+from mlx_pretrain.models.decoder import Decoder, output_kernel
+
+
+@pytest.mark.parametrize("mesh_shape, batch_size", [((1, 1, 1), 4), ((4, 2, 1), 16)])
+def test_bits_per_byte_are_exact(store_dir, tiny_config, tiny_params, mesh_shape, batch_size):
+    store = TokenStore(store_dir)
+    import jax
+
+    mesh = partitioning.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
+    with partitioning.use(mesh):
+        result = HeldOut(store, tiny_config, mesh, batch_size=batch_size)(tiny_params)
+    nll = {}
+    for language in ("aa", "bb", "cc"):
+        batch = decoder_batch(jnp.asarray(store.read("heldout", language), jnp.int32))
+        hidden, _ = Decoder(tiny_config).apply(
+            {"params": tiny_params}, batch.inputs, batch.positions, batch.segment_ids
+        )
+        token_nll = losses.token_nll(hidden, output_kernel(tiny_params), batch.targets)
+        nll[language] = float((token_nll * batch.weights).sum())
+        part = store.part("heldout", language)
+        assert result[f"loss/{language}"] == pytest.approx(nll[language] / part.tokens, rel=1e-5)
+        assert result[f"bits_per_byte/{language}"] == pytest.approx(nll[language] / math.log(2) / part.bytes, rel=1e-5)
+    tokens = sum(store.part("heldout", language).tokens for language in nll)
+    assert result["loss"] == pytest.approx(sum(nll.values()) / tokens, rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(np.mean([result[f"bits_per_byte/{l}"] for l in nll]), rel=1e-6)
