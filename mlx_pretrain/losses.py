@@ -57,7 +57,7 @@ def cross_entropy(
       targets: int `[batch, length]`.
       weights: float `[batch, length]`, 0 for tokens that don't count.
       z_coefficient: weight of the z-loss.
-      chunk_tokens: tokens whose logits are held at once on a device (the nearest divisor below is taken).
+      chunk_tokens: at most so many tokens' logits are held at once on a device, one position of all its rows at least.
 
     Returns:
       total: float32 scalar, nll + z_coefficient * z_loss, the one to differentiate.
@@ -119,44 +119,53 @@ def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
 def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     """One device's tokens against its slice of the vocabulary."""
     dtype, axis = hidden.dtype, plan.vocab_axis
-    n_chunks = _chunks(targets.size, plan.chunk_tokens)
-    split = lambda x: x.reshape(n_chunks, targets.size // n_chunks, *x.shape[2:])  # noqa: E731
+    batch, length = targets.shape
+    n_chunks = _chunks(batch, length, plan.chunk_tokens)
+
+    # Chunks are slices of the length of all rows: [chunks, batch, length / chunks, ...].
+    def split(x):
+        return x.reshape(batch, n_chunks, length // n_chunks, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:])
+
     kernel_low = kernel.astype(dtype)
     offset = 0 if axis is None else jax.lax.axis_index(axis) * kernel.shape[1]
     total = (lambda x: x) if axis is None else functools.partial(jax.lax.psum, axis_name=axis)
 
     def chunk(d_kernel, inputs):
         h, target, weight = inputs
-        scores = jnp.einsum("TD,DV->TV", h, kernel_low, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("BTD,DV->BTV", h, kernel_low, preferred_element_type=jnp.float32)
         peak = jnp.max(scores, axis=-1)
         peak = peak if axis is None else jax.lax.pmax(peak, axis)
-        exponentials = jnp.exp(scores - peak[:, None])
+        exponentials = jnp.exp(scores - peak[..., None])
         partition = total(jnp.sum(exponentials, axis=-1))
         log_partition = peak + jnp.log(partition)
-        here = jnp.arange(scores.shape[1]) == (target - offset)[:, None]
+        here = jnp.arange(scores.shape[-1]) == (target - offset)[..., None]
         nll = log_partition - total(jnp.sum(jnp.where(here, scores, 0.0), axis=-1))
         if not gradients:
             return d_kernel, (nll, log_partition, None)
         slope = weight * (1 + 2 * plan.z_coefficient * log_partition) / partition
-        d_scores = (exponentials * slope[:, None] - jnp.where(here, weight[:, None], 0.0)).astype(dtype)
-        d_h = jnp.einsum("TV,DV->TD", d_scores, kernel_low, preferred_element_type=jnp.float32)
-        d_kernel += jnp.einsum("TD,TV->DV", h, d_scores, preferred_element_type=jnp.float32)
+        d_scores = (exponentials * slope[..., None] - jnp.where(here, weight[..., None], 0.0)).astype(dtype)
+        d_h = jnp.einsum("BTV,DV->BTD", d_scores, kernel_low, preferred_element_type=jnp.float32)
+        d_kernel += jnp.einsum("BTD,BTV->DV", h, d_scores, preferred_element_type=jnp.float32)
         return d_kernel, (nll, log_partition, total(d_h).astype(dtype))
 
     start = jnp.zeros(kernel.shape, jnp.float32) if gradients else None
     inputs = (split(hidden), split(targets), split(weights))
     d_kernel, (nll, log_partition, d_hidden) = jax.lax.scan(chunk, start, inputs)
-    nll, log_partition = nll.reshape(targets.shape), log_partition.reshape(targets.shape)
+    nll, log_partition = join(nll), join(log_partition)
     if not gradients:
         return nll, log_partition, None, None
     if axis is not None:
         d_kernel = jax.lax.psum_scatter(jax.lax.psum(d_kernel, "data"), "fsdp", scatter_dimension=0, tiled=True)
-    return nll, log_partition, d_hidden.reshape(hidden.shape), d_kernel
+    return nll, log_partition, join(d_hidden), d_kernel
 
 
-def _chunks(n_tokens: int, chunk_tokens: int) -> int:
-    """The fewest equal chunks of at most `chunk_tokens` tokens."""
-    return next(n for n in range(-(-n_tokens // chunk_tokens), n_tokens + 1) if n_tokens % n == 0)
+def _chunks(batch: int, length: int, chunk_tokens: int) -> int:
+    """The fewest equal slices of the length that hold at most `chunk_tokens` tokens each (one position at least)."""
+    fits = (n for n in range(1, length + 1) if length % n == 0 and batch * length // n <= chunk_tokens)
+    return next(fits, length)
 
 
 def mean_loss(sums: LossSums) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Attention: one pure function for training and decoding, and the Flax module around it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mlx_pretrain.models.layers import matrix, rotate
+from mlx_pretrain.models.blockwise_attention import blockwise_attention
+from mlx_pretrain.models.layers import matrix, project, rotate
 from mlx_pretrain.partitioning import constrain
 
 
@@ -37,20 +38,26 @@ def dot_product_attention(
       key, value: `[batch, kv_length, kv_heads, head_dim]`; kv_heads divides heads (grouped queries, arXiv 2305.13245).
       segment_ids: int `[batch, length]`; a token attends only within its segment.
       mask: bool `[batch, 1, q_length, kv_length]`, replaces the causal mask (decoding).
-      implementation: "xla" or "cudnn"; None picks cudnn on a GPU at 16-bit precision, else xla.
+      implementation: "blockwise" (takes no `mask`), "xla" or "cudnn" (`jax.nn`'s); None picks by platform.
 
     Returns:
       `[batch, q_length, heads, head_dim]`, in the dtype of `query`.
     """
-    if implementation is None:
-        on_gpu = jax.default_backend() == "gpu"
-        implementation = "cudnn" if on_gpu and query.dtype.itemsize == 2 and mask is None else "xla"
     causal = mask is None
+    if implementation is None:
+        implementation = default_implementation(query.dtype) if causal else "xla"
+    if implementation == "blockwise":
+        if segment_ids is None:
+            segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
+        return blockwise_attention(query, key, value, segment_ids)
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=causal, implementation=implementation
-    )
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation=implementation)
+
+
+def default_implementation(dtype: jnp.dtype) -> str:
+    """What is fastest for training on this platform: cuDNN on a GPU in 16 bits, blocks of queries elsewhere."""
+    return "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "blockwise"
 
 
 def write_cache(cache: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
@@ -67,7 +74,6 @@ class Attention(nn.Module):
 
     Attributes:
       n_heads, n_kv_heads, head_dim: shape of the projections.
-      dtype: compute dtype.
       output_gain: scales the initial output projection.
       implementation: see `dot_product_attention`.
     """
@@ -75,7 +81,6 @@ class Attention(nn.Module):
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    dtype: Any
     output_gain: float = 1.0
     implementation: str | None = None
 
@@ -96,9 +101,9 @@ class Attention(nn.Module):
         fan_in = self.n_heads * self.head_dim
         out = matrix(self, "out", (*heads, embed), ("heads", "head_dim", "embed"), fan_in, self.output_gain)
 
-        q = rotate(jnp.einsum("BTD,DNH->BTNH", x, query), *angles)
-        k = rotate(jnp.einsum("BTD,DKH->BTKH", x, key), *angles)
-        v = jnp.einsum("BTD,DKH->BTKH", x, value)
+        q = rotate(project("BTD,DNH->BTNH", x, query), *angles)
+        k = rotate(project("BTD,DKH->BTKH", x, key), *angles)
+        v = project("BTD,DKH->BTKH", x, value)
         q = constrain(q, "batch", "length", "act_heads", None)
         k = constrain(k, "batch", "length", "act_kv_heads", None)
         v = constrain(v, "batch", "length", "act_kv_heads", None)
@@ -110,4 +115,4 @@ class Attention(nn.Module):
         attended = dot_product_attention(
             q, k, v, segment_ids=segment_ids, mask=mask, implementation=self.implementation
         )
-        return jnp.einsum("BTNH,NHD->BTD", attended, out), cache
+        return project("BTNH,NHD->BTD", attended, out), cache

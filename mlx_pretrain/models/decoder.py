@@ -39,7 +39,7 @@ class DecoderConfig:
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       remat: key of REMAT_POLICIES.
       unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
-      attention: "xla", "cudnn" or None to pick by platform.
+      attention: "blockwise", "xla", "cudnn", or None to pick by platform.
     """
 
     vocab_size: int = gin.REQUIRED
@@ -106,11 +106,11 @@ class Block(nn.Module):
         # Residual branches start smaller in deep models, so that the stream's variance does not grow with depth.
         gain = (2 * config.n_layers) ** -0.5
         attended, cache = Attention(
-            config.n_heads, config.n_kv_heads, config.head_dim, self.dtype, gain, config.attention, name="attention"
+            config.n_heads, config.n_kv_heads, config.head_dim, gain, config.attention, name="attention"
         )(RMSNorm(config.norm_epsilon, self.dtype, name="attention_norm")(x), angles, positions, segment_ids, cache)
         x = constrain(x + attended, "batch", "length", "act_embed")
         hidden = RMSNorm(config.norm_epsilon, self.dtype, name="mlp_norm")(x)
-        x = x + GatedMLP(config.mlp_dim, self.dtype, gain, name="mlp")(hidden)
+        x = x + GatedMLP(config.mlp_dim, gain, name="mlp")(hidden)
         return constrain(x, "batch", "length", "act_embed"), cache
 
 

@@ -1,0 +1,97 @@
+"""Causal attention in plain XLA, block of queries by block of queries; the default on CPU.
+
+A block of queries reads only the keys up to its end, so nearly half of the square is never computed, and the
+backward pass recomputes a block's probabilities instead of keeping them (as in FlashAttention, arXiv 2205.14135), so
+memory grows with length x block. On two CPU cores this takes half the time of `jax.nn.dot_product_attention`
+(benchmarks/RESULTS.md).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_BLOCKS = 8
+MIN_BLOCK = 64
+
+
+@functools.partial(jax.custom_vjp)
+def blockwise_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Causal softmax attention within segments, scale 1 / sqrt(head_dim), softmax and sums in float32.
+
+    Args:
+      query: `[batch, length, heads, head_dim]`.
+      key, value: `[batch, length, kv_heads, head_dim]`; kv_heads divides heads.
+      segment_ids: int `[batch, length]`.
+
+    Returns:
+      `[batch, length, heads, head_dim]` in the dtype of `query`.
+    """
+    return _forward(query, key, value, segment_ids)[0]
+
+
+def _blocks(length: int) -> list[tuple[slice, slice]]:
+    """(queries, keys they may read) of each block; all of one size."""
+    fits = (n for n in range(min(MAX_BLOCKS, length // MIN_BLOCK), 1, -1) if length % n == 0)
+    size = length // next(fits, 1)
+    return [(slice(start, start + size), slice(0, start + size)) for start in range(0, length, size)]
+
+
+def _group(x: jax.Array, kv_heads: int) -> jax.Array:
+    """`[batch, length, heads, head_dim]` -> `[batch, length, kv_heads, heads / kv_heads, head_dim]`."""
+    batch, length, heads, head_dim = x.shape
+    return x.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+
+
+def _probabilities(query, key, query_segments, key_segments):
+    """Unnormalised probabilities float32 `[batch, kv_heads, group, queries, keys]` and their sums over keys.
+
+    The queries are the last of the positions of the keys.
+    """
+    scale = query.shape[-1] ** -0.5
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32) * scale
+    n_queries, n_keys = scores.shape[-2:]
+    causal = np.arange(n_keys) <= np.arange(n_keys - n_queries, n_keys)[:, None]
+    allowed = causal & (query_segments[:, :, None] == key_segments[:, None, :])
+    scores = jnp.where(allowed[:, None, None], scores, -1e30)  # every query may read itself
+    exponentials = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return exponentials, jnp.sum(exponentials, axis=-1)
+
+
+def _forward(query, key, value, segment_ids):
+    grouped, dtype, outputs = _group(query, key.shape[2]), query.dtype, []
+    for block, seen in _blocks(query.shape[1]):
+        p, total = _probabilities(grouped[:, block], key[:, seen], segment_ids[:, block], segment_ids[:, seen])
+        out = jnp.einsum("BKGTS,BSKH->BTKGH", p.astype(dtype), value[:, seen], preferred_element_type=jnp.float32)
+        outputs.append((out / jnp.moveaxis(total, -1, 1)[..., None]).astype(dtype))
+    output = jnp.concatenate(outputs, axis=1).reshape(query.shape)
+    return output, (query, key, value, segment_ids, output)
+
+
+def _backward(residuals, d_output):
+    query, key, value, segment_ids, output = residuals
+    kv_heads, dtype, scale = key.shape[2], query.dtype, query.shape[-1] ** -0.5
+    grouped, d_grouped = _group(query, kv_heads), _group(d_output, kv_heads)
+    # Row sums of probabilities times their cotangents, from the output alone: [batch, kv_heads, group, length].
+    delta = jnp.sum(d_grouped.astype(jnp.float32) * _group(output, kv_heads).astype(jnp.float32), axis=-1)
+    delta = jnp.moveaxis(delta, 1, -1)
+    d_queries = []
+    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    for block, seen in _blocks(query.shape[1]):
+        q, k, v, d_out = grouped[:, block], key[:, seen], value[:, seen], d_grouped[:, block]
+        p, total = _probabilities(q, k, segment_ids[:, block], segment_ids[:, seen])
+        p /= total[..., None]
+        dp = jnp.einsum("BTKGH,BSKH->BKGTS", d_out, v, preferred_element_type=jnp.float32)
+        ds = (p * (dp - delta[..., block, None]) * scale).astype(dtype)
+        d_queries.append(jnp.einsum("BKGTS,BSKH->BTKGH", ds, k, preferred_element_type=jnp.float32).astype(dtype))
+        # Without a preferred type: XLA's CPU backend cannot run these two on bfloat16 with float32 results.
+        d_key = d_key.at[:, seen].add(jnp.einsum("BKGTS,BTKGH->BSKH", ds, q))
+        d_value = d_value.at[:, seen].add(jnp.einsum("BKGTS,BTKGH->BSKH", p.astype(dtype), d_out))
+    d_query = jnp.concatenate(d_queries, axis=1).reshape(query.shape)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
+
+
+blockwise_attention.defvjp(_forward, _backward)
