@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore as ts
 from jax.sharding import Mesh
 
 from mlx_pretrain import partitioning
@@ -44,7 +45,7 @@ class HeldOut:
         self.languages = sorted(language for language, part in parts.items() if part.sequences)
         if not self.languages:
             raise InputError(f"{store.path}: split {split!r} is empty")
-        rows = [store.array(split, language)[:max_sequences].read().result() for language in self.languages]
+        rows = [_first_rows(store.array(split, language), max_sequences) for language in self.languages]
         self._bytes_per_token = np.array([parts[l].bytes / parts[l].tokens for l in self.languages])
         tokens = np.concatenate(rows).astype(np.int32)
         source = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
@@ -78,3 +79,8 @@ class HeldOut:
             **{f"loss/{l}": float(x) for l, x in zip(self.languages, loss)},
             **{f"bits_per_byte/{l}": float(x) for l, x in zip(self.languages, bits)},
         }
+
+
+def _first_rows(array: ts.TensorStore, n: int | None) -> np.ndarray:
+    """The first `n` rows, or all when there are fewer or `n` is None."""
+    return array[: len(array) if n is None else min(n, len(array))].read().result()

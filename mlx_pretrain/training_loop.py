@@ -63,7 +63,10 @@ class TrainingLoop:
         self._optimizer = config.optimizer(config.learning_rate)
 
     def run(self) -> dict[str, float]:
-        """Trains from the last checkpoint, or from the start, to the last step; returns the last evaluation.
+        """Trains from the last checkpoint, or from the start, to the last step.
+
+        Returns:
+          The evaluation after the last step (see `HeldOut`); empty when all steps were done before.
 
         Raises:
           InputError: a non-finite loss with on_non_finite="stop"; a run folder that belongs to another model.
@@ -75,7 +78,12 @@ class TrainingLoop:
             # Small models compile in seconds too, and are restarted often.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         with partitioning.use(self._mesh), contextlib.ExitStack() as stack:
-            self._set_up(stack)
+            self._restore(stack)
+            if self._step >= config.steps:
+                print(f"{self._run_dir}: nothing left to do, {self._step} steps are done")
+                return {}
+            self._open(stack)
+            self._compile()
             if self._step == 0:
                 self._evaluate()
             while self._step < config.steps:
@@ -89,38 +97,40 @@ class TrainingLoop:
                     self._save()
                 if self._stop.requested and not last:
                     self._leave()
-            if not self._evaluation:
-                self._evaluate()
             self._saver.wait()
             self._meter.say(f"done: {self._step} steps, {self._meter.wall_seconds():.0f} s in this process")
             return self._evaluation
 
-    def _set_up(self, stack: contextlib.ExitStack) -> None:
-        """Restores or makes the state, opens the writers, compiles the step."""
-        config, store = self._config, self._store
+    def _restore(self, stack: contextlib.ExitStack) -> None:
+        """The state of the last checkpoint, or a fresh one; the run folder exists from here on."""
+        config = self._config
+        # Read first: the run folder is not touched when held-out data are damaged.
         self._held_out = HeldOut(
-            store,
+            self._store,
             config.model,
             self._mesh,
             batch_size=config.eval_batch_size,
             max_sequences=config.eval_sequences,
             chunk_tokens=config.chunk_tokens,
         )
-        abstract = abstract_state(config.model, self._optimizer, self._mesh)
-        checkpoints.save_model(self._run_dir, config.model, store.path / TOKENIZER)
+        self._abstract = abstract_state(config.model, self._optimizer, self._mesh)
+        checkpoints.save_model(self._run_dir, config.model, self._store.path / TOKENIZER)
         self._saver = stack.enter_context(contextlib.closing(Checkpoints(self._run_dir)))
-        self._state, progress = self._saver.restore(abstract) or (
-            initial_state(config.model, self._optimizer, config.seed, abstract),
+        self._state, self._progress = self._saver.restore(self._abstract) or (
+            initial_state(config.model, self._optimizer, config.seed, self._abstract),
             Progress(sequences=0, tokens={}),
         )
         self._step = self._first_step = int(self._state.step)
-        self._first_sequence = progress.sequences
-        self._tokens = collections.Counter(progress.tokens)
+        self._tokens = collections.Counter(self._progress.tokens)
         self._evaluation: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """Batches from where the state stands, and everything that writes or listens."""
+        config, length = self._config, self._store.manifest.sequence_length
         self._source = loader.BatchSource(
-            store, self._rates, config.batch_size, config.seed, progress.sequences, self._rows
+            self._store, self._rates, config.batch_size, config.seed, self._progress.sequences, self._rows
         )
         self._batches = loader.batches(self._source)
         write_json(self._run_dir / "run.json", self._description())
@@ -128,7 +138,6 @@ class TrainingLoop:
         self._writer = stack.enter_context(contextlib.closing(MetricWriter(self._run_dir, self._step)))
         self._stop = stack.enter_context(StopRequest())
         self._profiler = stack.enter_context(Profiler(self._run_dir / "profile", config.profile_at))
-        length = store.manifest.sequence_length
         self._meter = stack.enter_context(
             Meter(
                 self._step,
@@ -140,17 +149,21 @@ class TrainingLoop:
         )
         if self._step:
             self._meter.say(f"resumed after step {self._step} of {config.steps}")
+
+    def _compile(self) -> None:
+        config = self._config
+        step = make_train_step(
+            config.model,
+            self._optimizer,
+            config.learning_rate,
+            microbatches=config.microbatches,
+            z_coefficient=config.z_coefficient,
+            chunk_tokens=config.chunk_tokens,
+        )
+        shape = (config.batch_size, self._store.manifest.sequence_length)
+        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._sharding)
         with self._meter.timed("compile"):
-            tokens = jax.ShapeDtypeStruct((config.batch_size, length), np.int32, sharding=self._sharding)
-            step = make_train_step(
-                config.model,
-                self._optimizer,
-                config.learning_rate,
-                microbatches=config.microbatches,
-                z_coefficient=config.z_coefficient,
-                chunk_tokens=config.chunk_tokens,
-            )
-            self._train = jax.jit(step, donate_argnums=0).lower(abstract, tokens).compile()
+            self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, tokens).compile()
 
     def _train_step(self) -> None:
         config = self._config
@@ -216,7 +229,7 @@ class TrainingLoop:
         """Saves the state; a non-finite one never gets here, for the steps in flight are checked first."""
         self._settle(leave=0)
         with self._meter.timed("checkpoint"):
-            sequences = self._first_sequence + (self._step - self._first_step) * self._config.batch_size
+            sequences = self._progress.sequences + (self._step - self._first_step) * self._config.batch_size
             fresh = self._evaluation if self._evaluated_at == self._step else {}
             metrics = {f"eval/{name}": value for name, value in fresh.items()}
             self._saver.save(self._step, self._state, Progress(sequences, dict(self._tokens)), metrics)

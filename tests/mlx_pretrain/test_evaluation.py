@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,8 +17,6 @@ from mlx_pretrain.models.decoder import Decoder, output_kernel
 @pytest.mark.parametrize("mesh_shape, batch_size", [((1, 1, 1), 4), ((4, 2, 1), 16)])
 def test_bits_per_byte_are_exact(store_dir, tiny_config, tiny_params, mesh_shape, batch_size):
     store = TokenStore(store_dir)
-    import jax
-
     mesh = partitioning.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
     with partitioning.use(mesh):
         result = HeldOut(store, tiny_config, mesh, batch_size=batch_size)(tiny_params)
@@ -35,3 +34,17 @@ def test_bits_per_byte_are_exact(store_dir, tiny_config, tiny_params, mesh_shape
     tokens = sum(store.part("heldout", language).tokens for language in nll)
     assert result["loss"] == pytest.approx(sum(nll.values()) / tokens, rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(np.mean([result[f"bits_per_byte/{l}"] for l in nll]), rel=1e-6)
+
+
+def test_fewer_sequences_are_the_first_ones(store_dir, tiny_config, tiny_params):
+    store = TokenStore(store_dir)
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with partitioning.use(mesh):
+        three = HeldOut(store, tiny_config, mesh, batch_size=4, max_sequences=3)(tiny_params)
+        many = HeldOut(store, tiny_config, mesh, batch_size=4, max_sequences=99)(tiny_params)
+        whole = HeldOut(store, tiny_config, mesh, batch_size=4)(tiny_params)
+    batch = decoder_batch(jnp.asarray(store.read("heldout", "aa")[:3], jnp.int32))
+    hidden, _ = Decoder(tiny_config).apply({"params": tiny_params}, batch.inputs, batch.positions, batch.segment_ids)
+    nll = losses.token_nll(hidden, output_kernel(tiny_params), batch.targets)
+    assert three["loss/aa"] == pytest.approx(float((nll * batch.weights).sum() / batch.weights.sum()), rel=1e-5)
+    assert many == whole
