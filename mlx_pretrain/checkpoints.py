@@ -8,7 +8,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
@@ -95,28 +95,42 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, Progress] | None:
         """The latest checkpoint that can be read, laid out as `abstract`; None when there is none at all.
 
+        Later ones, which cannot be read, are moved to RUN/damaged_checkpoints, so that their steps can be saved again.
+
         Raises:
           InputError: there are checkpoints, but none can be read.
         """
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
                 restored = self._manager.restore(
                     step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-                    ),
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
                 )
-                return restored.state, Progress(**restored.meta)
             # Orbax and TensorStore raise bare exceptions of many types for damaged files.
             except Exception as error:
                 cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 _log.warning("%s: checkpoint %d cannot be restored (%s)", self._manager.directory, step, cause[:300])
+                damaged.append(step)
+                continue
+            self._move_aside(damaged)
+            return restored.state, Progress(**restored.meta)
         if steps:
             raise InputError(
                 f"{self._manager.directory}: none of the checkpoints {steps} can be read into this model and optimizer"
             )
         return None
+
+    def _move_aside(self, steps: Sequence[int]) -> None:
+        directory = epath.Path(self._manager.directory)
+        aside = directory.parent / "damaged_checkpoints"
+        for step in steps:
+            aside.mkdir(parents=True, exist_ok=True)
+            if (aside / str(step)).exists():
+                (aside / str(step)).rmtree()
+            (directory / str(step)).rename(aside / str(step))
+        if steps:
+            self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until saves under way are complete."""

@@ -83,4 +83,4 @@ class HeldOut:
 
 def _first_rows(array: ts.TensorStore, n: int | None) -> np.ndarray:
     """The first `n` rows, or all when there are fewer or `n` is None."""
-    return array[: len(array) if n is None else min(n, len(array))].read().result()
+    return array[: array.shape[0] if n is None else min(n, array.shape[0])].read().result()

@@ -2,8 +2,8 @@
 
 import os
 
-# Before jax is imported anywhere.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Before jax is imported anywhere. Without LLVM's optimisations, programs that run once compile in half the time.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -67,6 +67,10 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, tiny_config, state, caplog)
     assert progress.sequences == 16
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert "checkpoint 2 cannot be restored" in caplog.text
+    saver.save(2, state, Progress(32, {}), {})  # the step is free again
+    saver.wait()
+    assert saver.steps() == [1, 2] and (tmp_path / "damaged_checkpoints" / "2").exists()
+    assert saver.restore(abstract)[1].sequences == 32
     with pytest.raises(InputError, match="none of the checkpoints"):
         other = optimizers.adamw(optimizers.constant(1.0), clip_norm=None)
         wider = dataclasses.replace(tiny_config, mlp_dim=64)
