@@ -31,19 +31,24 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 @functools.cache
-def measured_matmul_flops(dtype: str, size: int = 2048, repeats: int = 3) -> float:
-    """FLOP/s of the best of a few square matrix products on this host's CPU, all its cores together."""
-    device = jax.local_devices(backend="cpu")[0]
-    with jax.default_device(device):
-        x = jnp.ones((size, size), dtype)
-        product = jax.jit(lambda a, b: a @ b)
-        product(x, x).block_until_ready()
-        best = float("inf")
-        for _ in range(repeats):
-            start = time.perf_counter()
+def measured_matmul_flops(dtype: str, seconds: float = 0.2) -> float:
+    """FLOP/s of the best square matrix product on this host's CPU, all its cores together.
+
+    The best of many repetitions over several sizes, `seconds` each: small matrices stay in a core's cache, large ones
+    occupy many cores, and short ones find quiet moments of a busy machine. Sums are float32 whatever the operands:
+    XLA's CPU backend has native bfloat16 kernels only for that (up to jax 0.10), and the model asks for the same.
+    """
+    best = 0.0
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+        for size in (512, 1024, 2048):
+            x = jnp.ones((size, size), dtype)
             product(x, x).block_until_ready()
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / jax.local_device_count("cpu")
+            stop = time.perf_counter() + seconds
+            while (start := time.perf_counter()) < stop:
+                product(x, x).block_until_ready()
+                best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best / jax.local_device_count("cpu")
 
 
 def describe_devices() -> str:

@@ -105,6 +105,8 @@ def _sums(plan: _Plan, nll, log_partition, weights) -> tuple[jax.Array, LossSums
 def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     """Per token nll and log-partition, and, if wanted, the total's gradients; on a mesh, over all devices."""
     local = functools.partial(_local, plan, gradients)
+    # Before shard_map gathers it, so that half the bytes travel.
+    kernel = kernel.astype(hidden.dtype)
     if plan.vocab_axis is None:
         return local(hidden, kernel, targets, weights)
     tokens, vocab = P(BATCH_AXES), P(None, plan.vocab_axis)
@@ -129,13 +131,12 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     def join(x):
         return x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:])
 
-    kernel_low = kernel.astype(dtype)
     offset = 0 if axis is None else jax.lax.axis_index(axis) * kernel.shape[1]
     total = (lambda x: x) if axis is None else functools.partial(jax.lax.psum, axis_name=axis)
 
     def chunk(d_kernel, inputs):
         h, target, weight = inputs
-        scores = jnp.einsum("BTD,DV->BTV", h, kernel_low, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("BTD,DV->BTV", h, kernel, preferred_element_type=jnp.float32)
         peak = jnp.max(scores, axis=-1)
         peak = peak if axis is None else jax.lax.pmax(peak, axis)
         exponentials = jnp.exp(scores - peak[..., None])
@@ -147,7 +148,7 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
             return d_kernel, (nll, log_partition, None)
         slope = weight * (1 + 2 * plan.z_coefficient * log_partition) / partition
         d_scores = (exponentials * slope[..., None] - jnp.where(here, weight[..., None], 0.0)).astype(dtype)
-        d_h = jnp.einsum("BTV,DV->BTD", d_scores, kernel_low, preferred_element_type=jnp.float32)
+        d_h = jnp.einsum("BTV,DV->BTD", d_scores, kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("BTD,BTV->DV", h, d_scores, preferred_element_type=jnp.float32)
         return d_kernel, (nll, log_partition, total(d_h).astype(dtype))
 
@@ -158,7 +159,8 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     if not gradients:
         return nll, log_partition, None, None
     if axis is not None:
-        d_kernel = jax.lax.psum_scatter(jax.lax.psum(d_kernel, "data"), "fsdp", scatter_dimension=0, tiled=True)
+        # Scattered first: `data` may be a slow network between slices.
+        d_kernel = jax.lax.psum(jax.lax.psum_scatter(d_kernel, "fsdp", scatter_dimension=0, tiled=True), "data")
     return nll, log_partition, join(d_hidden), d_kernel
 
 

@@ -21,7 +21,10 @@ class MetricWriter:
     """Appends scalars of a run; used by one process of a job."""
 
     def __init__(self, run_dir: epath.PathLike, step: int):
-        """Opens the files of a run that goes on after `step`; lines of later steps, from before a crash, go."""
+        """Opens the files of a run that goes on after `step` (-1: from the start); lines of later steps are removed.
+
+        Those are from before a crash, and will be written again.
+        """
         path = epath.Path(run_dir) / METRICS
         if path.exists():
             kept = [json.dumps(record) + "\n" for _, record in read_jsonl(path) if record["step"] <= step]

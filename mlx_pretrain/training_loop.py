@@ -135,7 +135,7 @@ class TrainingLoop:
         self._batches = loader.batches(self._source)
         write_json(self._run_dir / "run.json", self._description())
         configuration.save_effective(self._run_dir / "config.gin")
-        self._writer = stack.enter_context(contextlib.closing(MetricWriter(self._run_dir, self._step)))
+        self._writer = stack.enter_context(contextlib.closing(MetricWriter(self._run_dir, self._step or -1)))
         self._stop = stack.enter_context(StopRequest())
         self._profiler = stack.enter_context(Profiler(self._run_dir / "profile", config.profile_at))
         self._meter = stack.enter_context(

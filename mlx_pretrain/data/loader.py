@@ -14,6 +14,7 @@ import gin
 import grain
 import jax
 import numpy as np
+import tensorstore as ts
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
@@ -22,6 +23,8 @@ from mlx_pretrain.data.store import TokenStore, used_languages
 from mlx_pretrain.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+_MAX_CACHED_INDEX_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +67,13 @@ class BatchSource:
           InputError: a language is missing, empty, or its data are damaged.
         """
         self.languages = used_languages(store, split, rates)
-        self._arrays = [store.array(split, language) for language in self.languages]
-        self._sizes = np.array([array.shape[0] for array in self._arrays])
+        arrays = [store.array(split, language) for language in self.languages]
+        self._sizes = np.array([array.shape[0] for array in arrays])
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._tokens = _joined(arrays)
         self._order = MixtureOrder([rates[language] for language in self.languages])
         self._batch_size, self._seed, self._first = batch_size, seed, first_sequence
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._length = store.manifest.sequence_length
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
@@ -86,14 +90,8 @@ class BatchSource:
           source: int32 `[rows]`, index into `languages`.
         """
         source, row, _ = self._locate(batch, self._rows)
-        tokens = np.empty((len(source), self._length), np.int32)
-        reads = []
-        for i in np.unique(source):
-            chosen = np.flatnonzero(source == i)
-            reads.append((chosen, self._arrays[i][row[chosen]].read()))
-        for chosen, read in reads:
-            tokens[chosen] = read.result()
-        return {"tokens": tokens, "source": source.astype(np.int32)}
+        tokens = self._tokens[self._starts[source] + row].read().result()
+        return {"tokens": tokens.astype(np.int32), "source": source.astype(np.int32)}
 
     def positions(self, batch: int) -> list[Position]:
         """Where every row of the global batch comes from, for error reports."""
@@ -114,6 +112,21 @@ class BatchSource:
             for s, e, p in zip(source, epoch, place)
         ]
         return source, np.array(row, np.int64), epoch
+
+
+def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:
+    """The rows of all languages one after the other, `[rows of all, length]`, with the shards' indices held in memory.
+
+    A shard's index (16 bytes a row) is read and its checksum computed for every batch that touches the shard, unless
+    it is cached; that and one read per language were most of the loader's time.
+    """
+    rows = sum(array.shape[0] for array in arrays)
+    # The rows read pass through the same cache, hence some more; a complete store never changes, so nothing is checked
+    # again.
+    limit = min(20 * rows, _MAX_CACHED_INDEX_BYTES) + (16 << 20)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
+    opened = [ts.open(array.spec(), context=context, read=True, recheck_cached="open") for array in arrays]
+    return ts.concat([array.result() for array in opened], axis=0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mlx_pretrain.models.blockwise_attention import blockwise_attention
 from mlx_pretrain.models.layers import matrix, project, rotate
@@ -107,6 +108,7 @@ class Attention(nn.Module):
         q = constrain(q, "batch", "length", "act_heads", None)
         k = constrain(k, "batch", "length", "act_kv_heads", None)
         v = constrain(v, "batch", "length", "act_kv_heads", None)
+        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         mask = None
         if cache is not None:
             cache = write_cache(cache, k, v, positions)
@@ -115,4 +117,5 @@ class Attention(nn.Module):
         attended = dot_product_attention(
             q, k, v, segment_ids=segment_ids, mask=mask, implementation=self.implementation
         )
+        attended = checkpoint_name(attended, "attended")
         return project("BTNH,NHD->BTD", attended, out), cache

@@ -1,5 +1,7 @@
 """SeqIO path: the store's rows, the rates' shares, a position that can be saved. Also the TFDS builder below it."""
 
+import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -185,3 +187,20 @@ def test_datasets_are_kept_unless_the_files_changed(tmp_path, capsys, write_corp
         document.text for document in other.documents("train", "en")]
     with pytest.raises(InputError, match="no text_corpora datasets here"):
         corpora.tfds_sources(tmp_path)
+
+
+def test_the_page_on_training_without_an_export_works(corpus_folder, tokenizer_path, rates_path, capsys):
+    """docs/on_the_fly.md, with this test's corpus in the place of the sample."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "on_the_fly.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    places = {"samples/text": corpus_folder, "runs/sample/tokenizer.model": tokenizer_path,
+              "runs/sample/rates.json": rates_path}
+    for place, ours in places.items():
+        assert place in code
+        code = code.replace(place, str(ours))
+    exec(compile(code, "on_the_fly.md", "exec"), {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    assert [int(step) for step, _, _ in printed] == list(range(1, 21))
+    assert float(printed[-1][2]) < float(printed[0][2]) - 1
+    order = MixtureOrder(list(RATES.values()))(0, 20 * 8)[0][::8]
+    assert [language for _, language, _ in printed] == [list(RATES)[i] for i in order]
