@@ -49,7 +49,8 @@ def main() -> int:
     started = time.monotonic()
     for number, (title, command) in enumerate(STAGES, 1):
         if arguments.steps and command[0] == "mlx_pretrain.train":
-            command = [*command, f"--gin.STEPS={arguments.steps}"]
+            warmup = f"--gin.warmup_cosine.warmup_steps={arguments.steps // 10}"
+            command = [*command, f"--gin.STEPS={arguments.steps}", warmup]
         elapsed = time.monotonic() - started
         print(f"\n[{number}/{len(STAGES)}] {title}  ({elapsed:.0f} s)\n  python -m {' '.join(command)}", flush=True)
         code = run_stage(command)
