@@ -102,6 +102,7 @@ def errors_as_one_line() -> Iterator[None]:
 def run(main: Callable[[], object], module: str) -> None:
     """Runs a gin-configured `main` as the command `python -m module`."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
         print(_USAGE.format(module=module), (main.__doc__ or "").strip(), sep="\n\n")
         return

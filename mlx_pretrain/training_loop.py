@@ -147,8 +147,11 @@ class TrainingLoop:
                 peak_flops=self._peak_flops(),
             )
         )
-        if self._step:
-            self._meter.say(f"resumed after step {self._step} of {config.steps}")
+        self._meter.say(
+            f"{config.model.parameters() / 1e6:,.1f}M parameters on {hardware.describe_devices()}, {len(self._rates)} "
+            f"languages, {config.batch_size} x {length} tokens a step, {config.steps} steps"
+            + (f"; resumed after step {self._step} of {config.steps}" if self._step else "")
+        )
 
     def _compile(self) -> None:
         config = self._config
