@@ -43,7 +43,7 @@ def write_store(folder: pathlib.Path, length: int, tokens: int) -> store.TokenSt
 
 
 def read(source: loader.BatchSource, threads: int, seconds: float, batch_tokens: int) -> tuple[float, np.ndarray]:
-    """Tokens per second over `seconds`, and the sequences of each language after every batch: `[batches, languages]`."""
+    """Tokens per second over `seconds`, and each language's sequences after every batch: `[batches, languages]`."""
     iterator = loader.batches(source, threads=threads)
     counts = []
     for _ in range(8):  # what was read ahead before the clock starts
@@ -69,7 +69,7 @@ def main() -> None:
 
     speeds: dict[int, list[float]] = {length: [] for length in LENGTHS}
     error = 0.0
-    print(f"{'length':>6} {'round':>5} {'batch':>6} {'M tokens/s':>11} {'sequences':>10} {'share error':>12} {'load':>6}")
+    print("length  round  batch  M tokens/s  sequences  share error   load")
     with tempfile.TemporaryDirectory() as folder:
         stores = {length: write_store(pathlib.Path(folder) / str(length), length, tokens) for length in LENGTHS}
         for number in range(1, rounds + 1):
@@ -81,8 +81,8 @@ def main() -> None:
                 worst = float(np.abs(counts - asked).max())
                 error = max(error, worst)
                 speeds[length].append(speed)
-                print(f"{length:>6} {number:>5} {batch_size:>6} {speed / 1e6:>11.1f} {counts[-1].sum():>10,} "
-                      f"{worst:>12.2f} {os.getloadavg()[0]:>6.1f}", flush=True)  # fmt: skip
+                print(f"{length:>6} {number:>6} {batch_size:>6} {speed / 1e6:>11.1f} {counts[-1].sum():>10,} "
+                      f"{worst:>12.2f} {os.getloadavg()[0]:>6.1f}", flush=True)
     print(json.dumps({
         "tokens_per_s": round(max(speeds[512])),
         "tokens_per_s_4096": round(max(speeds[4096])),
@@ -91,7 +91,7 @@ def main() -> None:
         "batch_tokens": arguments.batch_tokens,
         "languages": len(LANGUAGES),
         "cores": os.cpu_count(),
-    }))  # fmt: skip
+    }))
 
 
 if __name__ == "__main__":

@@ -61,14 +61,14 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[st
     Raises:
       InputError: a file is missing, or a name or value in it is wrong; the message names file and cause.
     """
-    for path in (*search, "", REPOSITORY):
+    for path in (*search, REPOSITORY):  # the current folder comes first of itself
         gin.add_config_file_search_path(path)
     for file in files:
         if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", REPOSITORY)):
             raise InputError(f"{file}: no such gin file")
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
-    except (ValueError, SyntaxError, AttributeError, TypeError, NameError, OSError, ImportError) as error:
+    except (ValueError, SyntaxError, AttributeError, TypeError, LookupError, NameError, OSError, ImportError) as error:
         # gin's own message ends with the file and line; its first line states the cause.
         place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
         where = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
@@ -102,6 +102,8 @@ def errors_as_one_line() -> Iterator[None]:
 def run(main: Callable[[], object], module: str) -> None:
     """Runs a gin-configured `main` as the command `python -m module`."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # gin says so of every place where it looks for a file, and then finds it in the next.
+    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Path not found: "))
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
         print(_USAGE.format(module=module), (main.__doc__ or "").strip(), sep="\n\n")
@@ -112,7 +114,8 @@ def run(main: Callable[[], object], module: str) -> None:
         parse_gin(*parse_flags(sys.argv[1:]))
         try:
             main()
-        except RuntimeError as error:
-            if "Required bindings" not in str(error):
+        except (RuntimeError, TypeError) as error:
+            # gin's words for a parameter that has no value.
+            if not any(words in str(error) for words in ("Required bindings", "No values supplied by Gin")):
                 raise
             raise InputError(_first_line(error)) from None

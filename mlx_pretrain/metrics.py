@@ -36,12 +36,16 @@ class MetricWriter:
         )
 
     def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of one kind ("train" or "eval"); non-finite ones become null in JSON, as JSON has no NaN."""
+        """Writes scalars of one kind ("train" or "eval").
+
+        Non-finite ones are null in metrics.jsonl, for JSON has no NaN, and left out of TensorBoard.
+        """
         clean = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **clean}) + "\n")
         self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in clean.items():
+            if value is not None:
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()

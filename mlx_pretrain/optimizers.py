@@ -19,7 +19,7 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fr
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, peak * final_fraction)
 
 
-@gin.configurable
+@gin.configurable("constant_schedule")  # gin has a "constant" of its own
 def constant(value: float) -> Schedule:
     """The same learning rate at every step."""
     return optax.constant_schedule(value)

@@ -67,14 +67,32 @@ class TrainConfig:
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "microbatches", "chunk_tokens", "log_every", "checkpoint_every"):
+        counts = ["steps", "batch_size", "microbatches", "chunk_tokens", "log_every", "checkpoint_every"]
+        counts += [name for name in ("eval_every", "eval_sequences", "profile_at") if getattr(self, name) is not None]
+        for name in (*counts, "eval_batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"train.{name} = {value!r}: must be a positive integer")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(f"train.seed = {self.seed!r}: must be a non-negative integer")
+        if not isinstance(self.model, DecoderConfig):
+            raise InputError(f"train.model = {self.model!r}: must be a model, e.g. @DecoderConfig()")
+        if not _is_schedule(self.learning_rate):
+            raise InputError(f"train.learning_rate = {self.learning_rate!r}: must be a schedule, e.g. @warmup_cosine()")
+        if not callable(self.optimizer):
+            raise InputError(f"train.optimizer = {self.optimizer!r}: must be an optimizer, e.g. @adamw")
         if self.batch_size % self.microbatches:
             raise InputError(f"train.microbatches = {self.microbatches} does not divide batch_size={self.batch_size}")
         if self.on_non_finite not in ("stop", "skip"):
             raise InputError(f"train.on_non_finite = {self.on_non_finite!r}: must be 'stop' or 'skip'")
+
+
+def _is_schedule(value: Any) -> bool:
+    try:
+        float(value(0))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def main() -> None:

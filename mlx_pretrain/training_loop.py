@@ -18,7 +18,7 @@ from mlx_pretrain import checkpoints, configuration, hardware, partitioning
 from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.data import loader
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore
+from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore, used_languages
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.files import write_json
@@ -44,6 +44,8 @@ class TrainingLoop:
         self._config = config
         self._store = TokenStore(config.token_store)
         self._rates = load_rates(config.rates, known=self._store.parts("train"))
+        for language in used_languages(self._store, "train", self._rates):
+            self._store.array("train", language)  # checks the files
         manifest = self._store.manifest
         if config.model.vocab_size < manifest.vocab_size:
             raise InputError(

@@ -1,0 +1,49 @@
+"""The benchmark scripts run from the command line and end with the JSON line that others read."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def last_line(script: str) -> dict:
+    """Runs benchmarks/`script` --quick on one CPU device; its last line's JSON."""
+    # Not the eight simulated devices of these tests.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_loader_delivers_the_shares_asked_for():
+    result = last_line("loader.py")
+    assert result["tokens_per_s"] > 0 and result["tokens_per_s_4096"] > 0
+    assert result["share_error_sequences"] < 3
+
+
+def test_train_step_alone_leaves_the_fields_of_the_peer_empty():
+    result = last_line("train_step.py")
+    ours = ("ours_tokens_per_s", "ours_first_step_s", "ours_cpu_s_per_step", "ours_peak_rss_gb", "peak_fraction")
+    assert all(result[name] > 0 for name in ours)
+    assert [result[name] for name in ("peer_tokens_per_s", "peer_first_step_s", "peer_cpu_s_per_step", "ratio")] == [
+        None
+    ] * 4
+    assert result["ours_losses"][-1] < result["ours_losses"][0]
+
+
+def test_variants_of_the_gpu_step_are_sorted_and_a_failing_one_stops_nothing():
+    result = last_line("train_gpu.py")
+    assert result["paper_tokens_per_s"] == 43_400
+    assert result["ratio"] is None  # a toy is not compared with the paper
+    speeds = [variant["tokens_per_s"] for variant in result["variants"] if variant["error"] is None]
+    assert len(speeds) == 2 and speeds == sorted(speeds, reverse=True)
+    assert (result["tokens_per_s"], result["variant"]) == (speeds[0], result["variants"][0]["variant"])
+    assert result["mfu"] == pytest.approx(result["variants"][0]["mfu"])
+    assert result["variants"][-1]["variant"] == "none-cudnn" and "cuDNN" in result["variants"][-1]["error"]

@@ -1,0 +1,138 @@
+"""Real commands in processes of their own, on the small token store, sharing one cache of compiled programs."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+DEADLINE = 180  # seconds; generous, for busy machines
+STEPS = 48
+
+TINY = """
+train.run_dir = 'run'
+train.model = @DecoderConfig()
+train.token_store = '{store}'
+train.rates = '{store}/rates.json'
+train.steps = {steps}
+train.batch_size = 8
+train.learning_rate = @warmup_cosine()
+train.optimizer = @adamw
+train.log_every = 1
+train.eval_every = 8
+train.checkpoint_every = 1000
+train.compilation_cache = '{cache}'
+
+warmup_cosine.peak = 1e-2
+warmup_cosine.total_steps = {steps}
+warmup_cosine.warmup_steps = 4
+
+DecoderConfig.vocab_size = 96
+DecoderConfig.embed_dim = 32
+DecoderConfig.n_layers = 2
+DecoderConfig.n_heads = 4
+DecoderConfig.n_kv_heads = 2
+DecoderConfig.head_dim = 8
+DecoderConfig.mlp_dim = 48
+DecoderConfig.max_length = 64
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A process that has ended; `code` is negative for a signal."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Process:
+    """A running command."""
+
+    def __init__(self, popen: subprocess.Popen):
+        self._popen = popen
+
+    def signal(self, number: int) -> None:
+        self._popen.send_signal(number)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Polls until `condition` holds while the process runs."""
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            if self._popen.poll() is not None:
+                raise AssertionError(f"ended before the condition held: {self.end()}")
+            assert time.monotonic() < deadline, "the condition never held"
+            time.sleep(0.002)
+
+    def end(self) -> Ended:
+        out, err = self._popen.communicate(timeout=DEADLINE)
+        return Ended(self._popen.returncode, out, err)
+
+
+@contextlib.contextmanager
+def started(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Iterator[Process]:
+    """`python -m module flags` in `folder`, with simulated CPU devices; killed at the end of the block if need be."""
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as popen:
+        try:
+            yield Process(popen)
+        finally:
+            popen.kill()
+
+
+def run(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Ended:
+    """Runs `python -m module flags` in `folder` to its end."""
+    with started(module, *flags, folder=folder, devices=devices) as process:
+        return process.end()
+
+
+def assert_refused(message: str, folder: pathlib.Path, *flags: str, devices: int = 1) -> None:
+    """Training is refused with one line, `message` (a regular expression), and `folder` is as it was before."""
+    before = sorted(folder.rglob("*"))
+    ended = run("mlx_pretrain.train", *flags, folder=folder, devices=devices)
+    assert ended.code == 1
+    assert re.fullmatch(f"error: {message}\n", ended.err), ended.err
+    assert sorted(folder.rglob("*")) == before
+
+
+def lines(run_dir: pathlib.Path, kind: str) -> list[dict]:
+    """Lines of one kind in metrics.jsonl, without one that is still being written."""
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in map(json.loads, (l for l in whole if l.endswith("\n"))) if line["kind"] == kind]
+
+
+def last_step(run_dir: pathlib.Path, since: float = 0.0) -> int:
+    """Of the training lines in metrics.jsonl written after `since` (Unix seconds); 0 when there is none."""
+    return max((line["step"] for line in lines(run_dir, "train") if line["time"] >= since), default=0)
+
+
+def saved_steps(run_dir: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints: Orbax renames a folder to its step when all is in it."""
+    folder = run_dir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+@pytest.fixture(scope="session")
+def tiny_gin(store_dir, tmp_path_factory) -> str:
+    """Gin file of a run of STEPS steps in the folder run/, relative to where it is started."""
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "tiny.gin"
+    path.write_text(TINY.format(store=store_dir, steps=STEPS, cache=folder / "cache"))
+    return f"--gin_file={path}"

@@ -1,0 +1,205 @@
+"""Training as a user starts it, stopped in every way there is: what a run computes never depends on what befell it."""
+
+import json
+import pathlib
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from mlx_pretrain import checkpoints, partitioning
+from mlx_pretrain.data.loader import BatchSource
+from mlx_pretrain.data.store import MANIFEST, TOKENIZER, TokenStore
+from mlx_pretrain.files import sha256
+from mlx_pretrain.train_state import abstract_params
+from tests.conftest import RATES
+from tests.e2e.conftest import STEPS, assert_refused, last_step, lines, run, saved_steps, started
+
+TRAIN = "mlx_pretrain.train"
+EXPLODING = ("--gin.train.learning_rate=@constant_schedule()", "--gin.constant_schedule.value=1e30")
+# What a run computes, and not how fast.
+COMPUTED = re.compile(r"step|loss(/.*)?|grad_norm|learning_rate|skipped|z_loss|bits_per_byte(/.*)?|tokens/.*")
+
+
+def computed(run_dir: pathlib.Path, kind: str) -> list[dict]:
+    return [{k: v for k, v in line.items() if COMPUTED.fullmatch(k)} for line in lines(run_dir, kind)]
+
+
+def final_params(run_dir: pathlib.Path):
+    config = checkpoints.load_model(run_dir)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    params, step = checkpoints.restore_params(run_dir, abstract_params(config, mesh))
+    assert step == STEPS
+    return params
+
+
+def assert_same_run(run_dir: pathlib.Path, reference: pathlib.Path) -> None:
+    assert computed(run_dir, "train") == computed(reference, "train")
+    assert computed(run_dir, "eval") == computed(reference, "eval")
+    jax.tree.map(np.testing.assert_array_equal, final_params(run_dir), final_params(reference))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_gin, tmp_path_factory) -> pathlib.Path:
+    """Folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = run(TRAIN, tiny_gin, folder=folder)
+    assert (ended.code, ended.err) == (0, "")
+    train = lines(folder / "run", "train")
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines(folder / "run", "eval")] == list(range(0, STEPS + 1, 8))
+    assert train[-1]["loss"] < train[0]["loss"] - 0.3  # it learns, so equal losses say something
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def terminated(tiny_gin, tmp_path_factory) -> pathlib.Path:
+    """Folder of a run that SIGTERM ended on its way."""
+    folder = tmp_path_factory.mktemp("terminated")
+    with started(TRAIN, tiny_gin, folder=folder) as process:
+        process.wait_for(lambda: last_step(folder / "run") >= 3)
+        process.signal(signal.SIGTERM)
+        ended = process.end()
+    assert (ended.code, ended.err) == (0, "")
+    [step] = saved_steps(folder / "run")
+    assert step == last_step(folder / "run") < STEPS
+    assert f"SIGTERM: saved after step {step} of {STEPS}; run again to go on" in ended.out
+    return folder / "run"
+
+
+def continued(run_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A copy of a stopped run, to go on with."""
+    return pathlib.Path(shutil.copytree(run_dir, folder / "run"))
+
+
+def writing(run_dir: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoints that are not complete."""
+    return list((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+
+def newest(run_dir: pathlib.Path) -> int:
+    return max(saved_steps(run_dir), default=0)
+
+
+def killed(folder: pathlib.Path, tiny_gin: str, checkpoint_every: int, moment: Callable[[int, int], bool]) -> None:
+    """Starts or resumes the run in `folder`, kills it when `moment(first step, last step)` of this process holds."""
+    run_dir, first, start = folder / "run", newest(folder / "run"), time.time()
+    with started(TRAIN, tiny_gin, f"--gin.train.checkpoint_every={checkpoint_every}", folder=folder) as process:
+        process.wait_for(lambda: moment(first, last_step(run_dir, start)))
+        process.signal(signal.SIGKILL)
+        ended = process.end()
+    assert ended.code == -signal.SIGKILL
+    assert (f"resumed after step {first} of" in ended.out) == (first > 0)
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(tiny_gin, reference, tmp_path):
+    """kill -9 before the first checkpoint, while one is written, at a random moment, between two; then to the end."""
+    run_dir = tmp_path / "run"
+    killed(tmp_path, tiny_gin, 1000, lambda _, last: last >= 3)
+    assert not saved_steps(run_dir)
+
+    killed(tmp_path, tiny_gin, 1, lambda _, last: last > newest(run_dir) >= 2 and writing(run_dir))
+    assert writing(run_dir) and saved_steps(run_dir)
+
+    delay, seen = random.Random(0).uniform(0, 0.25), []
+    killed(tmp_path, tiny_gin, 2, lambda first, last: (
+        last > first and seen.append(time.monotonic()) is None and seen[-1] >= seen[0] + delay
+    ))
+
+    killed(tmp_path, tiny_gin, 6, lambda first, last: (
+        newest(run_dir) > first and last >= newest(run_dir) + 3 and not writing(run_dir)
+    ))
+    saved = newest(run_dir)
+    assert saved < last_step(run_dir) < STEPS
+
+    ended = run(TRAIN, tiny_gin, folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "") and f"resumed after step {saved} of {STEPS}" in ended.out
+    assert not writing(run_dir)
+    assert_same_run(run_dir, reference)
+
+
+def test_ctrl_c_saves_too_and_two_stops_leave_no_trace(tiny_gin, reference, terminated, tmp_path):
+    run_dir = continued(terminated, tmp_path)
+    before = last_step(run_dir)
+    with started(TRAIN, tiny_gin, folder=tmp_path) as process:
+        process.wait_for(lambda: last_step(run_dir) > before)
+        process.signal(signal.SIGINT)
+        ended = process.end()
+    step = last_step(run_dir)
+    assert (ended.code, ended.err) == (130, "")
+    assert f"SIGINT: saved after step {step} of {STEPS}" in ended.out
+    assert before < step < STEPS and saved_steps(run_dir) == [before, step]
+    assert run(TRAIN, tiny_gin, folder=tmp_path).code == 0
+    assert_same_run(run_dir, reference)
+
+
+def test_goes_on_with_the_same_losses_on_another_mesh(tiny_gin, reference, terminated, tmp_path):
+    run_dir = continued(terminated, tmp_path)
+    mesh = ("--gin.make_mesh.fsdp=2", "--gin.make_mesh.tensor=2", "--gin.train.microbatches=2")
+    ended = run(TRAIN, tiny_gin, *mesh, folder=tmp_path, devices=8)
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads((run_dir / "run.json").read_text())["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    for kind in ("train", "eval"):
+        found, wanted = computed(run_dir, kind), computed(reference, kind)
+        assert [line["step"] for line in found] == [line["step"] for line in wanted]
+        for here, there in zip(found, wanted):
+            assert here == pytest.approx(there, rel=1e-5, abs=1e-9)
+
+
+def test_non_finite_loss_stops_the_run_and_names_the_rows(tiny_gin, store_dir, terminated, tmp_path):
+    run_dir = continued(terminated, tmp_path)
+    [saved] = saved_steps(run_dir)
+    ended = run(TRAIN, tiny_gin, *EXPLODING, folder=tmp_path)
+    assert ended.code == 1
+    provenance = sorted(run_dir.glob("non_finite_step_*.json"))
+    assert len(provenance) == 1 and ended.err.count("\n") == 1
+    content = json.loads(provenance[0].read_text())
+    assert content["step"] > saved + 1 and "nan" in (content["loss"], content["grad_norm"])
+    assert ended.err.startswith(
+        f"error: run/{provenance[0].name}: loss {content['loss']}, gradient norm {content['grad_norm']} "
+        f"at step {content['step']}; the file lists the batch's rows"
+    )
+    positions = BatchSource(TokenStore(store_dir), RATES, 8, seed=0).positions(content["step"] - 1)
+    assert content["batch"] == [vars(position) for position in positions]
+    assert saved_steps(run_dir) == [saved]
+    assert last_step(run_dir) == content["step"] - 1
+
+
+def test_non_finite_updates_are_skipped_and_counted(tiny_gin, terminated, tmp_path):
+    run_dir = continued(terminated, tmp_path)
+    [saved] = saved_steps(run_dir)
+    ended = run(TRAIN, tiny_gin, *EXPLODING, "--gin.train.on_non_finite=skip", folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    train = lines(run_dir, "train")
+    assert train[-1]["step"] == STEPS
+    skipped = [None in (line["loss"], line["grad_norm"]) for line in train]
+    assert 0 < sum(skipped) < STEPS - saved
+    np.testing.assert_array_equal([line["skipped"] for line in train], np.cumsum(skipped))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_params(run_dir)))
+
+
+def test_another_vocabulary_is_refused(tiny_gin, store_dir, terminated, tmp_path):
+    continued(terminated, tmp_path)
+    store = shutil.copytree(store_dir, tmp_path / "store")
+    (store / TOKENIZER).write_bytes(b"stands for another")
+    manifest = json.loads((store / MANIFEST).read_text())
+    (store / MANIFEST).write_text(json.dumps(manifest | {"tokenizer_sha256": sha256(store / TOKENIZER)}))
+    message = "run/model.json: this run was trained with another vocabulary .*; use its token store or a new run folder"
+    assert_refused(message, tmp_path, tiny_gin, "--gin.train.token_store=store")
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_gin, reference):
+    content = lambda: {  # noqa: E731
+        str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(reference.rglob("*"))
+        if path.is_file()
+    }
+    before = content()
+    ended = run(TRAIN, tiny_gin, folder=reference.parent)
+    assert (ended.code, ended.err) == (0, "") and "nothing left to do" in ended.out
+    assert content() == before
