@@ -141,7 +141,7 @@ def test_ctrl_c_saves_too_and_two_stops_leave_no_trace(tiny_gin, reference, term
 
 def test_goes_on_with_the_same_losses_on_another_mesh(tiny_gin, reference, terminated, tmp_path):
     run_dir = continued(terminated, tmp_path)
-    mesh = ("--gin.make_mesh.fsdp=2", "--gin.make_mesh.tensor=2", "--gin.train.microbatches=2")
+    mesh = ("--gin.make_mesh.fsdp=2", "--gin.make_mesh.tensor=2")
     ended = run(TRAIN, tiny_gin, *mesh, folder=tmp_path, devices=8)
     assert (ended.code, ended.err) == (0, "")
     assert json.loads((run_dir / "run.json").read_text())["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
