@@ -1,15 +1,20 @@
 """The decoder against an independent forward pass in NumPy, and its invariances."""
 
 import dataclasses
+import pathlib
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlx_pretrain import configuration
 from mlx_pretrain.data.batches import decoder_batch
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, logits
+
+MODELS = pathlib.Path(configuration.REPOSITORY) / "gin" / "models"
 
 
 def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
@@ -131,17 +136,23 @@ def test_parameter_count_is_that_of_the_tree(tiny_config, tiny_params):
     assert tiny_config.parameters() == sum(x.size for x in jax.tree.leaves(tiny_params))
 
 
+def read_model(name: str) -> DecoderConfig:
+    configuration.parse_gin([f"gin/models/{name}.gin"], [])
+    try:
+        return DecoderConfig()
+    finally:
+        gin.clear_config()
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.gin")), ids=lambda path: path.stem)
+def test_model_files_state_their_size(path):
+    config = read_model(path.stem)
+    assert f"# Parameters: {config.parameters():,}\n" in path.read_text()
+
+
 def test_paper_configuration_has_its_size():
     """MuBench, table 10: 24 layers, hidden 2048, 16 heads, FFN 5504, 250k vocabulary: 1.2B besides embeddings."""
-    from mlx_pretrain import configuration, train  # noqa: F401  registers the names in the gin file
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(configuration.REPOSITORY)
-        configuration.parse_gin(["gin/models/base_1p2b.gin"], [])
-    config = DecoderConfig()
-    import gin
-
-    gin.clear_config()
+    config = read_model("base_1p2b")
     assert (config.n_layers, config.embed_dim, config.n_heads, config.mlp_dim) == (24, 2048, 16, 5504)
     assert (config.vocab_size, config.max_length, config.norm_epsilon) == (250_000, 4096, 1e-5)
     body = config.parameters() - 2 * config.vocab_size * config.embed_dim
