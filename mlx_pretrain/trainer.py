@@ -8,19 +8,25 @@ import jax.numpy as jnp
 import optax
 
 from mlx_pretrain import losses, partitioning
-from mlx_pretrain.data.batches import decoder_batch
+from mlx_pretrain.data.batches import DecoderBatch, decoder_batch
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, output_kernel
 from mlx_pretrain.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
+def _hidden(config: DecoderConfig, params: Any, tokens: jax.Array) -> tuple[jax.Array, DecoderBatch]:
+    """Final hidden states `[batch, length, embed]` of packed sequences `[batch, length]`, and how they were split."""
+    batch = decoder_batch(tokens)
+    hidden, _ = Decoder(config).apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
+    return hidden, batch
+
+
 def batch_loss(
     config: DecoderConfig, params: Any, tokens: jax.Array, z_coefficient: float, chunk_tokens: int
 ) -> tuple[jax.Array, losses.LossSums]:
     """Summed loss of packed sequences `[batch, length]`: (scalar to differentiate, its parts)."""
-    batch = decoder_batch(tokens)
-    hidden, _ = Decoder(config).apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
+    hidden, batch = _hidden(config, params, tokens)
     return losses.cross_entropy(
         hidden,
         output_kernel(params),
@@ -100,8 +106,7 @@ def make_eval_step(
     """Builds `step(params, tokens [batch, length], source [batch]) -> (nll, tokens)`, float32 `[n_sources]` sums."""
 
     def step(params: Any, tokens: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batch = decoder_batch(tokens)
-        hidden, _ = Decoder(config).apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
+        hidden, batch = _hidden(config, params, tokens)
         nll = losses.token_nll(hidden, output_kernel(params), batch.targets, chunk_tokens) * batch.weights
         by_source = jax.nn.one_hot(source, n_sources, dtype=jnp.float32)
         return nll.sum(axis=1) @ by_source, batch.weights.sum(axis=1) @ by_source

@@ -61,6 +61,7 @@ class TrainingLoop:
         self._mesh = partitioning.make_mesh()
         self._sharding = partitioning.batch_sharding(self._mesh)
         self._rows = loader.local_rows(self._sharding, config.batch_size)
+        # A slice of the batch has to divide over the mesh too.
         loader.local_rows(self._sharding, config.batch_size // config.microbatches)
         self._optimizer = config.optimizer(config.learning_rate)
 
