@@ -1,6 +1,7 @@
 """Held-out loss and bits per byte of every language, with the compiled step the trainer and others share."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ class HeldOut:
         batch_size: int = 16,
         max_sequences: int | None = None,
         chunk_tokens: int = 1024,
+        languages: Collection[str] | None = None,
     ):
         """Reads the rows.
 
@@ -38,14 +40,16 @@ class HeldOut:
           mesh: the mesh its parameters live on.
           split: of the store.
           batch_size: sequences per step, over all devices.
-          max_sequences: the first so many of each language; None: all.
+          max_sequences: so many of each language, evenly spaced; None: all.
           chunk_tokens: see `losses.cross_entropy`.
+          languages: to evaluate; None: all of the split.
         """
         parts = store.parts(split)
-        self.languages = sorted(language for language, part in parts.items() if part.sequences)
+        chosen = parts if languages is None else languages
+        self.languages = sorted(language for language in chosen if parts[language].sequences)
         if not self.languages:
             raise InputError(f"{store.path}: split {split!r} is empty")
-        rows = [_first_rows(store.array(split, language), max_sequences) for language in self.languages]
+        rows = [_spread_rows(store.array(split, language), max_sequences) for language in self.languages]
         self._bytes_per_token = np.array([parts[l].bytes / parts[l].tokens for l in self.languages])
         tokens = np.concatenate(rows).astype(np.int32)
         source = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
@@ -81,6 +85,7 @@ class HeldOut:
         }
 
 
-def _first_rows(array: ts.TensorStore, n: int | None) -> np.ndarray:
-    """The first `n` rows, or all when there are fewer or `n` is None."""
-    return array[: array.shape[0] if n is None else min(n, array.shape[0])].read().result()
+def _spread_rows(array: ts.TensorStore, n: int | None) -> np.ndarray:
+    """`n` evenly spaced rows, or all when there are fewer or `n` is None."""
+    rows = array.shape[0]
+    return array[np.arange(rows) if n is None or n >= rows else np.arange(n) * rows // n].read().result()

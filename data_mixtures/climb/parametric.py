@@ -1,0 +1,486 @@
+"""Parametric laws of the held-out loss of each language in a mixture, and their fit.
+
+N is the number of parameters, D the training tokens of all languages together, r the ratios; every law is in units of
+the table's geometric means N0 and D0. A ratio of zero has no logarithm: for the effective ratio `x` (`r_i` itself in
+laws without interaction) the isolated laws take `(x + sqrt(x^2 + 4 f^2)) / 2`, f being half the table's smallest
+positive ratio: f itself at 0, all but x where x is well above.
+"""
+
+import dataclasses
+import functools
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_mixtures.climb import fitting
+from data_mixtures.climb.interactions import INTERACTIONS, Interaction, floored
+from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
+from data_mixtures.climb.runs import ProxyRuns
+from mlx_pretrain.errors import InputError
+
+_MONOLINGUAL, _MONOLINGUAL_ROWS = 0.99, 3
+_NOISE = 0.02
+_NOISE_RANGE = (0.002, 0.1)
+_DEVIATION_RANGE = (0.1, 10.0)
+_RIDGE_PASSES = 3
+
+Prior = dict[str, tuple[np.ndarray | float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chinchilla:
+    """`L(N, d) = E + A / N^alpha + B / (d + d0)^beta`, d the language's own tokens `rt D` (2203.15556's form).
+
+    E and A / N^alpha are one constant where N does not vary. `shift`: d0 is fitted, else 0; it is ours, for proxies so
+    small that the power law has not begun, and keeps the loss finite where a language has no tokens.
+    """
+
+    n_varies: bool
+    d_varies: bool
+    shift: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        names = ("log_e", "log_b", "log_beta") + ("log_a", "log_alpha") * self.n_varies + ("log_shift",) * self.shift
+        return dict.fromkeys(names, 1)
+
+    def prior(self, losses: np.ndarray) -> Prior:
+        """Of losses `[rows]`: wide, and only there so that what the data leave open stays finite."""
+        rest = max(np.median(losses) - 0.7 * losses.min(), 0.1)
+        size = {"log_a": (np.log(0.2 * losses.min()), 1.0), "log_alpha": (np.log(0.3), 0.7)} if self.n_varies else {}
+        shift = {"log_shift": (np.log(0.02), 1.5)} if self.shift else {}
+        return {
+            "log_e": (np.log(0.7 * losses.min()), 0.7),
+            "log_b": (np.log(rest) + 0.3 * np.log(0.1), 1.0),
+            "log_beta": (np.log(0.3), 0.7),
+            **size,
+            **shift,
+        }
+
+    def log_loss(self, p, effective, size, scale):
+        tokens = effective * jnp.exp(scale) + (jnp.exp(p["log_shift"]) if self.shift else 0)
+        log_loss = jnp.logaddexp(p["log_e"], p["log_b"] - jnp.exp(p["log_beta"]) * jnp.log(tokens))
+        if self.n_varies:
+            log_loss = jnp.logaddexp(log_loss, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
+        return log_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Separable:
+    """`L(N, D, p) = (E + A / N^alpha + B / D^beta) p^-gamma` (2410.12883); terms that do not vary are one constant."""
+
+    n_varies: bool
+    d_varies: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        terms = ("log_a", "log_alpha") * self.n_varies + ("log_b", "log_beta") * self.d_varies
+        return dict.fromkeys(("log_e", "log_gamma", *terms), 1)
+
+    def prior(self, losses: np.ndarray) -> Prior:
+        term = np.log(0.2 * losses.min())
+        size = {"log_a": (term, 1.0), "log_alpha": (np.log(0.3), 0.7)} if self.n_varies else {}
+        scale = {"log_b": (term, 1.0), "log_beta": (np.log(0.3), 0.7)} if self.d_varies else {}
+        return {"log_e": (np.log(0.7 * losses.min()), 0.7), "log_gamma": (np.log(0.1), 1.0), **size, **scale}
+
+    def log_loss(self, p, effective, size, scale):
+        log_loss = p["log_e"]
+        if self.n_varies:
+            log_loss = jnp.logaddexp(log_loss, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
+        if self.d_varies:
+            log_loss = jnp.logaddexp(log_loss, p["log_b"] - jnp.exp(p["log_beta"]) * scale)
+        return log_loss - jnp.exp(p["log_gamma"]) * jnp.log(effective)
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectiveModel:
+    """A law of the form `isolated(rt)` with the parameters of one target in one vector (`fitting.Model`)."""
+
+    languages: int
+    isolated: Chinchilla | Separable
+    interaction: Interaction | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of each parameter, in the order of the vector."""
+        return self.isolated.sizes | (self.interaction.sizes(self.languages) if self.interaction else {})
+
+    def prior(self, losses: np.ndarray) -> Prior:
+        return self.isolated.prior(losses) | (self.interaction.prior() if self.interaction else {})
+
+    def effective(self, p, rows, target):
+        own = rows["ratios"] @ target["own"]
+        if self.interaction is not None:
+            own = own + self.interaction.given(p, own, rows["ratios"] * (1 - target["own"]), rows["scale"])
+        return floored(own, target["floor"])
+
+    def isolated_log_loss(self, p, effective, rows):
+        return self.isolated.log_loss(p, effective, rows["size"], rows["scale"])
+
+    def log_loss(self, parameters, rows, target):
+        p = unpack(self.sizes, parameters)
+        return self.isolated_log_loss(p, self.effective(p, rows, target), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixingModel:
+    """`c + exp(k + t . r)`: see `MixingLaw`."""
+
+    languages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"log_c": 1, "k": 1, "t": self.languages}
+
+    def prior(self, losses: np.ndarray) -> Prior:
+        rest = max(np.median(losses) - 0.7 * losses.min(), 0.1)
+        return {"log_c": (np.log(0.7 * losses.min()), 0.7), "k": (np.log(rest), 2.0), "t": (0.0, 3.0)}
+
+    def log_loss(self, parameters, rows, target):
+        p = unpack(self.sizes, parameters)
+        return jnp.logaddexp(p["log_c"], p["k"] + rows["ratios"] @ p["t"])
+
+
+def unpack(sizes: dict[str, int], vector) -> dict:
+    """A vector `[parameters]` as a dictionary of scalars and, where the size is not 1, vectors."""
+    ends = np.cumsum(list(sizes.values()))
+    part = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends)}
+    return {name: vector[part[name].start] if size == 1 else vector[part[name]] for name, size in sizes.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParametricFit(FittedLaw):
+    """A fitted parametric law.
+
+    Attributes:
+      parameters: `[targets, parameters]`, in the order of `model.sizes`.
+      mean, sd: `[targets, parameters]`, of the prior under which they were fitted.
+      noise: `[targets]`, standard deviation of the errors in log-loss.
+      reference_n_params, reference_tokens: N0 and D0.
+      floor: f.
+      mixture: `[languages]`, the mean mixture of the table.
+    """
+
+    model: EffectiveModel | MixingModel
+    languages: tuple[str, ...]
+    targets: tuple[str, ...]
+    parameters: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    noise: np.ndarray
+    reference_n_params: float
+    reference_tokens: float
+    floor: float
+    mixture: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Parameter `name` of all targets: `[targets]`, or `[targets, languages]`."""
+        return np.stack([unpack(self.model.sizes, vector)[name] for vector in self.parameters])
+
+    def _rows(self, ratios, n_params, tokens):
+        ratios = jnp.asarray(ratios, jnp.float64)
+        size = jnp.log(jnp.asarray(n_params, jnp.float64) / self.reference_n_params)
+        scale = jnp.log(jnp.asarray(tokens, jnp.float64) / self.reference_tokens)
+        shape = jnp.broadcast_shapes(ratios.shape[:-1], size.shape, scale.shape)
+        ratios = jnp.broadcast_to(ratios, (*shape, ratios.shape[-1]))
+        return {"ratios": ratios, "size": jnp.broadcast_to(size, shape), "scale": jnp.broadcast_to(scale, shape)}
+
+    @property
+    def _own(self) -> dict[str, np.ndarray]:
+        own = np.array([[language == target for language in self.languages] for target in self.targets], np.float64)
+        return {"own": own, "floor": np.full(len(self.targets), self.floor)}
+
+    def losses(self, ratios, n_params, tokens):
+        rows = self._rows(ratios, n_params, tokens)
+        one = lambda parameters, target: jnp.exp(self.model.log_loss(parameters, rows, target))  # noqa: E731
+        return jax.vmap(one, out_axes=-1)(self.parameters, self._own)
+
+    def problem(self, runs: ProxyRuns, mask: np.ndarray | None = None) -> fitting.Problem:
+        """The fit of this law to a table, under the priors and the noise it was fitted with."""
+        with float64():
+            rows = jax.tree.map(np.asarray, self._rows(runs.ratios, runs.n_params, runs.tokens))
+        mask = np.ones(runs.losses.shape) if mask is None else mask
+        return fitting.Problem(rows, self._own, np.log(runs.losses), mask, self.mean, self.sd, self.noise)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EffectiveFit(ParametricFit, EffectiveLaw):
+    """A fitted law that works through effective ratios `[..., targets]`.
+
+    Attributes:
+      identified: bool `[targets, languages]`: the data say how much a language gives a target. The rule: the posterior
+        standard deviation of its strength (Laplace's approximation) is under half of what it is before the data, that
+        is, of the target's mean strength. False on the diagonal; None for laws without interaction.
+    """
+
+    identified: np.ndarray | None = None
+
+    def effective_ratios(self, ratios, n_params, tokens):
+        rows = self._rows(ratios, n_params, tokens)
+        one = lambda p, target: self.model.effective(unpack(self.model.sizes, p), rows, target)  # noqa: E731
+        return jax.vmap(one, out_axes=-1)(self.parameters, self._own)
+
+    def isolated_losses(self, effective, n_params, tokens):
+        shape = jnp.broadcast_shapes(jnp.shape(effective)[:-1], jnp.shape(n_params), jnp.shape(tokens))
+        effective = jnp.broadcast_to(effective, (*shape, len(self.targets)))
+        rows = self._rows(jnp.zeros((*shape, 1)), n_params, tokens)
+        one = lambda p, e: jnp.exp(self.model.isolated_log_loss(unpack(self.model.sizes, p), e, rows))  # noqa: E731
+        return jax.vmap(one, in_axes=(0, -1), out_axes=-1)(self.parameters, effective)
+
+    @property
+    def transfer(self) -> np.ndarray:
+        """`[targets, languages]`: tokens of its own that one more token of a language is worth to a target.
+
+        The derivative of rt_i by r_j at the table's mean mixture and D0; 1 on the diagonal, by definition.
+        """
+        with float64():
+            slopes = np.array(_slopes(self.model, self.parameters, self._own, self.mixture))
+        return np.where(self._own["own"] > 0, 1.0, slopes)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _slopes(model, parameters, targets, mixture):
+    def effective(ratios, vector, target):
+        rows = {"ratios": ratios, "size": jnp.zeros(()), "scale": jnp.zeros(())}
+        return model.effective(unpack(model.sizes, vector), rows, target)
+
+    return jax.vmap(jax.grad(effective), in_axes=(None, 0, 0))(mixture, parameters, targets)
+
+
+def _blank(model, runs: ProxyRuns, mask: np.ndarray, notes: tuple[str, ...]) -> ParametricFit:
+    """The law before its fit: parameters at the prior's mean."""
+    mean, sd = [], []
+    for losses, used in zip(runs.losses.T, mask.T):
+        prior = model.prior(losses[used > 0])
+        mean.append(np.concatenate([np.full(size, prior[name][0]) for name, size in model.sizes.items()]))
+        sd.append(np.concatenate([np.full(size, prior[name][1]) for name, size in model.sizes.items()]))
+    kind = ParametricFit if isinstance(model, MixingModel) else EffectiveFit
+    return kind(
+        model, runs.languages, runs.targets, np.array(mean), np.array(mean), np.array(sd),
+        np.full(len(runs.targets), _NOISE), float(np.exp(np.log(runs.n_params).mean())),
+        float(np.exp(np.log(runs.tokens).mean())), 0.5 * runs.ratios[runs.ratios > 0].min(),
+        runs.ratios.mean(axis=0), notes=notes,
+    )  # fmt: skip
+
+
+def _ridge(fitted: ParametricFit, problem: fitting.Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Noise `[targets]` and prior deviations `[targets, parameters]` that the fit itself suggests.
+
+    The usual fixed point of the evidence (empirical Bayes): the more the strengths of a target's languages differ
+    beyond their uncertainty, the less they are drawn to their mean; the larger the errors, the more.
+    """
+    information = fitting.information(fitted.model, problem, fitted.parameters)
+    covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, problem.sd**-2.0))
+    spent = np.trace(covariance @ information, axis1=1, axis2=2)
+    with float64():
+        one = lambda p, target: fitted.model.log_loss(p, problem.rows, target)  # noqa: E731
+        predicted = np.asarray(jax.vmap(one, out_axes=-1)(fitted.parameters, problem.targets))
+    limit = problem.threshold * problem.noise
+    errors = np.clip(predicted - problem.log_losses, -limit, limit) * problem.mask
+    free = np.maximum(problem.mask.sum(axis=0) - spent, 0.2 * problem.mask.sum(axis=0))
+    noise = np.clip(np.sqrt((errors**2).sum(axis=0) / free), *_NOISE_RANGE)
+    sd = problem.sd.copy()
+    at = 0
+    for name, size in fitted.model.sizes.items():
+        if name in ("deviation", "t"):
+            part = slice(at, at + size)
+            others = 1 - problem.targets["own"] if name == "deviation" else np.ones((1, size))
+            square = fitted.parameters[:, part] ** 2 + np.diagonal(covariance, axis1=1, axis2=2)[:, part]
+            spread = np.sqrt((square * others).sum(axis=1) / others.sum(axis=1))
+            sd[:, part] = np.clip(spread, *_DEVIATION_RANGE)[:, None]
+        at += size
+    return noise, sd
+
+
+def _fitted(model, runs, starts, seed, notes=(), mask=None, first=None) -> tuple[ParametricFit, fitting.Problem]:
+    """Fits `model`: several starts under the wide prior, then twice more with the noise and the ridge it suggests."""
+    mask = np.ones(runs.losses.shape) if mask is None else mask
+    law = _blank(model, runs, mask, notes)
+    rng = np.random.default_rng(seed)
+    points = law.mean + np.minimum(law.sd, 1.0) * rng.normal(size=(starts, *law.mean.shape))
+    points[0] = law.mean
+    if first is not None:
+        points[:, :, : first.shape[1]] = 0.5 * points[:, :, : first.shape[1]] + 0.5 * first
+        points[0, :, : first.shape[1]] = first
+    problem = law.problem(runs, mask)
+    for number in range(_RIDGE_PASSES):
+        found = fitting.fit(model, problem, points)
+        law = dataclasses.replace(law, parameters=found.parameters[0], sd=problem.sd, noise=problem.noise)
+        if number < _RIDGE_PASSES - 1:
+            noise, sd = _ridge(law, problem)
+            problem = dataclasses.replace(problem, noise=noise, sd=sd)
+            points = found.parameters
+    if not found.converged.all():
+        unfinished = [target for target, done in zip(runs.targets, found.converged[0]) if not done]
+        law = dataclasses.replace(law, notes=(*law.notes, f"the fit had not converged for {', '.join(unfinished)}"))
+    return law, problem
+
+
+def _check(name: str, runs: ProxyRuns) -> None:
+    for target, own in zip(runs.targets, runs.own):
+        if own < 0:
+            raise InputError(f"{name}: target {target!r} has no ratio column of its own")
+        if not (runs.ratios[:, own] > 0).any():
+            raise InputError(f"{name}: no run has any {target!r}")
+
+
+def _merged(runs: ProxyRuns, separable: bool = False) -> tuple[bool, bool, tuple[str, ...]]:
+    n_varies, d_varies = (len(np.unique(values)) > 1 for values in (runs.n_params, runs.tokens))
+    notes = () if n_varies else ("all runs have one model size: E and A/N^alpha are one constant, N is ignored",)
+    if not d_varies:
+        law = "B/D^beta is in that constant, D is ignored" if separable else "beta comes from the ratios alone"
+        notes += (f"all runs have one token count: {law}",)
+    return n_varies, d_varies, notes
+
+
+def _present(runs: ProxyRuns) -> np.ndarray:
+    """`[rows, targets]`, 1 where the run has any of the target: the rows laws without interaction are fitted to."""
+    return (runs.ratios[:, runs.own] > 0).astype(np.float64)
+
+
+def _absent(runs: ProxyRuns) -> tuple[str, ...]:
+    if _present(runs).all():
+        return ()
+    return ("rows without any of a language are left out of its fit, and predicted at half the smallest ratio",)
+
+
+@gin.configurable
+class Isolated:
+    """Each language for itself: `L_i = E_i + A_i/N^alpha_i + B_i/(r_i D)^beta_i`.
+
+    The monolingual Chinchilla form; to apply it to mixtures is the baseline of arXiv 2509.15556. Rows without the
+    language are not fitted.
+    """
+
+    name = "isolated"
+
+    def __init__(self, shift: bool = False, starts: int = 8):
+        self.shift, self.starts = shift, starts
+
+    def fit(self, runs: ProxyRuns, seed: int = 0) -> EffectiveFit:
+        """Raises InputError: a target without a ratio column, or without a run that has any of it."""
+        _check(self.name, runs)
+        n_varies, d_varies, notes = _merged(runs)
+        model = EffectiveModel(len(runs.languages), Chinchilla(n_varies, d_varies, self.shift))
+        return _fitted(model, runs, self.starts, seed, notes + _absent(runs), _present(runs))[0]
+
+
+@gin.configurable
+class MSL:
+    """`L_i(N, D, p) = (E_i + A_i/N^alpha_i + B_i/D^beta_i) p_i^-gamma_i` (arXiv 2410.12883), p_i = r_i."""
+
+    name = "msl"
+
+    def __init__(self, starts: int = 8):
+        self.starts = starts
+
+    def fit(self, runs: ProxyRuns, seed: int = 0) -> EffectiveFit:
+        """Raises InputError: a target without a ratio column, or without a run that has any of it."""
+        _check(self.name, runs)
+        n_varies, d_varies, notes = _merged(runs, separable=True)
+        model = EffectiveModel(len(runs.languages), Separable(n_varies, d_varies))
+        return _fitted(model, runs, self.starts, seed, notes + _absent(runs), _present(runs))[0]
+
+
+@gin.configurable
+class MixingLaw:
+    """`L_i = c_i + exp(k_i + t_i . r)` (arXiv 2403.16952, its form M4)."""
+
+    name = "mixing_law"
+
+    def __init__(self, starts: int = 8):
+        self.starts = starts
+
+    def fit(self, runs: ProxyRuns, seed: int = 0) -> ParametricFit:
+        notes = ("the mixing law ignores N and D, which vary in this table",) if runs.varies else ()
+        if len(np.unique(runs.run)) < len(runs.languages) + 2:
+            notes += (f"fewer runs than parameters ({len(runs.languages) + 2} per target): the prior decides the rest",)
+        return _fitted(MixingModel(len(runs.languages)), runs, self.starts, seed, notes)[0]
+
+
+@gin.configurable
+class Climb:
+    """`L_i = isolated_i(rt_i)`, `rt_i = r_i + sum_{j != i} T_ij(r_i, r_j, D)`.
+
+    That the loss is the isolated law's at an effective ratio is arXiv 2509.15556's; the families of T are ours, see
+    `interactions`. The isolated law is fitted to monolingual runs first where there are any, then with all the rest.
+
+    Args:
+      family: a name of `interactions.INTERACTIONS`.
+      shift: see `Chinchilla`.
+      starts: of the optimiser.
+    """
+
+    name = "climb"
+
+    def __init__(self, family: str = "power_fading", shift: bool = True, starts: int = 8):
+        if family not in INTERACTIONS:
+            raise InputError(f"Climb.family: {family!r} is none of {', '.join(INTERACTIONS)}")
+        self.family, self.shift, self.starts = family, shift, starts
+
+    def fit(self, runs: ProxyRuns, seed: int = 0) -> EffectiveFit:
+        """Raises InputError: a target without a ratio column, or without a run that has any of it."""
+        _check(self.name, runs)
+        n_varies, d_varies, notes = _merged(runs)
+        isolated = Chinchilla(n_varies, d_varies, self.shift)
+        if not d_varies:
+            notes += ("that transfer fades with D (delta) is not fitted",)
+        model = EffectiveModel(len(runs.languages), isolated, INTERACTIONS[self.family](d_varies))
+        alone = (runs.ratios[:, runs.own] > _MONOLINGUAL).astype(np.float64)
+        enough = alone.sum(axis=0) >= _MONOLINGUAL_ROWS
+        first = None
+        if enough.any():
+            mask = np.where(enough, alone, _present(runs))
+            model_alone = EffectiveModel(len(runs.languages), isolated)
+            first = _fitted(model_alone, runs, self.starts, seed, (), mask)[0].parameters
+        if not enough.all():
+            names = ", ".join(target for target, has in zip(runs.targets, enough) if not has)
+            notes += (f"no or too few monolingual runs of {names}: only mixtures tell transfer from the isolated law",)
+        law, problem = _fitted(model, runs, self.starts, seed, notes, first=first)
+        identified = _identified(law, problem)
+        pairs = identified.size - len(runs.targets)
+        notes, n_parameters = law.notes, law.parameters.shape[1]
+        if len(runs) < n_parameters:
+            notes += (f"{len(runs)} rows for {n_parameters} parameters per target: the prior decides the rest",)
+        if unknown := pairs - int(identified.sum()):
+            notes += (
+                f"{unknown} of {pairs} strengths of transfer are not identified by the data: they are drawn to their "
+                "target's mean strength",
+            )
+        return dataclasses.replace(law, identified=identified, notes=notes)
+
+
+def _identified(law: EffectiveFit, problem: fitting.Problem) -> np.ndarray:
+    """See `EffectiveFit`; under the prior from before the data, whatever ridge was used."""
+    sizes = law.model.sizes
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    strength, deviations = names.index("log_strength"), [at for at, name in enumerate(names) if name == "deviation"]
+    prior = law.sd.copy()
+    prior[:, deviations] = 1.0
+    information = fitting.information(law.model, problem, law.parameters)
+    covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, prior**-2.0))
+    # In units of the mean strength, T_ij = 1 + deviation_ij has the derivatives T_ij by log_strength and 1 by deviation.
+    value = 1 + law["deviation"]
+    spread = np.diagonal(covariance, axis1=1, axis2=2)
+    variance = spread[:, deviations] + 2 * value * covariance[:, strength][:, deviations]
+    variance += value**2 * spread[:, [strength]]
+    return (variance < 0.25) & (law._own["own"] == 0)
+
+
+def bootstrap(law: ParametricFit, runs: ProxyRuns, replicates: int = 100, seed: int = 0) -> list[ParametricFit]:
+    """The law fitted again to `replicates` tables of runs drawn with replacement, all rows of a run together.
+
+    Each starts from `law`, with its priors and noise. Any figure of a law (`predict`, `transfer`) so gets an interval:
+    its quantiles over the list.
+    """
+    names, which = np.unique(runs.run, return_inverse=True)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(replicates, len(names)))
+    counts = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
+    mask = np.ones(runs.losses.shape)
+    if isinstance(law, EffectiveFit) and law.model.interaction is None:
+        mask = _present(runs)
+    found = fitting.fit(law.model, law.problem(runs, mask), law.parameters[None], counts[:, which], max_rounds=3)
+    return [dataclasses.replace(law, parameters=parameters) for parameters in found.parameters]

@@ -1,0 +1,96 @@
+"""Which mixtures the proxy runs train on: corners that tell transfer apart, and mixtures around the natural one."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import gin
+import numpy as np
+from etils import epath
+
+from data_mixtures.baselines import temperature_rates
+from mlx_pretrain.data.rates import load_rates
+from mlx_pretrain.errors import InputError
+
+Mixtures = dict[str, dict[str, float]]
+
+
+@gin.configurable(denylist=["counts"])
+def planned_mixtures(
+    counts: Mapping[str, int],
+    mixtures: int = 32,
+    monolingual: bool = True,
+    leave_one_out: bool = True,
+    pairs: int | None = None,
+    pair_shares: Sequence[float] = (0.5,),
+    temperature: float = 3.0,
+    concentration: tuple[float, float] = (0.5, 5.0),
+    seed: int = 0,
+) -> Mixtures:
+    """The plan of proxy runs: name -> language -> ratio.
+
+    Monolingual runs fix the isolated laws; pairs and leave-one-out runs identify what one language gives another;
+    the drawn mixtures stand where the answer will be. Names and draws do not depend on how many are asked for, so a
+    finished plan can be extended.
+
+    Args:
+      counts: language -> tokens of text.
+      mixtures: how many to draw from Dirichlet distributions around the natural ratios (as RegMix, arXiv 2407.01492).
+      monolingual: a run per language.
+      leave_one_out: a run per language in which it is missing and the others keep their natural proportions.
+      pairs: at most so many runs of two languages, drawn; None: all pairs.
+      pair_shares: shares of the first language of a pair; .5 serves both directions.
+      temperature: of the centre of the Dirichlet distributions (1 natural, larger is flatter).
+      concentration: lowest and highest sum of a Dirichlet's parameters per language, drawn log-uniformly per mixture;
+        small ones reach the edges of the simplex.
+      seed: of the draws.
+
+    Raises:
+      InputError: a language without text, fewer than two languages, or an empty plan.
+    """
+    languages = sorted(counts)
+    if len(languages) < 2:
+        raise InputError(f"planned_mixtures: one language ({', '.join(languages)}) leaves nothing to mix")
+    natural = temperature_rates(counts)
+    centre = np.array([temperature_rates(counts, temperature)[language] for language in languages])
+    low, high = concentration
+    if not 0 < low <= high:
+        raise InputError(f"planned_mixtures.concentration = {concentration!r}: needs 0 < lowest <= highest")
+    if bad := [share for share in pair_shares if not 0 < share < 1]:
+        raise InputError(f"planned_mixtures.pair_shares: {bad[0]!r} is not between 0 and 1")
+    plan: Mixtures = {}
+    if monolingual:
+        plan |= {f"only-{language}": {language: 1.0} for language in languages}
+    if leave_one_out and len(languages) > 2:
+        for language in languages:
+            rest = {other: natural[other] / (1 - natural[language]) for other in languages if other != language}
+            plan[f"without-{language}"] = rest
+    combinations = list(itertools.combinations(languages, 2))
+    order = np.random.default_rng([seed, 1]).permutation(len(combinations))
+    for number in sorted(order[:pairs]):
+        first, second = combinations[number]
+        for share in pair_shares:
+            plan[f"pair-{first}-{second}-{share:g}"] = {first: share, second: 1 - share}
+    for number in range(mixtures):
+        rng = np.random.default_rng([seed, 2, number])
+        strength = np.exp(rng.uniform(np.log(low), np.log(high))) * len(languages)
+        ratios = rng.dirichlet(strength * centre)
+        plan[f"mix-{number:03d}"] = {l: float(r) for l, r in zip(languages, ratios) if r > 0}
+    if not plan:
+        raise InputError("planned_mixtures: the plan is empty")
+    return plan
+
+
+@gin.configurable(denylist=["counts"])
+def given_mixtures(counts: Mapping[str, int], paths: Sequence[epath.PathLike] = gin.REQUIRED) -> Mixtures:
+    """A plan of mixtures from rates files, each named as its file (without .json).
+
+    Raises:
+      InputError: a file is no rates file, names a language without text, or two have one name.
+    """
+    plan: Mixtures = {}
+    for path in paths:
+        name = epath.Path(path).stem
+        if name in plan:
+            raise InputError(f"{path}: a second rates file named {name!r}; run names would clash")
+        plan[name] = load_rates(path, known=counts)
+    return plan

@@ -1,0 +1,369 @@
+"""Trains the proxy runs of a plan: `python -m data_mixtures.climb.proxies --gin_file=gin/runs/proxies.gin`.
+
+Every run is a small model trained by the normal training step at a constant rate, so evaluations on the way are runs
+of fewer tokens for free (WSD without the decay, arXiv 2404.06395). One row per (run, token count) goes into the CSV
+of `data_mixtures.climb.runs`. The same command goes on where it was: finished runs are skipped, a run that was cut
+off continues from its last evaluation.
+
+Small models leave hardware idle in two ways. `pack` trains several at once as one vmapped program, for accelerators;
+`threads` trains several side by side, for CPUs, where many small operations do not share the cores well.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import io
+import operator
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from data_mixtures.climb.plan import Mixtures, planned_mixtures
+from data_mixtures.climb.runs import LOSS, RATIO, ProxyRuns, proxy_runs
+from mlx_pretrain import optimizers, partitioning
+from mlx_pretrain.checkpoints import Checkpoints, Progress
+from mlx_pretrain.configuration import run
+from mlx_pretrain.data import loader
+from mlx_pretrain.data.store import MANIFEST, TokenStore
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.evaluation import HeldOut
+from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
+from mlx_pretrain.interrupts import StopRequest
+from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.train_state import TrainState, abstract_state, initial_state
+from mlx_pretrain.trainer import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One proxy: its name in the table, model, mixture and seed."""
+
+    name: str
+    model: DecoderConfig
+    rates: Mapping[str, float]
+    seed: int
+
+
+@gin.configurable("proxies")
+@dataclasses.dataclass(frozen=True)
+class ProxiesConfig:
+    """A set of proxy runs.
+
+    Attributes:
+      output: the CSV file; a .json with the settings stands beside it.
+      token_store: folder made by the exporter.
+      models: shapes to train, one or more N.
+      tokens: token counts D to evaluate at, ascending; the last is the length of a run. Rounded to whole steps.
+      batch_size: sequences per step and model.
+      learning_rate: a schedule without decay, e.g. @constant_schedule() or @warmup_stable_decay().
+      optimizer: called with `learning_rate`, e.g. @muon.
+      plan: gives the mixtures from the token counts, e.g. @planned_mixtures or @given_mixtures.
+      languages: of the mixtures; None: all with a training sequence.
+      seeds: of parameters and data order; every mixture is trained with each.
+      pack: models trained at once as one program.
+      threads: programs run side by side; one device only.
+      eval_batch_size: sequences per evaluation step.
+      eval_sequences: held-out sequences per language; None: all.
+      chunk_tokens: tokens whose logits are held at once.
+      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
+    """
+
+    output: str = gin.REQUIRED
+    token_store: str = gin.REQUIRED
+    models: Sequence[DecoderConfig] = gin.REQUIRED
+    tokens: Sequence[int] = gin.REQUIRED
+    batch_size: int = gin.REQUIRED
+    learning_rate: optimizers.Schedule = gin.REQUIRED
+    optimizer: Callable[..., Any] = optimizers.muon
+    plan: Callable[[Mapping[str, int]], Mixtures] = planned_mixtures
+    languages: Sequence[str] | None = None
+    seeds: Sequence[int] = (0,)
+    pack: int = 1
+    threads: int = 1
+    eval_batch_size: int = 32
+    eval_sequences: int | None = None
+    chunk_tokens: int = 1024
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
+
+    def __post_init__(self):
+        for name in ("batch_size", "pack", "threads", "eval_batch_size", "chunk_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"proxies.{name} = {value!r}: must be a positive integer")
+        if not self.models or not all(isinstance(model, DecoderConfig) for model in self.models):
+            raise InputError(f"proxies.models = {self.models!r}: must be a list of models, e.g. [@DecoderConfig()]")
+        tokens = list(self.tokens)
+        if not tokens or not all(isinstance(t, int) and t > 0 for t in tokens) or tokens != sorted(set(tokens)):
+            raise InputError(f"proxies.tokens = {self.tokens!r}: must be token counts in ascending order")
+        if not self.seeds:
+            raise InputError("proxies.seeds is empty")
+
+
+class Table:
+    """The CSV file, whole after every row: a killed command leaves the old file or the new one."""
+
+    def __init__(
+        self, path: epath.PathLike, settings: Mapping[str, Any], languages: Sequence[str], targets: Sequence[str]
+    ):
+        """Reads the rows that are there.
+
+        Raises:
+          InputError: the table was made with other settings, or cannot be read.
+        """
+        self._path = epath.Path(path)
+        self._header = ["run", "step", "n_params", "tokens"]
+        self._header += [RATIO + language for language in languages] + [LOSS + target for target in targets]
+        self._languages, self.targets = languages, targets
+        self._rows: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        sidecar = self._path.with_suffix(".json")
+        if self._path.exists():
+            found = read_json(sidecar, "settings of these proxy runs")
+            if different := [name for name in settings if found.get(name) != settings[name]]:
+                name = different[0]
+                raise InputError(f"{self._path}: these runs were made with another {name} ({found.get(name)!r}, now "
+                                 f"{settings[name]!r}); choose another proxies.output")
+            proxy_runs(self._path)  # checks it
+            self._rows = list(csv.DictReader(io.StringIO(self._path.read_text())))
+        elif jax.process_index() == 0:
+            write_json(sidecar, settings)
+
+    def steps(self, name: str) -> set[int]:
+        """Steps at which a run has been evaluated."""
+        return {int(row["step"]) for row in self._rows if row["run"] == name}
+
+    def add(self, proxy: Run, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        """Adds one row, in place of an earlier one of the same run and step."""
+        values = [proxy.name, step, proxy.model.parameters(), tokens,
+                  *(repr(float(proxy.rates.get(l, 0.0))) for l in self._languages), *(repr(x) for x in losses.values())]
+        row = {name: str(value) for name, value in zip(self._header, values)}
+        with self._lock:
+            self._rows = [r for r in self._rows if (r["run"], r["step"]) != (row["run"], row["step"])] + [row]
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self._header, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows)
+            if jax.process_index() == 0:
+                write_atomic(self._path, text.getvalue())
+
+    def runs(self) -> ProxyRuns:
+        """The table as it stands in the file."""
+        return proxy_runs(self._path)
+
+
+class Stopped(Exception):
+    """A worker's way out when the command was asked to stop."""
+
+
+class Trainer:
+    """Trains packs of runs that share a model's shape."""
+
+    def __init__(self, config: ProxiesConfig, store: TokenStore, model: DecoderConfig, table: Table, stop: StopRequest):
+        """Compiles nothing yet; reads the held-out rows."""
+        length = store.manifest.sequence_length
+        if model.vocab_size < store.manifest.vocab_size or model.max_length < length:
+            raise InputError(f"{store.path}: {store.manifest.vocab_size} token ids in sequences of {length}, the model "
+                             f"has vocab_size={model.vocab_size}, max_length={model.max_length}")
+        self._config, self._store, self._model, self._table, self._stop = config, store, model, table, stop
+        self._mesh = partitioning.make_mesh()
+        self._optimizer = config.optimizer(config.learning_rate)
+        self._held_out = HeldOut(store, model, self._mesh, batch_size=config.eval_batch_size,
+                                 max_sequences=config.eval_sequences, chunk_tokens=config.chunk_tokens,
+                                 languages=table.targets)
+        self._step_tokens = config.batch_size * length
+        self._eval_steps = evaluation_steps(config.tokens, self._step_tokens)
+        self._compile_lock = threading.Lock()
+        self._programs: dict[int, Any] = {}
+
+    def train(self, runs: Sequence[Run], folder: epath.Path) -> float:
+        """Trains runs as one program, from `folder`'s checkpoint if there is one.
+
+        Returns:
+          Mean held-out loss after the last step, nats per token.
+
+        Raises:
+          Stopped: the command was asked to stop; the last evaluation is saved.
+          InputError: a run's loss or gradient was not finite.
+        """
+        config = self._config
+        with partitioning.use(self._mesh), contextlib.ExitStack() as stack:
+            sharding = partitioning.batch_sharding(self._mesh)
+            local = loader.local_rows(sharding, config.batch_size)
+            abstract, program = self._program(len(runs))
+            saver = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=1, keep_best=0)))
+            restored = saver.restore(abstract)
+            state = restored[0] if restored else self._initial(runs, abstract)
+            first = restored[1].sequences // config.batch_size if restored else 0
+            sources = [loader.BatchSource(self._store, proxy.rates, config.batch_size, proxy.seed,
+                                          first * config.batch_size, local) for proxy in runs]
+            batches = zip(*(loader.batches(source, threads=1, prefetch=2) for source in sources))
+            for step in range(first + 1, self._eval_steps[-1] + 1):
+                if self._stop.requested:
+                    saver.wait()
+                    raise Stopped
+                arrays = [loader.to_devices(b, sharding, config.batch_size, local)["tokens"] for b in next(batches)]
+                state, _ = program(state, arrays[0] if len(runs) == 1 else jax.numpy.stack(arrays))
+                if step in self._eval_steps:
+                    loss = self._evaluate(runs, state, step)
+                    if step < self._eval_steps[-1]:
+                        saver.save(step, state, Progress(step * config.batch_size, {}), {})
+        return loss
+
+    def _program(self, models: int) -> tuple[TrainState, Any]:
+        """(abstract state, compiled step) for so many models at once, compiled on first use."""
+        with self._compile_lock:
+            if models not in self._programs:
+                config = self._config
+                abstract = abstract_state(self._model, self._optimizer, self._mesh)
+                step = make_train_step(
+                    self._model, self._optimizer, config.learning_rate, chunk_tokens=config.chunk_tokens
+                )
+                sharding = partitioning.batch_sharding(self._mesh)
+                shape = (config.batch_size, self._store.manifest.sequence_length)
+                if models > 1:
+                    step, shape, sharding = jax.vmap(step), (models, *shape), _stacked(sharding)
+                    abstract = jax.tree.map(lambda x: _stacked_shape(models, x), abstract)
+                tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+                self._programs[models] = abstract, jax.jit(step, donate_argnums=0).lower(abstract, tokens).compile()
+            return self._programs[models]
+
+    def _initial(self, runs: Sequence[Run], abstract: TrainState) -> TrainState:
+        one = abstract_state(self._model, self._optimizer, self._mesh)
+        states = [initial_state(self._model, self._optimizer, proxy.seed, one) for proxy in runs]
+        if len(runs) == 1:
+            return states[0]
+        stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states)
+        return jax.device_put(stacked, jax.tree.map(lambda x: x.sharding, abstract))
+
+    def _evaluate(self, runs: Sequence[Run], state: TrainState, step: int) -> float:
+        """Adds a row for each run of the pack; returns the mean loss."""
+        means = []
+        for number, proxy in enumerate(runs):
+            one = state if len(runs) == 1 else jax.tree.map(operator.itemgetter(number), state)
+            if skipped := int(one.skipped):
+                raise InputError(f"{self._config.output}: run {proxy.name!r}: the loss or gradient was not finite in "
+                                 f"{skipped} of {step} steps; lower the learning rate")
+            scalars = self._held_out(one.params)
+            losses = {target: scalars[f"loss/{target}"] for target in self._table.targets}
+            self._table.add(proxy, step, step * self._step_tokens, losses)
+            means.append(np.mean(list(losses.values())))
+        return float(np.mean(means))
+
+
+def _stacked_shape(models: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((models, *leaf.shape), leaf.dtype, sharding=_stacked(leaf.sharding))
+
+
+def _stacked(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of arrays with a leading axis of models, which is not divided."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def evaluation_steps(tokens: Sequence[int], step_tokens: int) -> list[int]:
+    """Token counts as whole numbers of steps of `step_tokens` tokens.
+
+    Raises:
+      InputError: two of them round to one step, or one to none.
+    """
+    steps = [round(t / step_tokens) for t in tokens]
+    if steps[0] < 1 or len(set(steps)) < len(steps):
+        raise InputError(f"proxies.tokens = {list(tokens)}: not distinct multiples of a step's {step_tokens} tokens")
+    return steps
+
+
+def _settings(config: ProxiesConfig, store: TokenStore) -> dict[str, Any]:
+    """What all rows of a table have in common; what differs from run to run is in the rows."""
+    last = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)[-1]
+    optimizer = getattr(config.optimizer, "__name__", str(config.optimizer))
+    return {
+        "token_store": sha256(store.path / MANIFEST),
+        "batch_size": config.batch_size,
+        "sequence_length": store.manifest.sequence_length,
+        "tokens": list(config.tokens),
+        "optimizer": optimizer,
+        "learning_rate": [float(config.learning_rate(step)) for step in (0, last // 2, last)],
+        "eval_sequences": config.eval_sequences,
+    }
+
+
+def _packs(runs: Sequence[Run], size: int) -> list[list[Run]]:
+    """Runs of one model in groups of at most `size`."""
+    by_model: dict[DecoderConfig, list[Run]] = {}
+    for proxy in runs:
+        by_model.setdefault(proxy.model, []).append(proxy)
+    return [group[start : start + size] for group in by_model.values() for start in range(0, len(group), size)]
+
+
+def train_proxies() -> None:
+    """Trains what is missing of a plan of proxy runs. Parameters: proxies.* (see ProxiesConfig),
+    planned_mixtures.*, DecoderConfig.*, the schedule's and the optimizer's."""
+    config = ProxiesConfig()
+    store = TokenStore(config.token_store)
+    parts = store.parts("train")
+    languages = sorted(config.languages or (l for l, part in parts.items() if part.sequences))
+    counts = {language: store.part("train", language).tokens for language in languages}
+    mixtures = config.plan(counts)
+    runs = [
+        Run(f"{name}-{model.parameters() / 1e6:.3g}M-seed{seed}", model, rates, seed)
+        for model in config.models for seed in config.seeds for name, rates in mixtures.items()
+    ]
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if config.threads > 1 and jax.device_count() > 1:
+        raise InputError(f"proxies.threads = {config.threads}: with {jax.device_count()} devices use proxies.pack")
+    targets = [l for l in sorted(store.parts("heldout")) if store.part("heldout", l).sequences and l in languages]
+    table = Table(config.output, _settings(config, store), languages, targets)
+    steps = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)
+    left = [proxy for proxy in runs if not set(steps) <= table.steps(proxy.name)]
+    print(f"{config.output}: {len(runs)} runs of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them done; "
+          f"{len(languages)} languages", file=sys.stderr, flush=True)
+    if left:
+        _train_all(config, store, table, _packs(left, config.pack), len(runs) - len(left), len(runs))
+
+
+def _train_all(
+    config: ProxiesConfig, store: TokenStore, table: Table, packs: Sequence[Sequence[Run]], done: int, total: int
+) -> None:
+    """Trains packs, `threads` at a time, and reports each; `done` of `total` runs are done before."""
+    work = epath.Path(config.output).with_suffix(".work")
+    started, before = time.monotonic(), done
+    with StopRequest() as stop, concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
+        trainers = {pack[0].model: None for pack in packs}
+        trainers = {model: Trainer(config, store, model, table, stop) for model in trainers}
+        futures = {}
+        for pack in packs:
+            folder = work / f"{pack[0].name}-{len(pack)}"
+            futures[pool.submit(trainers[pack[0].model].train, pack, folder)] = (pack, folder)
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                pack, folder = futures[future]
+                loss = future.result()
+                folder.rmtree()
+                done += len(pack)
+                spent = time.monotonic() - started
+                left = spent / (done - before) * (total - done)
+                print(f"[{done}/{total}] {', '.join(proxy.name for proxy in pack)}: mean held-out loss {loss:.4f}; "
+                      f"{spent:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+        except Stopped:
+            print(f"{stop.requested}: {done} of {total} runs are done; run again to go on", file=sys.stderr)
+            raise SystemExit(0 if stop.requested == "SIGTERM" else 130) from None
+        finally:
+            stop.requested = stop.requested or "error"  # the other workers leave too
+            pool.shutdown(cancel_futures=True)
+    if work.exists():
+        work.rmtree()
+
+
+if __name__ == "__main__":
+    run(train_proxies, "data_mixtures.climb.proxies")

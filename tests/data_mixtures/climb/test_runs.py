@@ -1,0 +1,104 @@
+"""Tables of proxy runs: three layouts, and nothing dropped silently."""
+
+import numpy as np
+import pytest
+
+from data_mixtures.climb.runs import olmix_runs, proxy_runs, regmix_runs
+from mlx_pretrain.errors import InputError
+
+OURS = """run,step,n_params,tokens,ratio/fi,ratio/sv,loss/fi,loss/sv
+a,10,1000,5000,0.25,0.75,3.5,3.25
+a,20,1000,10000,0.25,0.75,3.0,2.75
+b,10,1000,5000,1.0,0.0,3.1,5.5
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_our_layout(write):
+    runs = proxy_runs(write("runs.csv", OURS))
+    assert runs.languages == runs.targets == ("fi", "sv")
+    assert list(runs.run) == ["a", "a", "b"]
+    np.testing.assert_array_equal(runs.tokens, [5000, 10000, 5000])
+    np.testing.assert_array_equal(runs.ratios, [[0.25, 0.75], [0.25, 0.75], [1, 0]])
+    np.testing.assert_array_equal(runs.losses[2], [3.1, 5.5])
+    assert runs.varies and not runs.rows(runs.run == "b").varies
+    np.testing.assert_array_equal(runs.own, [0, 1])
+
+
+def test_rows_that_nearly_sum_to_one_are_renormalised(write):
+    runs = proxy_runs(write("runs.csv", OURS.replace("0.25,0.75", "0.249,0.745")))
+    np.testing.assert_allclose(runs.ratios.sum(axis=1), 1, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(runs.ratios[0, 0], 0.249 / 0.994)
+
+
+@pytest.mark.parametrize(
+    "old, new, cause",
+    [
+        ("3.5,3.25", "3.5,", ":2: no value for 'loss/sv'"),
+        ("3.5,3.25", "3.5", ":2: 7 cells where the header has 8"),
+        ("3.5,3.25", "3.5,high", ":2: loss/sv is 'high', not a number"),
+        ("3.5,3.25", "3.5,nan", ":2: loss/sv is nan, not a finite number"),
+        ("3.5,3.25", "3.5,-1", ":2: run 'a': the loss of 'sv' is not positive"),
+        ("0.25,0.75,3.0", "0.25,0.70,3.0", ":3: run 'a': the ratios sum to 0.9500, not to 1 within 0.01"),
+        ("1.0,0.0", "1.2,-0.2", ":4: run 'b': the ratio of 'sv' is negative"),
+        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': stands twice with 5000 tokens (line 2 too)"),
+        ("b,10,1000", "b,10,0", ":4: run 'b': n_params is 0.0, not a positive number"),
+        ("n_params,tokens", "n_params,d", ":1: no column 'tokens'"),
+        ("ratio/sv", "ratio/fi", ":1: column 'ratio/fi' stands twice"),
+        ("loss/", "x/", ": no loss columns"),
+    ],
+)
+def test_bad_tables_name_the_line(write, old, new, cause):
+    path = write("runs.csv", OURS.replace(old, new))
+    with pytest.raises(InputError) as error:
+        proxy_runs(path)
+    assert str(error.value).startswith(path + cause)
+
+
+def test_an_empty_or_missing_table(write, tmp_path):
+    with pytest.raises(InputError, match="no column"):
+        proxy_runs(write("runs.csv", ""))
+    with pytest.raises(InputError, match="no runs"):
+        proxy_runs(write("runs.csv", OURS.splitlines()[0]))
+    with pytest.raises(InputError, match="no such table"):
+        proxy_runs(tmp_path / "none.csv")
+
+
+def test_olmix_layout_is_joined_on_run(write):
+    ratios = write("ratios.csv", "run,name,index,web,code\nr1,first,0,0.4,0.6\nr2,second,1,1,0\n")
+    metrics = write("metrics.csv", "run,name,index,arc,mbpp\nr2,second,1,3,4\nr1,first,0,1,2\n")
+    runs = olmix_runs(ratios, metrics, n_params=1e6, tokens=1e8)
+    assert runs.languages == ("web", "code") and runs.targets == ("arc", "mbpp")
+    np.testing.assert_array_equal(runs.losses, [[1, 2], [3, 4]])
+    assert not runs.varies
+    np.testing.assert_array_equal(runs.own, [-1, -1])
+
+
+def test_regmix_layout_names_targets_as_domains(write):
+    mixtures = write("mix.csv", "index,train_the_pile_arxiv,train_the_pile_cc\n1,0.5,0.5\n2,0.1,0.9\n")
+    losses = write("loss.csv", "index,metric/the_pile_cc_val_loss\n1,5\n2,4\n")
+    runs = regmix_runs(mixtures, losses)
+    assert runs.languages == ("the_pile_arxiv", "the_pile_cc") and runs.targets == ("the_pile_cc",)
+    np.testing.assert_array_equal(runs.own, [1])
+
+
+@pytest.mark.parametrize("mixtures, losses, cause", [
+    ("index,train_a,train_b\n1,.5,.5\n2,.5,.5\n", "index,metric/a_val_loss\n1,5\n",
+     "loss.csv: no index '2', which"),
+    ("index,train_a,train_b\n1,.5,.5\n", "index,metric/a_val_loss\n1,5\n2,4\n", "mix.csv: no index '2', which"),
+    ("index,train_a,train_b\n1,.5,.5\n1,.4,.6\n", "index,metric/a_val_loss\n1,5\n",
+     "mix.csv:3: index '1' stands on line 2 already"),
+    ("run,train_a,train_b\n1,.5,.5\n", "index,metric/a_val_loss\n1,5\n", "mix.csv:1: no column 'index'"),
+])
+def test_rows_without_a_partner_are_not_dropped(write, mixtures, losses, cause):
+    with pytest.raises(InputError) as error:
+        regmix_runs(write("mix.csv", mixtures), write("loss.csv", losses))
+    assert cause in str(error.value)
