@@ -1,5 +1,6 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -29,13 +30,13 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
 
 
-def _boxed_params(config: DecoderConfig, seed: int) -> Any:
+def _boxed_params(config: DecoderConfig, seed: int | jax.Array) -> Any:
     """Parameters in boxes that carry their logical axis names."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Decoder(config).init(jax.random.key(seed), tokens, tokens, tokens)["params"]
 
 
-def _state(config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def _state(config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
     params = nn.unbox(_boxed_params(config, seed))
     return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -81,11 +82,22 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
+def make_initial_state(
+    config: DecoderConfig, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> Callable[[int], TrainState]:
+    """Builds `state(seed)`: a fresh state, laid out as `abstract` says, compiled once for all seeds.
+
+    Every device makes its own part; the values are the same on any mesh.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    # It runs seldom: on a CPU, optimising the random generators takes seconds and saves milliseconds.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    state = lambda seed: _state(config, optimizer, seed)  # noqa: E731
+    return jax.jit(state, out_shardings=shardings, compiler_options=options)
+
+
 def initial_state(
     config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
 ) -> TrainState:
-    """A fresh state, laid out as `abstract` says: every device makes its own part, the same values on any mesh."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU, optimising the random generators takes seconds and saves milliseconds.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda: _state(config, optimizer, seed), out_shardings=shardings, compiler_options=options)()
+    """The state of `make_initial_state` for one seed."""
+    return make_initial_state(config, optimizer, abstract)(seed)

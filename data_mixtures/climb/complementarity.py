@@ -7,6 +7,8 @@ import numpy as np
 
 # A ratio this close to a bound is put on it.
 _SNAP = 1e-12
+# A residual this small beside the field cannot be reduced for certain.
+_ROUNDING = 1e-13
 
 
 def feasible(shares: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -58,9 +60,9 @@ def solve_complementarity(
     """Mixture with `F_i = s`, `>= s` where r_i is at its lower and `<= s` where it is at its upper bound.
 
     Semismooth Newton on `r = clip(r - c (F - s), lower, upper)`, where s makes the right side sum to 1 and c is the
-    inverse of the Jacobian's diagonal; a step that does not reduce the residual `(r - right side) / c` is halved, and
-    replaced by the step to the right side if that does not help. Ends where nothing does: the caller looks at the KKT
-    residual.
+    inverse of the Jacobian's diagonal; a step that does not reduce the residual `(r - right side) / c` is shortened,
+    and replaced by the step to the right side if that does not help. Ends where nothing does: the caller looks at the
+    KKT residual.
 
     Args:
       evaluate: mixture -> F `[languages]`, its Jacobian `[languages, languages]`.
@@ -80,10 +82,12 @@ def solve_complementarity(
         diagonal = np.abs(np.diag(jacobian))
         scale = 1 / np.maximum(diagonal, max(1e-6 * diagonal.max(), 1e-12))
         goal, error = residual(ratios, field)
+        if error <= _ROUNDING * np.linalg.norm(field):
+            break
         directions = [goal - ratios]
         with contextlib.suppress(np.linalg.LinAlgError):  # a singular Jacobian leaves that direction only
             directions.insert(0, _newton_direction(ratios, goal, field, jacobian, lower, upper))
-        for direction, length in ((d, 0.5**k) for d in directions for k in range(12)):
+        for direction, length in ((d, 0.25**k) for d in directions for k in range(6)):
             trial = project(ratios + length * direction, scale, lower, upper)
             new_field, new_jacobian = evaluate(trial)
             if np.isfinite(new_field).all() and residual(trial, new_field)[1] < (1 - 1e-4 * length) * error:

@@ -18,7 +18,7 @@ from data_mixtures.climb.law import float64
 
 _BATCH = 32
 # Rows are padded to a multiple of this with weight 0, so that tables of nearly the same length share one program.
-_ROWS_MULTIPLE = 32
+_ROWS_MULTIPLE = 64
 _ITERATIONS = 30
 _TOLERANCE = 1e-6
 # Starts of a target that go on after the first round.
@@ -96,9 +96,12 @@ def _descend(model, start, rows, data):
     hessian = _hessian(model, start, rows, data) + jnp.diag(data["sd"] ** -2.0)
     factor = jnp.linalg.cholesky(hessian + 1e-12 * jnp.max(jnp.diag(hessian)) * jnp.eye(len(start)))
 
-    def original(whitened):
-        return start + jax.scipy.linalg.solve_triangular(factor, whitened, lower=True, trans=1)
+    basis = jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(start)), lower=True, trans=1)
 
+    def original(whitened):
+        return start + basis @ whitened
+
+    @jax.jit  # traced once, though the line search calls it in several places
     def objective(whitened):
         return _objective(model, original(whitened), rows, data)
 

@@ -45,7 +45,7 @@ class Interaction(abc.ABC):
         return {"log_strength": (np.log(0.1), 2.0), "deviation": (0.0, 1.0)} | self.shape_prior | fading
 
     def given(self, p, own, others, scale):
-        """The sum `[...]` for own ratios `[...]`, others `[..., languages]` (own column 0) and `scale = log(D / D0)`."""
+        """The sum `[...]` for own ratios `[...]`, others `[..., languages]` (own column 0), `scale = log D/D0`."""
         given = self.unfaded(p, jnp.exp(p["log_strength"]) * (1 + p["deviation"]), others)
         if self.fades:
             given = given * jnp.exp(-own / jnp.exp(p["log_rho"]))

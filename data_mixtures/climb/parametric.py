@@ -2,7 +2,7 @@
 
 N is the number of parameters, D the training tokens of all languages together, r the ratios; every law is in units of
 the table's geometric means N0 and D0. A ratio of zero has no logarithm: for the effective ratio `x` (`r_i` itself in
-laws without interaction) the isolated laws take `(x + sqrt(x^2 + 4 f^2)) / 2`, f being half the table's smallest
+laws without interaction) the isolated laws take `(x + sqrt(x^2 + 4 f^2)) / 2`, f being a tenth of the table's smallest
 positive ratio: f itself at 0, all but x where x is well above.
 """
 
@@ -195,8 +195,7 @@ class ParametricFit(FittedLaw):
 
     def losses(self, ratios, n_params, tokens):
         rows = self._rows(ratios, n_params, tokens)
-        one = lambda parameters, target: jnp.exp(self.model.log_loss(parameters, rows, target))  # noqa: E731
-        return jax.vmap(one, out_axes=-1)(self.parameters, self._own)
+        return _losses(self.model, self.parameters, self._own, rows)
 
     def problem(self, runs: ProxyRuns, mask: np.ndarray | None = None) -> fitting.Problem:
         """The fit of this law to a table, under the priors and the noise it was fitted with."""
@@ -220,8 +219,7 @@ class EffectiveFit(ParametricFit, EffectiveLaw):
 
     def effective_ratios(self, ratios, n_params, tokens):
         rows = self._rows(ratios, n_params, tokens)
-        one = lambda p, target: self.model.effective(unpack(self.model.sizes, p), rows, target)  # noqa: E731
-        return jax.vmap(one, out_axes=-1)(self.parameters, self._own)
+        return _effective(self.model, self.parameters, self._own, rows)
 
     def isolated_losses(self, effective, n_params, tokens):
         shape = jnp.broadcast_shapes(jnp.shape(effective)[:-1], jnp.shape(n_params), jnp.shape(tokens))
@@ -239,6 +237,18 @@ class EffectiveFit(ParametricFit, EffectiveLaw):
         with float64():
             slopes = np.array(_slopes(self.model, self.parameters, self._own, self.mixture))
         return np.where(self._own["own"] > 0, 1.0, slopes)
+
+
+# Compiled as a whole: operation by operation, JAX would compile each of them for each new shape.
+@functools.partial(jax.jit, static_argnames="model")
+def _losses(model, parameters, targets, rows):
+    return jax.vmap(lambda p, target: jnp.exp(model.log_loss(p, rows, target)), out_axes=-1)(parameters, targets)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _effective(model, parameters, targets, rows):
+    one = lambda p, target: model.effective(unpack(model.sizes, p), rows, target)  # noqa: E731
+    return jax.vmap(one, out_axes=-1)(parameters, targets)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -261,7 +271,7 @@ def _blank(model, runs: ProxyRuns, mask: np.ndarray, notes: tuple[str, ...]) -> 
     return kind(
         model, runs.languages, runs.targets, np.array(mean), np.array(mean), np.array(sd),
         np.full(len(runs.targets), _NOISE), float(np.exp(np.log(runs.n_params).mean())),
-        float(np.exp(np.log(runs.tokens).mean())), 0.5 * runs.ratios[runs.ratios > 0].min(),
+        float(np.exp(np.log(runs.tokens).mean())), 0.1 * runs.ratios[runs.ratios > 0].min(),
         runs.ratios.mean(axis=0), notes=notes,
     )  # fmt: skip
 
@@ -276,10 +286,9 @@ def _ridge(fitted: ParametricFit, problem: fitting.Problem) -> tuple[np.ndarray,
     covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, problem.sd**-2.0))
     spent = np.trace(covariance @ information, axis1=1, axis2=2)
     with float64():
-        one = lambda p, target: fitted.model.log_loss(p, problem.rows, target)  # noqa: E731
-        predicted = np.asarray(jax.vmap(one, out_axes=-1)(fitted.parameters, problem.targets))
+        predicted = np.asarray(_losses(fitted.model, fitted.parameters, problem.targets, problem.rows))
     limit = problem.threshold * problem.noise
-    errors = np.clip(predicted - problem.log_losses, -limit, limit) * problem.mask
+    errors = np.clip(np.log(predicted) - problem.log_losses, -limit, limit) * problem.mask
     free = np.maximum(problem.mask.sum(axis=0) - spent, 0.2 * problem.mask.sum(axis=0))
     noise = np.clip(np.sqrt((errors**2).sum(axis=0) / free), *_NOISE_RANGE)
     sd = problem.sd.copy()
@@ -344,7 +353,7 @@ def _present(runs: ProxyRuns) -> np.ndarray:
 def _absent(runs: ProxyRuns) -> tuple[str, ...]:
     if _present(runs).all():
         return ()
-    return ("rows without any of a language are left out of its fit, and predicted at half the smallest ratio",)
+    return ("rows without any of a language are left out of its fit, and predicted at a tenth of the smallest ratio",)
 
 
 @gin.configurable
@@ -433,9 +442,9 @@ class Climb:
         enough = alone.sum(axis=0) >= _MONOLINGUAL_ROWS
         first = None
         if enough.any():
+            # In a monolingual run there is no transfer, so the fit to those alone is that of the isolated law.
             mask = np.where(enough, alone, _present(runs))
-            model_alone = EffectiveModel(len(runs.languages), isolated)
-            first = _fitted(model_alone, runs, self.starts, seed, (), mask)[0].parameters
+            first = _fitted(model, runs, self.starts, seed, (), mask)[0].parameters[:, : len(isolated.sizes)]
         if not enough.all():
             names = ", ".join(target for target, has in zip(runs.targets, enough) if not has)
             notes += (f"no or too few monolingual runs of {names}: only mixtures tell transfer from the isolated law",)
@@ -462,7 +471,7 @@ def _identified(law: EffectiveFit, problem: fitting.Problem) -> np.ndarray:
     prior[:, deviations] = 1.0
     information = fitting.information(law.model, problem, law.parameters)
     covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, prior**-2.0))
-    # In units of the mean strength, T_ij = 1 + deviation_ij has the derivatives T_ij by log_strength and 1 by deviation.
+    # In units of the mean strength, T_ij = 1 + deviation_ij: derivatives T_ij by log_strength and 1 by deviation_ij.
     value = 1 + law["deviation"]
     spread = np.diagonal(covariance, axis1=1, axis2=2)
     variance = spread[:, deviations] + 2 * value * covariance[:, strength][:, deviations]

@@ -40,7 +40,7 @@ from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
 from mlx_pretrain.interrupts import StopRequest
 from mlx_pretrain.models.decoder import DecoderConfig
-from mlx_pretrain.train_state import TrainState, abstract_state, initial_state
+from mlx_pretrain.train_state import TrainState, abstract_state, make_initial_state
 from mlx_pretrain.trainer import make_train_step
 
 
@@ -182,6 +182,9 @@ class Trainer:
                                  languages=table.targets)
         self._step_tokens = config.batch_size * length
         self._eval_steps = evaluation_steps(config.tokens, self._step_tokens)
+        with partitioning.use(self._mesh):
+            self._abstract = abstract_state(model, self._optimizer, self._mesh)
+            self._initial_state = make_initial_state(model, self._optimizer, self._abstract)
         self._compile_lock = threading.Lock()
         self._programs: dict[int, Any] = {}
 
@@ -207,12 +210,14 @@ class Trainer:
             sources = [loader.BatchSource(self._store, proxy.rates, config.batch_size, proxy.seed,
                                           first * config.batch_size, local) for proxy in runs]
             batches = zip(*(loader.batches(source, threads=1, prefetch=2) for source in sources))
+            metrics = None
             for step in range(first + 1, self._eval_steps[-1] + 1):
                 if self._stop.requested:
                     saver.wait()
                     raise Stopped
                 arrays = [loader.to_devices(b, sharding, config.batch_size, local)["tokens"] for b in next(batches)]
-                state, _ = program(state, arrays[0] if len(runs) == 1 else jax.numpy.stack(arrays))
+                jax.block_until_ready(metrics)  # one step stays in flight while the host prepares the next
+                state, metrics = program(state, arrays[0] if len(runs) == 1 else jax.numpy.stack(arrays))
                 if step in self._eval_steps:
                     loss = self._evaluate(runs, state, step)
                     if step < self._eval_steps[-1]:
@@ -224,7 +229,7 @@ class Trainer:
         with self._compile_lock:
             if models not in self._programs:
                 config = self._config
-                abstract = abstract_state(self._model, self._optimizer, self._mesh)
+                abstract = self._abstract
                 step = make_train_step(
                     self._model, self._optimizer, config.learning_rate, chunk_tokens=config.chunk_tokens
                 )
@@ -238,8 +243,7 @@ class Trainer:
             return self._programs[models]
 
     def _initial(self, runs: Sequence[Run], abstract: TrainState) -> TrainState:
-        one = abstract_state(self._model, self._optimizer, self._mesh)
-        states = [initial_state(self._model, self._optimizer, proxy.seed, one) for proxy in runs]
+        states = [self._initial_state(proxy.seed) for proxy in runs]
         if len(runs) == 1:
             return states[0]
         stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states)

@@ -148,7 +148,7 @@ class _SameLaw:
         return self.law is other.law
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _compiled(key: _SameLaw) -> Callable:
     """One program for all that the solvers ask of a law: (weighted loss, losses, effective), fields, their Jacobians.
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from mlx_pretrain.data.mixing import MixtureOrder
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.figures import compact, duration
 from mlx_pretrain.history import LANGUAGES, Summary, read_history, read_run
-from mlx_pretrain.report import compact, duration, report
+from mlx_pretrain.report import report
 
 LENGTH, BATCH, START = 256, 16, 1_763_884_800
 TEXTS = {

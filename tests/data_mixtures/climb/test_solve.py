@@ -1,3 +1,6 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,12 +9,7 @@ from hypothesis import strategies as st
 
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
-from data_mixtures.climb.solve import (
-    reference_weights,
-    solve_by_sampling,
-    solve_joint,
-    solve_two_step,
-)
+from data_mixtures.climb.solve import reference_weights, solve_by_sampling, solve_joint, solve_two_step
 from mlx_pretrain.errors import InputError
 
 N, D = 1e8, 1e10
@@ -62,7 +60,7 @@ class Sealed(FittedLaw):
         self.law, self.languages, self.targets = law, law.languages, law.targets
 
     def losses(self, ratios, n_params, tokens):
-        return np.asarray(self.law.losses(ratios, n_params, tokens))
+        return np.asarray(compiled(self.law)(ratios, n_params, tokens))
 
 
 class Mixing(FittedLaw):
@@ -111,15 +109,19 @@ def problems(draw, n: int) -> dict:
     }
 
 
+@functools.cache
+def compiled(law):
+    return jax.jit(law.losses)
+
+
 def losses(law, ratios, tokens=D):
-    ratios = np.asarray(ratios)
+    ratios = np.asarray(ratios, np.float64)
     with float64():
-        return np.asarray(law.losses(ratios, np.full(ratios.shape[:-1], N), np.full(ratios.shape[:-1], tokens)))
+        return np.asarray(compiled(law)(ratios, np.full(ratios.shape[:-1], N), np.full(ratios.shape[:-1], tokens)))
 
 
-def simplex(lower=np.zeros(3), upper=np.ones(3), step=1e-3) -> np.ndarray:
-    """All mixtures of three languages within the bounds, at multiples of `step`: `[mixtures, 3]`."""
-    count = round(1 / step)
+def simplex(lower=0.0, upper=1.0, count=1000) -> np.ndarray:
+    """All mixtures of three languages within the bounds, at multiples of 1 / count: `[mixtures, 3]`."""
     first, second = np.meshgrid(np.arange(count + 1), np.arange(count + 1), indexing="ij")
     grid = np.stack([first, second, count - first - second], -1).reshape(-1, 3) / count
     return grid[((grid >= lower - 1e-9) & (grid <= upper + 1e-9)).all(1)]
@@ -176,15 +178,9 @@ def test_any_problem_is_solved_within_its_bounds(n, data):
     assert two_step.joint_gap > -1e-12
 
     # Joint: no small move from one language to another lowers the loss.
-    step = 1e-5
-    moves = [
-        np.eye(n)[j] * step - np.eye(n)[i] * step
-        for i in range(n)
-        for j in range(n)
-        if i != j and joint.ratios[i] - step >= lower[i] and joint.ratios[j] + step <= upper[j]
-    ]
-    if moves:
-        assert (losses(law, joint.ratios + np.array(moves), tokens) @ weights).min() > joint.weighted_loss - 1e-10
+    moved = joint.ratios + 1e-5 * (np.eye(n)[:, None] - np.eye(n)).reshape(-1, n)
+    allowed = ((moved >= lower) & (moved <= upper)).all(axis=1)
+    assert (losses(law, moved, tokens) @ weights)[allowed].min(initial=np.inf) > joint.weighted_loss - 1e-10
 
     # Two-step: on the curve, beyond it only at the lower bound, short of it only at the upper one.
     slopes = weights * law.beta * law.b * tokens**-law.beta * two_step.effective ** (-law.beta - 1)
@@ -262,7 +258,7 @@ def test_a_law_without_a_finite_loss_within_the_constraints_is_an_error_that_nam
     ("constraints", "message"),
     [
         (Constraints(floor=0.4), r"floors sum to 1.2 \(l00 0.4, l01 0.4, l02 0.4\): more than 1"),
-        (Constraints({"l01": 0.8}, fixed={"l00": 0.3}), r"fixed ratios sum to 0.3 \(l00 0.3\) and the floors sum to 0.8"),
+        (Constraints({"l01": 0.8}, fixed={"l00": 0.3}), r"fixed ratios sum to 0.3 .* and the floors sum to 0.8"),
         (Constraints(fixed={"l00": 0.8, "l02": 0.7}), r"fixed ratios sum to 1.5 \(l00 0.8, l02 0.7\): more than 1"),
         (Constraints(fixed={"l00": 0.2, "l01": 0.2, "l02": 0.2}), r"fixed ratios sum to 0.6 .*: less than 1"),
         (
@@ -312,8 +308,7 @@ def test_default_weights_are_one_over_the_losses_of_the_reference_mixture():
     natural = {"l00": 5e9, "l01": 3e9, "l02": 2e9}
     np.testing.assert_allclose(reference_weights(LAWS[3], N, D, natural), 1 / losses(LAWS[3], [0.5, 0.3, 0.2]))
     uniform = solve_joint(LAWS[3], N, D)
-    np.testing.assert_allclose(uniform.weights * losses(LAWS[3], np.ones(3) / 3), uniform.weights[0] * losses(
-        LAWS[3], np.ones(3) / 3)[0])
+    np.testing.assert_allclose(np.ptp(uniform.weights * losses(LAWS[3], np.ones(3) / 3)), 0, atol=1e-12)
     with pytest.raises(InputError, match="names xx"):
         reference_weights(LAWS[3], N, D, {"xx": 1})
 
@@ -350,6 +345,6 @@ def test_a_law_without_derivatives_is_solved_by_sampling_within_the_bounds(case)
 
 
 def test_the_joint_solver_leaves_a_law_without_derivatives_to_sampling():
-    found = solve_joint(Sealed(LAWS[3]), N, D, None, seed=3)
+    found = solve_joint(Sealed(LAWS[2]), N, D, None, seed=3)
     assert found.method == "sampling"
-    np.testing.assert_array_equal(found.ratios, solve_by_sampling(Sealed(LAWS[3]), N, D, None, seed=3).ratios)
+    np.testing.assert_array_equal(found.ratios, solve_by_sampling(Sealed(LAWS[2]), N, D, None, seed=3).ratios)

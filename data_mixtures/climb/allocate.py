@@ -1,0 +1,405 @@
+"""From a table of proxy runs to rates: `python -m data_mixtures.climb.allocate --gin_file=...`.
+
+    FOLDER/rates.json              the recommended mixture, for the SeqIO mixture and the token loader
+    FOLDER/methods/<method>.json   the same file for every other method: baselines and the other solver
+    FOLDER/allocation.json         all of it with the evidence; `data_mixtures.climb.report` shows it
+
+Losses in all of them are what the recommended law predicts, so that methods can be compared.
+"""
+
+import dataclasses
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+import numpy as np
+from etils import epath
+
+from data_mixtures.baselines import temperature_rates, unimax_rates
+from data_mixtures.climb import solve
+from data_mixtures.climb.constraints import Constraints
+from data_mixtures.climb.law import EffectiveLaw, FittedLaw, Law, float64
+from data_mixtures.climb.laws import LAWS, default_law
+from data_mixtures.climb.parametric import EffectiveFit, ParametricFit, bootstrap
+from data_mixtures.climb.runs import ProxyRuns
+from data_mixtures.climb.validation import cross_validate, measured_effective_ratios
+from mlx_pretrain import __version__
+from mlx_pretrain.configuration import run
+from mlx_pretrain.data.rates import save_rates
+from mlx_pretrain.data.store import TokenStore
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import write_json
+
+FORMAT = "mlx-allocation"
+VERSION = 1
+_INTERVAL = (0.05, 0.95)
+_WEIGHTS = ("reference", "natural", "uniform")
+
+
+@gin.configurable("allocate")
+@dataclasses.dataclass(frozen=True)
+class AllocateConfig:
+    """What to decide, from what.
+
+    Attributes:
+      runs: the table, e.g. @proxy_runs(), @regmix_runs() or @olmix_runs().
+      output: folder for the results.
+      n_params: parameters N of the model to pretrain.
+      tokens: its training tokens D.
+      token_store: store whose training tokens are the natural ratios and the unique text; or `unique_tokens`.
+      unique_tokens: language -> tokens of text there are, in place of a store.
+      law: a law, e.g. @Climb(); None: the default for the table (`laws.default_law`).
+      weights: of the losses to minimise: "reference" (1 / loss at the natural mixture, so that the mean ratio of losses
+        is minimised), "natural", "uniform", or language -> weight.
+      floor: least ratio, for all or language -> ratio.
+      max_epochs: most often that a text may be repeated.
+      fixed: language -> ratio it must have.
+      solver: "two-step" (for laws with effective ratios) or "joint".
+      compared: laws that are cross-validated beside the recommended one, and whose mixtures are given where they are
+        baselines of the paper or of RegMix.
+      temperature: of the temperature baseline.
+      replicates: of the bootstrap behind the intervals.
+      folds: of the cross-validation, by run.
+      seed: of everything drawn.
+    """
+
+    runs: ProxyRuns = gin.REQUIRED
+    output: str = gin.REQUIRED
+    n_params: float = gin.REQUIRED
+    tokens: float = gin.REQUIRED
+    token_store: str | None = None
+    unique_tokens: Mapping[str, float] | None = None
+    law: Law | None = None
+    weights: str | Mapping[str, float] = "reference"
+    floor: float | Mapping[str, float] = 0.0
+    max_epochs: float | None = None
+    fixed: Mapping[str, float] | None = None
+    solver: str = "two-step"
+    compared: Sequence[str] = ("isolated", "msl", "mixing_law", "lightgbm")
+    temperature: float = 3.33
+    replicates: int = 100
+    folds: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.runs, ProxyRuns):
+            raise InputError(f"allocate.runs = {self.runs!r}: must be a table, e.g. @proxy_runs()")
+        for name in ("n_params", "tokens"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise InputError(f"allocate.{name} = {value!r}: must be a positive number")
+        if self.solver not in ("two-step", "joint"):
+            raise InputError(f"allocate.solver = {self.solver!r}: must be 'two-step' or 'joint'")
+        if isinstance(self.weights, str) and self.weights not in _WEIGHTS:
+            raise InputError(f"allocate.weights = {self.weights!r}: not one of {', '.join(_WEIGHTS)}, nor a mapping")
+        if self.token_store is not None and self.unique_tokens is not None:
+            raise InputError("allocate: token_store and unique_tokens say the same; give one of them")
+        if unknown := [name for name in self.compared if name not in LAWS]:
+            raise InputError(f"allocate.compared: no law {unknown[0]!r}; there is {', '.join(LAWS)}")
+
+
+class Allocator:
+    """Fits, solves, compares."""
+
+    def __init__(self, config: AllocateConfig):
+        """Fits the recommended law.
+
+        Raises:
+          InputError: the table and the text do not fit each other, or the law cannot be fitted.
+        """
+        self.config, self.runs = config, config.runs
+        self.unique = _unique_tokens(config)
+        self.law = config.law or default_law(self.runs)
+        self.constraints = Constraints(config.floor, config.max_epochs, self.unique, config.fixed)
+        self.constraints.bounds(self.runs.languages, config.tokens)  # says early what is infeasible
+        self.fitted = self.law.fit(self.runs, config.seed)
+        self.replicates: list[ParametricFit] = []
+        if isinstance(self.fitted, ParametricFit) and config.replicates:
+            self.replicates = bootstrap(self.fitted, self.runs, config.replicates, config.seed)
+        self.weights = self._weights()
+
+    def _weights(self) -> np.ndarray:
+        """`[targets]`, summing to 1."""
+        weights, targets = self.config.weights, self.runs.targets
+        if isinstance(weights, Mapping):
+            if differ := sorted(set(weights) ^ set(targets)):
+                raise InputError(f"allocate.weights: {', '.join(differ)} stand in the weights or the table's losses, "
+                                 "not in both")
+            found = np.array([weights[target] for target in targets], np.float64)
+        elif weights == "uniform":
+            found = np.ones(len(targets))
+        elif weights == "reference":
+            found = solve.reference_weights(self.fitted, self.config.n_params, self.config.tokens, self.unique)
+        else:
+            if self.unique is None or not set(targets) <= set(self.unique):
+                raise InputError("allocate.weights = 'natural' needs the tokens of every target's text: "
+                                 "allocate.token_store or allocate.unique_tokens")
+            found = np.array([self.unique[target] for target in targets], np.float64)
+        return found / found.sum()
+
+    def solved(self, fitted: FittedLaw, solver: str) -> solve.Allocation:
+        """The best mixture by a law; laws without gradients are searched, as RegMix does."""
+        arguments = (fitted, self.config.n_params, self.config.tokens, self.weights, self.constraints)
+        if not fitted.differentiable:
+            return solve.solve_by_sampling(*arguments, centre=self.unique, seed=self.config.seed)
+        if solver == "two-step" and isinstance(fitted, EffectiveLaw) and fitted.targets == fitted.languages:
+            return solve.solve_two_step(*arguments, seed=self.config.seed)
+        return solve.solve_joint(*arguments, seed=self.config.seed)
+
+    def predict(self, fitted: FittedLaw, ratios: np.ndarray) -> np.ndarray:
+        """Losses `[targets]` of a mixture at the target N and D."""
+        with float64():
+            return np.asarray(fitted.losses(ratios, float(self.config.n_params), float(self.config.tokens)))
+
+    def method(self, ratios: np.ndarray, allocation: solve.Allocation | None = None) -> dict[str, Any]:
+        """A mixture as it stands in allocation.json."""
+        config, unique = self.config, self.unique
+        losses = self.predict(self.fitted, ratios)
+        low = high = None
+        if self.replicates:
+            low, high = np.quantile([self.predict(fitted, ratios) for fitted in self.replicates], _INTERVAL, axis=0)
+        elif hasattr(self.fitted, "spread"):
+            with float64():
+                spread = np.asarray(self.fitted.spread(ratios, float(config.n_params), float(config.tokens)))
+            low, high = losses - 1.645 * spread, losses + 1.645 * spread
+        effective = None
+        if isinstance(self.fitted, EffectiveLaw):
+            with float64():
+                effective = np.asarray(
+                    self.fitted.effective_ratios(ratios, float(config.n_params), float(config.tokens)))
+        epochs = None
+        if unique is not None:
+            epochs = [r * config.tokens / unique[l] if unique[l] else 0.0
+                      for l, r in zip(self.runs.languages, ratios)]
+        return {
+            "ratios": ratios.tolist(),
+            "ratio_low": None,
+            "ratio_high": None,
+            "losses": losses.tolist(),
+            "loss_low": None if low is None else low.tolist(),
+            "loss_high": None if high is None else high.tolist(),
+            "effective": None if effective is None else effective.tolist(),
+            "epochs": epochs,
+            "weighted_loss": float(self.weights @ losses),
+            "mean_loss": float(losses.mean()),
+            "kkt": allocation and allocation.kkt,
+            "joint_gap": allocation and allocation.joint_gap,
+            "binding": [list(pair) for pair in allocation.binding] if allocation else [],
+        }
+
+    def recommended(self) -> tuple[str, dict[str, dict[str, Any]]]:
+        """(name of the recommended method, it and the other solver's answer)."""
+        allocation = self.solved(self.fitted, self.config.solver)
+        name = self.law.name
+        found = {name: self.method(allocation.ratios, allocation)}
+        if allocation.joint is not None:
+            found[f"{name}-joint"] = self.method(allocation.joint.ratios, allocation.joint)
+        if self.replicates:
+            # Every replicate's own answer: how far the data determine the ratios.
+            ratios = [self.solved(fitted, self.config.solver).ratios for fitted in self.replicates]
+            low, high = np.quantile(ratios, _INTERVAL, axis=0)
+            found[name] |= {"ratio_low": low.tolist(), "ratio_high": high.tolist()}
+        return name, found
+
+    def baselines(self, fitted: Mapping[str, FittedLaw]) -> dict[str, dict[str, Any]]:
+        """Rule-of-thumb mixtures, and those of other laws; none of the former knows the constraints but UniMax."""
+        config, languages = self.config, self.runs.languages
+        found = {"uniform": np.full(len(languages), 1 / len(languages))}
+        if self.unique is not None and all(self.unique[l] > 0 for l in languages):
+            counts = {l: self.unique[l] for l in languages}
+            found["natural"] = _array(temperature_rates(counts), languages)
+            found["temperature"] = _array(temperature_rates(counts, config.temperature), languages)
+            epochs = config.max_epochs or 4.0
+            if epochs * sum(counts.values()) >= config.tokens:
+                found["unimax"] = _array(unimax_rates(counts, config.tokens, epochs), languages)
+        methods = {name: self.method(ratios) for name, ratios in found.items()}
+        for name in config.compared:
+            if name in fitted and name != self.law.name:
+                allocation = self.solved(fitted[name], "joint")
+                methods["regmix" if name == "lightgbm" else name] = self.method(allocation.ratios, allocation)
+        return methods
+
+
+def _array(rates: Mapping[str, float], languages: Sequence[str]) -> np.ndarray:
+    return np.array([rates.get(language, 0.0) for language in languages])
+
+
+def _unique_tokens(config: AllocateConfig) -> dict[str, float] | None:
+    """language -> tokens of text, for the table's languages.
+
+    Raises:
+      InputError: a language of the table has no entry.
+    """
+    if config.token_store is not None:
+        parts = TokenStore(config.token_store).parts("train")
+        text, where = {language: float(part.tokens) for language, part in parts.items()}, config.token_store
+    elif config.unique_tokens is not None:
+        text, where = dict(config.unique_tokens), "allocate.unique_tokens"
+    else:
+        return None
+    if missing := [language for language in config.runs.languages if language not in text]:
+        raise InputError(f"{where}: no text in {', '.join(missing)}, which the proxy runs have")
+    return {language: text[language] for language in config.runs.languages}
+
+
+def _validation(config: AllocateConfig, law: Law, laws: Mapping[str, Law]) -> tuple[dict[str, Any], np.ndarray]:
+    """Cross-validated scores of all laws, and the recommended one's predictions out of fold `[rows, targets]`."""
+    found, predicted = {}, None
+    for name, other in {law.name: law, **laws}.items():
+        started = time.perf_counter()
+        result = cross_validate(other, config.runs, config.folds, config.seed)
+        predicted = result.predicted if predicted is None else predicted
+        found[name] = {key: getattr(result.scores, key).tolist() for key in ("r2", "mae", "spearman")}
+        found[name]["seconds"] = (time.perf_counter() - started) / config.folds
+        _say(f"{name}: cross-validated R2 {result.scores.mean['r2']:.4f}, MAE {result.scores.mean['mae']:.4f}, "
+             f"Spearman {result.scores.mean['spearman']:.4f}")
+    return found, predicted
+
+
+def _transfer(fitted: FittedLaw, replicates: Sequence[ParametricFit]) -> dict[str, Any] | None:
+    """The transfer matrix with intervals, None for laws without interaction."""
+    if not isinstance(fitted, EffectiveFit) or fitted.identified is None:
+        return None
+    low = high = None
+    if replicates:
+        low, high = np.quantile([replicate.transfer for replicate in replicates], _INTERVAL, axis=0)
+    own = np.array([[target == language for language in fitted.languages] for target in fitted.targets])
+    blank = lambda x: np.where(own, None, x.astype(object)).tolist()  # noqa: E731
+    return {
+        "values": blank(fitted.transfer),
+        "low": None if low is None else blank(low),
+        "high": None if high is None else blank(high),
+        "identified": fitted.identified.tolist(),
+        "meaning": "tokens of its own that one more token of the other language is worth to a language, at the proxy "
+                   "runs' mean mixture and token count",
+    }
+
+
+def _effective(fitted: FittedLaw, runs: ProxyRuns) -> dict[str, Any] | None:
+    """Measured effective ratios beside the law's, None for laws without them."""
+    if not isinstance(fitted, EffectiveLaw):
+        return None
+    measured = measured_effective_ratios(fitted, runs)
+    with float64():
+        predicted = np.asarray(fitted.effective_ratios(runs.ratios, runs.n_params, runs.tokens))
+    return {
+        "ratio": runs.ratios[:, runs.own].tolist(),
+        "effective": np.where(np.isfinite(measured), measured.astype(object), None).tolist(),
+        "predicted": predicted.tolist(),
+        "tokens": runs.tokens.tolist(),
+    }
+
+
+def _parameters(fitted: FittedLaw) -> dict[str, Any] | None:
+    """The fitted parameters by name, `[targets, size]` each; None for laws that are no formula."""
+    if not isinstance(fitted, ParametricFit):
+        return None
+    return {name: np.asarray(fitted[name]).tolist() for name in fitted.model.sizes}
+
+
+def _fingerprint(runs: ProxyRuns) -> str:
+    """SHA-256 of the table as it was used."""
+    digest = hashlib.sha256(repr((runs.languages, runs.targets, runs.run.tolist())).encode())
+    for values in (runs.n_params, runs.tokens, runs.ratios, runs.losses):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def allocate() -> None:
+    """Decides the mixture from proxy runs. Parameters: allocate.* (see AllocateConfig), proxy_runs.*, Climb.*."""
+    config = AllocateConfig()
+    runs = config.runs
+    _say(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
+         "losses")
+    allocator = Allocator(config)
+    for note in allocator.fitted.notes:
+        _say(f"note: {note}")
+    laws, fitted = {}, {}
+    for name in config.compared:
+        try:
+            fitted[name] = LAWS[name]().fit(runs, config.seed)
+            laws[name] = LAWS[name]()
+        except InputError as error:
+            _say(f"note: left out of the comparison: {error}")
+    validation, predicted = _validation(config, allocator.law, laws)
+    chosen, methods = allocator.recommended()
+    methods |= allocator.baselines(fitted)
+    _write(allocator, chosen, methods, validation, predicted)
+    best = methods[chosen]
+    _say(f"{config.output}/rates.json: {chosen} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT residual "
+         f"{best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {chosen}")
+    for i in np.argsort(best["ratios"])[::-1]:
+        _say(f"{runs.languages[i]:<8} {best['ratios'][i]:8.4%}")
+
+
+def _write(
+    allocator: Allocator,
+    chosen: str,
+    methods: Mapping[str, Mapping[str, Any]],
+    validation: Mapping[str, Any],
+    predicted: np.ndarray,
+) -> None:
+    """Writes the rates files and, last, allocation.json."""
+    config, runs, fitted = allocator.config, allocator.runs, allocator.fitted
+    folder = epath.Path(config.output)
+    law = {"name": allocator.law.name, "family": getattr(allocator.law, "family", None), "notes": list(fitted.notes),
+           "parameters": _parameters(fitted)}
+    provenance = {"program": "data_mixtures.climb.allocate", "version": __version__, "table_sha256": _fingerprint(runs),
+                  "runs": len(np.unique(runs.run)), "rows": len(runs), "n_params": config.n_params,
+                  "tokens": config.tokens, "law": {k: law[k] for k in ("name", "family", "notes")}, "seed": config.seed}
+    named = lambda names, values: None if values is None else dict(zip(names, values))  # noqa: E731
+    for name, method in methods.items():
+        more = {
+            "expected_loss": named(runs.targets, method["losses"]),
+            "expected_loss_interval": named(runs.targets, _pairs(method["loss_low"], method["loss_high"])),
+            "rates_interval": named(runs.languages, _pairs(method["ratio_low"], method["ratio_high"])),
+            "epochs": named(runs.languages, method["epochs"]),
+            "interval": list(_INTERVAL),
+        }
+        more = {key: value for key, value in more.items() if value is not None}
+        paths = [folder / "methods" / f"{name}.json"] + [folder / "rates.json"] * (name == chosen)
+        for path in paths:
+            save_rates(path, named(runs.languages, method["ratios"]), {**provenance, "method": name}, **more)
+    counts = allocator.unique
+    natural = None
+    if counts is not None:
+        natural = (np.array(list(counts.values())) / sum(counts.values())).tolist()
+    write_json(folder / "allocation.json", {
+        "format": FORMAT,
+        "version": VERSION,
+        "languages": list(runs.languages),
+        "targets": list(runs.targets),
+        "n_params": config.n_params,
+        "tokens": config.tokens,
+        "unique_tokens": counts,
+        "natural": natural,
+        "weights": allocator.weights.tolist(),
+        "weights_name": config.weights if isinstance(config.weights, str) else "given",
+        "constraints": {"floor": config.floor, "max_epochs": config.max_epochs, "fixed": dict(config.fixed or {})},
+        "law": law,
+        "method": chosen,
+        "methods": methods,
+        "transfer": _transfer(fitted, allocator.replicates),
+        "validation": validation,
+        "predictions": {"run": runs.run.tolist(), "n_params": runs.n_params.tolist(), "tokens": runs.tokens.tolist(),
+                        "measured": runs.losses.tolist(), "predicted": predicted.tolist()},
+        "effective": _effective(fitted, runs),
+        "proxies": {"runs": len(np.unique(runs.run)), "rows": len(runs)},
+        "provenance": provenance,
+    })
+
+
+def _pairs(low: Sequence[float] | None, high: Sequence[float] | None) -> list[list[float]] | None:
+    return None if low is None or high is None else [list(pair) for pair in zip(low, high)]
+
+
+if __name__ == "__main__":
+    run(allocate, "data_mixtures.climb.allocate")

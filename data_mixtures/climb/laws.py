@@ -1,0 +1,22 @@
+"""All laws by name, and which one to use for which table."""
+
+from collections.abc import Callable
+
+from data_mixtures.climb.law import Law
+from data_mixtures.climb.parametric import MSL, Climb, Isolated, MixingLaw
+from data_mixtures.climb.process import StructuredProcess
+from data_mixtures.climb.regressors import GaussianProcess, LightGBM, Ridge
+from data_mixtures.climb.runs import ProxyRuns
+
+LAWS: dict[str, Callable[[], Law]] = {
+    law.name: law for law in (Climb, StructuredProcess, Isolated, MSL, MixingLaw, Ridge, LightGBM, GaussianProcess)
+}
+
+
+def default_law(runs: ProxyRuns) -> Law:
+    """The Climb law where N or D vary and every target is a language of the mixture, else the structured process.
+
+    That is what predicted held-out runs best in our measurements (benchmarks/RESULTS.md); only the former extrapolates
+    to other N and D.
+    """
+    return Climb() if runs.varies and (runs.own >= 0).all() else StructuredProcess()

@@ -1,0 +1,441 @@
+"""The figures of an allocation's report; `data_mixtures.climb.report` says what the allocation holds."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from mlx_pretrain.figures import (
+    ACCENT,
+    FIGURE_WIDTH,
+    GREEN,
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    WARM,
+    compact,
+    rows_panel,
+)
+
+NAMES = {"climb": "Climb", "unimax": "UniMax", "msl": "MSL", "regmix": "RegMix"}
+WIDE = 936  # CSS pixels: the width of a page.
+# Marker, colour, size: ink for what needs no law, warm for laws without interaction, green for the others.
+_MARKS = {
+    "natural": ("|", INK, 12), "uniform": ("x", MUTED, 5), "temperature": ("^", MUTED, 5), "unimax": ("s", MUTED, 4.5),
+    "climb": ("D", ACCENT, 5), "joint": ("d", ACCENT, 5.5), "isolated": ("o", WARM, 5), "msl": ("v", WARM, 5),
+    "regmix": ("s", GREEN, 4.5), "mixing law": ("D", GREEN, 4.5),
+}
+_MORE_MARKS = [("^", GREEN, 5), ("v", GREEN, 5), ("p", GREEN, 5.5), ("h", GREEN, 5.5), ("<", GREEN, 5), (">", GREEN, 5)]
+# More points than this make a page slow; the rest is left out evenly.
+_MOST_POINTS = 6000
+
+
+def label(name: str, longest: int = 18) -> str:
+    """A name as it stands in a plot: one line, not too long."""
+    name = " ".join(name.split())
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round values on a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: math.ceil(len(ticks) / 7)]
+
+
+class _LogScale:
+    """A logarithmic axis that has a place for 0, at its lower end, where some values are 0."""
+
+    def __init__(self, *values: np.ndarray):
+        values = np.concatenate([np.ravel(v) for v in values])
+        values = values[np.isfinite(values)]
+        positive = values[values > 0] if (values > 0).any() else np.ones(1)
+        self._low, self.high = positive.min() / 1.3, positive.max() * 1.3
+        self._has_zero = bool((values <= 0).any())
+        self._zero = self._low / (self.high / self._low) ** 0.07
+
+    def place(self, values: np.ndarray) -> np.ndarray:
+        """Where values stand on the axis."""
+        return np.where(values > 0, values, self._zero)
+
+    @property
+    def low(self) -> float:
+        """The lower end of the axis."""
+        return self._zero / (self.high / self._low) ** 0.03 if self._has_zero else self._low
+
+    def apply(self, axes: Axes, name: str, scale: float = 1.0, suffix: str = "", most: int = 7) -> None:
+        """Scale, limits and ticks of axis "x" or "y"; a tick reads `scale` times its value, with `suffix`."""
+        axes.set(**{f"{name}scale": "log", f"{name}lim": (self.low, self.high)})
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        ticks = _ticks(self._low, self.high)
+        ticks = ticks[:: math.ceil(len(ticks) / most)]
+        axis.set_major_locator(FixedLocator([*([self._zero] if self._has_zero else []), *ticks]))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(
+            lambda value, _: f"0{suffix}" if value < self._low else f"{scale * value:.4g}{suffix}"))
+
+
+def _clustered(transfer: np.ndarray) -> np.ndarray:
+    """The order of languages in which those that give each other most stand together; `transfer` is square."""
+    given = np.nan_to_num(transfer)
+    mutual = (given + given.T) / 2
+    distance = mutual.max() - mutual
+    np.fill_diagonal(distance, 0)
+    if len(distance) < 3:
+        return np.arange(len(distance))
+    return hierarchy.leaves_list(hierarchy.linkage(squareform(distance, checks=False), "average", True))
+
+
+class Plots:
+    """The figures of one allocation; each method gives None where the allocation has nothing to show in it.
+
+    Args:
+      allocation: as `data_mixtures.climb.report.read_allocation` returns it.
+    """
+
+    def __init__(self, allocation: Mapping[str, Any]):
+        self._a = allocation
+        self._methods = allocation["methods"]
+        self._best = self._methods[allocation["method"]]
+        self._order = np.argsort(-self._best["ratios"], kind="stable")
+        ratio = dict(zip(allocation["languages"], self._best["ratios"]))
+        self._target_order = np.argsort([-ratio.get(name, 0) for name in allocation["targets"]], kind="stable")
+        self._row = 18 if len(allocation["languages"]) <= 24 else 15
+
+    def all(self) -> Iterator[tuple[str, Figure, str]]:
+        """(name, figure, description for screen readers) of each figure that there is."""
+        for name, description in (
+            ("ratios", "Ratio of each language by method; numbers in the table"),
+            ("losses", "Predicted loss of each language against the baseline; numbers in the table"),
+            ("epochs", "Epochs of each language; numbers in the table"),
+            ("transfer", "Matrix of transfer between languages"),
+            ("effective", "Effective ratio against ratio, by language"),
+            ("predictions", "Predicted against measured loss, by language"),
+        ):
+            if (figure := getattr(self, name)()) is not None:
+                yield name, figure, description
+
+    def _marks(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """(name, method, keywords of `plot`); the recommended method is the last, to lie on top."""
+        more = iter(_MORE_MARKS * len(self._methods))
+        for name, method in self._methods.items():
+            if name != self._a["method"]:
+                marker, colour, size = _MARKS.get(name) or next(more)
+                yield name, method, {"marker": marker, "color": colour, "markersize": size, "linestyle": "none",
+                                     "markerfacecolor": PAPER, "markeredgewidth": 1.2, "label": NAMES.get(name, name)}
+        name = self._a["method"]
+        yield name, self._best, {"marker": "o", "color": ACCENT, "markersize": 7, "linestyle": "none",
+                                 "label": NAMES.get(name, name)}
+
+    def _by_name(self, title: str, names: Sequence[str], entries: int) -> tuple[Figure, Axes, np.ndarray]:
+        """A plot with a row per name and space for a legend of `entries` below the title."""
+        figure, axes, rows = rows_panel(title, [label(name) for name in names], self._row,
+                                        30 + 16 * math.ceil(entries / 4))
+        if self._row < 18:
+            axes.tick_params(axis="y", labelsize=9.5)
+        return figure, axes, rows
+
+    def _legend(self, figure: Figure, axes: Axes) -> None:
+        width, height = figure.get_size_inches() * 72
+        handles, labels = axes.get_legend_handles_labels()
+        # By rows, the recommended method first; matplotlib fills by columns.
+        handles, labels = [handles[-1], *handles[:-1]], [label(text, 13) for text in [labels[-1], *labels[:-1]]]
+        order = [k for column in range(4) for k in range(column, len(handles), 4)]
+        figure.legend([handles[k] for k in order], [labels[k] for k in order], loc="upper left", ncols=4,
+                      bbox_to_anchor=(-6 / width, 1 - 20 / height), columnspacing=1.2, handletextpad=0.3,
+                      labelspacing=0.25, fontsize=9.5, handlelength=1.2)
+
+    def ratios(self) -> Figure:
+        """The ratios of all methods, a row per language, on a logarithmic axis."""
+        figure, axes, rows = self._by_name("Share of the training tokens", self._names, len(self._methods))
+        low, high = self._best["ratio_low"], self._best["ratio_high"]
+        scale = _LogScale(*(method["ratios"] for method in self._methods.values()),
+                          *(ends for ends in (low, high) if ends is not None))
+        if low is not None and high is not None:
+            axes.hlines(rows, scale.place(low)[self._order], scale.place(high)[self._order], color=ACCENT,
+                        linewidth=4.5, alpha=0.3)
+        for _, method, mark in self._marks():
+            axes.plot(scale.place(method["ratios"])[self._order], rows, **mark, clip_on=False)
+        scale.apply(axes, "x", 100, " %", most=6)
+        axes.set_xlabel("Share of the training tokens (log scale)")
+        self._legend(figure, axes)
+        return figure
+
+    @property
+    def _names(self) -> list[str]:
+        return [self._a["languages"][k] for k in self._order]
+
+    def losses(self) -> Figure:
+        """Predicted losses of all methods relative to the baseline's, or the losses themselves without a baseline."""
+        names = [self._a["targets"][k] for k in self._target_order]
+        baseline = self._a["baseline"]
+        base = self._methods[baseline]["losses"] if baseline else np.ones(len(names))
+        title = f"Predicted loss against {baseline}" if baseline else "Predicted loss (nats per token)"
+        shown = [(name, method, mark) for name, method, mark in self._marks() if name != baseline]
+        figure, axes, rows = self._by_name(title, names, len(shown))
+
+        def place(losses: np.ndarray) -> np.ndarray:
+            return (100 * (losses / base - 1) if baseline else losses)[self._target_order]
+
+        if baseline:
+            axes.axvline(0, color=INK, linewidth=1.2)
+        if self._best["loss_low"] is not None and self._best["loss_high"] is not None:
+            axes.hlines(rows, place(self._best["loss_low"]), place(self._best["loss_high"]), color=ACCENT,
+                        linewidth=4.5, alpha=0.3)
+        for _, method, mark in shown:
+            axes.plot(place(method["losses"]), rows, **mark, clip_on=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        if baseline:
+            axes.xaxis.set_major_formatter(FuncFormatter(
+                lambda value, _: f"{value:+g} %".replace("-", "−") if value else "0 %"))
+        axes.set_xlabel("Change of the loss (left is better)" if baseline else "Loss (left is better)")
+        axes.margins(x=0.04)
+        self._legend(figure, axes)
+        return figure
+
+    def epochs(self) -> Figure | None:
+        """How often each language's unique text is seen, and the cap."""
+        shown = [(name, method, mark) for name, method, mark in self._marks()
+                 if method["epochs"] is not None and name in (self._a["method"], self._a["baseline"])]
+        cap = self._a["constraints"].get("max_epochs")
+        if self._best["epochs"] is None:
+            return None
+        figure, axes, rows = self._by_name("Epochs over the unique text", self._names, len(shown) + (cap is not None))
+        scale = _LogScale(*(method["epochs"] for _, method, _ in shown), np.array([] if cap is None else [cap]))
+        if cap is not None:
+            axes.axvline(cap, color=WARM, linewidth=1.4, linestyle=(0, (4, 2)), label="cap")
+        axes.hlines(rows, scale.low, scale.place(self._best["epochs"])[self._order], color=ACCENT, linewidth=1.2,
+                    alpha=0.45)
+        for _, method, mark in shown:
+            axes.plot(scale.place(method["epochs"])[self._order], rows, **mark, clip_on=False)
+        scale.apply(axes, "x")
+        axes.set_xlabel("Epochs (log scale)")
+        self._legend(figure, axes)
+        return figure
+
+    def transfer(self) -> Figure | None:
+        """Heat map of what each language (row) gains from each other (column)."""
+        transfer, languages, targets = self._a["transfer"], self._a["languages"], self._a["targets"]
+        if transfer is None:
+            return None
+        rows = columns = np.arange(len(languages))
+        if list(languages) == list(targets):
+            identified = np.where(transfer["identified"], transfer["values"], 0)
+            rows = columns = _clustered(identified)
+        else:
+            rows = np.arange(len(targets))
+        values, known = (transfer[name][np.ix_(rows, columns)] for name in ("values", "identified"))
+        low, high = (None if transfer[name] is None else transfer[name][np.ix_(rows, columns)]
+                     for name in ("low", "high"))
+        most = max(values.shape)
+        cell = 50 if most <= 6 else 42 if most <= 10 else 40 if most <= 20 else max(9, min(26, 850 // most))
+        row_labels = [label(targets[k]) for k in rows]
+        column_labels = [label(languages[k]) for k in columns]
+        font = 10.5 if cell >= 16 else 8.5
+        figure, axes = _matrix_panel(row_labels, column_labels, cell, font)
+        y, x = np.indices(values.shape)
+        there = np.isfinite(values)
+        with np.errstate(invalid="ignore"):
+            limit = float(np.nanmax(np.abs(np.where(known, values, np.nan)), initial=0)) or 1.0
+        written = most <= 20
+        strongest = 0.62 if written else 1.0
+        square = {"marker": "s", "s": (cell - 1) ** 2, "linewidth": 0}
+        for sign, colour in ((1, ACCENT), (-1, WARM)):
+            which = there & known & (sign * values > 0)
+            opacity = np.minimum(np.abs(values[which]) / limit, 1) * strongest
+            axes.scatter(x[which] + 0.5, y[which] + 0.5, color=_faded(colour, opacity), **square)
+        which = there & ~known
+        axes.scatter(x[which] + 0.5, y[which] + 0.5, color=[RULE], alpha=0.45,
+                     hatch="////" if written else None, **square)
+        axes.scatter(x[~there] + 0.5, y[~there] + 0.5, marker="_", s=(cell / 4) ** 2, color=RULE, linewidth=1)
+        if written:
+            self._write_cells(axes, values, known, low, high, cell, limit)
+        _colour_bar(figure, axes, limit, strongest, bool((there & ~known).any()))
+        return figure
+
+    @staticmethod
+    def _write_cells(axes: Axes, values, known, low, high, cell: float, limit: float) -> None:
+        digits = max(0, 1 - math.floor(math.log10(limit)))
+        intervals = low is not None and high is not None and cell >= 50
+
+        def short(value: float) -> str:
+            text = f"{value:.{digits}f}".replace("-", "−")
+            return text.replace("0.", ".", 1) if intervals and abs(value) < 1 else text
+
+        for row, column in zip(*np.nonzero(np.isfinite(values))):
+            colour = INK if known[row, column] else MUTED
+            axes.text(column + 0.5, row + (0.4 if intervals else 0.5), short(values[row, column]).replace("−.", "−0."),
+                      ha="center", va="center", color=colour, fontsize=10 if cell >= 42 else 9)
+            if intervals and np.isfinite([low[row, column], high[row, column]]).all():
+                axes.text(column + 0.5, row + 0.74, f"{short(low[row, column])} to {short(high[row, column])}",
+                          ha="center", va="center", color=colour, fontsize=7.5)
+
+    def effective(self) -> Figure | None:
+        """Effective ratio against ratio: measured run by run, and the law's."""
+        effective = self._a["effective"]
+        if effective is None:
+            return None
+        order = self._target_order
+        figure, panels = _grid([self._a["targets"][k] for k in order], "Effective share against share",
+                               "Share of the training tokens (%, log scales)", shared=True)
+        ratio, measured, law = (effective[name] for name in ("ratio", "effective", "predicted"))
+        keep = _thinned(len(ratio), 2 * len(order))
+        scale = _LogScale(ratio[keep], measured[keep], law[keep])
+        groups = _groups(effective["tokens"])
+        handles = []
+        for axes, k in zip(panels, order):
+            axes.plot([scale.low, scale.high], [scale.low, scale.high], color=MUTED, linewidth=0.9)
+            handles = []
+            for strength, (name, which) in zip(np.linspace(0.3, 0.9, len(groups)) if len(groups) > 1 else [0.7],
+                                               groups):
+                which = which & keep
+                handles += axes.plot(scale.place(ratio[which, k]), scale.place(measured[which, k]), "o", markersize=3.2,
+                                     color=ACCENT, alpha=strength, markeredgewidth=0, label=name)
+            handles += axes.plot(scale.place(ratio[keep, k]), scale.place(law[keep, k]), "_", markersize=4.5,
+                                 color=WARM, markeredgewidth=1, label="law")
+            scale.apply(axes, "x", 100, most=3)
+            scale.apply(axes, "y", 100, most=3)
+            axes.grid(visible=True)
+        _grid_legend(figure, handles)
+        return figure
+
+    def predictions(self) -> Figure | None:
+        """Predicted against measured loss, out of fold, a small plot per target."""
+        predictions = self._a["predictions"]
+        if predictions is None or not len(predictions["measured"]):
+            return None
+        scores = self._a["validation"].get(self._a["law"].get("name")) or {}
+        order = self._target_order
+        figure, panels = _grid([self._a["targets"][k] for k in order], "Predicted loss (nats per token)",
+                               "Measured loss (nats per token)", shared=False)
+        keep = _thinned(len(predictions["measured"]), len(order))
+        for axes, k in zip(panels, order):
+            measured, predicted = (predictions[name][:, k] for name in ("measured", "predicted"))
+            both = np.concatenate([measured, predicted])
+            both = both[np.isfinite(both)] if np.isfinite(both).any() else np.array([0.0, 1.0])
+            pad = 0.05 * np.ptp(both) or 0.1
+            ends = [both.min() - pad, both.max() + pad]
+            axes.plot(ends, ends, color=MUTED, linewidth=0.9)
+            axes.plot(measured[keep], predicted[keep], "o", color=ACCENT, markersize=3, alpha=0.4, markeredgewidth=0)
+            axes.set(xlim=ends, ylim=ends)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
+            axes.grid(visible=True)
+            lines = [f"{sign} {scores[name][k]:.{digits}f}" for name, sign, digits in
+                     (("r2", "R²", 3), ("mae", "MAE", 3), ("spearman", "ρ", 3))
+                     if name in scores and np.isfinite(scores[name][k])]
+            axes.text(0.04, 0.97, "\n".join(lines if len(order) <= 24 else lines[:1]), transform=axes.transAxes,
+                      va="top", fontsize=8, color=INK, linespacing=1.25)
+        return figure
+
+
+def _faded(colour: str, opacity: np.ndarray) -> np.ndarray:
+    """The colour at each opacity: `[cells, 4]`; over the page's paper it is right in light and in dark."""
+    rgb = np.broadcast_to(matplotlib.colors.to_rgb(colour), (len(opacity), 3))
+    return np.concatenate([rgb, opacity[:, None]], axis=1)
+
+
+def _groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Rows by token count: at most four (name, mask), fewest tokens first."""
+    counts = np.unique(tokens)
+    if len(counts) <= 4:
+        return [(f"{compact(count)} tokens", tokens == count) for count in counts]
+    bounds = np.quantile(tokens, [1 / 3, 2 / 3, 1])
+    lower = [-np.inf, *bounds[:-1]]
+    groups = [(f"up to {compact(high)} tokens", (tokens > low) & (tokens <= high)) for low, high in zip(lower, bounds)]
+    return [(name, which) for name, which in groups if which.any()]
+
+
+def _thinned(rows: int, panels: int) -> np.ndarray:
+    """Mask of the rows to draw, evenly spread, so that all panels together stay readable."""
+    keep = np.zeros(rows, bool)
+    keep[np.linspace(0, rows - 1, min(rows, _MOST_POINTS // panels)).round().astype(int)] = True
+    return keep
+
+
+def thinning(rows: int, panels: int) -> int:
+    """How many of `rows` points each of `panels` small plots shows."""
+    return int(_thinned(rows, panels).sum())
+
+
+def _grid(names: Sequence[str], title: str, x_label: str, shared: bool) -> tuple[Figure, list[Axes]]:
+    """Square small plots, one per name; `shared`: all have the same axes, so only the outer ones need numbers."""
+    count = len(names)
+    columns = min(count, 2 if count <= 4 else 3 if count <= 9 else 6 if count <= 24 else 8)
+    width = FIGURE_WIDTH if columns <= 3 else WIDE
+    left, right, top, bottom = 38, 8, 64, 38
+    gap_x, gap_y = (12, 24) if shared else (34, 40)
+    side = (width - left - right - gap_x * (columns - 1)) / columns
+    rows = math.ceil(count / columns)
+    height = top + bottom + rows * side + (rows - 1) * gap_y
+    figure = Figure(figsize=(width / 72, height / 72))
+    panels = []
+    for k, name in enumerate(names):
+        row, column = divmod(k, columns)
+        x, y = left + column * (side + gap_x), height - top - row * (side + gap_y) - side
+        axes = figure.add_axes((x / width, y / height, side / width, side / height))
+        axes.set_title(label(name, max(6, round(side / 6))), fontsize=10, pad=4)
+        axes.tick_params(labelsize=9, length=2, pad=2)
+        if shared:
+            axes.tick_params(labelleft=column == 0, labelbottom=k + columns >= count)
+        panels.append(axes)
+    figure.text(0, 1 - 6 / height, title, va="top", fontsize=11.5)
+    figure.text(1 - right / width, 6 / height, x_label, ha="right", va="bottom", color=MUTED)
+    return figure, panels
+
+
+def _grid_legend(figure: Figure, handles: Sequence) -> None:
+    width, height = figure.get_size_inches() * 72
+    figure.legend(handles=handles, loc="upper left", ncols=5, bbox_to_anchor=(-6 / width, 1 - 20 / height),
+                  columnspacing=1.2, handletextpad=0.2, fontsize=9.5)
+
+
+def _matrix_panel(rows: Sequence[str], columns: Sequence[str], cell: float, font: float) -> tuple[Figure, Axes]:
+    """Axes of `cell` pixels per unit for a matrix, labelled on the left and on top; the space below is for a scale."""
+    turned = max(len(name) for name in columns) * font * 0.62 > cell
+    left = 12 + font * 0.62 * max(len(name) for name in rows)
+    head = 42 + (font * 0.62 * max(len(name) for name in columns) if turned else font)
+    width, height = left + cell * len(columns) + 14, head + cell * len(rows) + 58
+    width = max(width, FIGURE_WIDTH)
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((left / width, 58 / height, cell * len(columns) / width, cell * len(rows) / height))
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.xaxis.tick_top()
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90 if turned else 0)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.tick_params(length=0, labelsize=font, labelcolor=INK)
+    figure.text(0, 1 - 6 / height, "Transfer to the row's language from the column's", va="top", fontsize=11.5)
+    return figure, axes
+
+
+def _colour_bar(figure: Figure, axes: Axes, limit: float, strongest: float, greyed: bool) -> None:
+    """The scale of colours below a matrix, and what grey means."""
+    width, height = figure.get_size_inches() * 72
+    left = axes.get_position().x0 * width
+    bar = figure.add_axes((left / width, 12 / height, (width - left) / width, 34 / height))
+    bar.set(xlim=(0, width - left), ylim=(0, 34))
+    bar.set_axis_off()
+    steps = np.linspace(-1, 1, 11)
+    for k, step in enumerate(steps):
+        colour = _faded(ACCENT if step > 0 else WARM, np.array([abs(step) * strongest]))
+        bar.scatter(8 + 14 * k, 24, marker="s", s=13**2, color=colour, linewidth=0)
+    for x, text in ((8, f"−{limit:.2g}"), (78, "0"), (148, f"+{limit:.2g}")):
+        bar.text(x, 4, text, ha="center", va="bottom", fontsize=9, color=MUTED)
+    if greyed:
+        bar.scatter(186, 24, marker="s", s=13**2, color=[RULE], alpha=0.45, hatch="//////", linewidth=0)
+        bar.text(198, 24, "not identified", va="center", fontsize=9, color=MUTED)
+

@@ -1,0 +1,321 @@
+"""A Gaussian process with a law of mixtures for its mean: for tables that vary the ratios alone, or little else.
+
+Our own formulation. Per target i, with y its standardised log-loss, r the ratios and s the logarithms of N and D
+(standardised; those that vary in the table):
+
+    y_i(r, s)     = c_i + sum_k a_ik u_k(r) + b_i . s + g_i(x(r), s) + noise
+    u_k(r)        = log(eps_k + r_k + t sum_{j != k} T_kj r_j) / 2      effective ratio of language k, shared by all i
+    x_j(r)        = log(delta_j + r_j) / 2 + kappa_j r_j               warped ratio, shared by all i
+    g_i           ~ GP(0, s_i^2 exp(-sum_j w_ij^2 (x_j - x'_j)^2 / 2)), the sizes being further coordinates of x
+    noise sd      = sigma_i (1 + h_i eps_i / (eps_i + r_i))            larger where the target's own ratio vanishes
+
+So a target is a power law in effective ratios, its own before all, plus a smooth remainder. The coefficients c, a and
+b are normal and integrated out with g: what is left is one Gaussian process per target. All else has a log-normal
+prior, under which a target's own language weighs four times as much as another one; T, eps, delta and kappa are
+learnt from all targets together, which is what makes tens of runs enough. They are not set to their likeliest values,
+as 32 runs leave too much open: predictions are means over draws from the posterior (Hamiltonian Monte Carlo from the
+posterior mode, preconditioned by the curvature there).
+
+In N and D the process is log-linear plus a remainder that fades away from the runs: it interpolates in them.
+"""
+
+import dataclasses
+import functools
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from data_mixtures.climb.law import FittedLaw, float64
+from data_mixtures.climb.runs import ProxyRuns
+from mlx_pretrain.errors import InputError
+
+_CONSTANT = 4.0  # prior variance of c
+_JITTER = 1e-6
+_PADDING = 1e10  # noise variance of rows that only fill up the shape
+_ROWS_MULTIPLE = 16
+_POINTS = 64  # mixtures predicted at a time
+_MODE_STEPS = 25
+_LEAPS = 16
+_PROBES = 8
+
+Prior = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _prior(own: np.ndarray, n_sizes: int) -> Prior:
+    """Mean and standard deviation of every parameter, all of them logarithms; `own` is `[targets, languages]`."""
+    targets, languages = own.shape
+    weight = np.concatenate([np.where(own > 0, -0.5, -2.0), np.full((targets, n_sizes), -1.0)], axis=1)
+    normal = lambda mean, sd, *shape: (np.broadcast_to(mean, shape).astype(np.float64), np.full(shape, sd))  # noqa: E731
+    return {
+        "effective_floor": normal(-6.0, 1.0, languages),  # eps
+        "warp_floor": normal(-6.0, 1.0, languages),  # delta
+        "warp": normal(0.0, 1.0, languages),  # kappa
+        "strength": normal(0.0, 1.0),  # t
+        "transfer": normal(-4.0, 1.5, languages, languages),  # T
+        "slope": normal(weight, 1.0, *weight.shape),  # prior sd of a and b
+        "scale": normal(weight, 1.0, *weight.shape),  # w
+        "amplitude": normal(-1.0, 1.0, targets),  # s
+        "noise": normal(-3.0, 1.0, targets),  # sigma
+        "noise_near_zero": normal(0.0, 1.0, targets),  # h
+    }
+
+
+def _parameters(z, prior: Prior) -> dict[str, jax.Array]:
+    """Parameters from their standardised values `[parameters]`."""
+    values, first = {}, 0
+    for name, (mean, sd) in sorted(prior.items()):
+        values[name] = jnp.exp(mean + sd * z[first : first + mean.size].reshape(mean.shape))
+        first += mean.size
+    return values
+
+
+def _features(p, ratios, sizes):
+    """u and x, each with the sizes behind: `[..., languages + sizes]`."""
+    transfer = p["strength"] * p["transfer"] * (1 - jnp.eye(ratios.shape[-1]))
+    effective = jnp.log(p["effective_floor"] + ratios + ratios @ transfer.T) / 2
+    warped = jnp.log(p["warp_floor"] + ratios) / 2 + p["warp"] * ratios
+    return jnp.concatenate([effective, sizes], axis=-1), jnp.concatenate([warped, sizes], axis=-1)
+
+
+def _covariance(p, rows, others):
+    """Prior covariance `[targets, rows, others]` of the noise-free losses, from their features."""
+    (u, x), (v, y) = rows, others
+    slope, scale = p["slope"][:, None], p["scale"][:, None]
+    xs, ys = x * scale, y * scale
+    squares = jnp.sum(xs**2, -1)[:, :, None] + jnp.sum(ys**2, -1)[:, None] - 2 * xs @ ys.mT
+    smooth = p["amplitude"][:, None, None] ** 2 * jnp.exp(-jnp.maximum(squares, 0) / 2)
+    return _CONSTANT + (u * slope) @ (v * slope).mT + smooth
+
+
+def _noise(p, own, ratios):
+    """Variance `[targets, rows]` of the noise."""
+    has_own = own.sum(axis=1)[:, None]
+    floor = own @ p["effective_floor"]
+    near = has_own * floor[:, None] / (floor[:, None] + own @ ratios.T + 1 - has_own)
+    return (p["noise"][:, None] * (1 + p["noise_near_zero"][:, None] * near)) ** 2 + _JITTER
+
+
+def _factor(p, data):
+    """Cholesky factors `[targets, rows, rows]` of the covariance of the measured losses."""
+    features = _features(p, data["ratios"], data["sizes"])
+    noise = jnp.where(data["counts"] > 0, _noise(p, data["own"], data["ratios"]) / data["counts"], _PADDING)
+    return jnp.linalg.cholesky(_covariance(p, features, features) + jax.vmap(jnp.diag)(noise))
+
+
+def _objective(z, prior, data):
+    """Negative log of the posterior density, but for a constant."""
+    factor = _factor(_parameters(z, prior), data)
+    white = jax.scipy.linalg.solve_triangular(factor, data["y"][..., None], lower=True)
+    return (white**2).sum() / 2 + jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)).sum() + z @ z / 2
+
+
+@jax.jit
+def _mode(prior, data):
+    """The standardised parameters `[parameters]` where L-BFGS from the prior's mean stands after `_MODE_STEPS`."""
+    objective = jax.jit(lambda z: _objective(z, prior, data))
+    optimizer = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=12))
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry, _):
+        z, state = carry
+        value, grad = value_and_grad(z, state=state)
+        updates, state = optimizer.update(grad, state, z, value=value, grad=grad, value_fn=objective)
+        return (optax.apply_updates(z, updates), state), None
+
+    start = jnp.zeros(sum(mean.size for mean, _ in prior.values()))
+    return jax.lax.scan(step, (start, optimizer.init(start)), None, length=_MODE_STEPS)[0][0]
+
+
+@functools.partial(jax.jit, static_argnames=("warm_up", "draws"))
+def _draw(mode, prior, data, key, warm_up, draws):
+    """Draws from the posterior `[draws, parameters]`, and the share of proposals accepted.
+
+    Momenta have the diagonal of the Hessian at the mode, by Hutchinson's estimate, for mass. The step size is adapted
+    during the first `warm_up` iterations; of the others every second is kept.
+    """
+    grad = jax.jit(jax.value_and_grad(lambda z: _objective(z, prior, data)))
+    probe_key, chain_key = jax.random.split(key)
+
+    def curvature(probe):
+        return probe * jax.jvp(lambda z: grad(z)[1], (mode,), (probe,))[1]
+
+    probes = jax.random.rademacher(probe_key, (_PROBES, len(mode)), jnp.float64)
+    scale = jnp.maximum(jax.lax.map(curvature, probes).mean(axis=0), 1.0) ** -0.5
+
+    def iteration(carry, inputs):
+        z, (value, slope), log_step = carry
+        key, adapt = inputs
+        keys = jax.random.split(key, 3)
+        momentum = jax.random.normal(keys[0], z.shape)
+        step = jnp.exp(log_step) * jax.random.uniform(keys[1], minval=0.7, maxval=1.3)
+
+        def leap(carry, _):
+            z, momentum, (_, slope) = carry
+            momentum = momentum - step / 2 * scale * slope
+            z = z + step * scale * momentum
+            value, slope = grad(z)
+            return (z, momentum - step / 2 * scale * slope, (value, slope)), None
+
+        (moved, after, there), _ = jax.lax.scan(leap, (z, momentum, (value, slope)), None, length=_LEAPS)
+        gain = value + momentum @ momentum / 2 - there[0] - after @ after / 2
+        probability = jnp.where(jnp.isnan(gain), 0.0, jnp.minimum(1.0, jnp.exp(gain)))
+        accepted = jax.random.uniform(keys[2]) < probability
+        here = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), (moved, there), (z, (value, slope)))
+        log_step = log_step + jnp.where(adapt, 0.4 * (probability - 0.75), 0.0)
+        return (*here, log_step), (here[0], probability)
+
+    total = warm_up + 2 * draws
+    inputs = jax.random.split(chain_key, total), jnp.arange(total) < warm_up
+    _, (visited, probability) = jax.lax.scan(iteration, (mode, grad(mode), jnp.log(0.15)), inputs)
+    return visited[warm_up + 1 :: 2], probability[warm_up:].mean()
+
+
+@jax.jit
+def _weights(draws, prior, data):
+    """Of each draw, what prediction needs: parameters, features of the rows, and K^-1 y `[targets, rows]`."""
+
+    def one(z):
+        p = _parameters(z, prior)
+        solved = jax.scipy.linalg.cho_solve((_factor(p, data), True), data["y"][..., None])[..., 0]
+        return p, _features(p, data["ratios"], data["sizes"]), solved
+
+    return jax.lax.map(one, draws)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedProcess(FittedLaw):
+    """A fitted `StructuredProcess`.
+
+    Attributes:
+      draws: parameters drawn from the posterior, by name, `[draws, ...]`; the names are those of `_prior`.
+      features: u and x of the table's rows, `[draws, rows, languages + sizes]` each.
+      solved: `[draws, targets, rows]`, inverse covariance times the standardised log-losses.
+      data: the table's rows, padded: `ratios`, `sizes`, `counts` (0 in padding), `y`, `own`.
+      centre, width: `[targets]`, mean and standard deviation of the log-losses.
+      size_centre, size_width: `[2]`, of log N and log D; the width is 0 for what does not vary.
+      accepted: share of the proposals of Hamiltonian Monte Carlo that were accepted.
+    """
+
+    languages: tuple[str, ...]
+    targets: tuple[str, ...]
+    draws: dict[str, np.ndarray]
+    features: tuple[np.ndarray, np.ndarray]
+    solved: np.ndarray
+    data: dict[str, np.ndarray]
+    centre: np.ndarray
+    width: np.ndarray
+    size_centre: np.ndarray
+    size_width: np.ndarray
+    accepted: float
+    notes: tuple[str, ...] = ()
+
+    def _points(self, ratios, n_params, tokens):
+        """Ratios `[points, languages]`, sizes `[points, sizes]`, and the leading shape."""
+        ratios = jnp.asarray(ratios, jnp.float64)
+        sizes = [jnp.log(jnp.asarray(size, jnp.float64)) for size in (n_params, tokens)]
+        shape = jnp.broadcast_shapes(ratios.shape[:-1], *(size.shape for size in sizes))
+        varies = np.flatnonzero(self.size_width)
+        columns = [(jnp.broadcast_to(sizes[i], shape).ravel() - self.size_centre[i]) / self.size_width[i]
+                   for i in varies]
+        ratios = jnp.broadcast_to(ratios, (*shape, ratios.shape[-1])).reshape(-1, ratios.shape[-1])
+        return ratios, jnp.stack(columns, axis=1) if columns else jnp.zeros((len(ratios), 0)), shape
+
+    def _means(self, ratios, sizes):
+        """Of one mixture, each draw's mean of the standardised log-losses: `[draws, targets]`."""
+
+        def one(p, features, solved):
+            (u, x), (v, y) = _features(p, ratios, sizes), features
+            smooth = p["amplitude"] ** 2 * jnp.exp(-((x - y) ** 2) @ (p["scale"] ** 2).T / 2)
+            covariance = _CONSTANT + (u * v) @ (p["slope"] ** 2).T + smooth
+            return jnp.sum(covariance * solved.T, axis=0)
+
+        return jax.vmap(one)(self.draws, self.features, self.solved)
+
+    def losses(self, ratios, n_params, tokens):
+        ratios, sizes, shape = self._points(ratios, n_params, tokens)
+        means = jax.lax.map(lambda point: self._means(*point).mean(axis=0), (ratios, sizes), batch_size=_POINTS)
+        return jnp.exp(self.centre + self.width * means).reshape(*shape, len(self.targets))
+
+    def spread(self, ratios, n_params, tokens):
+        """Standard deviation of the loss that a run would measure, `[..., targets]`, in nats per token.
+
+        It holds the uncertainty about the law, over the draws and within each, and the noise of a single run; the
+        standard deviation of the log-loss times the predicted loss. Arguments as in `losses`; under `float64()`.
+        """
+        points, sizes, shape = self._points(ratios, n_params, tokens)
+
+        def one(draw):
+            p, features = draw
+            factor, here = _factor(p, self.data), _features(p, points, sizes)
+            cross = _covariance(p, features, here)
+            white = jax.scipy.linalg.solve_triangular(factor, cross, lower=True)
+            slopes = jnp.einsum("pf,tf->tp", here[0] ** 2, p["slope"] ** 2)
+            prior = _CONSTANT + slopes + p["amplitude"][:, None] ** 2 + _noise(p, self.data["own"], points)
+            return prior - jnp.sum(white**2, axis=1)
+
+        within = jax.lax.map(one, (self.draws, self.features)).mean(axis=0).T
+        between = jax.lax.map(lambda point: self._means(*point).var(axis=0), (points, sizes), batch_size=_POINTS)
+        deviation = self.width * jnp.sqrt(jnp.maximum(within, 0) + between)
+        return deviation.reshape(*shape, len(self.targets)) * self.losses(ratios, n_params, tokens)
+
+
+def _merged(runs: ProxyRuns) -> tuple[ProxyRuns, np.ndarray]:
+    """The distinct rows and how often each stands: a copy, as bootstraps make them, is no second measurement."""
+    columns = np.column_stack([runs.ratios, runs.n_params, runs.tokens, runs.losses])
+    _, first, counts = np.unique(columns, axis=0, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return runs.rows(first[order]), counts[order].astype(np.float64)
+
+
+@gin.configurable
+class StructuredProcess:
+    """Our Gaussian process on effective ratios; see the module."""
+
+    name = "process"
+
+    def __init__(self, draws: int = 15, warm_up: int = 12):
+        """A process that averages over `draws` draws, the first after `warm_up` iterations of Monte Carlo.
+
+        Raises:
+          InputError: `draws` or `warm_up` is not positive.
+        """
+        if draws < 1 or warm_up < 1:
+            raise InputError(f"process: draws {draws} and warm_up {warm_up} are to be positive")
+        self.draws, self.warm_up = draws, warm_up
+
+    def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedProcess:
+        """Fits the process; see `Law.fit`.
+
+        Raises:
+          InputError: fewer than 2 distinct rows.
+        """
+        table, counts = _merged(runs)
+        if len(table) < 2:
+            raise InputError("process: at least 2 distinct runs are needed")
+        log_losses, logs = np.log(table.losses), np.log(np.stack([table.n_params, table.tokens], axis=1))
+        centre, size_centre = np.average(log_losses, axis=0, weights=counts), logs.mean(axis=0)
+        width = np.sqrt(np.average((log_losses - centre) ** 2, axis=0, weights=counts))
+        width[width < 1e-12] = 1.0
+        varies = np.ptp(logs, axis=0) > 0
+        size_width = np.where(varies, logs.std(axis=0), 0.0)
+        sizes = (logs - size_centre)[:, varies] / size_width[varies]
+        own = np.array([[language == target for language in runs.languages] for target in runs.targets], np.float64)
+        extra = -len(table) % _ROWS_MULTIPLE
+        pad = lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
+        data = {"ratios": pad(table.ratios), "sizes": pad(sizes), "counts": pad(counts), "own": own,
+                "y": pad((log_losses - centre) / width).T}
+        prior = _prior(own, int(varies.sum()))
+        with float64():
+            mode = _mode(prior, data)
+            draws, accepted = _draw(mode, prior, data, jax.random.key(seed), self.warm_up, self.draws)
+            parameters, features, solved = jax.device_get(_weights(draws, prior, data))
+        notes = [f"N and D: only between {low:.3g} and {high:.3g} {name} are predictions supported by runs"
+                 for name, low, high, v in zip(("parameters", "tokens"), np.exp(logs.min(0)), np.exp(logs.max(0)), varies)
+                 if v]
+        if accepted < 0.3:
+            notes.append(f"Monte Carlo accepted only {float(accepted):.0%} of its proposals: predictions and spread are rough")
+        return FittedProcess(runs.languages, runs.targets, parameters, features, solved, data, centre, width,
+                             size_centre, size_width, float(accepted), tuple(notes))

@@ -1,0 +1,183 @@
+"""The look of reports: colours and type of their plots, numbers in words, pages from templates.
+
+A plot is drawn once. Inside a page its colours are those of the page's style sheet, light or dark; as a file of its own
+it has the colours below on white, for paper. Needs matplotlib and jinja2, which the extra `data` brings.
+"""
+
+import contextlib
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from etils import epath
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mlx_pretrain.files import write_atomic
+
+# The light colours of style.html.j2, where each has its dark counterpart. No two may be equal, as plots inside a page
+# are coloured by looking for them.
+INK, MUTED, RULE, PAPER = "#1c1e21", "#63676d", "#dcdcd6", "#ffffff"
+ACCENT, WARM, GREEN = "#0b63a5", "#c8570b", "#2f7d4a"
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", WARM: "warm", GREEN: "green", PAPER: "paper"}
+_STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 10.5, "text.color": INK,
+    "axes.edgecolor": RULE, "axes.labelcolor": MUTED, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": RULE,
+    "grid.linewidth": 0.7, "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.titlecolor": INK,
+    "axes.titlepad": 10, "axes.labelsize": 10.5, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5, "ytick.left": False, "xtick.major.size": 3, "lines.linewidth": 1.7,
+    "legend.frameon": False, "legend.handlelength": 1.3, "legend.fontsize": 10.5, "axes.xmargin": 0.02,
+    "hatch.color": RULE, "figure.facecolor": PAPER, "axes.facecolor": "none",
+}
+_FONTS = "font-family: 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+# Characters that HTML, XML or UTF-8 cannot hold; a model writing bytes makes some.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+FIGURE_WIDTH = 400  # CSS pixels before scaling; two stand side by side on a wide page, one fits a phone.
+
+
+@contextlib.contextmanager
+def plot_style() -> Iterator[None]:
+    """Context in which matplotlib draws in this style, whatever its global settings; they come back after it."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def panel(
+    title: str, height: float, left: float = 46, width: float = FIGURE_WIDTH, top: float = 28
+) -> tuple[Figure, Axes]:
+    """A figure of one plot with fixed margins, so that neighbours align; sizes in CSS pixels.
+
+    The title names the y axis: it reads better than text turned by 90 degrees.
+    """
+    figure = Figure(figsize=(width / 72, height / 72))
+    figure.subplots_adjust(left=left / width, right=1 - 14 / width, bottom=42 / height, top=1 - top / height)
+    axes = figure.subplots()
+    axes.set_title(title, x=-left / (width - left - 14), pad=top - 18)
+    return figure, axes
+
+
+def rows_panel(
+    title: str, labels: Sequence[str], row: float = 18, top: float = 28
+) -> tuple[Figure, Axes, np.ndarray]:
+    """A plot with one row per label, first on top, and the rows' positions `[labels]`; `row` in CSS pixels."""
+    left = 14 + 6.5 * max(len(label) for label in labels)
+    figure, axes = panel(title, top + 44 + row * len(labels), left, top=top)
+    rows = np.arange(len(labels))
+    axes.set_yticks(rows, labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    return figure, axes, rows
+
+
+def legend(axes: Axes, **more: Any) -> None:
+    """The legend, in the line of the title, where no curve can cross it; `more` goes to `Axes.legend`."""
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 4, "columnspacing": 1.1,
+             "borderaxespad": 0.25, "handletextpad": 0.4}
+    axes.legend(**{**place, **more})
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG file without what says when and by what it was made."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>| transform=\"rotate\(-0 [^\"]*\"", "", buffer.getvalue(), flags=re.DOTALL)
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as inline SVG: coloured by the page, ids unique to `name`, `label` for screen readers."""
+    text = _svg(figure)
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r" font-family: [^;\"]*;?", "", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    used = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r"(url\(|href=\")#", rf"\1#{name}-", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    width, height = (round(inches * 72) for inches in figure.get_size_inches())
+    opening = Markup('<svg viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">').format(
+        width, height, width, height, label)
+    return opening + Markup(re.sub(r"\A<svg[^>]*>", "", text).strip())
+
+
+def save_figure(figure: Figure, folder: epath.PathLike, name: str) -> None:
+    """Writes `name`.svg (text as text, in a generic sans serif) and `name`.png (300 dpi) on white, atomically."""
+    text = re.sub(r"font-family: [^;\"]*", _FONTS, _svg(figure))
+    # A background of one rectangle; what follows the opening tag lies above it.
+    text = re.sub(r"(<svg[^>]*>)", rf'\1\n<rect width="100%" height="100%" fill="{PAPER}"/>', text, count=1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=300)
+    write_atomic(epath.Path(folder) / f"{name}.svg", text)
+    write_atomic(epath.Path(folder) / f"{name}.png", buffer.getvalue())
+
+
+def unit(largest: float) -> tuple[float, str]:
+    """A divisor that makes numbers up to `largest` short, and its name followed by a space, or 1 and nothing."""
+    for divisor, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if largest >= divisor:
+            return divisor, f"{name} "
+    return 1.0, ""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Fixed digits, thousands separated; a dash for None."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def compact(value: float | None) -> str:
+    """Three significant digits with k, M, B or T; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * divisor:
+            return f"{float(f'{value / divisor:.3g}'):g}{suffix}"
+    return f"{value:.3g}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """With its sign and two significant digits or `digits` decimals, whichever is more."""
+    if 1e-9 <= abs(value) < math.inf:
+        digits = max(digits, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the two units that matter; a dash for None."""
+    if seconds is None:
+        return "–"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def render_page(template: epath.PathLike, **values: Any) -> str:
+    """The page that a template makes of `values`, escaped; it may include templates of this package.
+
+    The functions for numbers above are its filters, and so is every callable among `values`, under its name.
+    """
+    template = epath.Path(template)
+    loader = jinja2.FileSystemLoader([template.parent, epath.Path(__file__).parent])
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=number, compact=compact, duration=duration, signed=signed)
+    environment.filters.update({name: value for name, value in values.items() if callable(value)})
+    return _UNPRINTABLE.sub("\ufffd", environment.get_template(template.name).render(**values))

@@ -1,0 +1,194 @@
+"""Laws find again what made the data, say what they cannot know, and do not depend on names, order or repetition."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_mixtures.climb.interactions import INTERACTIONS, floored
+from data_mixtures.climb.law import float64
+from data_mixtures.climb.parametric import MSL, Climb, Isolated, MixingLaw, bootstrap
+from data_mixtures.climb.runs import ProxyRuns, make_runs
+from data_mixtures.climb.validation import scores
+from mlx_pretrain.errors import InputError
+
+LANGUAGES = ("aa", "bb", "cc")
+TOKENS = (1e5, 2e5, 4e5, 8e5)
+STRENGTHS = np.array([[0, 0.5, 0.1], [0.3, 0, 0.1], [0.05, 0.2, 0]])
+E, B, BETA = np.array([1.5, 1.2, 2.0]), np.array([1.0, 1.5, 0.8]), np.array([0.4, 0.5, 0.3])
+D0 = np.exp(np.log(TOKENS).mean())
+
+
+def climb_losses(ratios, tokens):
+    """`E + B / (rt D / D0 + 0.02)^beta`, strengths that saturate at 0.5 and fade with 0.4 and (D / D0)^-0.2."""
+    given = (ratios / (1 + ratios / 0.5)) @ STRENGTHS.T * np.exp(-ratios / 0.4) * (tokens[:, None] / D0) ** -0.2
+    return E + B / ((ratios + given) * tokens[:, None] / D0 + 0.02) ** BETA
+
+
+def mixtures(n: int, seed: int, corners: bool = True) -> np.ndarray:
+    drawn = np.random.default_rng(seed).dirichlet(np.full(3, 0.8), n)
+    return np.concatenate([np.eye(3), drawn]) if corners else drawn
+
+
+def table(ratios, losses, tokens=TOKENS, n_params=(1e6,), noise=0.0) -> ProxyRuns:
+    """A run of every ratio and size, with a row at every token count; `losses(ratios, tokens, n_params)`."""
+    names, sizes, counts, mixed = [], [], [], []
+    for number, row in enumerate(ratios):
+        for size in n_params:
+            names += [f"{number}-{size:.0f}"] * len(tokens)
+            sizes += [size] * len(tokens)
+            counts += list(tokens)
+            mixed += [row] * len(tokens)
+    values = losses(np.array(mixed), np.array(counts), np.array(sizes))
+    values = values * np.exp(noise * np.random.default_rng(5).normal(size=values.shape))
+    return make_runs("table", LANGUAGES, LANGUAGES, names, sizes, counts, np.array(mixed), values)
+
+
+def climb_table(n: int, seed: int, noise: float = 0.0, corners: bool = True) -> ProxyRuns:
+    return table(mixtures(n, seed, corners), lambda r, d, _: climb_losses(r, d), noise=noise)
+
+
+@pytest.fixture(scope="module")
+def law():
+    return Climb("saturating_fading", starts=3)
+
+
+@pytest.fixture(scope="module")
+def runs() -> ProxyRuns:
+    return climb_table(13, 0, noise=0.003)
+
+
+@pytest.fixture(scope="module")
+def fitted(law, runs):
+    return law.fit(runs)
+
+
+def test_climb_predicts_new_mixtures_and_four_times_the_tokens(fitted):
+    unseen = climb_table(20, 1, corners=False)
+    assert scores(unseen.losses, fitted.predict(unseen)).mean["mae"] < 0.01
+    further = table(mixtures(20, 2), lambda r, d, _: climb_losses(r, d), tokens=(3.2e6,))
+    assert scores(further.losses, fitted.predict(further)).mean["mae"] < 0.04
+
+
+def test_climb_finds_who_gives_to_whom(fitted):
+    """The marginal worth of tokens at the mean mixture, by finite differences of the truth."""
+    mean, step = fitted.mixture, 1e-6
+    rt = lambda r: r + (r / (1 + r / 0.5)) @ STRENGTHS.T * np.exp(-r / 0.4)  # noqa: E731
+    truth = np.stack([(rt(mean + step * e) - rt(mean - step * e)) / (2 * step) for e in np.eye(3)], axis=1)
+    np.fill_diagonal(truth, 1)
+    np.testing.assert_allclose(fitted.transfer, truth, atol=0.03)
+    assert fitted.identified[~np.eye(3, dtype=bool)].all() and not np.diag(fitted.identified).any()
+    assert not any("not identified" in note for note in fitted.notes)
+
+
+def test_isolated_law_of_climb_is_that_of_the_monolingual_runs(fitted, runs):
+    alone = runs.rows(np.flatnonzero(runs.ratios.max(axis=1) == 1))
+    with float64():
+        losses = np.asarray(fitted.isolated_losses(alone.ratios, alone.n_params, alone.tokens))
+    own = alone.ratios.argmax(axis=1)
+    truth = climb_losses(alone.ratios, alone.tokens)
+    np.testing.assert_allclose(losses[range(len(own)), own], truth[range(len(own)), own], rtol=0.01)
+
+
+def test_a_repeated_table_and_other_names_give_the_same_law(law, runs, fitted):
+    order = np.array([2, 0, 1])
+    renamed = dataclasses.replace(
+        runs,
+        languages=tuple(LANGUAGES[at] for at in order),
+        targets=tuple(LANGUAGES[at] for at in order),
+        ratios=runs.ratios[:, order],
+        losses=runs.losses[:, order],
+    )
+    again = law.fit(renamed)
+    np.testing.assert_allclose(again.predict(renamed), fitted.predict(runs)[:, order], atol=2e-3)
+    np.testing.assert_allclose(again.transfer, fitted.transfer[order][:, order], atol=5e-3)
+    shuffled = runs.rows(np.random.default_rng(0).permutation(len(runs)))
+    np.testing.assert_allclose(law.fit(shuffled).parameters, fitted.parameters, atol=1e-2)
+
+
+def test_bootstrap_covers_the_truth_and_repeats_by_seed(fitted, runs):
+    replicates = bootstrap(fitted, runs, 20, seed=3)
+    same = bootstrap(fitted, runs, 20, seed=3)
+    np.testing.assert_array_equal([r.parameters for r in replicates], [r.parameters for r in same])
+    unseen = climb_table(20, 1, corners=False)
+    predicted = np.stack([replicate.predict(unseen) for replicate in replicates])
+    low, high = predicted.min(axis=0), predicted.max(axis=0)
+    assert np.mean((low < unseen.losses) & (unseen.losses < high)) > 0.7
+    assert 0 < np.mean(high - low) < 0.1
+
+
+def test_few_runs_are_said_to_leave_strengths_open(law):
+    """Two of three languages never meet the third: what they give it is not identified, and predictions stay finite."""
+    ratios = np.concatenate([np.eye(3), [[0.5, 0.5, 0], [0.2, 0.8, 0], [0.8, 0.2, 0]]])
+    few = table(ratios, lambda r, d, _: climb_losses(r, d))
+    few = few.rows((few.ratios[:, 2] > 0) | (few.ratios.max(axis=1) < 1))
+    fitted = law.fit(few)
+    assert not fitted.identified[0, 2] and fitted.identified[0, 1]
+    assert any("not identified" in note for note in fitted.notes)
+    assert any("monolingual runs of aa, bb" in note for note in fitted.notes)
+    assert np.isfinite(fitted.predict(climb_table(5, 0))).all()
+
+
+def test_isolated_law_finds_its_own_data_and_says_what_the_table_cannot_tell():
+    losses = lambda r, d, n: E + B / (np.maximum(r, 1e-9) * d[:, None] / D0) ** BETA  # noqa: E731
+    runs = table(mixtures(8, 3), losses)  # with monolingual runs, from which two languages are absent
+    fitted = Isolated(starts=3).fit(runs)
+    further = table(mixtures(8, 4, corners=False), losses, tokens=(3.2e6,))
+    assert np.abs(fitted.predict(further) / further.losses - 1).max() < 0.01
+    np.testing.assert_allclose(fitted["log_beta"], np.log(BETA), atol=0.1)
+    assert "one model size" in fitted.notes[0] and "rows without" in fitted.notes[1] and len(fitted.notes) == 2
+
+
+def test_msl_finds_its_own_data_in_n_and_d():
+    def losses(r, d, n):
+        return (E + 0.5 / (n / 2e6)[:, None] ** 0.3 + 0.3 / (d / D0)[:, None] ** BETA) * r**-0.1
+
+    fitted = MSL(starts=3).fit(table(mixtures(5, 3, corners=False), losses, n_params=(1e6, 2e6, 4e6)))
+    further = table(mixtures(8, 4, corners=False), losses, tokens=(1.6e6,), n_params=(8e6,))
+    assert np.abs(fitted.predict(further) / further.losses - 1).max() < 0.01
+    np.testing.assert_allclose(fitted["log_gamma"], np.log(0.1), atol=0.1)
+    assert fitted.notes == ()
+
+
+def test_mixing_law_finds_its_own_data():
+    t = np.array([[-2.0, -0.5, 0], [0.3, -1.5, 0.2], [0.1, 0, -3.0]])
+    losses = lambda r, d, n: 1.5 + np.exp(0.4 + r @ t.T)  # noqa: E731
+    fitted = MixingLaw(starts=3).fit(table(mixtures(20, 0), losses, tokens=(1e5,)))
+    unseen = table(mixtures(20, 1), losses, tokens=(1e5,))
+    np.testing.assert_allclose(fitted.predict(unseen), unseen.losses, atol=0.01)
+    assert fitted.notes == ()
+    assert "ignores N and D" in MixingLaw(starts=1).fit(climb_table(1, 0)).notes[0]
+
+
+def test_languages_without_ratios_or_runs_are_refused():
+    runs = climb_table(2, 0)
+    with pytest.raises(InputError, match="target 'dd' has no ratio column"):
+        Climb().fit(dataclasses.replace(runs, targets=("aa", "bb", "dd")))
+    with pytest.raises(InputError, match="no run has any 'cc'"):
+        MSL().fit(dataclasses.replace(runs, ratios=runs.ratios * [1, 1, 0]))
+    with pytest.raises(InputError, match=r"Climb\.family: 'none'"):
+        Climb(family="none")
+
+
+@pytest.mark.parametrize("family", INTERACTIONS)
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_transfer_is_nothing_without_others_and_finite_always(family, data):
+    """Exactly 0 where no other language has any, and effective ratios positive, wherever the prior reaches."""
+    interaction = INTERACTIONS[family](True)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    scale = data.draw(st.floats(-3, 3))
+    prior = interaction.prior()
+    p = {
+        name: prior[name][0] + 1.5 * prior[name][1] * rng.normal(size=size if size > 1 else ())
+        for name, size in interaction.sizes(4).items()
+    }
+    others = np.concatenate([np.zeros((1, 4)), rng.dirichlet(np.full(4, 0.3), 5)])
+    with float64(), jax.disable_jit():
+        given_ratio = np.asarray(interaction.given(p, np.full(6, 0.2), others, scale))
+        effective = np.asarray(floored(0.2 + given_ratio, data.draw(st.floats(1e-6, 1e-2))))
+    assert given_ratio[0] == 0
+    assert np.isfinite(effective).all() and (effective > 0).all()

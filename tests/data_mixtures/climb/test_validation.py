@@ -1,0 +1,115 @@
+"""Scores are the textbook's, no run is on both sides of a fold, and effective ratios invert the isolated law."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from data_mixtures.climb.law import EffectiveLaw, FittedLaw
+from data_mixtures.climb.runs import make_runs
+from data_mixtures.climb.validation import cross_validate, measured_effective_ratios, scores
+from mlx_pretrain.errors import InputError
+
+
+@dataclasses.dataclass
+class Remembering(FittedLaw):
+    """Knows the runs it was fitted to: 1 for those, 2 for the others."""
+
+    runs: set
+
+    def losses(self, ratios, n_params, tokens):
+        raise NotImplementedError
+
+    def predict(self, runs):
+        return np.array([[1.0 if run in self.runs else 2.0] * len(runs.targets) for run in runs.run])
+
+
+class RememberingLaw:
+    name = "remembering"
+    fitted: list
+
+    def __init__(self):
+        self.fitted = []
+
+    def fit(self, runs, seed=0):
+        self.fitted.append(set(runs.run))
+        return Remembering(set(runs.run))
+
+
+class PowerLaw(EffectiveLaw):
+    """Loss `1 + (effective D / 1e6 + 0.01)^-0.5`, of two languages."""
+
+    languages = targets = ("aa", "bb")
+
+    def effective_ratios(self, ratios, n_params, tokens):
+        return ratios
+
+    def isolated_losses(self, effective, n_params, tokens):
+        return 1 + (effective * jnp.asarray(tokens)[:, None] / 1e6 + 0.01) ** -0.5
+
+
+def table(n_runs: int, losses=None):
+    """`n_runs` runs of two languages with three checkpoints each."""
+    rng = np.random.default_rng(0)
+    ratios = np.repeat(rng.dirichlet([1, 1], n_runs), 3, axis=0)
+    losses = rng.uniform(2, 3, (3 * n_runs, 2)) if losses is None else losses
+    names = [f"run{row // 3}" for row in range(3 * n_runs)]
+    return make_runs("table", ["aa", "bb"], ["aa", "bb"], names, [1e6] * len(names),
+                     [1e6, 2e6, 4e6] * n_runs, ratios, losses)  # fmt: skip
+
+
+def test_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    measured = rng.normal(size=(20, 3))
+    predicted = measured + 0.3 * rng.normal(size=(20, 3))
+    found = scores(measured, predicted)
+    np.testing.assert_allclose(found.r2, metrics.r2_score(measured, predicted, multioutput="raw_values"))
+    np.testing.assert_allclose(found.mae, metrics.mean_absolute_error(measured, predicted, multioutput="raw_values"))
+    ranks = [np.argsort(np.argsort(x, axis=0), axis=0) for x in (measured, predicted)]
+    correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(ranks[0].T, ranks[1].T)]
+    np.testing.assert_allclose(found.spearman, correlation)
+    assert found.mean["mae"] == pytest.approx(np.abs(measured - predicted).mean())
+
+
+def test_constant_losses_have_no_correlation():
+    found = scores(np.ones((4, 1)), np.array([[1.0], [2.0], [3.0], [4.0]]))
+    assert np.isnan(found.r2[0]) and np.isnan(found.spearman[0]) and found.mae[0] == 1.5
+
+
+@pytest.mark.parametrize("measured, predicted", [((1, 2), (1, 2)), ((3, 2), (3, 1)), ((3,), (3,))])
+def test_what_cannot_be_compared_is_refused(measured, predicted):
+    with pytest.raises(InputError, match="scores: "):
+        scores(np.ones(measured), np.ones(predicted))
+
+
+def test_every_run_is_predicted_by_a_law_that_has_not_seen_it():
+    runs, law = table(7), RememberingLaw()
+    found = cross_validate(law, runs, folds=3)
+    assert (found.predicted == 2.0).all()
+    assert len(law.fitted) == 3 and set.union(*law.fitted) == set(runs.run)
+    left_out = [set(runs.run) - fitted for fitted in law.fitted]
+    assert sorted(len(names) for names in left_out) == [2, 2, 3]
+
+
+@pytest.mark.parametrize("folds", [1, 8])
+def test_too_few_runs_for_the_folds(folds):
+    with pytest.raises(InputError, match="folds of 7 runs"):
+        cross_validate(RememberingLaw(), table(7), folds=folds)
+
+
+def test_effective_ratios_are_those_that_explain_the_losses():
+    runs = table(5)
+    ratios = np.random.default_rng(1).uniform(1e-4, 3, runs.losses.shape)
+    losses = 1 + (ratios * runs.tokens[:, None] / 1e6 + 0.01) ** -0.5
+    found = measured_effective_ratios(PowerLaw(), table(5, losses))
+    np.testing.assert_allclose(found, ratios, rtol=1e-9)
+
+
+def test_losses_out_of_the_isolated_laws_reach():
+    losses = np.full((15, 2), 3.0)
+    losses[0] = 0.9, 11.5  # the asymptote is 1, no tokens give 11
+    found = measured_effective_ratios(PowerLaw(), table(5, losses))
+    assert np.isinf(found[0, 0]) and found[0, 1] == 0
+    assert np.isfinite(found[1:]).all() and (found[1:] > 0).all()
