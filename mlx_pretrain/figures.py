@@ -65,26 +65,29 @@ def panel(
     return figure, axes
 
 
-def rows_panel(
-    title: str, labels: Sequence[str], row: float = 18, top: float = 28
-) -> tuple[Figure, Axes, np.ndarray]:
-    """A plot with one row per label, first on top, and the rows' positions `[labels]`; `row` in CSS pixels."""
-    left = 14 + 6.5 * max(len(label) for label in labels)
-    figure, axes = panel(title, top + 44 + row * len(labels), left, top=top)
+def label_rows(axes: Axes, labels: Sequence[str]) -> np.ndarray:
+    """Makes the y axis one row per label, first on top; returns the rows' positions `[labels]`."""
     rows = np.arange(len(labels))
     axes.set_yticks(rows, labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
-    return figure, axes, rows
+    return rows
+
+
+def rows_panel(
+    title: str, labels: Sequence[str], row: float = 18, top: float = 28, width: float = FIGURE_WIDTH
+) -> tuple[Figure, Axes, np.ndarray]:
+    """A plot with a row of `row` CSS pixels per label, and the rows' positions `[labels]`; see `panel`."""
+    figure, axes = panel(title, top + 44 + row * len(labels), 14 + 6.5 * max(map(len, labels)), width, top)
+    return figure, axes, label_rows(axes, labels)
 
 
 def legend(axes: Axes, **more: Any) -> None:
     """The legend, in the line of the title, where no curve can cross it; `more` goes to `Axes.legend`."""
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 4, "columnspacing": 1.1,
-             "borderaxespad": 0.25, "handletextpad": 0.4}
-    axes.legend(**{**place, **more})
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, columnspacing=1.1, borderaxespad=0.25,
+                handletextpad=0.4, **more)
 
 
 def _svg(figure: Figure) -> str:

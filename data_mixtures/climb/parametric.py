@@ -150,6 +150,16 @@ def unpack(sizes: dict[str, int], vector) -> dict:
     return {name: vector[part[name].start] if size == 1 else vector[part[name]] for name, size in sizes.items()}
 
 
+_STATIC = ("model", "languages", "targets", "notes")
+
+
+def _pytree(law: type) -> type:
+    """Registers a fitted law, so that the fits of one table (a bootstrap's, say) share compiled programs."""
+    arrays = [field.name for field in dataclasses.fields(law) if field.name not in _STATIC]
+    return jax.tree_util.register_dataclass(law, arrays, list(_STATIC))
+
+
+@_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParametricFit(FittedLaw):
     """A fitted parametric law.
@@ -191,7 +201,7 @@ class ParametricFit(FittedLaw):
     @property
     def _own(self) -> dict[str, np.ndarray]:
         own = np.array([[language == target for language in self.languages] for target in self.targets], np.float64)
-        return {"own": own, "floor": np.full(len(self.targets), self.floor)}
+        return {"own": own, "floor": self.floor * np.ones(len(self.targets))}
 
     def losses(self, ratios, n_params, tokens):
         rows = self._rows(ratios, n_params, tokens)
@@ -205,14 +215,16 @@ class ParametricFit(FittedLaw):
         return fitting.Problem(rows, self._own, np.log(runs.losses), mask, self.mean, self.sd, self.noise)
 
 
+@_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class EffectiveFit(ParametricFit, EffectiveLaw):
     """A fitted law that works through effective ratios `[..., targets]`.
 
     Attributes:
       identified: bool `[targets, languages]`: the data say how much a language gives a target. The rule: the posterior
-        standard deviation of its strength (Laplace's approximation) is under half of what it is before the data, that
-        is, of the target's mean strength. False on the diagonal; None for laws without interaction.
+        standard deviation of `transfer` (Laplace's approximation, from all parameters) is under half of what not to
+        know that language's deviation from the mean strength (standard deviation 1 before the data) makes alone. False
+        on the diagonal; None for laws without interaction.
     """
 
     identified: np.ndarray | None = None
@@ -251,13 +263,22 @@ def _effective(model, parameters, targets, rows):
     return jax.vmap(one, out_axes=-1)(parameters, targets)
 
 
+def _slopes_of_one(parameters, model, target, mixture):
+    """Derivatives `[languages]` of one target's effective ratio by the ratios, at N0 and D0."""
+    p = unpack(model.sizes, parameters)
+    rows = {"size": jnp.zeros(()), "scale": jnp.zeros(())}
+    return jax.grad(lambda ratios: model.effective(p, rows | {"ratios": ratios}, target))(mixture)
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def _slopes(model, parameters, targets, mixture):
-    def effective(ratios, vector, target):
-        rows = {"ratios": ratios, "size": jnp.zeros(()), "scale": jnp.zeros(())}
-        return model.effective(unpack(model.sizes, vector), rows, target)
+    return jax.vmap(lambda p, target: _slopes_of_one(p, model, target, mixture))(parameters, targets)
 
-    return jax.vmap(jax.grad(effective), in_axes=(None, 0, 0))(mixture, parameters, targets)
+
+@functools.partial(jax.jit, static_argnames="model")
+def _slope_gradients(model, parameters, targets, mixture):
+    """Of `_slopes` by the parameters: `[targets, languages, parameters]`."""
+    return jax.vmap(lambda p, t: jax.jacfwd(_slopes_of_one)(p, model, t, mixture))(parameters, targets)
 
 
 def _blank(model, runs: ProxyRuns, mask: np.ndarray, notes: tuple[str, ...]) -> ParametricFit:
@@ -417,10 +438,7 @@ class Climb:
     That the loss is the isolated law's at an effective ratio is arXiv 2509.15556's; the families of T are ours, see
     `interactions`. The isolated law is fitted to monolingual runs first where there are any, then with all the rest.
 
-    Args:
-      family: a name of `interactions.INTERACTIONS`.
-      shift: see `Chinchilla`.
-      starts: of the optimiser.
+    Args: `family`, a name of `interactions.INTERACTIONS`; `shift`, see `Chinchilla`; `starts` of the optimiser.
     """
 
     name = "climb"
@@ -464,19 +482,17 @@ class Climb:
 
 def _identified(law: EffectiveFit, problem: fitting.Problem) -> np.ndarray:
     """See `EffectiveFit`; under the prior from before the data, whatever ridge was used."""
-    sizes = law.model.sizes
-    names = [name for name, size in sizes.items() for _ in range(size)]
-    strength, deviations = names.index("log_strength"), [at for at, name in enumerate(names) if name == "deviation"]
+    names = [name for name, size in law.model.sizes.items() for _ in range(size)]
+    deviations = [at for at, name in enumerate(names) if name == "deviation"]
     prior = law.sd.copy()
     prior[:, deviations] = 1.0
     information = fitting.information(law.model, problem, law.parameters)
     covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, prior**-2.0))
-    # In units of the mean strength, T_ij = 1 + deviation_ij: derivatives T_ij by log_strength and 1 by deviation_ij.
-    value = 1 + law["deviation"]
-    spread = np.diagonal(covariance, axis1=1, axis2=2)
-    variance = spread[:, deviations] + 2 * value * covariance[:, strength][:, deviations]
-    variance += value**2 * spread[:, [strength]]
-    return (variance < 0.25) & (law._own["own"] == 0)
+    with float64():
+        gradients = np.asarray(_slope_gradients(law.model, law.parameters, law._own, law.mixture))
+    posterior = np.einsum("tlp,tpq,tlq->tl", gradients, covariance, gradients)
+    alone = np.diagonal(gradients[:, :, deviations], axis1=1, axis2=2) ** 2
+    return (posterior < 0.25 * alone) & (law._own["own"] == 0)
 
 
 def bootstrap(law: ParametricFit, runs: ProxyRuns, replicates: int = 100, seed: int = 0) -> list[ParametricFit]:

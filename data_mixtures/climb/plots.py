@@ -22,6 +22,7 @@ from mlx_pretrain.figures import (
     RULE,
     WARM,
     compact,
+    label_rows,
     rows_panel,
 )
 
@@ -55,19 +56,20 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 class _LogScale:
-    """A logarithmic axis that has a place for 0, at its lower end, where some values are 0."""
+    """A logarithmic axis of three decades at most, with a place at its lower end for 0 and what is below them."""
 
     def __init__(self, *values: np.ndarray):
         values = np.concatenate([np.ravel(v) for v in values])
         values = values[np.isfinite(values)]
         positive = values[values > 0] if (values > 0).any() else np.ones(1)
-        self._low, self.high = positive.min() / 1.3, positive.max() * 1.3
-        self._has_zero = bool((values <= 0).any())
+        self._low, self.high = max(positive.min() / 1.3, positive.max() * 1e-3), positive.max() * 1.3
+        self._has_zero = bool((values < self._low).any())
+        self._below = "0" if positive.min() >= self._low else None
         self._zero = self._low / (self.high / self._low) ** 0.07
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """Where values stand on the axis."""
-        return np.where(values > 0, values, self._zero)
+        return np.where(values >= self._low, values, self._zero)
 
     @property
     def low(self) -> float:
@@ -80,10 +82,13 @@ class _LogScale:
         axis = axes.xaxis if name == "x" else axes.yaxis
         ticks = _ticks(self._low, self.high)
         ticks = ticks[:: math.ceil(len(ticks) / most)]
+        if self._has_zero:  # space for its label
+            ticks = [tick for tick in ticks if tick > self._zero * (self.high / self._zero) ** (0.6 / most)]
         axis.set_major_locator(FixedLocator([*([self._zero] if self._has_zero else []), *ticks]))
         axis.set_minor_locator(NullLocator())
+        lowest = self._below or f"<{scale * self._low:.1g}"
         axis.set_major_formatter(FuncFormatter(
-            lambda value, _: f"0{suffix}" if value < self._low else f"{scale * value:.4g}{suffix}"))
+            lambda value, _: f"{lowest}{suffix}" if value < self._low else f"{scale * value:.4g}{suffix}"))
 
 
 def _clustered(transfer: np.ndarray) -> np.ndarray:
@@ -138,10 +143,13 @@ class Plots:
         yield name, self._best, {"marker": "o", "color": ACCENT, "markersize": 7, "linestyle": "none",
                                  "label": NAMES.get(name, name)}
 
-    def _by_name(self, title: str, names: Sequence[str], entries: int) -> tuple[Figure, Axes, np.ndarray]:
+    def _by_name(
+        self, title: str, names: Sequence[str], entries: int, width: float = FIGURE_WIDTH
+    ) -> tuple[Figure, Axes, np.ndarray]:
         """A plot with a row per name and space for a legend of `entries` below the title."""
-        figure, axes, rows = rows_panel(title, [label(name) for name in names], self._row,
-                                        30 + 16 * math.ceil(entries / 4))
+        figure, axes, rows = rows_panel("", [label(name) for name in names], self._row,
+                                        30 + 16 * math.ceil(entries / _legend_columns(entries)), width)
+        figure.text(0, 1 - 6 / (72 * figure.get_figheight()), title, va="top", fontsize=11.5)
         if self._row < 18:
             axes.tick_params(axis="y", labelsize=9.5)
         return figure, axes, rows
@@ -151,9 +159,10 @@ class Plots:
         handles, labels = axes.get_legend_handles_labels()
         # By rows, the recommended method first; matplotlib fills by columns.
         handles, labels = [handles[-1], *handles[:-1]], [label(text, 13) for text in [labels[-1], *labels[:-1]]]
-        order = [k for column in range(4) for k in range(column, len(handles), 4)]
-        figure.legend([handles[k] for k in order], [labels[k] for k in order], loc="upper left", ncols=4,
-                      bbox_to_anchor=(-6 / width, 1 - 20 / height), columnspacing=1.2, handletextpad=0.3,
+        columns = _legend_columns(len(handles))
+        order = [k for column in range(columns) for k in range(column, len(handles), columns)]
+        figure.legend([handles[k] for k in order], [labels[k] for k in order], loc="upper left", ncols=columns,
+                      bbox_to_anchor=(-6 / width, 1 - 20 / height), columnspacing=1.1, handletextpad=0.3,
                       labelspacing=0.25, fontsize=9.5, handlelength=1.2)
 
     def ratios(self) -> Figure:
@@ -211,16 +220,32 @@ class Plots:
         cap = self._a["constraints"].get("max_epochs")
         if self._best["epochs"] is None:
             return None
-        figure, axes, rows = self._by_name("Epochs over the unique text", self._names, len(shown) + (cap is not None))
+        names = self._names
         scale = _LogScale(*(method["epochs"] for _, method, _ in shown), np.array([] if cap is None else [cap]))
-        if cap is not None:
-            axes.axvline(cap, color=WARM, linewidth=1.4, linestyle=(0, (4, 2)), label="cap")
-        axes.hlines(rows, scale.low, scale.place(self._best["epochs"])[self._order], color=ACCENT, linewidth=1.2,
-                    alpha=0.45)
-        for _, method, mark in shown:
-            axes.plot(scale.place(method["epochs"])[self._order], rows, **mark, clip_on=False)
-        scale.apply(axes, "x")
-        axes.set_xlabel("Epochs (log scale)")
+        # A single plot of many rows would leave half of a page empty.
+        half = math.ceil(len(names) / 2) if len(names) > 24 else len(names)
+        figure, axes, _ = self._by_name("Epochs over the unique text", names[:half], len(shown) + (cap is not None),
+                                        FIGURE_WIDTH if half == len(names) else WIDE)
+        parts = [axes]
+        if half < len(names):
+            box = axes.get_position()
+            side = FIGURE_WIDTH / WIDE - box.x0
+            axes.set_position((box.x0, box.y0, side, box.height))
+            bottom = box.y0 + box.height * (1 - (len(names) - half) / half)
+            parts.append(figure.add_axes((1 - 14 / WIDE - side, bottom, side, box.y1 - bottom)))
+            label_rows(parts[1], [label(name) for name in names[half:]])
+            parts[1].tick_params(axis="y", labelsize=9.5)
+        for number, part in enumerate(parts):
+            order = self._order[number * half :][:half]
+            rows = np.arange(len(order))
+            if cap is not None:
+                part.axvline(cap, color=WARM, linewidth=1.4, linestyle=(0, (4, 2)), label="cap")
+            part.hlines(rows, scale.low, scale.place(self._best["epochs"])[order], color=ACCENT, linewidth=1.2,
+                        alpha=0.45)
+            for _, method, mark in shown:
+                part.plot(scale.place(method["epochs"])[order], rows, **mark, clip_on=False)
+            scale.apply(part, "x")
+            part.set_xlabel("Epochs (log scale)")
         self._legend(figure, axes)
         return figure
 
@@ -256,12 +281,11 @@ class Plots:
             opacity = np.minimum(np.abs(values[which]) / limit, 1) * strongest
             axes.scatter(x[which] + 0.5, y[which] + 0.5, color=_faded(colour, opacity), **square)
         which = there & ~known
-        axes.scatter(x[which] + 0.5, y[which] + 0.5, color=[RULE], alpha=0.45,
-                     hatch="////" if written else None, **square)
+        axes.scatter(x[which] + 0.5, y[which] + 0.5, **square, **_unknown(written))
         axes.scatter(x[~there] + 0.5, y[~there] + 0.5, marker="_", s=(cell / 4) ** 2, color=RULE, linewidth=1)
         if written:
             self._write_cells(axes, values, known, low, high, cell, limit)
-        _colour_bar(figure, axes, limit, strongest, bool((there & ~known).any()))
+        _colour_bar(figure, axes, limit, strongest, bool((there & ~known).any()), written)
         return figure
 
     @staticmethod
@@ -270,12 +294,12 @@ class Plots:
         intervals = low is not None and high is not None and cell >= 50
 
         def short(value: float) -> str:
-            text = f"{value:.{digits}f}".replace("-", "−")
+            text = f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
             return text.replace("0.", ".", 1) if intervals and abs(value) < 1 else text
 
         for row, column in zip(*np.nonzero(np.isfinite(values))):
             colour = INK if known[row, column] else MUTED
-            axes.text(column + 0.5, row + (0.4 if intervals else 0.5), short(values[row, column]).replace("−.", "−0."),
+            axes.text(column + 0.5, row + (0.4 if intervals else 0.5), short(values[row, column]),
                       ha="center", va="center", color=colour, fontsize=10 if cell >= 42 else 9)
             if intervals and np.isfinite([low[row, column], high[row, column]]).all():
                 axes.text(column + 0.5, row + 0.74, f"{short(low[row, column])} to {short(high[row, column])}",
@@ -287,25 +311,26 @@ class Plots:
         if effective is None:
             return None
         order = self._target_order
-        figure, panels = _grid([self._a["targets"][k] for k in order], "Effective share against share",
+        figure, panels = _grid([self._a["targets"][k] for k in order], "Effective share (%)",
                                "Share of the training tokens (%, log scales)", shared=True)
         ratio, measured, law = (effective[name] for name in ("ratio", "effective", "predicted"))
         keep = _thinned(len(ratio), 2 * len(order))
-        scale = _LogScale(ratio[keep], measured[keep], law[keep])
+        across, up = _LogScale(ratio[keep]), _LogScale(measured[keep], law[keep])
+        ends = [min(across.low, up.low), max(across.high, up.high)]
         groups = _groups(effective["tokens"])
         handles = []
         for axes, k in zip(panels, order):
-            axes.plot([scale.low, scale.high], [scale.low, scale.high], color=MUTED, linewidth=0.9)
+            axes.plot(ends, ends, color=MUTED, linewidth=0.9)
             handles = []
             for strength, (name, which) in zip(np.linspace(0.3, 0.9, len(groups)) if len(groups) > 1 else [0.7],
                                                groups):
                 which = which & keep
-                handles += axes.plot(scale.place(ratio[which, k]), scale.place(measured[which, k]), "o", markersize=3.2,
+                handles += axes.plot(across.place(ratio[which, k]), up.place(measured[which, k]), "o", markersize=3.2,
                                      color=ACCENT, alpha=strength, markeredgewidth=0, label=name)
-            handles += axes.plot(scale.place(ratio[keep, k]), scale.place(law[keep, k]), "_", markersize=4.5,
-                                 color=WARM, markeredgewidth=1, label="law")
-            scale.apply(axes, "x", 100, most=3)
-            scale.apply(axes, "y", 100, most=3)
+            handles += axes.plot(across.place(ratio[keep, k]), up.place(law[keep, k]), "_", markersize=6.5,
+                                 color=WARM, markeredgewidth=0.9, zorder=1.9, label="law")
+            across.apply(axes, "x", 100, most=3)
+            up.apply(axes, "y", 100, most=3)
             axes.grid(visible=True)
         _grid_legend(figure, handles)
         return figure
@@ -340,10 +365,20 @@ class Plots:
         return figure
 
 
+def _legend_columns(entries: int) -> int:
+    """As many as fit, and filling their rows."""
+    return math.ceil(entries / math.ceil(entries / 5))
+
+
 def _faded(colour: str, opacity: np.ndarray) -> np.ndarray:
     """The colour at each opacity: `[cells, 4]`; over the page's paper it is right in light and in dark."""
     rgb = np.broadcast_to(matplotlib.colors.to_rgb(colour), (len(opacity), 3))
     return np.concatenate([rgb, opacity[:, None]], axis=1)
+
+
+def _unknown(hatched: bool) -> dict[str, Any]:
+    """Keywords of `scatter` for pairs that the data do not identify; hatching would blur where cells are small."""
+    return {"facecolor": _faded(RULE, np.array([0.35 if hatched else 0.6])), "hatch": "////" if hatched else None}
 
 
 def _groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -374,7 +409,7 @@ def _grid(names: Sequence[str], title: str, x_label: str, shared: bool) -> tuple
     count = len(names)
     columns = min(count, 2 if count <= 4 else 3 if count <= 9 else 6 if count <= 24 else 8)
     width = FIGURE_WIDTH if columns <= 3 else WIDE
-    left, right, top, bottom = 38, 8, 64, 38
+    left, right, top, bottom = 38, 8, 64 if shared else 44, 38
     gap_x, gap_y = (12, 24) if shared else (34, 40)
     side = (width - left - right - gap_x * (columns - 1)) / columns
     rows = math.ceil(count / columns)
@@ -398,7 +433,7 @@ def _grid(names: Sequence[str], title: str, x_label: str, shared: bool) -> tuple
 def _grid_legend(figure: Figure, handles: Sequence) -> None:
     width, height = figure.get_size_inches() * 72
     figure.legend(handles=handles, loc="upper left", ncols=5, bbox_to_anchor=(-6 / width, 1 - 20 / height),
-                  columnspacing=1.2, handletextpad=0.2, fontsize=9.5)
+                  columnspacing=1.2, handletextpad=0.2, fontsize=9.5, markerscale=1.4)
 
 
 def _matrix_panel(rows: Sequence[str], columns: Sequence[str], cell: float, font: float) -> tuple[Figure, Axes]:
@@ -415,14 +450,15 @@ def _matrix_panel(rows: Sequence[str], columns: Sequence[str], cell: float, font
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.xaxis.tick_top()
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90 if turned else 0)
+    turn = {"rotation": 90, "rotation_mode": "anchor", "ha": "left", "va": "center"} if turned else {}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turn)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.tick_params(length=0, labelsize=font, labelcolor=INK)
     figure.text(0, 1 - 6 / height, "Transfer to the row's language from the column's", va="top", fontsize=11.5)
     return figure, axes
 
 
-def _colour_bar(figure: Figure, axes: Axes, limit: float, strongest: float, greyed: bool) -> None:
+def _colour_bar(figure: Figure, axes: Axes, limit: float, strongest: float, greyed: bool, hatched: bool) -> None:
     """The scale of colours below a matrix, and what grey means."""
     width, height = figure.get_size_inches() * 72
     left = axes.get_position().x0 * width
@@ -436,6 +472,6 @@ def _colour_bar(figure: Figure, axes: Axes, limit: float, strongest: float, grey
     for x, text in ((8, f"−{limit:.2g}"), (78, "0"), (148, f"+{limit:.2g}")):
         bar.text(x, 4, text, ha="center", va="bottom", fontsize=9, color=MUTED)
     if greyed:
-        bar.scatter(186, 24, marker="s", s=13**2, color=[RULE], alpha=0.45, hatch="//////", linewidth=0)
+        bar.scatter(186, 24, marker="s", s=13**2, linewidth=0, **_unknown(hatched))
         bar.text(198, 24, "not identified", va="center", fontsize=9, color=MUTED)
 

@@ -20,13 +20,12 @@ In N and D the process is log-linear plus a remainder that fades away from the r
 """
 
 import dataclasses
-import functools
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from scipy import optimize
 
 from data_mixtures.climb.law import FittedLaw, float64
 from data_mixtures.climb.runs import ProxyRuns
@@ -112,65 +111,58 @@ def _objective(z, prior, data):
     return (white**2).sum() / 2 + jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)).sum() + z @ z / 2
 
 
-@jax.jit
-def _mode(prior, data):
+_value_and_grad = jax.jit(jax.value_and_grad(_objective))
+
+
+def _mode(prior: Prior, data) -> np.ndarray:
     """The standardised parameters `[parameters]` where L-BFGS from the prior's mean stands after `_MODE_STEPS`."""
-    objective = jax.jit(lambda z: _objective(z, prior, data))
-    optimizer = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=12))
-    value_and_grad = optax.value_and_grad_from_state(objective)
-
-    def step(carry, _):
-        z, state = carry
-        value, grad = value_and_grad(z, state=state)
-        updates, state = optimizer.update(grad, state, z, value=value, grad=grad, value_fn=objective)
-        return (optax.apply_updates(z, updates), state), None
-
-    start = jnp.zeros(sum(mean.size for mean, _ in prior.values()))
-    return jax.lax.scan(step, (start, optimizer.init(start)), None, length=_MODE_STEPS)[0][0]
+    start = np.zeros(sum(mean.size for mean, _ in prior.values()))
+    evaluate = lambda z: jax.device_get(_value_and_grad(z, prior, data))  # noqa: E731
+    return optimize.minimize(evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": _MODE_STEPS}).x
 
 
-@functools.partial(jax.jit, static_argnames=("warm_up", "draws"))
-def _draw(mode, prior, data, key, warm_up, draws):
+@jax.jit
+def _trajectory(z, momentum, slope, step, prior, data):
+    """`_LEAPS` leapfrog steps of lengths `[parameters]`; the new z, momentum, value and slope."""
+
+    def leap(carry, _):
+        z, momentum, _, slope = carry
+        z = z + step * (momentum - step / 2 * slope)
+        value, new = jax.value_and_grad(_objective)(z, prior, data)
+        return (z, momentum - step / 2 * (slope + new), value, new), None
+
+    return jax.lax.scan(leap, (z, momentum, jnp.zeros(()), slope), None, length=_LEAPS)[0]
+
+
+def _draw(mode, prior, data, rng: np.random.Generator, warm_up: int, draws: int) -> tuple[np.ndarray, float]:
     """Draws from the posterior `[draws, parameters]`, and the share of proposals accepted.
 
     Momenta have the diagonal of the Hessian at the mode, by Hutchinson's estimate, for mass. The step size is adapted
     during the first `warm_up` iterations; of the others every second is kept.
     """
-    grad = jax.jit(jax.value_and_grad(lambda z: _objective(z, prior, data)))
-    probe_key, chain_key = jax.random.split(key)
-
-    def curvature(probe):
-        return probe * jax.jvp(lambda z: grad(z)[1], (mode,), (probe,))[1]
-
-    probes = jax.random.rademacher(probe_key, (_PROBES, len(mode)), jnp.float64)
-    scale = jnp.maximum(jax.lax.map(curvature, probes).mean(axis=0), 1.0) ** -0.5
-
-    def iteration(carry, inputs):
-        z, (value, slope), log_step = carry
-        key, adapt = inputs
-        keys = jax.random.split(key, 3)
-        momentum = jax.random.normal(keys[0], z.shape)
-        step = jnp.exp(log_step) * jax.random.uniform(keys[1], minval=0.7, maxval=1.3)
-
-        def leap(carry, _):
-            z, momentum, (_, slope) = carry
-            momentum = momentum - step / 2 * scale * slope
-            z = z + step * scale * momentum
-            value, slope = grad(z)
-            return (z, momentum - step / 2 * scale * slope, (value, slope)), None
-
-        (moved, after, there), _ = jax.lax.scan(leap, (z, momentum, (value, slope)), None, length=_LEAPS)
-        gain = value + momentum @ momentum / 2 - there[0] - after @ after / 2
-        probability = jnp.where(jnp.isnan(gain), 0.0, jnp.minimum(1.0, jnp.exp(gain)))
-        accepted = jax.random.uniform(keys[2]) < probability
-        here = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), (moved, there), (z, (value, slope)))
-        log_step = log_step + jnp.where(adapt, 0.4 * (probability - 0.75), 0.0)
-        return (*here, log_step), (here[0], probability)
-
-    total = warm_up + 2 * draws
-    inputs = jax.random.split(chain_key, total), jnp.arange(total) < warm_up
-    _, (visited, probability) = jax.lax.scan(iteration, (mode, grad(mode), jnp.log(0.15)), inputs)
-    return visited[warm_up + 1 :: 2], probability[warm_up:].mean()
+    curvature = np.zeros_like(mode)
+    for _ in range(_PROBES):
+        probe = rng.choice([-1e-4, 1e-4], len(mode))
+        ahead, behind = (jax.device_get(_value_and_grad(mode + sign * probe, prior, data)[1]) for sign in (1, -1))
+        curvature += (ahead - behind) / (2 * probe) / _PROBES
+    scale, log_step = np.maximum(np.nan_to_num(curvature), 1.0) ** -0.5, np.log(0.15)
+    z, (value, slope) = mode, jax.device_get(_value_and_grad(mode, prior, data))
+    kept, accepted = [], []
+    for number in range(warm_up + 2 * draws):
+        momentum = rng.normal(size=len(mode))
+        step = np.exp(log_step) * rng.uniform(0.7, 1.3) * scale
+        there, after, *here = jax.device_get(_trajectory(z, momentum, slope, step, prior, data))
+        gain = value - here[0] + (momentum @ momentum - after @ after) / 2
+        probability = np.exp(min(gain, 0.0)) if np.isfinite(gain) else 0.0
+        if rng.uniform() < probability:
+            z, (value, slope) = there, here
+        if number < warm_up:
+            log_step += 0.4 * (probability - 0.75)
+        else:
+            accepted.append(probability)
+            if (number - warm_up) % 2:
+                kept.append(z)
+    return np.stack(kept), float(np.mean(accepted))
 
 
 @jax.jit
@@ -270,21 +262,34 @@ def _merged(runs: ProxyRuns) -> tuple[ProxyRuns, np.ndarray]:
     return runs.rows(first[order]), counts[order].astype(np.float64)
 
 
+def _padded(rows: dict[str, np.ndarray], own: np.ndarray, which: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows `which`, filled up with rows that count 0 times so that tables of nearly one length share a program."""
+    extra = -len(which) % _ROWS_MULTIPLE
+    data = {name: np.pad(x[which], [(0, extra)] + [(0, 0)] * (x.ndim - 1)) for name, x in rows.items()}
+    return {**data, "y": data["y"].T, "own": own}
+
+
 @gin.configurable
 class StructuredProcess:
     """Our Gaussian process on effective ratios; see the module."""
 
     name = "process"
 
-    def __init__(self, draws: int = 15, warm_up: int = 12):
-        """A process that averages over `draws` draws, the first after `warm_up` iterations of Monte Carlo.
+    def __init__(self, draws: int = 15, warm_up: int = 12, max_rows: int = 160):
+        """A process that averages over draws from the posterior of its hyperparameters.
+
+        Args:
+          draws: how many.
+          warm_up: iterations of Monte Carlo before the first of them.
+          max_rows: so many rows at most, drawn at random, are used to learn the hyperparameters; predictions rest on
+            all rows. Time grows with the cube of it.
 
         Raises:
-          InputError: `draws` or `warm_up` is not positive.
+          InputError: an argument is not positive.
         """
-        if draws < 1 or warm_up < 1:
-            raise InputError(f"process: draws {draws} and warm_up {warm_up} are to be positive")
-        self.draws, self.warm_up = draws, warm_up
+        if min(draws, warm_up, max_rows) < 1:
+            raise InputError(f"process: draws {draws}, warm_up {warm_up} and max_rows {max_rows} are to be positive")
+        self.draws, self.warm_up, self.max_rows = draws, warm_up, max_rows
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedProcess:
         """Fits the process; see `Law.fit`.
@@ -301,21 +306,25 @@ class StructuredProcess:
         width[width < 1e-12] = 1.0
         varies = np.ptp(logs, axis=0) > 0
         size_width = np.where(varies, logs.std(axis=0), 0.0)
-        sizes = (logs - size_centre)[:, varies] / size_width[varies]
         own = np.array([[language == target for language in runs.languages] for target in runs.targets], np.float64)
-        extra = -len(table) % _ROWS_MULTIPLE
-        pad = lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
-        data = {"ratios": pad(table.ratios), "sizes": pad(sizes), "counts": pad(counts), "own": own,
-                "y": pad((log_losses - centre) / width).T}
-        prior = _prior(own, int(varies.sum()))
+        rows = {"ratios": table.ratios, "sizes": (logs - size_centre)[:, varies] / size_width[varies],
+                "counts": counts, "y": (log_losses - centre) / width}
+        prior, rng = _prior(own, int(varies.sum())), np.random.default_rng(seed)
+        chosen = rng.permutation(len(table))[: self.max_rows]
         with float64():
-            mode = _mode(prior, data)
-            draws, accepted = _draw(mode, prior, data, jax.random.key(seed), self.warm_up, self.draws)
+            sample = _padded(rows, own, chosen)
+            mode = _mode(prior, sample)
+            draws, accepted = _draw(mode, prior, sample, rng, self.warm_up, self.draws)
+            data = _padded(rows, own, np.arange(len(table)))
             parameters, features, solved = jax.device_get(_weights(draws, prior, data))
-        notes = [f"N and D: only between {low:.3g} and {high:.3g} {name} are predictions supported by runs"
-                 for name, low, high, v in zip(("parameters", "tokens"), np.exp(logs.min(0)), np.exp(logs.max(0)), varies)
-                 if v]
+        notes = [
+            f"predictions are supported by runs only between {low:.3g} and {high:.3g} {name}"
+            for name, low, high in zip(("parameters", "tokens"), np.exp(logs.min(axis=0)), np.exp(logs.max(axis=0)))
+            if low < high
+        ]
+        if len(table) > self.max_rows:
+            notes.append(f"hyperparameters were learnt from {self.max_rows} of the {len(table)} rows")
         if accepted < 0.3:
-            notes.append(f"Monte Carlo accepted only {float(accepted):.0%} of its proposals: predictions and spread are rough")
+            notes.append(f"Monte Carlo accepted {accepted:.0%} of its proposals: predictions and spread are rough")
         return FittedProcess(runs.languages, runs.targets, parameters, features, solved, data, centre, width,
-                             size_centre, size_width, float(accepted), tuple(notes))
+                             size_centre, size_width, accepted, tuple(notes))

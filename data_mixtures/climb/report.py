@@ -31,9 +31,9 @@ from etils import epath
 from data_mixtures.climb.plots import NAMES, Plots, thinning
 from mlx_pretrain.configuration import run
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import inline_svg, plot_style, render_page, save_figure
+from mlx_pretrain.figures import inline_svg, number, plot_style, render_page, save_figure
 from mlx_pretrain.files import read_json, write_atomic
-from mlx_pretrain.history import LANGUAGES
+from mlx_pretrain.history import LANGUAGES, parse_time
 
 FORMAT, VERSION = "mlx-allocation", 1
 _BINDING = {"floor": "floor", "max_epochs": "epoch cap", "fixed": "fixed"}
@@ -223,6 +223,11 @@ def summary(allocation: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"gain": None, "error": None, "reach": {}}
     if base:
         found["gain"] = best["weighted_loss"] / base["weighted_loss"] - 1
+        moved = best["ratios"] - base["ratios"]
+        order = [k for k in np.argsort(-np.abs(moved), kind="stable") if abs(moved[k]) >= 0.0005]
+        found["moved"] = {
+            word: [(allocation["languages"][k], base["ratios"][k], best["ratios"][k])
+                   for k in order if sign * moved[k] > 0][:3] for word, sign in (("more", 1), ("less", -1))}
         found["better"] = int((best["losses"] < base["losses"]).sum())
         if best["loss_low"] is not None and best["loss_high"] is not None:
             found["surely_better"] = int((best["loss_high"] < base["losses"]).sum())
@@ -233,6 +238,13 @@ def summary(allocation: Mapping[str, Any]) -> dict[str, Any]:
         found["error"] = float(np.nanmean(error)) if np.isfinite(error).any() else None
         found["reach"] = {name: allocation[name] / float(predictions[name].max()) for name in ("n_params", "tokens")}
     return found
+
+
+def share(value: float | None, digits: int = 2) -> str:
+    """A ratio in per cent, two significant digits or `digits` decimals, whichever is more; a dash for None."""
+    if value is None or value == 0:
+        return "–" if value is None else "0"
+    return number(100 * value, max(digits, 1 - math.floor(math.log10(abs(100 * value)))))
 
 
 def laws(validation: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -267,12 +279,13 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
     n_targets = len(allocation["targets"])
     drawn = {name: (len(allocation[name]["tokens"]), thinning(len(allocation[name]["tokens"]), panels))
              for name, panels in (("predictions", n_targets), ("effective", 2 * n_targets)) if allocation[name]}
+    methods = sorted(allocation["methods"].items(), key=lambda item: item[1]["weighted_loss"])
     page = render_page(
         epath.Path(__file__).parent / "report.html.j2",
         name=folder.absolute().name, a=allocation, best=allocation["methods"][allocation["method"]],
-        base=allocation["methods"].get(allocation["baseline"]),
-        methods=sorted(allocation["methods"].items(), key=lambda item: item[1]["weighted_loss"]), figures=figures, drawn=drawn, names=NAMES,
-        languages=LANGUAGES, rows=table(allocation), summary=summary(allocation), laws=laws(allocation["validation"]))
+        base=allocation["methods"].get(allocation["baseline"]), methods=methods, figures=figures, drawn=drawn,
+        names=NAMES, languages=LANGUAGES, started=parse_time(allocation["provenance"].get("started")),
+        rows=table(allocation), share=share, summary=summary(allocation), laws=laws(allocation["validation"]))
     write_atomic(folder / "report.html", page)
 
 

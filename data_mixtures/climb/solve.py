@@ -98,9 +98,7 @@ def reference_weights(
         return 1 / _predict(law, shares, n_params, tokens)
     # Through the program that the solvers compile anyway.
     with float64():
-        (_, losses, _), _, _ = _compiled(_SameLaw(law))(
-            shares, float(n_params), float(tokens), np.ones(len(law.targets))
-        )
+        (_, losses, _), _, _ = _program(law, shares, float(n_params), float(tokens), np.ones(len(law.targets)))
         return 1 / np.asarray(losses)
 
 
@@ -135,46 +133,29 @@ def _has_effective_ratios(law: FittedLaw) -> bool:
     return isinstance(law, EffectiveLaw) and tuple(law.targets) == tuple(law.languages)
 
 
-class _SameLaw:
-    """Key of a cache by identity: laws hold arrays, and need not be hashable."""
+def _evaluate(law: FittedLaw, ratios, n_params, tokens, weights):
+    if _has_effective_ratios(law):
+        effective, transfer = jax.vjp(lambda r: law.effective_ratios(r, n_params, tokens), ratios)
+        losses, isolated = jax.vjp(lambda x: law.isolated_losses(x, n_params, tokens), effective)
+        (slope,) = isolated(weights)
+        # A language with nothing to gain, or of weight 0, has the least of all benefits.
+        benefit = jnp.log(jnp.maximum(-slope, jnp.finfo(jnp.float64).tiny))
+        fields = jnp.stack([transfer(slope)[0], -benefit])
+    else:
+        effective = None
+        losses, mixture = jax.vjp(lambda r: law.losses(r, n_params, tokens), ratios)
+        fields = mixture(weights)[0][None]
+    return fields, ((weights @ losses, losses, effective), fields)
 
-    def __init__(self, law: FittedLaw):
-        self.law = law
 
-    def __hash__(self) -> int:
-        return id(self.law)
-
-    def __eq__(self, other) -> bool:
-        return self.law is other.law
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(key: _SameLaw) -> Callable:
-    """One program for all that the solvers ask of a law: (weighted loss, losses, effective), fields, their Jacobians.
+@jax.jit
+def _program(law: FittedLaw, ratios, n_params, tokens, weights):
+    """All that the solvers ask of a law: (weighted loss, losses, effective), fields, their Jacobians.
 
     The fields `[1 or 2, languages]` are the gradient of the weighted loss and, for an effective law, -log b.
     """
-    law = key.law
-
-    def evaluate(ratios, n_params, tokens, weights):
-        if _has_effective_ratios(law):
-            effective, transfer = jax.vjp(lambda r: law.effective_ratios(r, n_params, tokens), ratios)
-            losses, isolated = jax.vjp(lambda x: law.isolated_losses(x, n_params, tokens), effective)
-            (slope,) = isolated(weights)
-            # A language with nothing to gain, or of weight 0, has the least of all benefits.
-            benefit = jnp.log(jnp.maximum(-slope, jnp.finfo(jnp.float64).tiny))
-            fields = jnp.stack([transfer(slope)[0], -benefit])
-        else:
-            effective = None
-            losses, mixture = jax.vjp(lambda r: law.losses(r, n_params, tokens), ratios)
-            fields = mixture(weights)[0][None]
-        return fields, ((weights @ losses, losses, effective), fields)
-
-    def both(ratios, n_params, tokens, weights):
-        jacobians, (values, fields) = jax.jacfwd(evaluate, has_aux=True)(ratios, n_params, tokens, weights)
-        return values, fields, jacobians
-
-    return jax.jit(both)
+    jacobians, (values, fields) = jax.jacfwd(_evaluate, argnums=1, has_aux=True)(law, ratios, n_params, tokens, weights)
+    return values, fields, jacobians
 
 
 class _Problem:
@@ -189,9 +170,7 @@ class _Problem:
     def evaluate(self, ratios: np.ndarray):
         """(weighted loss, losses, effective), fields `[1 or 2, languages]`, Jacobians `[.., languages, languages]`."""
         with float64():
-            values, fields, jacobians = _compiled(_SameLaw(self.law))(
-                ratios, self.n_params, self.tokens, self.weights
-            )
+            values, fields, jacobians = _program(self.law, ratios, self.n_params, self.tokens, self.weights)
             return [None if v is None else np.asarray(v) for v in values], np.asarray(fields), np.asarray(jacobians)
 
     def field(self, which: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:

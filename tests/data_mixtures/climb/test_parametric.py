@@ -120,16 +120,19 @@ def test_bootstrap_covers_the_truth_and_repeats_by_seed(fitted, runs):
     assert 0 < np.mean(high - low) < 0.1
 
 
-def test_few_runs_are_said_to_leave_strengths_open(law):
-    """Two of three languages never meet the third: what they give it is not identified, and predictions stay finite."""
-    ratios = np.concatenate([np.eye(3), [[0.5, 0.5, 0], [0.2, 0.8, 0], [0.8, 0.2, 0]]])
-    few = table(ratios, lambda r, d, _: climb_losses(r, d))
-    few = few.rows((few.ratios[:, 2] > 0) | (few.ratios.max(axis=1) < 1))
-    fitted = law.fit(few)
-    assert not fitted.identified[0, 2] and fitted.identified[0, 1]
-    assert any("not identified" in note for note in fitted.notes)
-    assert any("monolingual runs of aa, bb" in note for note in fitted.notes)
-    assert np.isfinite(fitted.predict(climb_table(5, 0))).all()
+def test_strengths_of_a_language_that_was_never_mixed_in_are_said_to_be_open(law, runs, fitted):
+    """Also: a language without a loss of its own."""
+    ratios = np.concatenate([runs.ratios, np.zeros((len(runs), 1))], axis=1)
+    wider = law.fit(dataclasses.replace(runs, languages=(*LANGUAGES, "dd"), ratios=ratios))
+    np.testing.assert_array_equal(wider.identified, np.concatenate([fitted.identified, np.zeros((3, 1), bool)], axis=1))
+    assert any("3 of 9 strengths of transfer are not identified" in note for note in wider.notes)
+    with float64():
+        assert np.isfinite(wider.losses(np.eye(4), 1e6, 1e5)).all()
+
+
+def test_without_monolingual_runs_it_is_said(law):
+    fitted = law.fit(climb_table(6, 0, corners=False))
+    assert any("monolingual runs of aa, bb, cc" in note for note in fitted.notes)
 
 
 def test_isolated_law_finds_its_own_data_and_says_what_the_table_cannot_tell():

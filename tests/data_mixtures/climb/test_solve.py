@@ -15,7 +15,26 @@ from mlx_pretrain.errors import InputError
 N, D = 1e8, 1e10
 
 
-class Synthetic(EffectiveLaw):
+class Tree:
+    """Makes a law a pytree, as laws have to be: its arrays are leaves, all else is static."""
+
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        jax.tree_util.register_pytree_node_class(cls)
+
+    def tree_flatten(self):
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        rest = tuple((name, value) for name, value in vars(self).items() if name not in arrays)
+        return list(arrays.values()), (tuple(arrays), rest)
+
+    @classmethod
+    def tree_unflatten(cls, names, arrays):
+        law = object.__new__(cls)
+        vars(law).update(zip(names[0], arrays), **dict(names[1]))
+        return law
+
+
+class Synthetic(Tree, EffectiveLaw):
     """Chinchilla losses of effective ratios to which the others add, saturating in r_j, fading in r_i and D."""
 
     def __init__(self, n: int, seed: int, transfer: float = 0.15):
@@ -63,7 +82,7 @@ class Sealed(FittedLaw):
         return np.asarray(compiled(self.law)(ratios, n_params, tokens))
 
 
-class Mixing(FittedLaw):
+class Mixing(Tree, FittedLaw):
     """`c + exp(t . r)`: three languages, two targets that are none of them."""
 
     languages, targets = ("en", "fi", "sw"), ("web", "books")
@@ -72,7 +91,7 @@ class Mixing(FittedLaw):
         return 1.5 + jnp.exp(jnp.asarray(ratios) @ np.array([[-2.0, 0.5], [-1.0, -1.5], [1.0, -0.5]]))
 
 
-class TwoValleys(FittedLaw):
+class TwoValleys(Tree, FittedLaw):
     """Two minima; the deeper one is narrow and in a corner."""
 
     languages, targets = ("en", "fi", "sw"), ("loss",)

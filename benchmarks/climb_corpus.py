@@ -1,0 +1,193 @@
+"""Climb on real text: does its law predict mixtures it has not seen, and does its mixture train the better model?
+
+    python benchmarks/climb_corpus.py --corpus DIR [--work runs/climb_corpus] [--quick]
+
+DIR holds `<language>.jsonl[.xz]`, documents with `id` and `source` that are aligned across languages; a twentieth of
+them, the same in all languages, is held out. The proxies (one small model, a constant rate) are evaluated at D/8 ... D.
+
+1. Laws are fitted to the corners and two thirds of the drawn mixtures, and predict the other third: R2 and MAE, and
+   the difference in absolute error to the Climb law, paired over runs, with a bootstrap interval.
+2. `data_mixtures.climb.allocate` decides the mixture for 4 D from all proxies; every method's mixture is trained at 4 D
+   with three seeds, and judged by the held-out loss averaged with the natural ratios as weights. The laws' predictions
+   of those runs are their extrapolation to 4 D.
+
+Every stage is a command of its own and goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from data_mixtures.climb.laws import LAWS
+from data_mixtures.climb.parametric import Climb
+from data_mixtures.climb.runs import ProxyRuns, proxy_runs
+from data_mixtures.climb.validation import scores
+from mlx_pretrain.data.rates import load_rates
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LANGUAGES = ("en", "de", "es", "pt", "ro", "it", "ru", "pl")
+HELD_OUT_SHARE, HELD_OUT_MIXTURES = 20, 3
+VOCAB_SIZE, LENGTH, BATCH = 2048, 128, 16
+
+MODEL = {
+    "vocab_size": VOCAB_SIZE, "embed_dim": 64, "n_layers": 2, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64,
+    "mlp_dim": 160, "max_length": LENGTH, "tie_embeddings": True, "unroll": 2,
+}  # fmt: skip
+
+
+def command(module: str, **bindings) -> None:
+    """Runs `python -m module` with gin bindings (double underscores stand for dots); its output stays visible."""
+    flags = [f"--gin.{name.replace('__', '.')}={value}" for name, value in bindings.items()]
+    print("+", module, flush=True)
+    subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, check=True)
+
+
+def split_documents(corpus: pathlib.Path, languages: list[str], folder: pathlib.Path) -> None:
+    """Writes <folder>/{train,heldout}/<language>.jsonl; a document and its translations are on one side."""
+    for language in languages:
+        if (folder / "heldout" / f"{language}.jsonl").exists():
+            continue
+        source = next(p for p in (corpus / f"{language}.jsonl.xz", corpus / f"{language}.jsonl") if p.exists())
+        parts = {"train": [], "heldout": []}
+        with lzma.open(source, "rt") if source.suffix == ".xz" else source.open() as file:
+            for line in file:
+                document = json.loads(line)
+                digest = hashlib.sha256(f"{document['source']}/{document['id']}".encode()).hexdigest()
+                parts["train" if int(digest[:8], 16) % HELD_OUT_SHARE else "heldout"].append(line)
+        for split, lines in parts.items():
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            (folder / split / f"{language}.jsonl").write_text("".join(lines))
+
+
+def train(work: pathlib.Path, output: str, tokens: list[int], threads: int, **bindings) -> ProxyRuns:
+    """Trains a plan and returns its table."""
+    command(
+        "data_mixtures.climb.proxies",
+        proxies__output=work / output, proxies__token_store=work / "tokens", proxies__tokens=tokens,
+        proxies__models="[@DecoderConfig()]", proxies__batch_size=BATCH, proxies__optimizer="@muon",
+        proxies__learning_rate="@warmup_stable_decay()", proxies__eval_sequences=64, proxies__threads=threads,
+        warmup_stable_decay__peak=0.02, warmup_stable_decay__total_steps=100_000, warmup_stable_decay__warmup_steps=10,
+        warmup_stable_decay__decay_steps=0, muon__adam_fraction=0.15,
+        **{f"DecoderConfig__{name}": value for name, value in MODEL.items()}, **bindings,
+    )  # fmt: skip
+    return proxy_runs(work / output)
+
+
+def held_out(runs: ProxyRuns) -> np.ndarray:
+    """Mask of the last third of the drawn mixtures."""
+    drawn = sorted({name for name in runs.run if name.startswith("mix-")})
+    return np.isin(runs.run, drawn[-(len(drawn) // HELD_OUT_MIXTURES) :])
+
+
+def paired(runs: ProxyRuns, ours: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> list[float]:
+    """Mean difference in absolute error (other less ours, nats) over runs, and its 95% bootstrap interval."""
+    difference = np.abs(other - runs.losses).mean(1) - np.abs(ours - runs.losses).mean(1)
+    names = np.unique(runs.run)
+    by_run = np.array([difference[runs.run == name].mean() for name in names])
+    means = by_run[rng.integers(len(names), size=(2000, len(names)))].mean(1)
+    return [float(by_run.mean()), *np.quantile(means, [0.025, 0.975]).tolist()]
+
+
+def compare_laws(fit_to: ProxyRuns, judge: ProxyRuns, families: bool) -> dict[str, dict]:
+    """Scores of all laws on `judge`, and their paired differences to the Climb law."""
+    laws = {name: law() for name, law in LAWS.items()}
+    if families:
+        from data_mixtures.climb.interactions import INTERACTIONS
+
+        laws |= {f"climb {name}{'' if shift else ', no shift'}": Climb(name, shift=shift)
+                 for name in INTERACTIONS for shift in (True, False)}
+    found, predicted = {}, {}
+    for name, law in laws.items():
+        started = time.perf_counter()
+        predicted[name] = law.fit(fit_to).predict(judge)
+        found[name] = {"seconds": time.perf_counter() - started}
+    rng = np.random.default_rng(0)
+    for name, losses in predicted.items():
+        found[name] |= scores(judge.losses, losses).mean
+        found[name]["worse_than_climb"] = paired(judge, predicted["climb"], losses, rng)
+    return found
+
+
+def show_laws(title: str, found: dict[str, dict]) -> None:
+    print(f"\n{title}\n{'law':<34} {'R2':>8} {'MAE':>8} {'Spearman':>9} {'error above Climb, nats':>32} {'seconds':>8}")
+    for name, law in found.items():
+        mean, low, high = law["worse_than_climb"]
+        print(f"{name:<34} {law['r2']:>8.4f} {law['mae']:>8.4f} {law['spearman']:>9.4f} "
+              f"{mean:>12.4f} [{low:.4f}, {high:.4f}] {law['seconds']:>8.1f}")
+
+
+def judge_methods(final: ProxyRuns, methods: list[str], natural: dict[str, float]) -> dict[str, dict]:
+    """Natural-weighted mean loss at 4 D of each method: mean, standard deviation over seeds, differences to Climb."""
+    weights = np.array([natural[target] for target in final.targets])
+    loss = final.losses @ weights
+    by_method = {name: np.array([loss[i] for i in np.argsort(final.run) if final.run[i].rsplit("-", 2)[0] == name])
+                 for name in methods}
+    return {
+        name: {
+            "loss": float(values.mean()),
+            "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+            "seeds": len(values),
+            "above_climb": [float(x) for x in values - by_method["climb"]],
+        }
+        for name, values in sorted(by_method.items(), key=lambda item: item[1].mean())
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=pathlib.Path, required=True)
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/climb_corpus"))
+    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
+    parser.add_argument("--tokens", type=int, default=409_600, help="D of the proxies")
+    parser.add_argument("--mixtures", type=int, default=48)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="proxies trained side by side")
+    parser.add_argument("--families", action="store_true", help="all interaction families too")
+    parser.add_argument("--quick", action="store_true", help="three languages, few and short runs: a check, no result")
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    if arguments.quick:
+        arguments.languages, arguments.tokens = arguments.languages[:3], 32_768
+        arguments.mixtures, arguments.seeds = 6, 1
+    split_documents(arguments.corpus, arguments.languages, work / "documents")
+    tokenizer, store = work / "tokenizer.model", work / "tokens"
+    command("data_mixtures.tokenizer", Corpus__folder=work / "documents", train_tokenizer__corpus="@Corpus()",
+            train_tokenizer__output=tokenizer, train_tokenizer__vocab_size=VOCAB_SIZE)
+    command("data_mixtures.export", Corpus__folder=work / "documents", export_tokens__corpus="@Corpus()",
+            export_tokens__tokenizer=tokenizer, export_tokens__store=store, export_tokens__sequence_length=LENGTH)
+    tokens = [arguments.tokens // k for k in (8, 4, 2, 1)]
+    runs = train(work, "proxies.csv", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)
+    unseen = held_out(runs)
+    laws = compare_laws(runs.rows(~unseen), runs.rows(unseen), arguments.families)
+    show_laws(f"Held-out mixtures, {len(np.unique(runs.run[unseen]))} runs x {len(tokens)} token counts", laws)
+
+    target, folder = 4 * arguments.tokens, work / "allocation"
+    command("data_mixtures.climb.allocate", allocate__runs="@proxy_runs()", proxy_runs__path=work / "proxies.csv",
+            allocate__output=folder, allocate__n_params=runs.n_params[0], allocate__tokens=target,
+            allocate__token_store=store, allocate__weights="natural", allocate__max_epochs=4.0)
+    command("data_mixtures.climb.report", climb_report__folder=folder)
+    paths = sorted((folder / "methods").glob("*.json"))
+    final = train(work, "final.csv", [target], arguments.threads, proxies__plan="@given_mixtures",
+                  given_mixtures__paths=[str(path) for path in paths], proxies__seeds=list(range(arguments.seeds)))
+    extrapolated = compare_laws(runs, final, arguments.families)
+    show_laws(f"All methods' mixtures at 4 D = {target:,} tokens, {len(final)} runs", extrapolated)
+    natural = load_rates(folder / "methods" / "natural.json")
+    methods = judge_methods(final, [path.stem for path in paths], natural)
+    print("\nTrained at 4 D, held-out loss with natural weights")
+    print(f"{'method':<16} {'loss':>8} {'sd':>7}  less Climb, by seed")
+    for name, method in methods.items():
+        print(f"{name:<16} {method['loss']:>8.4f} {method['sd']:>7.4f}  "
+              + " ".join(f"{x:+.4f}" for x in method["above_climb"]))
+    print(json.dumps({"tokens": arguments.tokens, "runs": len(np.unique(runs.run)), "laws": laws,
+                      "extrapolation": extrapolated, "methods": methods}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Climb as a user runs it: proxies, allocation, report, and training on the rates that came out."""
+
+import json
+import pathlib
+import re
+import signal
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from data_mixtures.climb.runs import proxy_runs
+from mlx_pretrain.data.rates import load_rates
+from tests.conftest import LENGTH
+from tests.e2e.conftest import Ended, lines, run, started
+
+PROXIES, ALLOCATE = "data_mixtures.climb.proxies", "data_mixtures.climb.allocate"
+STEP_TOKENS = 8 * LENGTH
+
+CLIMB = """
+import data_mixtures.climb.proxies
+import data_mixtures.climb.allocate
+
+DecoderConfig.vocab_size = 96
+DecoderConfig.embed_dim = 16
+DecoderConfig.n_layers = 1
+DecoderConfig.n_heads = 1
+DecoderConfig.n_kv_heads = 1
+DecoderConfig.head_dim = 16
+DecoderConfig.mlp_dim = 32
+DecoderConfig.max_length = 64
+
+proxies.output = 'proxies.csv'
+proxies.token_store = '{store}'
+proxies.models = [@DecoderConfig()]
+proxies.tokens = [{short}, {long}]
+proxies.batch_size = 8
+proxies.optimizer = @adamw
+proxies.learning_rate = @constant_schedule()
+proxies.compilation_cache = '{cache}'
+proxies.threads = 2
+constant_schedule.value = 1e-2
+planned_mixtures.mixtures = 6
+
+allocate.runs = @proxy_runs()
+proxy_runs.path = 'proxies.csv'
+allocate.output = 'climb'
+allocate.n_params = 5000
+allocate.tokens = 20000
+allocate.token_store = '{store}'
+allocate.floor = 0.1
+allocate.max_epochs = 30.0
+allocate.compared = ['msl']
+allocate.replicates = 5
+allocate.folds = 3
+Climb.starts = 2
+MSL.starts = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def climb_gin(store_dir, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("climb_gin")
+    text = CLIMB.format(store=store_dir, cache=folder / "cache", short=10 * STEP_TOKENS, long=30 * STEP_TOKENS)
+    (folder / "climb.gin").write_text(text)
+    return f"--gin_file={folder / 'climb.gin'}"
+
+
+@pytest.fixture(scope="module")
+def finished(climb_gin, tmp_path_factory) -> tuple[pathlib.Path, Ended]:
+    """Folder after proxies and allocation, and what the latter said."""
+    folder = tmp_path_factory.mktemp("climb")
+    ended = run(PROXIES, climb_gin, folder=folder)
+    assert ended.code == 0, ended.err
+    allocated = run(ALLOCATE, climb_gin, folder=folder)
+    assert allocated.code == 0, allocated.err
+    return folder, allocated
+
+
+def test_the_proxies_are_complete(finished):
+    runs = proxy_runs(finished[0] / "proxies.csv")
+    assert len(runs) == 2 * (3 + 3 + 3 + 6) and not (finished[0] / "proxies.work").exists()
+
+
+def test_the_rates_keep_the_constraints_and_carry_their_evidence(finished):
+    folder, ended = finished
+    content = json.loads((folder / "climb" / "rates.json").read_text())
+    assert min(content["rates"].values()) >= 0.1 - 1e-12 and sum(content["rates"].values()) == pytest.approx(1)
+    assert max(content["epochs"].values()) <= 30 + 1e-9
+    for language, rate in content["rates"].items():
+        low, high = content["rates_interval"][language]
+        assert 0.1 - 1e-12 <= low <= high <= 1
+        assert 0 < content["expected_loss_interval"][language][0] < 20
+        assert f"{rate:.4%}" in ended.err
+    assert content["provenance"]["law"]["name"] == "climb" and content["provenance"]["runs"] == 15
+    allocation = json.loads((folder / "climb" / "allocation.json").read_text())
+    assert allocation["methods"]["climb"]["kkt"] < 1e-6
+    assert set(allocation["methods"]) >= {"climb", "climb-joint", "natural", "uniform", "temperature", "unimax", "msl"}
+    for name, method in allocation["methods"].items():
+        rates = load_rates(folder / "climb" / "methods" / f"{name}.json")
+        np.testing.assert_allclose([rates.get(l, 0) for l in allocation["languages"]], method["ratios"], atol=1e-12)
+
+
+def test_the_report_stands_alone(finished):
+    folder = finished[0]
+    ended = run("data_mixtures.climb.report", "--gin.climb_report.folder=climb", folder=folder)
+    assert ended.code == 0, ended.err
+    page = (folder / "climb" / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"https?:", page) and "climb" in page
+    figures = sorted(path.name for path in (folder / "climb" / "figures").iterdir())
+    assert len(figures) >= 12 and {path.rsplit(".")[1] for path in figures} == {"svg", "png"}
+    for path in (folder / "climb" / "figures").glob("*.svg"):
+        xml.etree.ElementTree.parse(path)
+
+
+def test_the_trainer_takes_the_rates(finished, tiny_gin, tmp_path):
+    rates = finished[0] / "climb" / "rates.json"
+    ended = run("mlx_pretrain.train", tiny_gin, f"--gin.train.rates={rates}", "--gin.train.steps=4",
+                "--gin.warmup_cosine.total_steps=4", "--gin.warmup_cosine.warmup_steps=1", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    tokens = {name: value for name, value in lines(tmp_path / "run", "train")[-1].items() if name.startswith("tokens/")}
+    share = {name.removeprefix("tokens/"): value / sum(tokens.values()) for name, value in tokens.items()}
+    assert share == pytest.approx(load_rates(rates), abs=0.06)  # 32 sequences
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_plan_goes_on_and_ends_the_same(finished, climb_gin, tmp_path, number):
+    whole = (finished[0] / "proxies.csv").read_text().splitlines()
+    table = tmp_path / "proxies.csv"
+    with started(PROXIES, climb_gin, folder=tmp_path) as process:
+        process.wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 5)
+        process.signal(number)
+        ended = process.end()
+    assert ended.code == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert 5 < len(table.read_text().splitlines()) < len(whole)
+    again = run(PROXIES, climb_gin, folder=tmp_path)
+    assert again.code == 0, again.err
+    assert sorted(table.read_text().splitlines()) == sorted(whole)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--gin.allocate.floor=0.5"], r"constraints: the floors sum to 1\.5 .*: more than 1"),
+    (["--gin.allocate.max_epochs=0.1"], r"constraints: what max_epochs 0\.1 allows sums to .*: less than 1 at .*"),
+    (['--gin.allocate.fixed={"xx": 0.5}'], r"constraints: fixed ratio names xx; the law has aa, bb, cc"),
+    (["--gin.proxy_runs.path=none.csv"], r"none\.csv: no such table of proxy runs"),
+    (["--gin.allocate.weights=equal"], r"allocate\.weights = 'equal': not one of reference, natural, uniform, .*"),
+    (["--gin.allocate.tokens=-1"], r"allocate\.tokens = -1: must be a positive number"),
+])
+def test_impossible_allocations_are_refused_in_one_line(finished, climb_gin, tmp_path, flags, message):
+    (tmp_path / "proxies.csv").write_text((finished[0] / "proxies.csv").read_text())
+    ended = run(ALLOCATE, climb_gin, *flags, folder=tmp_path)
+    assert ended.code == 1
+    assert re.fullmatch(f"error: {message}", ended.err.splitlines()[-1]), ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["proxies.csv"]
