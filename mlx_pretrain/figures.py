@@ -138,7 +138,7 @@ def unit(largest: float) -> tuple[float, str]:
 
 def number(value: float | None, digits: int = 2) -> str:
     """Fixed digits, thousands separated; a dash for None."""
-    return "–" if value is None else f"{value:,.{digits}f}"
+    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def compact(value: float | None) -> str:

@@ -26,13 +26,14 @@ from mlx_pretrain.figures import (
     rows_panel,
 )
 
-NAMES = {"climb": "Climb", "unimax": "UniMax", "msl": "MSL", "regmix": "RegMix"}
+_NAMES = {"climb": "Climb", "unimax": "UniMax", "msl": "MSL", "regmix": "RegMix", "lightgbm": "LightGBM",
+          "mixing_law": "mixing law", "gaussian_process": "Gaussian process", "process": "structured process"}
 WIDE = 936  # CSS pixels: the width of a page.
 # Marker, colour, size: ink for what needs no law, warm for laws without interaction, green for the others.
 _MARKS = {
     "natural": ("|", INK, 12), "uniform": ("x", MUTED, 5), "temperature": ("^", MUTED, 5), "unimax": ("s", MUTED, 4.5),
     "climb": ("D", ACCENT, 5), "joint": ("d", ACCENT, 5.5), "isolated": ("o", WARM, 5), "msl": ("v", WARM, 5),
-    "regmix": ("s", GREEN, 4.5), "mixing law": ("D", GREEN, 4.5),
+    "regmix": ("s", GREEN, 4.5), "mixing_law": ("D", GREEN, 4.5),
 }
 _MORE_MARKS = [("^", GREEN, 5), ("v", GREEN, 5), ("p", GREEN, 5.5), ("h", GREEN, 5.5), ("<", GREEN, 5), (">", GREEN, 5)]
 # More points than this make a page slow; the rest is left out evenly.
@@ -40,9 +41,15 @@ _MOST_POINTS = 6000
 
 
 def label(name: str, longest: int = 18) -> str:
-    """A name as it stands in a plot: one line, not too long."""
-    name = " ".join(name.split())
+    """A name as it stands in a plot: one line, not too long, without what no font can show."""
+    name = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split()))
     return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def display_name(name: str) -> str:
+    """A method or law as it is written: "climb-joint" is "Climb joint"."""
+    head, dash, tail = name.partition("-joint")
+    return f"{_NAMES.get(head, head)} joint" if dash and not tail else _NAMES.get(name, name)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -136,12 +143,13 @@ class Plots:
         more = iter(_MORE_MARKS * len(self._methods))
         for name, method in self._methods.items():
             if name != self._a["method"]:
-                marker, colour, size = _MARKS.get(name) or next(more)
+                kind = "joint" if name.endswith("-joint") else name
+                marker, colour, size = _MARKS.get(kind) or next(more)
                 yield name, method, {"marker": marker, "color": colour, "markersize": size, "linestyle": "none",
-                                     "markerfacecolor": PAPER, "markeredgewidth": 1.2, "label": NAMES.get(name, name)}
+                                     "markerfacecolor": PAPER, "markeredgewidth": 1.2, "label": display_name(name)}
         name = self._a["method"]
         yield name, self._best, {"marker": "o", "color": ACCENT, "markersize": 7, "linestyle": "none",
-                                 "label": NAMES.get(name, name)}
+                                 "label": display_name(name)}
 
     def _by_name(
         self, title: str, names: Sequence[str], entries: int, width: float = FIGURE_WIDTH
@@ -281,7 +289,7 @@ class Plots:
             opacity = np.minimum(np.abs(values[which]) / limit, 1) * strongest
             axes.scatter(x[which] + 0.5, y[which] + 0.5, color=_faded(colour, opacity), **square)
         which = there & ~known
-        axes.scatter(x[which] + 0.5, y[which] + 0.5, **square, **_unknown(written))
+        _grey(axes, x[which] + 0.5, y[which] + 0.5, cell - 1, written)
         axes.scatter(x[~there] + 0.5, y[~there] + 0.5, marker="_", s=(cell / 4) ** 2, color=RULE, linewidth=1)
         if written:
             self._write_cells(axes, values, known, low, high, cell, limit)
@@ -376,9 +384,12 @@ def _faded(colour: str, opacity: np.ndarray) -> np.ndarray:
     return np.concatenate([rgb, opacity[:, None]], axis=1)
 
 
-def _unknown(hatched: bool) -> dict[str, Any]:
-    """Keywords of `scatter` for pairs that the data do not identify; hatching would blur where cells are small."""
-    return {"facecolor": _faded(RULE, np.array([0.35 if hatched else 0.6])), "hatch": "////" if hatched else None}
+def _grey(axes: Axes, x: np.ndarray, y: np.ndarray, side: float, hatched: bool) -> None:
+    """Squares for pairs that the data do not identify; hatching would blur where they are small."""
+    square = {"marker": "s", "s": side**2, "linewidth": 0}
+    axes.scatter(x, y, color=RULE, alpha=0.35 if hatched else 0.6, **square)
+    if hatched:  # apart, as it would take the opacity of the fill
+        axes.scatter(x, y, facecolor="none", hatch="////", **square)
 
 
 def _groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -472,6 +483,6 @@ def _colour_bar(figure: Figure, axes: Axes, limit: float, strongest: float, grey
     for x, text in ((8, f"−{limit:.2g}"), (78, "0"), (148, f"+{limit:.2g}")):
         bar.text(x, 4, text, ha="center", va="bottom", fontsize=9, color=MUTED)
     if greyed:
-        bar.scatter(186, 24, marker="s", s=13**2, linewidth=0, **_unknown(hatched))
+        _grey(bar, np.array([186]), np.array([24]), 13, hatched)
         bar.text(198, 24, "not identified", va="center", fontsize=9, color=MUTED)
 

@@ -15,8 +15,7 @@ import lightgbm
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
-from sklearn.linear_model import LinearRegression
-from sklearn.linear_model import Ridge as RidgeRegression
+from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -117,18 +116,15 @@ class Linear(_Regression):
 
 @gin.configurable
 class Ridge(_Regression):
-    """Ridge regression of the loss on r, sqrt(r) and log(r + 0.003), standardised."""
+    """Ridge regression of the loss on r, sqrt(r) and log(r + 0.003), standardised; penalty by leave-one-out error."""
 
     name = "ridge"
-
-    def __init__(self, alpha: float = 1.0):
-        self.alpha = alpha
 
     def features(self, ratios: np.ndarray) -> np.ndarray:
         return np.concatenate([ratios, np.sqrt(ratios), np.log(ratios + _FLOOR)], axis=1)
 
     def model(self, n_features: int, seed: int):
-        return make_pipeline(StandardScaler(), RidgeRegression(alpha=self.alpha))
+        return make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-3, 3, 13)))
 
 
 @gin.configurable

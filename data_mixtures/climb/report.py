@@ -11,13 +11,14 @@ mixture is made of) or `targets` (whose losses are predicted); null stands where
     law                   name, family, notes: what a user must know of the fit
     method                the recommended one of `methods`
     methods               name -> ratios, ratio_low, ratio_high, losses, loss_low, loss_high (predicted by the
-                          recommended law), effective, epochs, weighted_loss, mean_loss, kkt, joint_gap,
+                          recommended law), effective (per language, or per target where their numbers differ), epochs,
+                          weighted_loss, mean_loss, kkt, joint_gap,
                           binding [[language, "floor" | "max_epochs" | "fixed"], ...]
     transfer              values, low, high, identified [[per language] per target], meaning; or null
     validation            law -> r2, mae, spearman per target, cross-validated, and seconds
     predictions           run, n_params, tokens, measured, predicted [[per target] per row], out of fold; or null
     effective             ratio, effective (measured), predicted [[per target] per row], tokens; or null
-    proxies               runs, rows, path;  provenance: what else is worth keeping
+    proxies               runs, rows, and path where known;  provenance: what else is worth keeping
 """
 
 import math
@@ -28,7 +29,7 @@ import gin
 import numpy as np
 from etils import epath
 
-from data_mixtures.climb.plots import NAMES, Plots, thinning
+from data_mixtures.climb.plots import Plots, display_name, thinning
 from mlx_pretrain.configuration import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.figures import inline_svg, number, plot_style, render_page, save_figure
@@ -113,7 +114,8 @@ def _read_method(fields: _Fields, languages: Sequence[str], n_targets: int) -> d
     method: dict[str, Any] = {name: fields.array(name, n, optional=name != "ratios")
                               for name in ("ratios", "ratio_low", "ratio_high", "epochs")}
     effective = fields.get("effective", (list, type(None)), "a list")
-    method["effective"] = None if effective is None else fields.array("effective", n)
+    per_target = effective is not None and len(effective) == n_targets != n
+    method["effective"] = fields.array("effective", n_targets if per_target else n, optional=True)
     method.update({name: fields.array(name, n_targets, optional=name != "losses")
                    for name in ("losses", "loss_low", "loss_high")})
     method.update({name: fields.number(name) for name in ("weighted_loss", "mean_loss")})
@@ -148,7 +150,6 @@ def read_allocation(path: epath.PathLike) -> dict[str, Any]:
         raise InputError(f"{path}: method {best!r} is not one of methods")
     law = fields.object("law")
     notes = law.get("notes", list, "a list of texts")
-    shape = {"transfer": (t, n)}
     transfer, predictions, effective = (
         None if fields.get(name, (dict, type(None)), "an object") is None else fields.object(name)
         for name in ("transfer", "predictions", "effective"))
@@ -164,16 +165,17 @@ def read_allocation(path: epath.PathLike) -> dict[str, Any]:
         "law": {"name": law.get("name", str, "a text"), "family": law.get("family", (str, type(None)), "a text"),
                 "notes": [str(note) for note in notes]},
         "transfer": transfer and {
-            **{name: transfer.array(name, *shape["transfer"], gaps=True, optional=name in ("low", "high"))
+            **{name: transfer.array(name, t, n, gaps=True, optional=name in ("low", "high"))
                for name in ("values", "low", "high")},
-            "identified": transfer.array("identified", t, n) > 0, "meaning": transfer.get("meaning", str, "a text")},
+            "identified": transfer.array("identified", t, n, gaps=True) > 0,
+            "meaning": transfer.get("meaning", str, "a text")},
         "validation": {name: {**{score: one.array(score, t, gaps=True) for score in ("r2", "mae", "spearman")},
                               "seconds": one.number("seconds", optional=True)}
                        for name, one in fields.object("validation").items()},
         "predictions": predictions and _read_rows(predictions, ("measured", "predicted"), ("n_params", "tokens"), t),
         "effective": effective and _read_rows(effective, ("ratio", "effective", "predicted"), ("tokens",), t),
-        "proxies": {name: fields.object("proxies").get(name, int if name != "path" else str, what)
-                    for name, what in (("runs", "a count"), ("rows", "a count"), ("path", "a text"))},
+        "proxies": {**fields.get("proxies", dict, "an object"),
+                    **{name: fields.object("proxies").get(name, int, "a count") for name in ("runs", "rows")}},
         "provenance": fields.get("provenance", dict, "an object"),
     }
     cap = allocation["constraints"].get("max_epochs")
@@ -205,11 +207,12 @@ def table(allocation: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name in [*a["languages"], *(name for name in a["targets"] if name not in own)]:
         i, t = own.get(name), losses.get(name)
         effective = best["effective"]
+        at = i if effective is None or len(effective) == len(own) else t
         loss, before = pick(best["losses"], t), pick(base and base["losses"], t)
         rows.append({
             "name": name, "natural": pick(natural, i), "ratio": pick(best["ratios"], i),
             "ratio_low": pick(best["ratio_low"], i), "ratio_high": pick(best["ratio_high"], i),
-            "effective": pick(effective, i), "epochs": pick(best["epochs"], i), "loss": loss,
+            "effective": pick(effective, at), "epochs": pick(best["epochs"], i), "loss": loss,
             "loss_low": pick(best["loss_low"], t), "loss_high": pick(best["loss_high"], t),
             "change": None if loss is None or before is None else loss / before - 1,
             "bound": ", ".join(bound for language, bound in best["binding"] if language == name),
@@ -284,7 +287,7 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
         epath.Path(__file__).parent / "report.html.j2",
         name=folder.absolute().name, a=allocation, best=allocation["methods"][allocation["method"]],
         base=allocation["methods"].get(allocation["baseline"]), methods=methods, figures=figures, drawn=drawn,
-        names=NAMES, languages=LANGUAGES, started=parse_time(allocation["provenance"].get("started")),
+        method_name=display_name, languages=LANGUAGES, started=parse_time(allocation["provenance"].get("started")),
         rows=table(allocation), share=share, summary=summary(allocation), laws=laws(allocation["validation"]))
     write_atomic(folder / "report.html", page)
 
