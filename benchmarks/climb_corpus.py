@@ -3,7 +3,8 @@
     python benchmarks/climb_corpus.py --corpus DIR [--work runs/climb_corpus] [--quick]
 
 DIR holds `<language>.jsonl[.xz]`, documents with `id` and `source` that are aligned across languages; a twentieth of
-them, the same in all languages, is held out. The proxies (one small model, a constant rate) are evaluated at D/8 ... D.
+them, the same in all languages, is held out. The proxies (one small model, a constant rate) are evaluated at D/8 ... D, and used from D/4 on: before
+that they are still learning how frequent each token is.
 
 1. Laws are fitted to the corners and two thirds of the drawn mixtures, and predict the other third: R2 and MAE, and
    the difference in absolute error to the Climb law, paired over runs, with a bootstrap interval.
@@ -77,7 +78,7 @@ def train(work: pathlib.Path, output: str, tokens: list[int], threads: int, **bi
         warmup_stable_decay__decay_steps=0, muon__adam_fraction=0.15,
         **{f"DecoderConfig__{name}": value for name, value in MODEL.items()}, **bindings,
     )  # fmt: skip
-    return proxy_runs(work / output)
+    return proxy_runs(work / output, min_tokens=tokens[-1] / 4 - 1)
 
 
 def held_out(runs: ProxyRuns) -> np.ndarray:
@@ -166,10 +167,11 @@ def main() -> None:
     runs = train(work, "proxies.csv", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)
     unseen = held_out(runs)
     laws = compare_laws(runs.rows(~unseen), runs.rows(unseen), arguments.families)
-    show_laws(f"Held-out mixtures, {len(np.unique(runs.run[unseen]))} runs x {len(tokens)} token counts", laws)
+    show_laws(f"Held-out mixtures, {len(np.unique(runs.run[unseen]))} runs x {len(tokens) - 1} token counts", laws)
 
     target, folder = 4 * arguments.tokens, work / "allocation"
     command("data_mixtures.climb.allocate", allocate__runs="@proxy_runs()", proxy_runs__path=work / "proxies.csv",
+            proxy_runs__min_tokens=arguments.tokens / 4 - 1,
             allocate__output=folder, allocate__n_params=runs.n_params[0], allocate__tokens=target,
             allocate__token_store=store, allocate__weights="natural", allocate__max_epochs=4.0)
     command("data_mixtures.climb.report", climb_report__folder=folder)

@@ -51,7 +51,7 @@ class Problem:
       rows: a tree of arrays `[rows, ...]`.
       targets: a tree of arrays `[targets, ...]`.
       log_losses: `[rows, targets]`.
-      mask: `[rows, targets]`, 1 where the row counts for the target, else 0.
+      weights: `[rows, targets]`, how much each row counts for a target; 1 is in full.
       mean: `[targets, parameters]`, of the prior.
       sd: `[targets, parameters]`, of the prior, positive.
       noise: `[targets]`, the errors' expected standard deviation.
@@ -61,7 +61,7 @@ class Problem:
     rows: Any
     targets: Any
     log_losses: np.ndarray
-    mask: np.ndarray
+    weights: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
     noise: np.ndarray
@@ -147,7 +147,7 @@ def _padded(problem: Problem) -> tuple[Any, dict[str, Any], int]:
     data = {
         "target": problem.targets,
         "log_losses": pad(problem.log_losses).T,
-        "weights": np.concatenate([problem.mask, np.zeros((extra, problem.mask.shape[1]))]).T,
+        "weights": np.concatenate([problem.weights, np.zeros((extra, problem.weights.shape[1]))]).T,
         "mean": problem.mean,
         "sd": problem.sd,
         "noise": problem.noise,

@@ -2,13 +2,15 @@
 
 Each is exactly 0 where every r_j is 0, may be negative (interference), and has the strengths
 `T_ij = strength_i (1 + deviation_ij)`, the deviations drawn to 0: the fewer the runs, the more languages share one.
-With `fades`, everything is times `exp(-r_i / rho_i) (D / D0)^-delta_i`: transfer is strongest for scarce languages.
+With `fades`, what comes in is times `(D / D0)^-delta_i / (1 + r_i / rho_i)`: transfer is strongest for scarce
+languages.
 """
 
 import abc
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,22 +37,27 @@ class Interaction(abc.ABC):
     fades: bool = True
 
     def sizes(self, languages: int) -> dict[str, int]:
-        """Names and lengths of the parameters; logarithms, but for `deviation`."""
-        fading = {"log_rho": 1} | ({"log_delta": 1} if self.d_varies else {})
+        """Names and lengths of the parameters."""
+        fading = {"log_rho": 1} | ({"delta": 1} if self.d_varies else {})
         return {"log_strength": 1, "deviation": languages} | self.shape_sizes | (fading if self.fades else {})
 
     def prior(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation of each parameter's prior."""
-        fading = {"log_rho": (np.log(0.5), 1.0)} | ({"log_delta": (np.log(0.1), 1.0)} if self.d_varies else {})
+        # Over the few doublings of D that proxies see, delta is hard to tell from the isolated law's own exponent.
+        fading = {"log_rho": (0.0, 1.0)} | ({"delta": (0.0, 0.1)} if self.d_varies else {})
         return {"log_strength": (np.log(0.1), 2.0), "deviation": (0.0, 1.0)} | self.shape_prior | fading
 
     def given(self, p, own, others, scale):
         """The sum `[...]` for own ratios `[...]`, others `[..., languages]` (own column 0), `scale = log D/D0`."""
         given = self.unfaded(p, jnp.exp(p["log_strength"]) * (1 + p["deviation"]), others)
         if self.fades:
-            given = given * jnp.exp(-own / jnp.exp(p["log_rho"]))
+            given = given / (1 + own / jnp.exp(p["log_rho"]))
             if self.d_varies:
-                given = given * jnp.exp(-jnp.exp(p["log_delta"]) * scale)
+                given = given * jnp.exp(-p["delta"] * scale)
+        return self.combined(p, own, given)
+
+    def combined(self, p, own, given):
+        """What is added to the own ratio when `given` comes in."""
         return given
 
     @property
@@ -105,10 +112,32 @@ class Aggregate(Interaction):
         return total / jnp.sqrt(1 + (total / jnp.exp(p["log_s"])) ** 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Substitution(Interaction):
+    """`rt_i = ((r_i + e)^q_i + (x + e)^q_i - e^q_i)^(1 / q_i) - e`, `x = sum_j T_ij r_j`, 0 < q < 1, e = 0.001.
+
+    Constant elasticity of substitution: own and others' text add up at q = 1, and the smaller q is, the more each is
+    worth beside some of the other. So a token of one's own may be worth more than a token in company, as we saw for
+    small proxies, whose general skills all languages train. Interference, a negative x, is added as it is.
+    """
+
+    shape_prior = {"logit_q": (0.0, 1.0)}  # noqa: RUF012
+
+    def unfaded(self, p, strengths, others):
+        return others @ strengths
+
+    def combined(self, p, own, given):
+        q, e = jax.nn.sigmoid(p["logit_q"]), 0.001
+        positive = jnp.maximum(given, 0)
+        whole = ((own + e) ** q + (positive + e) ** q - e**q) ** (1 / q) - e
+        return whole - own + (given - positive)
+
+
 INTERACTIONS = {
     "linear": functools.partial(Linear, fades=False),
     "saturating": functools.partial(Saturating, fades=False),
     "saturating_fading": Saturating,
     "power_fading": Power,
     "aggregate_fading": Aggregate,
+    "substitution_fading": Substitution,
 }

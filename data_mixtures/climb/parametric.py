@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_mixtures.climb import fitting
-from data_mixtures.climb.interactions import INTERACTIONS, Interaction, floored
+from data_mixtures.climb.forms import Chinchilla, EffectiveModel, MixingModel, Separable, unpack
+from data_mixtures.climb.interactions import INTERACTIONS
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
 from data_mixtures.climb.runs import ProxyRuns
 from mlx_pretrain.errors import InputError
@@ -25,130 +26,7 @@ _NOISE = 0.02
 _NOISE_RANGE = (0.002, 0.1)
 _DEVIATION_RANGE = (0.1, 10.0)
 _RIDGE_PASSES = 3
-
-Prior = dict[str, tuple[np.ndarray | float, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chinchilla:
-    """`L(N, d) = E + A / N^alpha + B / (d + d0)^beta`, d the language's own tokens `rt D` (2203.15556's form).
-
-    E and A / N^alpha are one constant where N does not vary. `shift`: d0 is fitted, else 0; it is ours, for proxies so
-    small that the power law has not begun, and keeps the loss finite where a language has no tokens.
-    """
-
-    n_varies: bool
-    d_varies: bool
-    shift: bool = False
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        names = ("log_e", "log_b", "log_beta") + ("log_a", "log_alpha") * self.n_varies + ("log_shift",) * self.shift
-        return dict.fromkeys(names, 1)
-
-    def prior(self, losses: np.ndarray) -> Prior:
-        """Of losses `[rows]`: wide, and only there so that what the data leave open stays finite."""
-        rest = max(np.median(losses) - 0.7 * losses.min(), 0.1)
-        size = {"log_a": (np.log(0.2 * losses.min()), 1.0), "log_alpha": (np.log(0.3), 0.7)} if self.n_varies else {}
-        shift = {"log_shift": (np.log(0.02), 1.5)} if self.shift else {}
-        return {
-            "log_e": (np.log(0.7 * losses.min()), 0.7),
-            "log_b": (np.log(rest) + 0.3 * np.log(0.1), 1.0),
-            "log_beta": (np.log(0.3), 0.7),
-            **size,
-            **shift,
-        }
-
-    def log_loss(self, p, effective, size, scale):
-        tokens = effective * jnp.exp(scale) + (jnp.exp(p["log_shift"]) if self.shift else 0)
-        log_loss = jnp.logaddexp(p["log_e"], p["log_b"] - jnp.exp(p["log_beta"]) * jnp.log(tokens))
-        if self.n_varies:
-            log_loss = jnp.logaddexp(log_loss, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
-        return log_loss
-
-
-@dataclasses.dataclass(frozen=True)
-class Separable:
-    """`L(N, D, p) = (E + A / N^alpha + B / D^beta) p^-gamma` (2410.12883); terms that do not vary are one constant."""
-
-    n_varies: bool
-    d_varies: bool
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        terms = ("log_a", "log_alpha") * self.n_varies + ("log_b", "log_beta") * self.d_varies
-        return dict.fromkeys(("log_e", "log_gamma", *terms), 1)
-
-    def prior(self, losses: np.ndarray) -> Prior:
-        term = np.log(0.2 * losses.min())
-        size = {"log_a": (term, 1.0), "log_alpha": (np.log(0.3), 0.7)} if self.n_varies else {}
-        scale = {"log_b": (term, 1.0), "log_beta": (np.log(0.3), 0.7)} if self.d_varies else {}
-        return {"log_e": (np.log(0.7 * losses.min()), 0.7), "log_gamma": (np.log(0.1), 1.0), **size, **scale}
-
-    def log_loss(self, p, effective, size, scale):
-        log_loss = p["log_e"]
-        if self.n_varies:
-            log_loss = jnp.logaddexp(log_loss, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
-        if self.d_varies:
-            log_loss = jnp.logaddexp(log_loss, p["log_b"] - jnp.exp(p["log_beta"]) * scale)
-        return log_loss - jnp.exp(p["log_gamma"]) * jnp.log(effective)
-
-
-@dataclasses.dataclass(frozen=True)
-class EffectiveModel:
-    """A law of the form `isolated(rt)` with the parameters of one target in one vector (`fitting.Model`)."""
-
-    languages: int
-    isolated: Chinchilla | Separable
-    interaction: Interaction | None = None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Length of each parameter, in the order of the vector."""
-        return self.isolated.sizes | (self.interaction.sizes(self.languages) if self.interaction else {})
-
-    def prior(self, losses: np.ndarray) -> Prior:
-        return self.isolated.prior(losses) | (self.interaction.prior() if self.interaction else {})
-
-    def effective(self, p, rows, target):
-        own = rows["ratios"] @ target["own"]
-        if self.interaction is not None:
-            own = own + self.interaction.given(p, own, rows["ratios"] * (1 - target["own"]), rows["scale"])
-        return floored(own, target["floor"])
-
-    def isolated_log_loss(self, p, effective, rows):
-        return self.isolated.log_loss(p, effective, rows["size"], rows["scale"])
-
-    def log_loss(self, parameters, rows, target):
-        p = unpack(self.sizes, parameters)
-        return self.isolated_log_loss(p, self.effective(p, rows, target), rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class MixingModel:
-    """`c + exp(k + t . r)`: see `MixingLaw`."""
-
-    languages: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"log_c": 1, "k": 1, "t": self.languages}
-
-    def prior(self, losses: np.ndarray) -> Prior:
-        rest = max(np.median(losses) - 0.7 * losses.min(), 0.1)
-        return {"log_c": (np.log(0.7 * losses.min()), 0.7), "k": (np.log(rest), 2.0), "t": (0.0, 3.0)}
-
-    def log_loss(self, parameters, rows, target):
-        p = unpack(self.sizes, parameters)
-        return jnp.logaddexp(p["log_c"], p["k"] + rows["ratios"] @ p["t"])
-
-
-def unpack(sizes: dict[str, int], vector) -> dict:
-    """A vector `[parameters]` as a dictionary of scalars and, where the size is not 1, vectors."""
-    ends = np.cumsum(list(sizes.values()))
-    part = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends)}
-    return {name: vector[part[name].start] if size == 1 else vector[part[name]] for name, size in sizes.items()}
-
+_FOREIGN_WEIGHT = 0.03
 
 _STATIC = ("model", "languages", "targets", "notes")
 
@@ -207,12 +85,16 @@ class ParametricFit(FittedLaw):
         rows = self._rows(ratios, n_params, tokens)
         return _losses(self.model, self.parameters, self._own, rows)
 
-    def problem(self, runs: ProxyRuns, mask: np.ndarray | None = None) -> fitting.Problem:
-        """The fit of this law to a table, under the priors and the noise it was fitted with."""
+    def problem(self, runs: ProxyRuns, weights: np.ndarray) -> fitting.Problem:
+        """The fit of this law to a table, under the priors and the noise it was fitted with.
+
+        Args:
+          runs: the table.
+          weights: `[rows, targets]`, how much each row counts.
+        """
         with float64():
             rows = jax.tree.map(np.asarray, self._rows(runs.ratios, runs.n_params, runs.tokens))
-        mask = np.ones(runs.losses.shape) if mask is None else mask
-        return fitting.Problem(rows, self._own, np.log(runs.losses), mask, self.mean, self.sd, self.noise)
+        return fitting.Problem(rows, self._own, np.log(runs.losses), weights, self.mean, self.sd, self.noise)
 
 
 @_pytree
@@ -281,10 +163,10 @@ def _slope_gradients(model, parameters, targets, mixture):
     return jax.vmap(lambda p, t: jax.jacfwd(_slopes_of_one)(p, model, t, mixture))(parameters, targets)
 
 
-def _blank(model, runs: ProxyRuns, mask: np.ndarray, notes: tuple[str, ...]) -> ParametricFit:
+def _blank(model, runs: ProxyRuns, weights: np.ndarray, notes: tuple[str, ...]) -> ParametricFit:
     """The law before its fit: parameters at the prior's mean."""
     mean, sd = [], []
-    for losses, used in zip(runs.losses.T, mask.T):
+    for losses, used in zip(runs.losses.T, weights.T):
         prior = model.prior(losses[used > 0])
         mean.append(np.concatenate([np.full(size, prior[name][0]) for name, size in model.sizes.items()]))
         sd.append(np.concatenate([np.full(size, prior[name][1]) for name, size in model.sizes.items()]))
@@ -309,9 +191,10 @@ def _ridge(fitted: ParametricFit, problem: fitting.Problem) -> tuple[np.ndarray,
     with float64():
         predicted = np.asarray(_losses(fitted.model, fitted.parameters, problem.targets, problem.rows))
     limit = problem.threshold * problem.noise
-    errors = np.clip(np.log(predicted) - problem.log_losses, -limit, limit) * problem.mask
-    free = np.maximum(problem.mask.sum(axis=0) - spent, 0.2 * problem.mask.sum(axis=0))
-    noise = np.clip(np.sqrt((errors**2).sum(axis=0) / free), *_NOISE_RANGE)
+    squares = np.clip(np.log(predicted) - problem.log_losses, -limit, limit) ** 2 * problem.weights
+    rows = problem.weights.sum(axis=0)
+    free = np.maximum(rows - spent, 0.2 * rows)
+    noise = np.clip(np.sqrt(squares.sum(axis=0) / free), *_NOISE_RANGE)
     sd = problem.sd.copy()
     at = 0
     for name, size in fitted.model.sizes.items():
@@ -325,17 +208,17 @@ def _ridge(fitted: ParametricFit, problem: fitting.Problem) -> tuple[np.ndarray,
     return noise, sd
 
 
-def _fitted(model, runs, starts, seed, notes=(), mask=None, first=None) -> tuple[ParametricFit, fitting.Problem]:
+def _fitted(model, runs, starts, seed, notes=(), weights=None, first=None) -> tuple[ParametricFit, fitting.Problem]:
     """Fits `model`: several starts under the wide prior, then twice more with the noise and the ridge it suggests."""
-    mask = np.ones(runs.losses.shape) if mask is None else mask
-    law = _blank(model, runs, mask, notes)
+    weights = _weights(model, runs) if weights is None else weights
+    law = _blank(model, runs, weights, notes)
     rng = np.random.default_rng(seed)
     points = law.mean + np.minimum(law.sd, 1.0) * rng.normal(size=(starts, *law.mean.shape))
     points[0] = law.mean
     if first is not None:
         points[:, :, : first.shape[1]] = 0.5 * points[:, :, : first.shape[1]] + 0.5 * first
         points[0, :, : first.shape[1]] = first
-    problem = law.problem(runs, mask)
+    problem = law.problem(runs, weights)
     for number in range(_RIDGE_PASSES):
         found = fitting.fit(model, problem, points)
         law = dataclasses.replace(law, parameters=found.parameters[0], sd=problem.sd, noise=problem.noise)
@@ -371,6 +254,21 @@ def _present(runs: ProxyRuns) -> np.ndarray:
     return (runs.ratios[:, runs.own] > 0).astype(np.float64)
 
 
+def _weights(model, runs: ProxyRuns) -> np.ndarray:
+    """`[rows, targets]`: how much a row counts in a fit.
+
+    Laws without interaction say nothing of a language that a run has none of. As for transfer, the loss on a language
+    that a run of one or two others never saw tells how models fail on foreign text, and gets little weight; mixtures
+    that leave a language out count in full.
+    """
+    if isinstance(model, MixingModel):
+        return np.ones(runs.losses.shape)
+    if model.interaction is None:
+        return _present(runs)
+    mixed = (runs.ratios.max(axis=1) < 0.5)[:, None]
+    return np.where((_present(runs) > 0) | mixed, 1.0, _FOREIGN_WEIGHT)
+
+
 def _absent(runs: ProxyRuns) -> tuple[str, ...]:
     if _present(runs).all():
         return ()
@@ -395,7 +293,7 @@ class Isolated:
         _check(self.name, runs)
         n_varies, d_varies, notes = _merged(runs)
         model = EffectiveModel(len(runs.languages), Chinchilla(n_varies, d_varies, self.shift))
-        return _fitted(model, runs, self.starts, seed, notes + _absent(runs), _present(runs))[0]
+        return _fitted(model, runs, self.starts, seed, notes + _absent(runs))[0]
 
 
 @gin.configurable
@@ -412,7 +310,7 @@ class MSL:
         _check(self.name, runs)
         n_varies, d_varies, notes = _merged(runs, separable=True)
         model = EffectiveModel(len(runs.languages), Separable(n_varies, d_varies))
-        return _fitted(model, runs, self.starts, seed, notes + _absent(runs), _present(runs))[0]
+        return _fitted(model, runs, self.starts, seed, notes + _absent(runs))[0]
 
 
 @gin.configurable
@@ -443,7 +341,7 @@ class Climb:
 
     name = "climb"
 
-    def __init__(self, family: str = "power_fading", shift: bool = True, starts: int = 8):
+    def __init__(self, family: str = "substitution_fading", shift: bool = True, starts: int = 8):
         if family not in INTERACTIONS:
             raise InputError(f"Climb.family: {family!r} is none of {', '.join(INTERACTIONS)}")
         self.family, self.shift, self.starts = family, shift, starts
@@ -461,8 +359,8 @@ class Climb:
         first = None
         if enough.any():
             # In a monolingual run there is no transfer, so the fit to those alone is that of the isolated law.
-            mask = np.where(enough, alone, _present(runs))
-            first = _fitted(model, runs, self.starts, seed, (), mask)[0].parameters[:, : len(isolated.sizes)]
+            weights = np.where(enough, alone, _present(runs))
+            first = _fitted(model, runs, self.starts, seed, (), weights)[0].parameters[:, : len(isolated.sizes)]
         if not enough.all():
             names = ", ".join(target for target, has in zip(runs.targets, enough) if not has)
             notes += (f"no or too few monolingual runs of {names}: only mixtures tell transfer from the isolated law",)
@@ -504,8 +402,6 @@ def bootstrap(law: ParametricFit, runs: ProxyRuns, replicates: int = 100, seed: 
     names, which = np.unique(runs.run, return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(names), size=(replicates, len(names)))
     counts = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
-    mask = np.ones(runs.losses.shape)
-    if isinstance(law, EffectiveFit) and law.model.interaction is None:
-        mask = _present(runs)
-    found = fitting.fit(law.model, law.problem(runs, mask), law.parameters[None], counts[:, which], max_rounds=3)
+    problem = law.problem(runs, _weights(law.model, runs))
+    found = fitting.fit(law.model, problem, law.parameters[None], counts[:, which], max_rounds=3)
     return [dataclasses.replace(law, parameters=parameters) for parameters in found.parameters]

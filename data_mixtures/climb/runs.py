@@ -161,14 +161,16 @@ def _numbers(path: epath.PathLike, line: int, row: dict[str, str], columns: Iter
 
 
 @gin.configurable
-def proxy_runs(path: epath.PathLike = gin.REQUIRED) -> ProxyRuns:
-    """Reads one or more tables in our layout (written by `data_mixtures.climb.proxies`).
+def proxy_runs(path: epath.PathLike = gin.REQUIRED, min_tokens: float = 0) -> ProxyRuns:
+    """Reads a table in our layout (written by `data_mixtures.climb.proxies`).
 
     Args:
       path: the CSV file.
+      min_tokens: rows of fewer training tokens are left out: models that have just begun, and are still learning how
+        frequent each token is, follow no power law.
 
     Raises:
-      InputError: see `make_runs`; a column is missing or a cell is empty or no number.
+      InputError: see `make_runs`; a column is missing or a cell is empty or no number; `min_tokens` leaves no row.
     """
     header, rows = _read_csv(path)
     if missing := [name for name in ("run", "n_params", "tokens") if name not in header]:
@@ -177,7 +179,7 @@ def proxy_runs(path: epath.PathLike = gin.REQUIRED) -> ProxyRuns:
     loss = [name for name in header if name.startswith(LOSS)]
     values = [_numbers(path, line, row, ["n_params", "tokens", *ratio, *loss]) for line, row in rows]
     values = np.array(values).reshape(len(rows), 2 + len(ratio) + len(loss))
-    return make_runs(
+    runs = make_runs(
         str(path),
         [name.removeprefix(RATIO) for name in ratio],
         [name.removeprefix(LOSS) for name in loss],
@@ -188,6 +190,10 @@ def proxy_runs(path: epath.PathLike = gin.REQUIRED) -> ProxyRuns:
         values[:, 2 + len(ratio) :],
         [line for line, _ in rows],
     )
+    late = runs.tokens >= min_tokens
+    if not late.any():
+        raise InputError(f"{path}: no row has min_tokens={min_tokens:,}; the most are {runs.tokens.max():,.0f}")
+    return runs.rows(late)
 
 
 def _joined(

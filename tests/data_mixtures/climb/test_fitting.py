@@ -73,7 +73,7 @@ def test_weights_count_rows(problem, starts):
     weights = np.random.default_rng(2).multinomial(ROWS, np.full(ROWS, 1 / ROWS)).astype(float)
     drawn = np.repeat(np.arange(ROWS), weights.astype(int))
     resampled = dataclasses.replace(problem, rows={name: x[drawn] for name, x in problem.rows.items()},
-                                    log_losses=problem.log_losses[drawn], mask=problem.mask[drawn])  # fmt: skip
+                                    log_losses=problem.log_losses[drawn], weights=problem.weights[drawn])  # fmt: skip
     weighted = fitting.fit(PowerLaw(), problem, starts, np.stack([np.ones(ROWS), weights]))
     repeated = fitting.fit(PowerLaw(), resampled, starts)
     np.testing.assert_allclose(weighted.objective[1], repeated.objective[0], rtol=1e-6)
@@ -81,12 +81,12 @@ def test_weights_count_rows(problem, starts):
 
 
 def test_masked_rows_do_not_count(problem, starts):
-    mask = problem.mask.copy()
+    mask = problem.weights.copy()
     mask[3, 0] = 0
     spoilt = problem.log_losses.copy()
     spoilt[3, 0] = 50.0
-    masked = fitting.fit(PowerLaw(), dataclasses.replace(problem, mask=mask), starts)
-    same = fitting.fit(PowerLaw(), dataclasses.replace(problem, mask=mask, log_losses=spoilt), starts)
+    masked = fitting.fit(PowerLaw(), dataclasses.replace(problem, weights=mask), starts)
+    same = fitting.fit(PowerLaw(), dataclasses.replace(problem, weights=mask, log_losses=spoilt), starts)
     np.testing.assert_allclose(same.parameters, masked.parameters, atol=1e-8)
 
 
@@ -98,9 +98,9 @@ def test_one_hopeless_start_does_not_spoil_the_fit(problem, starts):
 
 def test_information_is_the_data_s_curvature(problem, starts):
     """J'WJ by finite differences, the outlier's row left out."""
-    mask = problem.mask.copy()
+    mask = problem.weights.copy()
     mask[3] = 0
-    clean = dataclasses.replace(problem, mask=mask, threshold=100.0)
+    clean = dataclasses.replace(problem, weights=mask, threshold=100.0)
     best = fitting.fit(PowerLaw(), clean, starts).parameters[0]
     information = fitting.information(PowerLaw(), clean, best)
     steps = 1e-4 * np.eye(4)

@@ -124,7 +124,7 @@ def test_a_run_goes_on_from_its_last_evaluation(table, settings, monkeypatch, tm
 
 
 def test_a_table_of_other_settings_is_not_extended(table, settings, monkeypatch):
-    with pytest.raises(InputError, match="runs.csv: these runs were made with another batch_size"):
+    with pytest.raises(InputError, match=r"runs\.csv: these runs were made with another batch_size"):
         train(monkeypatch, **{**settings, "batch_size": 16}, output=table)
     with pytest.raises(InputError, match="made with another learning_rate"):
         train(monkeypatch, **{**settings, "learning_rate": optimizers.constant(1e-3)}, output=table)
