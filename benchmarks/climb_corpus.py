@@ -3,8 +3,8 @@
     python benchmarks/climb_corpus.py --corpus DIR [--work runs/climb_corpus] [--quick]
 
 DIR holds `<language>.jsonl[.xz]`, documents with `id` and `source` that are aligned across languages; a twentieth of
-them, the same in all languages, is held out. The proxies (one small model, a constant rate) are evaluated at D/8 ... D, and used from D/4 on: before
-that they are still learning how frequent each token is.
+them, the same in all languages, is held out. The proxies (one small model, a constant rate) are evaluated at D/8 ... D,
+and used from D/4 on: before that they are still learning how frequent each token is.
 
 1. Laws are fitted to the corners and two thirds of the drawn mixtures, and predict the other third: R2 and MAE, and
    the difference in absolute error to the Climb law, paired over runs, with a bootstrap interval.
@@ -112,20 +112,20 @@ def compare_laws(fit_to: ProxyRuns, judge: ProxyRuns, families: bool) -> dict[st
     rng = np.random.default_rng(0)
     for name, losses in predicted.items():
         found[name] |= scores(judge.losses, losses).mean
-        found[name]["worse_than_climb"] = paired(judge, predicted["climb"], losses, rng)
+        found[name]["error_above_climb"] = paired(judge, predicted["climb"], losses, rng)
     return found
 
 
 def show_laws(title: str, found: dict[str, dict]) -> None:
     print(f"\n{title}\n{'law':<34} {'R2':>8} {'MAE':>8} {'Spearman':>9} {'error above Climb, nats':>32} {'seconds':>8}")
     for name, law in found.items():
-        mean, low, high = law["worse_than_climb"]
+        mean, low, high = law["error_above_climb"]
         print(f"{name:<34} {law['r2']:>8.4f} {law['mae']:>8.4f} {law['spearman']:>9.4f} "
               f"{mean:>12.4f} [{low:.4f}, {high:.4f}] {law['seconds']:>8.1f}")
 
 
-def judge_methods(final: ProxyRuns, methods: list[str], natural: dict[str, float]) -> dict[str, dict]:
-    """Natural-weighted mean loss at 4 D of each method: mean, standard deviation over seeds, differences to Climb."""
+def judge_methods(final: ProxyRuns, methods: list[str], natural: dict[str, float], ours: str) -> dict[str, dict]:
+    """Natural-weighted mean loss at 4 D of each method: mean, standard deviation over seeds, difference to `ours`."""
     weights = np.array([natural[target] for target in final.targets])
     loss = final.losses @ weights
     by_method = {name: np.array([loss[i] for i in np.argsort(final.run) if final.run[i].rsplit("-", 2)[0] == name])
@@ -135,7 +135,7 @@ def judge_methods(final: ProxyRuns, methods: list[str], natural: dict[str, float
             "loss": float(values.mean()),
             "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
             "seeds": len(values),
-            "above_climb": [float(x) for x in values - by_method["climb"]],
+            "above_ours": [float(x) for x in values - by_method[ours]],
         }
         for name, values in sorted(by_method.items(), key=lambda item: item[1].mean())
     }
@@ -181,12 +181,13 @@ def main() -> None:
     extrapolated = compare_laws(runs, final, arguments.families)
     show_laws(f"All methods' mixtures at 4 D = {target:,} tokens, {len(final)} runs", extrapolated)
     natural = load_rates(folder / "methods" / "natural.json")
-    methods = judge_methods(final, [path.stem for path in paths], natural)
+    ours = json.loads((folder / "allocation.json").read_text())["method"]
+    methods = judge_methods(final, [path.stem for path in paths], natural, ours)
     print("\nTrained at 4 D, held-out loss with natural weights")
-    print(f"{'method':<16} {'loss':>8} {'sd':>7}  less Climb, by seed")
+    print(f"{'method':<16} {'loss':>8} {'sd':>7}  less {ours}, by seed")
     for name, method in methods.items():
         print(f"{name:<16} {method['loss']:>8.4f} {method['sd']:>7.4f}  "
-              + " ".join(f"{x:+.4f}" for x in method["above_climb"]))
+              + " ".join(f"{x:+.4f}" for x in method["above_ours"]))
     print(json.dumps({"tokens": arguments.tokens, "runs": len(np.unique(runs.run)), "laws": laws,
                       "extrapolation": extrapolated, "methods": methods}))
 

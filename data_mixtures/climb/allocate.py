@@ -1,7 +1,7 @@
 """From a table of proxy runs to rates: `python -m data_mixtures.climb.allocate --gin_file=...`.
 
     FOLDER/rates.json              the recommended mixture, for the SeqIO mixture and the token loader
-    FOLDER/methods/<method>.json   the same file for every other method: baselines and the other solver
+    FOLDER/methods/<method>.json   the same file for every method: solvers and baselines
     FOLDER/allocation.json         all of it with the evidence; `data_mixtures.climb.report` shows it
 
 Losses in all of them are what the recommended law predicts, so that methods can be compared.
@@ -58,7 +58,7 @@ class AllocateConfig:
       floor: least ratio, for all or language -> ratio.
       max_epochs: most often that a text may be repeated.
       fixed: language -> ratio it must have.
-      solver: "two-step" (for laws with effective ratios) or "joint".
+      solver: of the recommended mixture: "joint", or "two-step" for laws with effective ratios (then both are solved).
       compared: laws that are cross-validated beside the recommended one, and whose mixtures are given where they are
         baselines of the paper or of RegMix.
       temperature: of the temperature baseline.
@@ -78,7 +78,7 @@ class AllocateConfig:
     floor: float | Mapping[str, float] = 0.0
     max_epochs: float | None = None
     fixed: Mapping[str, float] | None = None
-    solver: str = "two-step"
+    solver: str = "joint"
     compared: Sequence[str] = ("isolated", "msl", "mixing_law", "lightgbm")
     temperature: float = 3.33
     replicates: int = 100
@@ -112,6 +112,8 @@ class Allocator:
           InputError: the table and the text do not fit each other, or the law cannot be fitted.
         """
         self.config, self.runs = config, config.runs
+        if unseen := [l for l, ratios in zip(self.runs.languages, self.runs.ratios.T) if not ratios.any()]:
+            raise InputError(f"allocate.runs: no run has any {', '.join(unseen)}: nothing says what a share is worth")
         self.unique = _unique_tokens(config)
         self.law = config.law or default_law(self.runs)
         self.constraints = Constraints(config.floor, config.max_epochs, self.unique, config.fixed)
@@ -141,14 +143,13 @@ class Allocator:
             found = np.array([self.unique[target] for target in targets], np.float64)
         return found / found.sum()
 
-    def solved(self, fitted: FittedLaw, solver: str) -> solve.Allocation:
-        """The best mixture by a law; laws without gradients are searched, as RegMix does."""
+    def solved(self, fitted: FittedLaw, solver: str = "joint") -> solve.Allocation:
+        """The best mixture by a law; a law without gradients is searched, as RegMix does."""
         arguments = (fitted, self.config.n_params, self.config.tokens, self.weights, self.constraints)
         if not fitted.differentiable:
             return solve.solve_by_sampling(*arguments, centre=self.unique, seed=self.config.seed)
-        if solver == "two-step" and isinstance(fitted, EffectiveLaw) and fitted.targets == fitted.languages:
-            return solve.solve_two_step(*arguments, seed=self.config.seed)
-        return solve.solve_joint(*arguments, seed=self.config.seed)
+        two_step = solver == "two-step" and solve.has_effective_ratios(fitted)
+        return (solve.solve_two_step if two_step else solve.solve_joint)(*arguments, seed=self.config.seed)
 
     def predict(self, fitted: FittedLaw, ratios: np.ndarray) -> np.ndarray:
         """Losses `[targets]` of a mixture at the target N and D."""
@@ -193,17 +194,17 @@ class Allocator:
 
     def recommended(self) -> tuple[str, dict[str, dict[str, Any]]]:
         """(name of the recommended method, it and the other solver's answer)."""
-        allocation = self.solved(self.fitted, self.config.solver)
-        name = self.law.name
-        found = {name: self.method(allocation.ratios, allocation)}
-        if allocation.joint is not None:
-            found[f"{name}-joint"] = self.method(allocation.joint.ratios, allocation.joint)
+        two_step = self.solved(self.fitted, "two-step")
+        answers = {a.method: a for a in (two_step.joint, two_step) if a is not None}
+        solver = self.config.solver if self.config.solver in answers else two_step.method
+        found = {f"{self.law.name}-{name}": self.method(a.ratios, a) for name, a in answers.items()}
+        chosen = f"{self.law.name}-{solver}"
         if self.replicates:
             # Every replicate's own answer: how far the data determine the ratios.
-            ratios = [self.solved(fitted, self.config.solver).ratios for fitted in self.replicates]
+            ratios = [self.solved(fitted, solver).ratios for fitted in self.replicates]
             low, high = np.quantile(ratios, _INTERVAL, axis=0)
-            found[name] |= {"ratio_low": low.tolist(), "ratio_high": high.tolist()}
-        return name, found
+            found[chosen] |= {"ratio_low": low.tolist(), "ratio_high": high.tolist()}
+        return chosen, found
 
     def baselines(self, fitted: Mapping[str, FittedLaw]) -> dict[str, dict[str, Any]]:
         """Rule-of-thumb mixtures, and those of other laws; none of the former knows the constraints but UniMax."""
@@ -219,7 +220,7 @@ class Allocator:
         methods = {name: self.method(ratios) for name, ratios in found.items()}
         for name in config.compared:
             if name in fitted and name != self.law.name:
-                allocation = self.solved(fitted[name], "joint")
+                allocation = self.solved(fitted[name])
                 methods["regmix" if name == "lightgbm" else name] = self.method(allocation.ratios, allocation)
         return methods
 
@@ -382,6 +383,7 @@ def _write(
         "unique_tokens": counts,
         "natural": natural,
         "weights": allocator.weights.tolist(),
+        "interval": list(_INTERVAL),
         "weights_name": config.weights if isinstance(config.weights, str) else "given",
         "constraints": {"floor": config.floor, "max_epochs": config.max_epochs, "fixed": dict(config.fixed or {})},
         "law": law,

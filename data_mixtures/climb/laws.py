@@ -5,12 +5,11 @@ from collections.abc import Callable
 from data_mixtures.climb.law import Law
 from data_mixtures.climb.parametric import MSL, Climb, Isolated, MixingLaw
 from data_mixtures.climb.process import StructuredProcess
-from data_mixtures.climb.regressors import GaussianProcess, LightGBM, Ridge
+from data_mixtures.climb.regressors import GaussianProcess, LightGBM, Linear, Ridge
 from data_mixtures.climb.runs import ProxyRuns
 
-LAWS: dict[str, Callable[[], Law]] = {
-    law.name: law for law in (Climb, StructuredProcess, Isolated, MSL, MixingLaw, Ridge, LightGBM, GaussianProcess)
-}
+_ALL = (Climb, StructuredProcess, Isolated, MSL, MixingLaw, Linear, Ridge, LightGBM, GaussianProcess)
+LAWS: dict[str, Callable[[], Law]] = {law.name: law for law in _ALL}
 
 
 def default_law(runs: ProxyRuns) -> Law:

@@ -32,7 +32,7 @@ WIDE = 936  # CSS pixels: the width of a page.
 # Marker, colour, size: ink for what needs no law, warm for laws without interaction, green for the others.
 _MARKS = {
     "natural": ("|", INK, 12), "uniform": ("x", MUTED, 5), "temperature": ("^", MUTED, 5), "unimax": ("s", MUTED, 4.5),
-    "climb": ("D", ACCENT, 5), "joint": ("d", ACCENT, 5.5), "isolated": ("o", WARM, 5), "msl": ("v", WARM, 5),
+    "two-step": ("D", ACCENT, 5), "joint": ("d", ACCENT, 5.5), "isolated": ("o", WARM, 5), "msl": ("v", WARM, 5),
     "regmix": ("s", GREEN, 4.5), "mixing_law": ("D", GREEN, 4.5),
 }
 _MORE_MARKS = [("^", GREEN, 5), ("v", GREEN, 5), ("p", GREEN, 5.5), ("h", GREEN, 5.5), ("<", GREEN, 5), (">", GREEN, 5)]
@@ -47,9 +47,12 @@ def label(name: str, longest: int = 18) -> str:
 
 
 def display_name(name: str) -> str:
-    """A method or law as it is written: "climb-joint" is "Climb joint"."""
-    head, dash, tail = name.partition("-joint")
-    return f"{_NAMES.get(head, head)} joint" if dash and not tail else _NAMES.get(name, name)
+    """A method or law as it is written: "climb-joint", of a law and a solver, is "Climb joint"."""
+    for solver in ("joint", "two-step", "sampling"):
+        if name.endswith(f"-{solver}"):
+            law = name.removesuffix(f"-{solver}")
+            return f"{_NAMES.get(law, law)} {solver}"
+    return _NAMES.get(name, name)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -143,7 +146,7 @@ class Plots:
         more = iter(_MORE_MARKS * len(self._methods))
         for name, method in self._methods.items():
             if name != self._a["method"]:
-                kind = "joint" if name.endswith("-joint") else name
+                kind = next((solver for solver in ("joint", "two-step") if name.endswith(f"-{solver}")), name)
                 marker, colour, size = _MARKS.get(kind) or next(more)
                 yield name, method, {"marker": marker, "color": colour, "markersize": size, "linestyle": "none",
                                      "markerfacecolor": PAPER, "markeredgewidth": 1.2, "label": display_name(name)}

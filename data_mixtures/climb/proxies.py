@@ -358,7 +358,7 @@ def _train_all(
                 spent = time.monotonic() - started
                 left = spent / (done - before) * (total - done)
                 print(f"[{done}/{total}] {', '.join(proxy.name for proxy in pack)}: mean held-out loss {loss:.4f}; "
-                      f"{spent:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+                      f"{spent:.1f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
         except Stopped:
             print(f"{stop.requested}: {done} of {total} runs are done; run again to go on", file=sys.stderr)
             raise SystemExit(0 if stop.requested == "SIGTERM" else 130) from None

@@ -128,13 +128,13 @@ def _check_weights(law: FittedLaw, weights, n_params: float, tokens: float) -> n
     return weights / weights.sum()
 
 
-def _has_effective_ratios(law: FittedLaw) -> bool:
+def has_effective_ratios(law: FittedLaw) -> bool:
     """Whether every language has an effective ratio and a loss."""
     return isinstance(law, EffectiveLaw) and tuple(law.targets) == tuple(law.languages)
 
 
 def _evaluate(law: FittedLaw, ratios, n_params, tokens, weights):
-    if _has_effective_ratios(law):
+    if has_effective_ratios(law):
         effective, transfer = jax.vjp(lambda r: law.effective_ratios(r, n_params, tokens), ratios)
         losses, isolated = jax.vjp(lambda x: law.isolated_losses(x, n_params, tokens), effective)
         (slope,) = isolated(weights)
@@ -373,7 +373,7 @@ def solve_two_step(
             f"two-step solver: {type(law).__name__} has no effective ratios, in which it equalises marginal benefits; "
             "use the joint solver"
         )
-    if not _has_effective_ratios(law):
+    if not has_effective_ratios(law):
         differ = sorted(set(law.languages) ^ set(law.targets)) or ["those in another order"]
         raise InputError(
             f"two-step solver: it needs a loss of every language, in their order; languages and targets of the law "

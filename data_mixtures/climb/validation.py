@@ -37,25 +37,31 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float("nan") if np.ptp(x) == 0 or np.ptp(y) == 0 else float(stats.spearmanr(x, y).statistic)
 
 
-def scores(measured: np.ndarray, predicted: np.ndarray) -> Scores:
+def scores(measured: np.ndarray, predicted: np.ndarray, counted: np.ndarray | None = None) -> Scores:
     """Compares predicted with measured losses, both `[rows, targets]`.
 
+    Args:
+      measured, predicted: losses.
+      counted: bool `[rows, targets]`, which of them to compare; None: all.
+
     Raises:
-      InputError: the shapes differ, or there are fewer than 2 rows.
+      InputError: the shapes differ, or a target has fewer than 2 rows to compare.
     """
     measured, predicted = np.asarray(measured, np.float64), np.asarray(predicted, np.float64)
     if measured.shape != predicted.shape or measured.ndim != 2:
         raise InputError(f"scores: measured losses are {measured.shape}, predicted ones {predicted.shape}")
-    if len(measured) < 2:
+    counted = np.ones(measured.shape, bool) if counted is None else counted
+    if counted.sum(axis=0).min() < 2:
         raise InputError("scores: at least 2 rows are needed to compare")
-    variation = ((measured - measured.mean(axis=0)) ** 2).sum(axis=0)
-    unexplained = ((measured - predicted) ** 2).sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r2 = np.where(variation > 0, 1 - unexplained / variation, np.nan)
+    pairs = [(m[c], p[c]) for m, p, c in zip(measured.T, predicted.T, counted.T)]
+    r2 = []
+    for m, p in pairs:
+        variation = ((m - m.mean()) ** 2).sum()
+        r2.append(1 - ((m - p) ** 2).sum() / variation if variation > 0 else np.nan)
     return Scores(
-        r2=r2,
-        mae=np.abs(measured - predicted).mean(axis=0),
-        spearman=np.array([_spearman(m, p) for m, p in zip(measured.T, predicted.T)]),
+        r2=np.array(r2),
+        mae=np.array([np.abs(m - p).mean() for m, p in pairs]),
+        spearman=np.array([_spearman(m, p) for m, p in pairs]),
     )
 
 
@@ -65,7 +71,8 @@ class CrossValidation:
 
     Attributes:
       predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run.
-      scores: of all these predictions together.
+      scores: of all these predictions together, where the run has some of the target's language: laws without
+        interaction have no prediction for a language a run does not train on.
     """
 
     predicted: np.ndarray
@@ -86,7 +93,8 @@ def cross_validate(law: Law, runs: ProxyRuns, folds: int = 5, seed: int = 0) -> 
     for number in range(folds):
         held_out = fold == number
         predicted[held_out] = law.fit(runs.rows(~held_out), seed).predict(runs.rows(held_out))
-    return CrossValidation(predicted, scores(runs.losses, predicted))
+    counted = np.where(runs.own >= 0, runs.ratios[:, runs.own] > 0, True)
+    return CrossValidation(predicted, scores(runs.losses, predicted, counted))
 
 
 def measured_effective_ratios(law: EffectiveLaw, runs: ProxyRuns) -> np.ndarray:

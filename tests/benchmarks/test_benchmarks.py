@@ -11,12 +11,12 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
-def last_line(script: str) -> dict:
+def last_line(script: str, *arguments: str) -> dict:
     """Runs benchmarks/`script` --quick on one CPU device; its last line's JSON."""
     # Not the eight simulated devices of these tests.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick"]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -47,3 +47,19 @@ def test_variants_of_the_gpu_step_are_sorted_and_a_failing_one_stops_nothing():
     assert (result["tokens_per_s"], result["variant"]) == (speeds[0], result["variants"][0]["variant"])
     assert result["mfu"] == pytest.approx(result["variants"][0]["mfu"])
     assert result["variants"][-1]["variant"] == "none-cudnn" and "cuDNN" in result["variants"][-1]["error"]
+
+
+def test_solver_reaches_optimality():
+    result = last_line("climb_solver.py", "--languages", "12")
+    assert result["languages"] == 12 and result["kkt"] < 1e-6 and 0 <= result["joint_gap"] < 0.1
+
+
+def test_every_law_is_scored_on_a_table_in_the_regmix_layout():
+    result = last_line("climb_table.py")
+    assert set(result["laws"]) == {"process", "ridge"}
+    for law in result["laws"].values():
+        assert law["runs"] == result["runs"] and -1 <= law["spearman"] <= 1 and law["mae"] > 0 and law["r2"] <= 1
+
+
+def test_proxies_are_timed_alone_and_side_by_side():
+    assert all(speed > 0 for speed in last_line("climb_proxies.py")["tokens_per_s"].values())

@@ -94,8 +94,10 @@ def test_the_rates_keep_the_constraints_and_carry_their_evidence(finished):
         assert f"{rate:.4%}" in ended.err
     assert content["provenance"]["law"]["name"] == "climb" and content["provenance"]["runs"] == 15
     allocation = json.loads((folder / "climb" / "allocation.json").read_text())
-    assert allocation["methods"]["climb"]["kkt"] < 1e-6
-    assert set(allocation["methods"]) >= {"climb", "climb-joint", "natural", "uniform", "temperature", "unimax", "msl"}
+    assert allocation["methods"]["climb-joint"]["kkt"] < 1e-6
+    assert allocation["methods"]["climb-two-step"]["joint_gap"] >= -1e-9
+    baselines = {"natural", "uniform", "temperature", "unimax", "msl"}
+    assert set(allocation["methods"]) == {"climb-joint", "climb-two-step", *baselines}
     for name, method in allocation["methods"].items():
         rates = load_rates(folder / "climb" / "methods" / f"{name}.json")
         np.testing.assert_allclose([rates.get(l, 0) for l in allocation["languages"]], method["ratios"], atol=1e-12)

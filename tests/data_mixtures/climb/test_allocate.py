@@ -1,0 +1,88 @@
+"""Allocation from tables of every kind: what comes out is what the law and the constraints say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_mixtures.climb import allocate as module
+from data_mixtures.climb.allocate import AllocateConfig, allocate
+from data_mixtures.climb.parametric import Isolated
+from data_mixtures.climb.process import StructuredProcess
+from data_mixtures.climb.regressors import LightGBM
+from data_mixtures.climb.runs import ProxyRuns, make_runs
+from mlx_pretrain.data.rates import load_rates
+from mlx_pretrain.errors import InputError
+
+LANGUAGES = ("fi", "sv", "en")
+UNIQUE = {"fi": 2e6, "sv": 3e6, "en": 5e6}
+B, BETA = np.array([2.0, 1.5, 1.0]), 0.3
+TOKENS = 1e6
+
+
+def isolated_losses(ratios: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return 1.5 + B * (ratios * tokens[:, None] / TOKENS) ** -BETA
+
+
+@pytest.fixture(scope="module")
+def runs() -> ProxyRuns:
+    """Languages that give each other nothing, at three token counts."""
+    rng = np.random.default_rng(0)
+    ratios = np.repeat(np.concatenate([rng.dirichlet(np.full(3, 2.0), 20), np.full((1, 3), 1 / 3)]), 3, axis=0)
+    tokens = np.tile([TOKENS / 4, TOKENS / 2, TOKENS], 21)
+    names = np.repeat([f"run{i}" for i in range(21)], 3)
+    return make_runs("made up", LANGUAGES, LANGUAGES, names, [1e6] * 63, tokens, ratios,
+                     isolated_losses(ratios, tokens))
+
+
+def run(monkeypatch, folder, **settings) -> dict:
+    settings = {"output": str(folder), "n_params": 1e6, "tokens": TOKENS, "unique_tokens": UNIQUE, "compared": (),
+                "replicates": 0, "folds": 3, **settings}
+    monkeypatch.setattr(module, "AllocateConfig", lambda: AllocateConfig(**settings))
+    allocate()
+    return json.loads((folder / "allocation.json").read_text())
+
+
+def test_without_transfer_the_mixture_is_the_closed_form(runs, monkeypatch, tmp_path):
+    """Minimise sum_i w_i B_i r_i^-beta: r_i is proportional to (w_i B_i)^(1 / (1 + beta))."""
+    found = run(monkeypatch, tmp_path, runs=runs, law=Isolated(starts=4), weights={"fi": 3, "sv": 2, "en": 1})
+    expected = (np.array([3, 2, 1]) * B) ** (1 / (1 + BETA))
+    np.testing.assert_allclose(found["methods"]["isolated-joint"]["ratios"], expected / expected.sum(), atol=2e-3)
+    np.testing.assert_allclose(found["methods"]["isolated-two-step"]["ratios"], expected / expected.sum(), atol=2e-3)
+    natural = np.array(found["methods"]["natural"]["ratios"])
+    np.testing.assert_allclose(natural, [0.2, 0.3, 0.5])
+    np.testing.assert_allclose(found["methods"]["natural"]["losses"],
+                               isolated_losses(natural[None], np.array([TOKENS]))[0], atol=2e-3)
+    assert found["method"] == "isolated-joint"
+    assert load_rates(tmp_path / "rates.json") == pytest.approx(
+        dict(zip(LANGUAGES, found["methods"]["isolated-joint"]["ratios"])))
+
+
+@pytest.mark.parametrize("law", [StructuredProcess(draws=2, warm_up=2), LightGBM()])
+def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
+    alone = runs.rows(runs.tokens == TOKENS)
+    found = run(monkeypatch, tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3)
+    best = found["methods"][found["method"]]
+    assert found["method"] == {"process": "process-joint", "lightgbm": "lightgbm-sampling"}[law.name]
+    assert best["ratios"][2] == pytest.approx(0.25) and min(best["ratios"]) >= 0.15 - 1e-9
+    assert max(best["epochs"]) <= 0.3 + 1e-9
+    assert best["kkt"] is None if law.name == "lightgbm" else best["kkt"] < 1e-6
+    assert found["transfer"] is None and found["effective"] is None
+    assert (best["loss_low"] is None) == (law.name == "lightgbm")
+
+
+def test_bad_settings_and_tables_are_named(runs, monkeypatch, tmp_path):
+    never = ProxyRuns(**{**vars(runs), "ratios": runs.ratios * [1, 1, 0]})
+    for settings, cause in [
+        ({"runs": never}, "no run has any en"),
+        ({"runs": runs, "unique_tokens": {"fi": 1e6}}, "no text in sv, en"),
+        ({"runs": runs, "weights": {"fi": 1.0}}, "en, sv stand in the weights"),
+        ({"runs": runs, "weights": "natural", "unique_tokens": None}, "needs the tokens of every target's text"),
+        ({"runs": runs, "compared": ("olmix",)}, "no law 'olmix'"),
+        ({"runs": "proxies.csv"}, "must be a table"),
+        ({"runs": runs, "token_store": "store"}, "give one of them"),
+        ({"runs": runs, "solver": "simplex"}, "must be 'two-step' or 'joint'"),
+    ]:
+        with pytest.raises(InputError, match=cause):
+            run(monkeypatch, tmp_path, **settings)
+    assert list(tmp_path.iterdir()) == []
