@@ -75,7 +75,7 @@ def train(work: pathlib.Path, output: str, tokens: list[int], threads: int, **bi
         proxies__models="[@DecoderConfig()]", proxies__batch_size=BATCH, proxies__optimizer="@muon",
         proxies__learning_rate="@warmup_stable_decay()", proxies__eval_sequences=64, proxies__threads=threads,
         warmup_stable_decay__peak=0.02, warmup_stable_decay__total_steps=100_000, warmup_stable_decay__warmup_steps=10,
-        warmup_stable_decay__decay_steps=0, muon__adam_fraction=0.15,
+        warmup_stable_decay__decay_steps=0, muon__adam_fraction=1.0,
         **{f"DecoderConfig__{name}": value for name, value in MODEL.items()}, **bindings,
     )  # fmt: skip
     return proxy_runs(work / output, min_tokens=tokens[-1] / 4 - 1)

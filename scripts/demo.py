@@ -13,12 +13,15 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN_DIR = "runs/demo"
+ALLOCATION = "runs/sample/climb"
 PREPARE = ["--gin_file=gin/mixtures/sample.gin", "--gin_file=gin/mixtures/prepare.gin"]
 STAGES = [
     ("Train a tokenizer on the sample text", ["data_mixtures.tokenizer", *PREPARE]),
     ("Export documents to tokens", ["data_mixtures.export", *PREPARE]),
-    ("Choose each language's share (temperature 3.33)", ["data_mixtures.baselines", *PREPARE]),
-    ("Pretrain", ["mlx_pretrain.train", "--gin_file=gin/runs/demo.gin"]),
+    ("Train 43 tiny models on different mixtures", ["data_mixtures.climb.proxies", "--gin_file=gin/runs/demo_proxies.gin"]),
+    ("Choose each language's share with Climb", ["data_mixtures.climb.allocate", "--gin_file=gin/runs/demo_allocate.gin"]),
+    ("Report on that choice", ["data_mixtures.climb.report", f"--gin.climb_report.folder={ALLOCATION}"]),
+    ("Pretrain", ["mlx_pretrain.train", "--gin_file=gin/runs/demo.gin", f"--gin.RATES={ALLOCATION}/rates.json"]),
     ("Generate text in every language", ["mlx_pretrain.generate", "--gin_file=gin/runs/demo_samples.gin"]),
     ("Write the report", ["mlx_pretrain.report", f"--gin.report.run_dir={RUN_DIR}"]),
 ]
@@ -68,7 +71,7 @@ def main() -> int:
     before, after = last_evaluations()
     print(f"\nDone in {time.monotonic() - started:.0f} s: held-out text of {len(after) // 2 - 2} languages went from "
           f"{before['bits_per_byte']:.2f} to {after['bits_per_byte']:.2f} bits per byte.\n"
-          f"Open {pathlib.Path(RUN_DIR) / 'report.html'} in a browser.")
+          f"Open {RUN_DIR}/report.html and {ALLOCATION}/report.html in a browser.")
     return 0
 
 

@@ -9,6 +9,7 @@ Losses in all of them are what the recommended law predicts, so that methods can
 
 import dataclasses
 import hashlib
+import json
 import math
 import sys
 import time
@@ -32,7 +33,7 @@ from mlx_pretrain.configuration import run
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.data.store import TokenStore
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_json
+from mlx_pretrain.files import read_json, write_json
 
 FORMAT = "mlx-allocation"
 VERSION = 1
@@ -310,6 +311,26 @@ def _fingerprint(runs: ProxyRuns) -> str:
     return digest.hexdigest()
 
 
+def _made_from(config: AllocateConfig) -> dict[str, Any]:
+    """All that the result follows from, as JSON has it."""
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("runs", "output")}
+    if config.law is not None:
+        settings["law"] = {"name": config.law.name, **vars(config.law)}
+    text = _unique_tokens(config)
+    made_from = {"program": "data_mixtures.climb.allocate", "version": __version__,
+                 "table_sha256": _fingerprint(config.runs), "settings": settings, "unique_tokens": text}
+    return json.loads(json.dumps(made_from))
+
+
+def _is_made(config: AllocateConfig) -> bool:
+    """Whether `output` holds the allocation that `config` asks for, whole: allocation.json is written last."""
+    path = epath.Path(config.output) / "allocation.json"
+    if not path.exists():
+        return False
+    found = read_json(path, "allocation").get("provenance", {})
+    return all(found.get(name) == value for name, value in _made_from(config).items())
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -318,6 +339,9 @@ def allocate() -> None:
     """Decides the mixture from proxy runs. Parameters: allocate.* (see AllocateConfig), proxy_runs.*, Climb.*."""
     config = AllocateConfig()
     runs = config.runs
+    if _is_made(config):
+        _say(f"{config.output}: made before from the same runs and settings, kept")
+        return
     _say(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
          "losses")
     allocator = Allocator(config)
@@ -353,9 +377,8 @@ def _write(
     folder = epath.Path(config.output)
     law = {"name": allocator.law.name, "family": getattr(allocator.law, "family", None), "notes": list(fitted.notes),
            "parameters": _parameters(fitted)}
-    provenance = {"program": "data_mixtures.climb.allocate", "version": __version__, "table_sha256": _fingerprint(runs),
-                  "runs": len(np.unique(runs.run)), "rows": len(runs), "n_params": config.n_params,
-                  "tokens": config.tokens, "law": {k: law[k] for k in ("name", "family", "notes")}, "seed": config.seed}
+    provenance = {**_made_from(config), "runs": len(np.unique(runs.run)), "rows": len(runs),
+                  "law": {k: law[k] for k in ("name", "family", "notes")}}
     named = lambda names, values: None if values is None else dict(zip(names, values))  # noqa: E731
     for name, method in methods.items():
         more = {

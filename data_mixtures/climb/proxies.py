@@ -71,7 +71,7 @@ class ProxiesConfig:
       languages: of the mixtures; None: all with a training sequence.
       seeds: of parameters and data order; every mixture is trained with each.
       pack: models trained at once as one program.
-      threads: programs run side by side; one device only.
+      threads: programs run side by side, on one device; None: 2 on a CPU of several cores, else 1.
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
       chunk_tokens: tokens whose logits are held at once.
@@ -89,14 +89,15 @@ class ProxiesConfig:
     languages: Sequence[str] | None = None
     seeds: Sequence[int] = (0,)
     pack: int = 1
-    threads: int = 1
+    threads: int | None = None
     eval_batch_size: int = 32
     eval_sequences: int | None = None
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 256  # whose logits stay in a CPU's cache: 1.3 to 2.8 times the speed of 1024
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
 
     def __post_init__(self):
-        for name in ("batch_size", "pack", "threads", "eval_batch_size", "chunk_tokens"):
+        names = ["batch_size", "pack", "eval_batch_size", "chunk_tokens"] + ["threads"] * (self.threads is not None)
+        for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"proxies.{name} = {value!r}: must be a positive integer")
@@ -324,7 +325,7 @@ def train_proxies() -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if config.threads > 1 and jax.device_count() > 1:
+    if (config.threads or 1) > 1 and jax.device_count() > 1:
         raise InputError(f"proxies.threads = {config.threads}: with {jax.device_count()} devices use proxies.pack")
     targets = [l for l in sorted(store.parts("heldout")) if store.part("heldout", l).sequences and l in languages]
     table = Table(config.output, _settings(config, store), languages, targets)
@@ -342,7 +343,9 @@ def _train_all(
     """Trains packs, `threads` at a time, and reports each; `done` of `total` runs are done before."""
     work = epath.Path(config.output).with_suffix(".work")
     started, before = time.monotonic(), done
-    with StopRequest() as stop, concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
+    side_by_side = jax.default_backend() == "cpu" and jax.device_count() == 1 and os.cpu_count() > 1
+    threads = config.threads or (2 if side_by_side else 1)
+    with StopRequest() as stop, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         trainers = {pack[0].model: None for pack in packs}
         trainers = {model: Trainer(config, store, model, table, stop) for model in trainers}
         futures = {}
