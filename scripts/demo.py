@@ -18,9 +18,9 @@ PREPARE = ["--gin_file=gin/mixtures/sample.gin", "--gin_file=gin/mixtures/prepar
 STAGES = [
     ("Train a tokenizer on the sample text", ["data_mixtures.tokenizer", *PREPARE]),
     ("Export documents to tokens", ["data_mixtures.export", *PREPARE]),
-    ("Train 43 tiny models on different mixtures", ["data_mixtures.climb.proxies", "--gin_file=gin/runs/demo_proxies.gin"]),
-    ("Choose each language's share with Climb", ["data_mixtures.climb.allocate", "--gin_file=gin/runs/demo_allocate.gin"]),
-    ("Report on that choice", ["data_mixtures.climb.report", f"--gin.climb_report.folder={ALLOCATION}"]),
+    ("Train 43 tiny models on mixtures", ["data_mixtures.climb.proxies", "--gin_file=gin/runs/demo_proxies.gin"]),
+    ("Choose the languages' shares", ["data_mixtures.climb.allocate", "--gin_file=gin/runs/demo_allocate.gin"]),
+    ("Report on the choice", ["data_mixtures.climb.report", f"--gin.climb_report.folder={ALLOCATION}"]),
     ("Pretrain", ["mlx_pretrain.train", "--gin_file=gin/runs/demo.gin", f"--gin.RATES={ALLOCATION}/rates.json"]),
     ("Generate text in every language", ["mlx_pretrain.generate", "--gin_file=gin/runs/demo_samples.gin"]),
     ("Write the report", ["mlx_pretrain.report", f"--gin.report.run_dir={RUN_DIR}"]),

@@ -129,8 +129,8 @@ class Substitution(Interaction):
     def combined(self, p, own, given):
         q, e = jax.nn.sigmoid(p["logit_q"]), 0.001
         positive = jnp.maximum(given, 0)
-        whole = ((own + e) ** q + (positive + e) ** q - e**q) ** (1 / q) - e
-        return whole - own + (given - positive)
+        gain = (1 + ((positive + e) ** q - e**q) / (own + e) ** q) ** (1 / q) - 1  # in this form 0 is exactly 0
+        return (own + e) * gain + (given - positive)
 
 
 INTERACTIONS = {

@@ -3,7 +3,7 @@
 Every run is a small model trained by the normal training step at a constant rate, so evaluations on the way are runs
 of fewer tokens for free (WSD without the decay, arXiv 2404.06395). One row per (run, token count) goes into the CSV
 of `data_mixtures.climb.runs`. The same command goes on where it was: finished runs are skipped, a run that was cut
-off continues from its last evaluation.
+off continues from its last evaluation (with threads > 1: starts anew).
 
 Small models leave hardware idle in two ways. `pack` trains several at once as one vmapped program, for accelerators;
 `threads` trains several side by side, for CPUs, where many small operations do not share the cores well.
@@ -189,8 +189,8 @@ class Trainer:
         self._compile_lock = threading.Lock()
         self._programs: dict[int, Any] = {}
 
-    def train(self, runs: Sequence[Run], folder: epath.Path) -> float:
-        """Trains runs as one program, from `folder`'s checkpoint if there is one.
+    def train(self, runs: Sequence[Run], folder: epath.Path | None) -> float:
+        """Trains runs as one program, from `folder`'s checkpoint if there is one; None: without checkpoints.
 
         Returns:
           Mean held-out loss after the last step, nats per token.
@@ -204,8 +204,8 @@ class Trainer:
             sharding = partitioning.batch_sharding(self._mesh)
             local = loader.local_rows(sharding, config.batch_size)
             abstract, program = self._program(len(runs))
-            saver = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=1, keep_best=0)))
-            restored = saver.restore(abstract)
+            saver = folder and stack.enter_context(contextlib.closing(Checkpoints(folder, keep=1, keep_best=0)))
+            restored = saver and saver.restore(abstract)
             state = restored[0] if restored else self._initial(runs, abstract)
             first = restored[1].sequences // config.batch_size if restored else 0
             sources = [loader.BatchSource(self._store, proxy.rates, config.batch_size, proxy.seed,
@@ -214,14 +214,13 @@ class Trainer:
             metrics = None
             for step in range(first + 1, self._eval_steps[-1] + 1):
                 if self._stop.requested:
-                    saver.wait()
-                    raise Stopped
+                    raise Stopped  # leaving the context completes a save under way
                 arrays = [loader.to_devices(b, sharding, config.batch_size, local)["tokens"] for b in next(batches)]
                 jax.block_until_ready(metrics)  # one step stays in flight while the host prepares the next
                 state, metrics = program(state, arrays[0] if len(runs) == 1 else jax.numpy.stack(arrays))
                 if step in self._eval_steps:
                     loss = self._evaluate(runs, state, step)
-                    if step < self._eval_steps[-1]:
+                    if saver and step < self._eval_steps[-1]:
                         saver.save(step, state, Progress(step * config.batch_size, {}), {})
         return loss
 
@@ -350,13 +349,15 @@ def _train_all(
         trainers = {model: Trainer(config, store, model, table, stop) for model in trainers}
         futures = {}
         for pack in packs:
-            folder = work / f"{pack[0].name}-{len(pack)}"
+            # Orbax is not made for several saves at a time; runs so short that they share a CPU start anew.
+            folder = work / f"{pack[0].name}-{len(pack)}" if threads == 1 else None
             futures[pool.submit(trainers[pack[0].model].train, pack, folder)] = (pack, folder)
         try:
             for future in concurrent.futures.as_completed(futures):
                 pack, folder = futures[future]
                 loss = future.result()
-                folder.rmtree()
+                if folder:
+                    folder.rmtree()
                 done += len(pack)
                 spent = time.monotonic() - started
                 left = spent / (done - before) * (total - done)

