@@ -26,6 +26,7 @@ import time
 
 import numpy as np
 
+from data_mixtures.climb.interactions import INTERACTIONS
 from data_mixtures.climb.laws import LAWS
 from data_mixtures.climb.parametric import Climb
 from data_mixtures.climb.runs import ProxyRuns, proxy_runs
@@ -100,8 +101,6 @@ def compare_laws(fit_to: ProxyRuns, judge: ProxyRuns, families: bool) -> dict[st
     """Scores of all laws on `judge`, and their paired differences to the Climb law."""
     laws = {name: law() for name, law in LAWS.items()}
     if families:
-        from data_mixtures.climb.interactions import INTERACTIONS
-
         laws |= {f"climb {name}{'' if shift else ', no shift'}": Climb(name, shift=shift)
                  for name in INTERACTIONS for shift in (True, False)}
     found, predicted = {}, {}

@@ -1,6 +1,7 @@
-"""What the devices could do at best: peak FLOP/s by kind, measured where no table knows."""
+"""The devices: what they could do at best, their names, and where programs compiled for them are kept."""
 
 import functools
+import os
 import time
 
 import jax
@@ -49,6 +50,14 @@ def measured_matmul_flops(dtype: str, seconds: float = 0.2) -> float:
                 product(x, x).block_until_ready()
                 best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best / jax.local_device_count("cpu")
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Keeps compiled programs in `folder` for later runs ("~" is the home folder); None: keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        # Small models compile in seconds too, and are restarted often.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def describe_devices() -> str:

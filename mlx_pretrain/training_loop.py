@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import os
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -46,17 +45,7 @@ class TrainingLoop:
         self._rates = load_rates(config.rates, known=self._store.parts("train"))
         for language in used_languages(self._store, "train", self._rates):
             self._store.array("train", language)  # checks the files
-        manifest = self._store.manifest
-        if config.model.vocab_size < manifest.vocab_size:
-            raise InputError(
-                f"{config.token_store}: {manifest.vocab_size} token ids, the model has vocab_size="
-                f"{config.model.vocab_size}"
-            )
-        if config.model.max_length < manifest.sequence_length:
-            raise InputError(
-                f"{config.token_store}: sequences of {manifest.sequence_length} tokens, the model has max_length="
-                f"{config.model.max_length}"
-            )
+        self._store.check_fits(config.model.vocab_size, config.model.max_length)
         self._run_dir = epath.Path(config.run_dir)
         self._mesh = partitioning.make_mesh()
         self._sharding = partitioning.batch_sharding(self._mesh)
@@ -76,10 +65,7 @@ class TrainingLoop:
           SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, when the state has been saved.
         """
         config = self._config
-        if config.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-            # Small models compile in seconds too, and are restarted often.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        hardware.keep_compiled(config.compilation_cache)
         with partitioning.use(self._mesh), contextlib.ExitStack() as stack:
             self._restore(stack)
             if self._step >= config.steps:

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from data_mixtures.baselines import temperature_rates, unimax_rates
-from data_mixtures.climb import solve
+from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION, solve
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, Law, float64
 from data_mixtures.climb.laws import LAWS, default_law
@@ -35,8 +35,6 @@ from mlx_pretrain.data.store import TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, write_json
 
-FORMAT = "mlx-allocation"
-VERSION = 1
 _INTERVAL = (0.05, 0.95)
 _WEIGHTS = ("reference", "natural", "uniform")
 
@@ -219,10 +217,9 @@ class Allocator:
             if epochs * sum(counts.values()) >= config.tokens:
                 found["unimax"] = _array(unimax_rates(counts, config.tokens, epochs), languages)
         methods = {name: self.method(ratios) for name, ratios in found.items()}
-        for name in config.compared:
-            if name in fitted and name != self.law.name:
-                allocation = self.solved(fitted[name])
-                methods["regmix" if name == "lightgbm" else name] = self.method(allocation.ratios, allocation)
+        for name, law in fitted.items():
+            allocation = self.solved(law)
+            methods["regmix" if name == "lightgbm" else name] = self.method(allocation.ratios, allocation)
         return methods
 
 
@@ -322,13 +319,13 @@ def _made_from(config: AllocateConfig) -> dict[str, Any]:
     return json.loads(json.dumps(made_from))
 
 
-def _is_made(config: AllocateConfig) -> bool:
-    """Whether `output` holds the allocation that `config` asks for, whole: allocation.json is written last."""
-    path = epath.Path(config.output) / "allocation.json"
+def _is_made(output: str, made_from: Mapping[str, Any]) -> bool:
+    """Whether `output` holds the allocation made from the same, whole: allocation.json is written last."""
+    path = epath.Path(output) / "allocation.json"
     if not path.exists():
         return False
     found = read_json(path, "allocation").get("provenance", {})
-    return all(found.get(name) == value for name, value in _made_from(config).items())
+    return all(found.get(name) == value for name, value in made_from.items())
 
 
 def _say(text: str) -> None:
@@ -339,7 +336,8 @@ def allocate() -> None:
     """Decides the mixture from proxy runs. Parameters: allocate.* (see AllocateConfig), proxy_runs.*, Climb.*."""
     config = AllocateConfig()
     runs = config.runs
-    if _is_made(config):
+    made_from = _made_from(config)
+    if _is_made(config.output, made_from):
         _say(f"{config.output}: made before from the same runs and settings, kept")
         return
     _say(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
@@ -349,6 +347,8 @@ def allocate() -> None:
         _say(f"note: {note}")
     laws, fitted = {}, {}
     for name in config.compared:
+        if name == allocator.law.name:
+            continue
         try:
             fitted[name] = LAWS[name]().fit(runs, config.seed)
             laws[name] = LAWS[name]()
@@ -357,7 +357,7 @@ def allocate() -> None:
     validation, predicted = _validation(config, allocator.law, laws)
     chosen, methods = allocator.recommended()
     methods |= allocator.baselines(fitted)
-    _write(allocator, chosen, methods, validation, predicted)
+    _write(allocator, made_from, chosen, methods, validation, predicted)
     best = methods[chosen]
     _say(f"{config.output}/rates.json: {chosen} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT residual "
          f"{best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {chosen}")
@@ -367,6 +367,7 @@ def allocate() -> None:
 
 def _write(
     allocator: Allocator,
+    made_from: Mapping[str, Any],
     chosen: str,
     methods: Mapping[str, Mapping[str, Any]],
     validation: Mapping[str, Any],
@@ -377,7 +378,7 @@ def _write(
     folder = epath.Path(config.output)
     law = {"name": allocator.law.name, "family": getattr(allocator.law, "family", None), "notes": list(fitted.notes),
            "parameters": _parameters(fitted)}
-    provenance = {**_made_from(config), "runs": len(np.unique(runs.run)), "rows": len(runs),
+    provenance = {**made_from, "runs": len(np.unique(runs.run)), "rows": len(runs),
                   "law": {k: law[k] for k in ("name", "family", "notes")}}
     named = lambda names, values: None if values is None else dict(zip(names, values))  # noqa: E731
     for name, method in methods.items():
@@ -397,8 +398,8 @@ def _write(
     if counts is not None:
         natural = (np.array(list(counts.values())) / sum(counts.values())).tolist()
     write_json(folder / "allocation.json", {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": ALLOCATION_FORMAT,
+        "version": ALLOCATION_VERSION,
         "languages": list(runs.languages),
         "targets": list(runs.targets),
         "n_params": config.n_params,

@@ -29,8 +29,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_mixtures.climb.plan import Mixtures, planned_mixtures
-from data_mixtures.climb.runs import LOSS, RATIO, ProxyRuns, proxy_runs
-from mlx_pretrain import optimizers, partitioning
+from data_mixtures.climb.runs import LOSS, RATIO, proxy_runs
+from mlx_pretrain import hardware, optimizers, partitioning
 from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.configuration import run
 from mlx_pretrain.data import loader
@@ -157,10 +157,6 @@ class Table:
             if jax.process_index() == 0:
                 write_atomic(self._path, text.getvalue())
 
-    def runs(self) -> ProxyRuns:
-        """The table as it stands in the file."""
-        return proxy_runs(self._path)
-
 
 class Stopped(Exception):
     """A worker's way out when the command was asked to stop."""
@@ -171,17 +167,14 @@ class Trainer:
 
     def __init__(self, config: ProxiesConfig, store: TokenStore, model: DecoderConfig, table: Table, stop: StopRequest):
         """Compiles nothing yet; reads the held-out rows."""
-        length = store.manifest.sequence_length
-        if model.vocab_size < store.manifest.vocab_size or model.max_length < length:
-            raise InputError(f"{store.path}: {store.manifest.vocab_size} token ids in sequences of {length}, the model "
-                             f"has vocab_size={model.vocab_size}, max_length={model.max_length}")
+        store.check_fits(model.vocab_size, model.max_length)
         self._config, self._store, self._model, self._table, self._stop = config, store, model, table, stop
         self._mesh = partitioning.make_mesh()
         self._optimizer = config.optimizer(config.learning_rate)
         self._held_out = HeldOut(store, model, self._mesh, batch_size=config.eval_batch_size,
                                  max_sequences=config.eval_sequences, chunk_tokens=config.chunk_tokens,
                                  languages=table.targets)
-        self._step_tokens = config.batch_size * length
+        self._step_tokens = config.batch_size * store.manifest.sequence_length
         self._eval_steps = evaluation_steps(config.tokens, self._step_tokens)
         with partitioning.use(self._mesh):
             self._abstract = abstract_state(model, self._optimizer, self._mesh)
@@ -228,8 +221,7 @@ class Trainer:
         """(abstract state, compiled step) for so many models at once, compiled on first use."""
         with self._compile_lock:
             if models not in self._programs:
-                config = self._config
-                abstract = self._abstract
+                config, abstract = self._config, self._abstract
                 step = make_train_step(
                     self._model, self._optimizer, config.learning_rate, chunk_tokens=config.chunk_tokens
                 )
@@ -285,9 +277,8 @@ def evaluation_steps(tokens: Sequence[int], step_tokens: int) -> list[int]:
     return steps
 
 
-def _settings(config: ProxiesConfig, store: TokenStore) -> dict[str, Any]:
-    """What all rows of a table have in common; what differs from run to run is in the rows."""
-    last = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)[-1]
+def _settings(config: ProxiesConfig, store: TokenStore, last: int) -> dict[str, Any]:
+    """What all rows of a table have in common, for runs of `last` steps; the rest is in the rows."""
     optimizer = getattr(config.optimizer, "__name__", str(config.optimizer))
     return {
         "token_store": sha256(store.path / MANIFEST),
@@ -321,14 +312,12 @@ def train_proxies() -> None:
         Run(f"{name}-{model.parameters() / 1e6:.3g}M-seed{seed}", model, rates, seed)
         for model in config.models for seed in config.seeds for name, rates in mixtures.items()
     ]
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    hardware.keep_compiled(config.compilation_cache)
     if (config.threads or 1) > 1 and jax.device_count() > 1:
         raise InputError(f"proxies.threads = {config.threads}: with {jax.device_count()} devices use proxies.pack")
     targets = [l for l in sorted(store.parts("heldout")) if store.part("heldout", l).sequences and l in languages]
-    table = Table(config.output, _settings(config, store), languages, targets)
     steps = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)
+    table = Table(config.output, _settings(config, store, steps[-1]), languages, targets)
     left = [proxy for proxy in runs if not set(steps) <= table.steps(proxy.name)]
     print(f"{config.output}: {len(runs)} runs of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them done; "
           f"{len(languages)} languages", file=sys.stderr, flush=True)
@@ -345,8 +334,8 @@ def _train_all(
     side_by_side = jax.default_backend() == "cpu" and jax.device_count() == 1 and os.cpu_count() > 1
     threads = config.threads or (2 if side_by_side else 1)
     with StopRequest() as stop, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        trainers = {pack[0].model: None for pack in packs}
-        trainers = {model: Trainer(config, store, model, table, stop) for model in trainers}
+        models = dict.fromkeys(pack[0].model for pack in packs)
+        trainers = {model: Trainer(config, store, model, table, stop) for model in models}
         futures = {}
         for pack in packs:
             # Orbax is not made for several saves at a time; runs so short that they share a CPU start anew.

@@ -29,6 +29,7 @@ import gin
 import numpy as np
 from etils import epath
 
+from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION
 from data_mixtures.climb.plots import Plots, display_name, thinning
 from mlx_pretrain.configuration import run
 from mlx_pretrain.errors import InputError
@@ -36,7 +37,6 @@ from mlx_pretrain.figures import inline_svg, number, plot_style, render_page, sa
 from mlx_pretrain.files import read_json, write_atomic
 from mlx_pretrain.history import LANGUAGES, parse_time
 
-FORMAT, VERSION = "mlx-allocation", 1
 _BINDING = {"floor": "floor", "max_epochs": "epoch cap", "fixed": "fixed"}
 
 
@@ -140,8 +140,9 @@ def read_allocation(path: epath.PathLike) -> dict[str, Any]:
     """
     fields = _Fields(path, read_json(path, "allocation"))
     kind = fields.get("format", str, "a text"), fields.get("version", int, "a number")
-    if kind != (FORMAT, VERSION):
-        raise InputError(f"{path}: format {kind[0]!r} version {kind[1]}; this reads {FORMAT!r} version {VERSION}")
+    if kind != (ALLOCATION_FORMAT, ALLOCATION_VERSION):
+        raise InputError(f"{path}: format {kind[0]!r} version {kind[1]}; this reads {ALLOCATION_FORMAT!r} version "
+                         f"{ALLOCATION_VERSION}")
     languages, targets = fields.names("languages"), fields.names("targets")
     n, t = len(languages), len(targets)
     methods = {name: _read_method(method, languages, t) for name, method in fields.object("methods").items()}

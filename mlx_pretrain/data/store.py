@@ -189,6 +189,14 @@ class TokenStore:
             raise InputError(f"{self.path}: no split {split!r}; there is {', '.join(sorted(self.manifest.splits))}")
         return self.manifest.splits[split]
 
+    def check_fits(self, vocab_size: int, max_length: int) -> None:
+        """Raises InputError when the store has token ids or sequences beyond what a model takes."""
+        ids, length = self.manifest.vocab_size, self.manifest.sequence_length
+        if vocab_size < ids:
+            raise InputError(f"{self.path}: {ids} token ids, the model has vocab_size={vocab_size}")
+        if max_length < length:
+            raise InputError(f"{self.path}: sequences of {length} tokens, the model has max_length={max_length}")
+
     def array(self, split: str, language: str) -> ts.TensorStore:
         """The rows of one language: [sequences, sequence_length].
 
