@@ -8,9 +8,11 @@ and used from D/4 on: before that they are still learning how frequent each toke
 
 1. Laws are fitted to the corners and two thirds of the drawn mixtures, and predict the other third: R2 and MAE, and
    the difference in absolute error to the Climb law, paired over runs, with a bootstrap interval.
-2. `data_mixtures.climb.allocate` decides the mixture for 4 D from all proxies; every method's mixture is trained at 4 D
-   with three seeds, and judged by the held-out loss averaged with the natural ratios as weights. The laws' predictions
-   of those runs are their extrapolation to 4 D.
+2. The same for a model twice as wide, whose mixtures are new too, from those proxies and a few of half the width.
+3. `data_mixtures.climb.allocate` decides the mixture for 4 D from all proxies of the one size, once with the natural
+   ratios as weights of the losses and once with equal weights; every method's mixture is trained at 4 D with three
+   seeds, and judged by the held-out loss averaged with the same weights. The laws' predictions of those runs are their
+   extrapolation to 4 D.
 
 Every stage is a command of its own and goes on where it was.
 """
@@ -20,6 +22,7 @@ import hashlib
 import json
 import lzma
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -29,19 +32,27 @@ import numpy as np
 from data_mixtures.climb.interactions import INTERACTIONS
 from data_mixtures.climb.laws import LAWS
 from data_mixtures.climb.parametric import Climb
-from data_mixtures.climb.runs import ProxyRuns, proxy_runs
+from data_mixtures.climb.runs import ProxyRuns, make_runs, proxy_runs
 from data_mixtures.climb.validation import scores
 from mlx_pretrain.data.rates import load_rates
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LANGUAGES = ("en", "de", "es", "pt", "ro", "it", "ru", "pl")
+LANGUAGES = ("en", "de", "es", "pt", "ro", "ru")
 HELD_OUT_SHARE, HELD_OUT_MIXTURES = 20, 3
 VOCAB_SIZE, LENGTH, BATCH = 2048, 128, 16
+WIDTH = 64
+WEIGHTS = ("natural", "uniform")
+RULES = ("natural", "uniform", "temperature", "unimax")  # mixtures that no weights change
 
-MODEL = {
-    "vocab_size": VOCAB_SIZE, "embed_dim": 64, "n_layers": 2, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64,
-    "mlp_dim": 160, "max_length": LENGTH, "tie_embeddings": True, "unroll": 2,
-}  # fmt: skip
+
+def model(width: int) -> dict[str, object]:
+    """A two-layer model, all of whose widths are in proportion."""
+    heads = max(1, width // 64)
+    return {
+        "vocab_size": VOCAB_SIZE, "embed_dim": width, "n_layers": 2, "n_heads": heads, "n_kv_heads": heads,
+        "head_dim": width // heads, "mlp_dim": width * 5 // 2, "max_length": LENGTH, "tie_embeddings": True,
+        "unroll": 2,
+    }  # fmt: skip
 
 
 def command(module: str, **bindings) -> None:
@@ -68,7 +79,9 @@ def split_documents(corpus: pathlib.Path, languages: list[str], folder: pathlib.
             (folder / split / f"{language}.jsonl").write_text("".join(lines))
 
 
-def train(work: pathlib.Path, output: str, tokens: list[int], threads: int, **bindings) -> ProxyRuns:
+def train(
+    work: pathlib.Path, output: str, tokens: list[int], threads: int, width: int = WIDTH, **bindings
+) -> ProxyRuns:
     """Trains a plan and returns its table."""
     command(
         "data_mixtures.climb.proxies",
@@ -77,7 +90,7 @@ def train(work: pathlib.Path, output: str, tokens: list[int], threads: int, **bi
         proxies__learning_rate="@warmup_stable_decay()", proxies__eval_sequences=64, proxies__threads=threads,
         warmup_stable_decay__peak=0.02, warmup_stable_decay__total_steps=100_000, warmup_stable_decay__warmup_steps=10,
         warmup_stable_decay__decay_steps=0, muon__adam_fraction=1.0,
-        **{f"DecoderConfig__{name}": value for name, value in MODEL.items()}, **bindings,
+        **{f"DecoderConfig__{name}": value for name, value in model(width).items()}, **bindings,
     )  # fmt: skip
     return proxy_runs(work / output, min_tokens=tokens[-1] / 4 - 1)
 
@@ -123,21 +136,43 @@ def show_laws(title: str, found: dict[str, dict]) -> None:
               f"{mean:>12.4f} [{low:.4f}, {high:.4f}] {law['seconds']:>8.1f}")
 
 
-def judge_methods(final: ProxyRuns, methods: list[str], natural: dict[str, float], ours: str) -> dict[str, dict]:
-    """Natural-weighted mean loss at 4 D of each method: mean, standard deviation over seeds, difference to `ours`."""
-    weights = np.array([natural[target] for target in final.targets])
-    loss = final.losses @ weights
-    by_method = {name: np.array([loss[i] for i in np.argsort(final.run) if final.run[i].rsplit("-", 2)[0] == name])
-                 for name in methods}
+def judge_methods(final: ProxyRuns, weights: dict[str, float], ours: str) -> dict[str, dict]:
+    """Weighted mean loss of each mixture: mean, standard deviation over seeds, difference to `ours` seed by seed."""
+    loss = final.losses @ np.array([weights[target] for target in final.targets])
+    order = np.argsort(final.run)
+    mixtures = np.array([name.rsplit("-", 2)[0] for name in final.run[order]])
+    by_mixture = {name: loss[order][mixtures == name] for name in dict.fromkeys(mixtures.tolist())}
     return {
         name: {
             "loss": float(values.mean()),
             "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
             "seeds": len(values),
-            "above_ours": [float(x) for x in values - by_method[ours]],
+            "above_ours": [float(x) for x in values - by_mixture[ours]],
         }
-        for name, values in sorted(by_method.items(), key=lambda item: item[1].mean())
+        for name, values in sorted(by_mixture.items(), key=lambda item: item[1].mean())
     }
+
+
+def joined(tables: list[ProxyRuns]) -> ProxyRuns:
+    """One table of all rows; a run that stands in several is taken once."""
+    first = tables[0]
+    columns = {name: np.concatenate([getattr(table, name) for table in tables])
+               for name in ("run", "n_params", "tokens", "ratios", "losses")}
+    _, once = np.unique(np.column_stack([columns["run"], columns["tokens"].astype(str)]), axis=0, return_index=True)
+    return make_runs("all runs", first.languages, first.targets, *(values[once] for values in columns.values()))
+
+
+def wider(work: pathlib.Path, proxies: ProxyRuns, tokens: list[int], arguments: argparse.Namespace) -> dict[str, dict]:
+    """Scores of the laws on new mixtures of a model of twice the width."""
+    few = {"planned_mixtures__pairs": 0, "planned_mixtures__leave_one_out": False, "planned_mixtures__seed": 1}
+    narrow = train(work, "narrow.csv", tokens, arguments.threads, WIDTH // 2, **few,
+                   planned_mixtures__mixtures=arguments.mixtures // 3)
+    wide = train(work, "wide.csv", tokens, arguments.threads, 2 * WIDTH, **few, planned_mixtures__monolingual=False,
+                 planned_mixtures__mixtures=max(2, arguments.mixtures // 6))
+    found = compare_laws(joined([proxies, narrow]), wide, arguments.families)
+    show_laws(f"New mixtures at {wide.n_params[0] / 1e6:.2f}M parameters, from proxies of "
+              f"{narrow.n_params[0] / 1e6:.2f}M and {proxies.n_params[0] / 1e6:.2f}M", found)
+    return found
 
 
 def main() -> None:
@@ -145,8 +180,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/climb_corpus"))
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
-    parser.add_argument("--tokens", type=int, default=409_600, help="D of the proxies")
-    parser.add_argument("--mixtures", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=655_360, help="D of the proxies")
+    parser.add_argument("--mixtures", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="proxies trained side by side")
     parser.add_argument("--families", action="store_true", help="all interaction families too")
@@ -167,27 +202,41 @@ def main() -> None:
     unseen = held_out(runs)
     laws = compare_laws(runs.rows(~unseen), runs.rows(unseen), arguments.families)
     show_laws(f"Held-out mixtures, {len(np.unique(runs.run[unseen]))} runs x {len(tokens) - 1} token counts", laws)
+    sizes = wider(work, runs, tokens, arguments)
 
-    target, folder = 4 * arguments.tokens, work / "allocation"
-    command("data_mixtures.climb.allocate", allocate__runs="@proxy_runs()", proxy_runs__path=work / "proxies.csv",
-            proxy_runs__min_tokens=arguments.tokens / 4 - 1,
-            allocate__output=folder, allocate__n_params=runs.n_params[0], allocate__tokens=target,
-            allocate__token_store=store, allocate__weights="natural", allocate__max_epochs=4.0)
-    command("data_mixtures.climb.report", climb_report__folder=folder)
-    paths = sorted((folder / "methods").glob("*.json"))
+    target, chosen = 4 * arguments.tokens, {}
+    for weights in WEIGHTS:
+        folder = work / f"allocation-{weights}"
+        command("data_mixtures.climb.allocate", allocate__runs="@proxy_runs()", proxy_runs__path=work / "proxies.csv",
+                proxy_runs__min_tokens=arguments.tokens / 4 - 1, allocate__output=folder,
+                allocate__n_params=runs.n_params[0], allocate__tokens=target, allocate__token_store=store,
+                allocate__weights=weights, allocate__max_epochs=4.0)
+        command("data_mixtures.climb.report", climb_report__folder=folder)
+        for path in sorted((folder / "methods").glob("*.json")):
+            mixture = f"{path.stem}-{weights}" if path.stem not in RULES else path.stem
+            chosen[mixture] = shutil.copy(path, work / f"{mixture}.json")
+    rates = {mixture: tuple(sorted((l, round(r, 6)) for l, r in load_rates(path).items()))
+             for mixture, path in chosen.items()}
+    first = {value: mixture for mixture, value in reversed(rates.items())}
     final = train(work, "final.csv", [target], arguments.threads, proxies__plan="@given_mixtures",
-                  given_mixtures__paths=[str(path) for path in paths], proxies__seeds=list(range(arguments.seeds)))
+                  given_mixtures__paths=[str(chosen[mixture]) for mixture in rates if first[rates[mixture]] == mixture],
+                  proxies__seeds=list(range(arguments.seeds)))
     extrapolated = compare_laws(runs, final, arguments.families)
     show_laws(f"All methods' mixtures at 4 D = {target:,} tokens, {len(final)} runs", extrapolated)
-    natural = load_rates(folder / "methods" / "natural.json")
-    ours = json.loads((folder / "allocation.json").read_text())["method"]
-    methods = judge_methods(final, [path.stem for path in paths], natural, ours)
-    print("\nTrained at 4 D, held-out loss with natural weights")
-    print(f"{'method':<16} {'loss':>8} {'sd':>7}  less {ours}, by seed")
-    for name, method in methods.items():
-        print(f"{name:<16} {method['loss']:>8.4f} {method['sd']:>7.4f}  "
-              + " ".join(f"{x:+.4f}" for x in method["above_ours"]))
-    print(json.dumps({"tokens": arguments.tokens, "runs": len(np.unique(runs.run)), "laws": laws,
+    methods = {}
+    for weights in WEIGHTS:
+        allocation = json.loads((work / f"allocation-{weights}" / "allocation.json").read_text())
+        ours = f"{allocation['method']}-{weights}"
+        methods[weights] = judge_methods(final, dict(zip(allocation["targets"], allocation["weights"])), ours)
+        print(f"\nTrained at 4 D, held-out loss with {weights} weights\n{'mixture':<24} {'loss':>8} {'sd':>7}  "
+              f"less {ours}, by seed")
+        for name, method in methods[weights].items():
+            print(f"{name:<24} {method['loss']:>8.4f} {method['sd']:>7.4f}  "
+                  + " ".join(f"{x:+.4f}" for x in method["above_ours"]))
+    for mixture, value in rates.items():
+        if first[value] != mixture:
+            print(f"{mixture}: the same mixture as {first[value]}")
+    print(json.dumps({"tokens": arguments.tokens, "runs": len(np.unique(runs.run)), "laws": laws, "sizes": sizes,
                       "extrapolation": extrapolated, "methods": methods}))
 
 

@@ -13,10 +13,11 @@ import gin
 import numpy as np
 from etils import epath
 
-from data_mixtures.documents import Corpus, Document
+from data_mixtures.documents import Corpus
 from mlx_pretrain import __version__
 from mlx_pretrain.configuration import run
 from mlx_pretrain.data import store as token_store
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError

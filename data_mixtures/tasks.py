@@ -20,7 +20,8 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from data_mixtures.documents import Corpus, Document, read_documents
+from data_mixtures.documents import Corpus
+from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.data.mixing import MixtureOrder
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID

@@ -19,6 +19,7 @@ from typing import Any
 import gin
 import numpy as np
 from etils import epath
+from scipy import stats
 
 from data_mixtures.baselines import temperature_rates, unimax_rates
 from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION, solve
@@ -165,7 +166,7 @@ class Allocator:
         elif hasattr(self.fitted, "spread"):
             with float64():
                 spread = np.asarray(self.fitted.spread(ratios, float(config.n_params), float(config.tokens)))
-            low, high = losses - 1.645 * spread, losses + 1.645 * spread
+            low, high = (losses + quantile * spread for quantile in stats.norm.ppf(_INTERVAL))
         effective = None
         if isinstance(self.fitted, EffectiveLaw):
             with float64():

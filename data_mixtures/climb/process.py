@@ -327,7 +327,7 @@ class StructuredProcess:
                 "counts": counts, "y": (log_losses - centre) / width}
         prior, rng = _prior(own, int(varies.sum())), np.random.default_rng(seed)
         share, data = min(1.0, self.full_rows / len(table)), _padded(rows, own)
-        warm_up, n_draws = (int(np.ceil(share * n)) for n in (self.warm_up, self.draws))
+        warm_up, n_draws = (max(1, int(share * n)) for n in (self.warm_up, self.draws))
         with float64():
             mode = _mode(prior, data)
             draws, accepted = _draw(mode, prior, data, rng, warm_up, n_draws)
