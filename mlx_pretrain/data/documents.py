@@ -18,7 +18,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -49,12 +49,16 @@ class Document:
       text: the text as it is in the file.
       language: the record's `lang`, else "".
       source: the record's `source`, else "".
+      number: line or row of the file, from 1; no part of what makes documents equal.
+      extra: further fields of the record that were asked for; absent ones are None.
     """
 
     id: str
     text: str
     language: str
     source: str
+    number: int = dataclasses.field(default=1, compare=False)
+    extra: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
 
 
 def match_files(pattern: epath.PathLike) -> list[epath.Path]:
@@ -76,32 +80,48 @@ def match_files(pattern: epath.PathLike) -> list[epath.Path]:
     return found
 
 
-def read_documents(path: epath.PathLike, text_unit: str = "file") -> Iterator[Document]:
+def read_documents(
+    path: epath.PathLike,
+    text_unit: str = "file",
+    *,
+    extra: Sequence[str] = (),
+    rejected: Callable[[int, str], None] | None = None,
+) -> Iterator[Document]:
     """Streams the documents of one file.
 
     Args:
       path: a .jsonl, .txt (either may end in .xz, .gz or .zst too) or .parquet file.
       text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
+      extra: names of further fields to keep of each record of a .jsonl or .parquet file.
+      rejected: called with the line or row and the reason for every bad record, which is then passed over; None: the
+        first one ends the reading.
 
     Raises:
-      InputError: the file is missing, of unknown type, empty, truncated or not UTF-8; a record is not a JSON object or
-        has no text. The message names the file, and the line or row.
+      InputError: the file is missing, of unknown type, empty, truncated or damaged as a whole; or, without `rejected`,
+        a record is not UTF-8, no JSON object or without text. The message names the file, and the line or row.
     """
     path = epath.Path(path)
     suffixes = path.suffixes
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESS else path.suffix
     if kind == ".parquet" and path.suffix == ".parquet":
-        documents = _read_parquet(path)
+        records, parse = _parquet_rows(path, extra), _document
     elif kind == ".jsonl":
-        documents = _read_jsonl(path)
+        records, parse = _lines(path), _json_document
     elif kind == ".txt":
-        documents = _read_text_lines(path) if text_unit == "line" else _read_text(path)
+        records, parse = (_lines(path), _line_document) if text_unit == "line" else (_whole(path), _text_document)
     else:
         raise InputError(f"{path}: unknown type of document file; known are .jsonl and .txt "
                          f"(also with {', '.join(_DECOMPRESS)}) and .parquet")
     empty = True
-    for document in documents:
+    for number, record in records:
         empty = False
+        try:
+            document = parse(record, path, number, extra)
+        except InputError as error:
+            if rejected is None:
+                raise
+            rejected(number, str(error))
+            continue
         yield document
     if empty:
         raise InputError(f"{path}: empty, there is no document in it")
@@ -119,7 +139,7 @@ def _open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: cannot be read (truncated or damaged?): {error}") from None
 
 
-def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
+def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
     """Non-blank lines with their numbers from 1, without the line end."""
     with _open_bytes(path) as file:
         for number, line in enumerate(file, 1):
@@ -127,7 +147,32 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
                 line = line.removeprefix(_BOM)
             line = line.rstrip(b"\r\n")
             if line.strip():
-                yield number, _decode(line, f"{path}:{number}")
+                yield number, line
+
+
+def _whole(path: epath.Path) -> Iterator[tuple[int, bytes]]:
+    with _open_bytes(path) as file:
+        content = file.read().removeprefix(_BOM)
+    if content.strip():
+        yield 1, content
+
+
+def _parquet_rows(path: epath.Path, extra: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    try:
+        with path.open("rb") as file:
+            table = pa.parquet.ParquetFile(file)
+            columns = [name for name in (*_COLUMNS, *extra) if name in table.schema_arrow.names]
+            number = 0
+            for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read (truncated or damaged?): {str(error).splitlines()[0]}") from None
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -137,56 +182,33 @@ def _decode(content: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8: {error}") from None
 
 
-def _read_jsonl(path: epath.Path) -> Iterator[Document]:
-    for number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: malformed JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: a {type(record).__name__} where a JSON object is expected")
-        yield _document(record, path, number, escapes="\\u" in line)
+def _text_document(content: bytes, path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+    return Document(path.name, _decode(content, str(path)), "", "", number)
 
 
-def _document(record: dict[str, object], path: epath.Path, number: int, escapes: bool) -> Document:
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise InputError(f'{path}:{number}: no "text" string in this record')
-    if escapes:  # JSON can spell half a surrogate pair, which no encoding of Unicode can hold
+def _line_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+    return Document(f"{path.name}:{number}", _decode(line, f"{path}:{number}"), "", "", number)
+
+
+def _json_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+    try:
+        record = json.loads(_decode(line, f"{path}:{number}"))
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: malformed JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{path}:{number}: a {type(record).__name__} where a JSON object is expected")
+    document = _document(record, path, number, extra)
+    if b"\\u" in line:  # JSON can spell half a surrogate pair, which no encoding of Unicode can hold
         try:
-            text.encode()
+            document.text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{path}:{number}: the text is not valid Unicode: {error}") from None
-    name = record.get("id")
-    return Document(f"{path.name}:{number}" if name is None else str(name), text,
-                    str(record.get("lang") or ""), str(record.get("source") or ""))
+    return document
 
 
-def _read_text(path: epath.Path) -> Iterator[Document]:
-    with _open_bytes(path) as file:
-        content = file.read().removeprefix(_BOM)
-    if content.strip():
-        yield Document(path.name, _decode(content, str(path)), "", "")
-
-
-def _read_text_lines(path: epath.Path) -> Iterator[Document]:
-    for number, line in _lines(path):
-        yield Document(f"{path.name}:{number}", line, "", "")
-
-
-def _read_parquet(path: epath.Path) -> Iterator[Document]:
-    try:
-        with path.open("rb") as file:
-            table = pa.parquet.ParquetFile(file)
-            columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
-            number = 0
-            for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield _document(record, path, number, escapes=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read (truncated or damaged?): {str(error).splitlines()[0]}") from None
+def _document(record: dict[str, object], path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+    text, name = record.get("text"), record.get("id")
+    if not isinstance(text, str):
+        raise InputError(f'{path}:{number}: no "text" string in this record')
+    return Document(f"{path.name}:{number}" if name is None else str(name), text, str(record.get("lang") or ""),
+                    str(record.get("source") or ""), number, {field: record.get(field) for field in extra})

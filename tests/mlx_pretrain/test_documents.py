@@ -87,6 +87,16 @@ def test_damage_is_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_bad_records_are_passed_over_when_somebody_takes_note(tmp_path):
+    path, found = tmp_path / "d.jsonl", []
+    path.write_bytes(GOOD + b'{"text": "\xff"}\n[1]\n\n' + b'{"text": "last", "id": 7, "score": 2.5, "no": 1}\n')
+    documents = list(read_documents(path, extra=("score", "votes"), rejected=lambda *reject: found.append(reject)))
+    assert [(d.text, d.number, d.extra) for d in documents] == [
+        ("good", 1, {"score": None, "votes": None}), ("last", 5, {"score": 2.5, "votes": None})]
+    assert [(number, reason.split(": ")[1]) for number, reason in found] == [
+        (2, "not UTF-8"), (3, "a list where a JSON object is expected")]
+
+
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_a_truncated_stream_is_an_error_and_not_a_shorter_file(tmp_path, suffix, kind):
