@@ -161,7 +161,7 @@ def read_allocation(path: epath.PathLike) -> dict[str, Any]:
         "unique_tokens": None if unique is None else {
             name: _Fields(path, unique, "unique_tokens").number(name) for name in unique},
         "natural": fields.array("natural", n, optional=True), "weights": fields.array("weights", t),
-        "weights_name": fields.get("weights_name", str, "a text"),
+        "weights_name": fields.get("weights_name", str, "a text"), "interval": fields.array("interval", 2),
         "constraints": fields.get("constraints", dict, "an object"),
         "law": {"name": law.get("name", str, "a text"), "family": law.get("family", (str, type(None)), "a text"),
                 "notes": [str(note) for note in notes]},

@@ -50,7 +50,7 @@ def make_allocation() -> dict:
     methods = {name: make_method(rng, ratios, name == "climb") for name, ratios in methods.items()}
     for name, loss in (("climb", 3.2), ("natural", 3.4)):
         methods[name]["weighted_loss"] = loss
-    # Better beyond the interval, better within it, worse within it, worse beyond it.
+    # Better beyond the 90 % interval, better within it, worse within it, worse beyond it.
     methods["natural"]["losses"] = np.add(methods["climb"]["losses"], [0.05, 0.01, -0.01, -0.1]).tolist()
     methods["climb"]["binding"] = [["et", "max_epochs"], ["fi", "floor"]]
     related = [[any({a, b} == pair for pair in RELATIVES) for b in LANGUAGES] for a in LANGUAGES]
@@ -61,7 +61,8 @@ def make_allocation() -> dict:
     return {
         "format": "mlx-allocation", "version": 1, "languages": LANGUAGES, "targets": LANGUAGES, "n_params": 1.2e9,
         "tokens": 3e10, "unique_tokens": dict.fromkeys(LANGUAGES, 10**9), "natural": natural.tolist(),
-        "weights": [0.25] * 4, "weights_name": "reference", "method": "climb", "methods": methods,
+        "weights": [0.25] * 4, "weights_name": "reference", "interval": [0.05, 0.95],
+        "method": "climb", "methods": methods,
         "constraints": {"floor": 0.01, "max_epochs": 4, "fixed": {}},
         "law": {"name": "climb", "family": "saturating", "notes": ["the pair fi and ru is told apart by one run"]},
         "transfer": {"values": values, "low": None, "high": None, "meaning": "Gain per unit of ratio.",
@@ -188,7 +189,7 @@ def test_the_first_lines_say_what_was_decided_and_how_sure_it_is(page):
     assert "a model of 1.2B parameters and 30B training tokens, from 12 proxy runs, by Climb" in text
     assert "more to fi (10.0 → 20.0 %), uk (32.0 → 38.8 %) and less to ru (55.0 → 40.0 %), et (3.0 → 1.2 %)" in text
     assert "5.88 % lower than with the natural mixture" in text
-    assert "2 of 4 languages get better, 1 of them beyond the interval of the prediction" in text
+    assert "2 of 4 languages get better, 1 of them beyond the 90 % interval of the prediction" in text
     assert "off by 2.00 % of the loss on average, less than that gain" in text
     assert "beyond the proxies: 120 times the parameters and 7.5k times the tokens" in text
     assert "the pair fi and ru is told apart by one run" in text
