@@ -37,7 +37,7 @@ class Variant:
       reason: why it is here and what is expected of it.
       batch: sequences on the device.
       segments: attention within documents only, as in training; False: as if a row were one document.
-      The others: of DecoderConfig and make_train_step.
+      The others: of DecoderConfig and make_decoder_loss.
     """
 
     reason: str
@@ -80,7 +80,7 @@ def measure(variant: Variant, steps: int, quick: bool) -> dict:
     from mlx_pretrain import hardware, optimizers, partitioning, train_state
     from mlx_pretrain.data.store import EOS_ID
     from mlx_pretrain.models.decoder import DecoderConfig
-    from mlx_pretrain.trainer import make_train_step
+    from mlx_pretrain.trainer import make_decoder_loss, make_train_step
 
     if quick:
         shape = {"vocab_size": 512, "embed_dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_dim": 128}
@@ -103,7 +103,7 @@ def measure(variant: Variant, steps: int, quick: bool) -> dict:
     with partitioning.use(mesh):
         tokens = jax.device_put(tokens, partitioning.batch_sharding(mesh))
         abstract = train_state.abstract_state(config, optimizer, mesh)
-        step = make_train_step(config, optimizer, schedule, chunk_tokens=variant.chunk_tokens)
+        step = make_train_step(make_decoder_loss(config, chunk_tokens=variant.chunk_tokens), optimizer, schedule)
         start = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=0).lower(abstract, tokens).compile()
         compile_s = time.perf_counter() - start

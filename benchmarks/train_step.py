@@ -42,7 +42,7 @@ def train(dtype: str, steps: int) -> dict:
 
     from mlx_pretrain import hardware, optimizers, partitioning, train_state
     from mlx_pretrain.models.decoder import DecoderConfig
-    from mlx_pretrain.trainer import make_train_step
+    from mlx_pretrain.trainer import make_decoder_loss, make_train_step
 
     config = DecoderConfig(
         vocab_size=8192, embed_dim=256, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64, mlp_dim=1024,
@@ -58,7 +58,7 @@ def train(dtype: str, steps: int) -> dict:
         abstract = train_state.abstract_state(config, optimizer, mesh)
         state = train_state.initial_state(config, optimizer, 0, abstract)
         tokens = jax.device_put(tokens, partitioning.batch_sharding(mesh))
-        step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
+        step = jax.jit(make_train_step(make_decoder_loss(config), optimizer, schedule), donate_argnums=0)
         for _ in range(steps):
             state, metrics = step(state, tokens)
             losses.append(float(metrics["loss"]))

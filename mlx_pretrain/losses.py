@@ -7,7 +7,7 @@ of the vocabulary, and the kernel's gradient crosses the network once instead of
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,9 +168,3 @@ def _chunks(batch: int, length: int, chunk_tokens: int) -> int:
     """The fewest equal slices of the length that hold at most `chunk_tokens` tokens each (one position at least)."""
     fits = (n for n in range(1, length + 1) if length % n == 0 and batch * length // n <= chunk_tokens)
     return next(fits, length)
-
-
-def mean_loss(sums: LossSums) -> dict[str, Any]:
-    """Per-token means of accumulated sums."""
-    weight = jnp.maximum(sums.weight, 1.0)
-    return {"loss": sums.nll / weight, "z_loss": sums.z_loss / weight}

@@ -4,101 +4,140 @@ The run goes on where its folder's last checkpoint is: the same command starts, 
 only evaluates.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
-from mlx_pretrain import configuration, optimizers
+from mlx_pretrain import checkpoints, configuration
+from mlx_pretrain.data.loader import Batch, BatchSource
+from mlx_pretrain.data.rates import load_rates
+from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore, used_languages
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.models.decoder import DecoderConfig
-from mlx_pretrain.training_loop import TrainingLoop
+from mlx_pretrain.trainer import LossParts, make_decoder_loss
+from mlx_pretrain.training_loop import LoopConfig, TrainingLoop
 
 
 @gin.configurable("train")
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One training run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """One pretraining run; see `LoopConfig` for the rest of its attributes.
 
     Attributes:
-      run_dir: folder of the run: config.gin, run.json, model.json, metrics.jsonl, tensorboard/, checkpoints/.
       model: shape and numerics of the decoder.
       token_store: folder made by the exporter.
       rates: rates file; its languages are the mixture.
-      steps: optimizer steps in all.
-      batch_size: sequences per step, over all devices and microbatches.
-      learning_rate: a schedule, e.g. @warmup_cosine().
-      optimizer: called with `learning_rate`, e.g. @adamw or @muon.
-      seed: of initial parameters and data order.
-      microbatches: slices of the batch whose gradients are summed one after the other.
       z_coefficient: weight of the z-loss.
       chunk_tokens: tokens whose logits are held at once on a device.
-      on_non_finite: "stop" at a non-finite loss or gradient, writing out the batch's provenance, or "skip" that update
-        and count it.
-      log_every: steps between lines in metrics.jsonl.
-      eval_every: steps between evaluations on held-out text, besides those before the first and after the last step.
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
-      checkpoint_every: steps between checkpoints, besides those at the end and on SIGTERM or Ctrl-C.
-      profile_at: step at which to record a `jax.profiler` trace; SIGUSR1 records one at any time.
-      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
 
-    run_dir: str = gin.REQUIRED
     model: DecoderConfig = gin.REQUIRED
     token_store: str = gin.REQUIRED
     rates: str = gin.REQUIRED
-    steps: int = gin.REQUIRED
-    batch_size: int = gin.REQUIRED
-    learning_rate: optimizers.Schedule = gin.REQUIRED
-    optimizer: Callable[..., Any] = optimizers.adamw
-    seed: int = 0
-    microbatches: int = 1
     z_coefficient: float = 0.0
     chunk_tokens: int = 1024
-    on_non_finite: str = "stop"
-    log_every: int = 10
-    eval_every: int | None = None
     eval_batch_size: int = 16
     eval_sequences: int | None = None
-    checkpoint_every: int = 1000
-    profile_at: int | None = None
-    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
 
     def __post_init__(self):
-        counts = ["steps", "batch_size", "microbatches", "chunk_tokens", "log_every", "checkpoint_every"]
-        counts += [name for name in ("eval_every", "eval_sequences", "profile_at") if getattr(self, name) is not None]
-        for name in (*counts, "eval_batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"train.{name} = {value!r}: must be a positive integer")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise InputError(f"train.seed = {self.seed!r}: must be a non-negative integer")
+        super().__post_init__()
+        self.check_counts("chunk_tokens", "eval_batch_size", *(["eval_sequences"] if self.eval_sequences else []))
         if not isinstance(self.model, DecoderConfig):
             raise InputError(f"train.model = {self.model!r}: must be a model, e.g. @DecoderConfig()")
-        if not _is_schedule(self.learning_rate):
-            raise InputError(f"train.learning_rate = {self.learning_rate!r}: must be a schedule, e.g. @warmup_cosine()")
-        if not callable(self.optimizer):
-            raise InputError(f"train.optimizer = {self.optimizer!r}: must be an optimizer, e.g. @adamw")
-        if self.batch_size % self.microbatches:
-            raise InputError(f"train.microbatches = {self.microbatches} does not divide batch_size={self.batch_size}")
-        if self.on_non_finite not in ("stop", "skip"):
-            raise InputError(f"train.on_non_finite = {self.on_non_finite!r}: must be 'stop' or 'skip'")
 
 
-def _is_schedule(value: Any) -> bool:
-    try:
-        float(value(0))
-    except (TypeError, ValueError):
-        return False
-    return True
+class Pretraining:
+    """A decoder on a mixture of languages: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainConfig):
+        """Opens and checks all inputs; nothing is written yet.
+
+        Raises:
+          InputError: rates, token store and model do not fit each other, or data are damaged.
+        """
+        self.model = config.model
+        self._config = config
+        self._store = TokenStore(config.token_store)
+        self._rates = load_rates(config.rates, known=self._store.parts("train"))
+        for language in used_languages(self._store, "train", self._rates):
+            self._store.array("train", language)  # checks the files
+        self._store.check_fits(config.model.vocab_size, config.model.max_length)
+        length = self._store.manifest.sequence_length
+        self.batch_shapes = {"tokens": (length,), "source": ()}
+        self.tokens_per_sequence = length
+        self.flops_per_token = config.model.flops_per_token(length)
+        self._loss = make_decoder_loss(
+            config.model, z_coefficient=config.z_coefficient, chunk_tokens=config.chunk_tokens
+        )
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
+        return self._loss(params, batch["tokens"])
+
+    def source(self, first_sequence: int, rows: np.ndarray) -> BatchSource:
+        config = self._config
+        return BatchSource(self._store, self._rates, config.batch_size, config.seed, first_sequence, rows)
+
+    def tokens(self, batch: Batch) -> collections.Counter[str]:
+        real = (batch["tokens"] != PAD_ID).sum(axis=1)
+        languages = used_languages(self._store, "train", self._rates)
+        counts = np.bincount(batch["source"], weights=real, minlength=len(languages))
+        return collections.Counter(dict(zip(languages, counts.astype(int).tolist())))
+
+    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+        config = self._config
+        return HeldOut(
+            self._store,
+            config.model,
+            mesh,
+            batch_size=config.eval_batch_size,
+            max_sequences=config.eval_sequences,
+            chunk_tokens=config.chunk_tokens,
+        )
+
+    def headline(self, evaluation: Mapping[str, float]) -> str:
+        languages = sum(name.startswith("loss/") for name in evaluation)
+        return (f"held-out loss {evaluation['loss']:.4f} nats/token, {evaluation['bits_per_byte']:.4f} bits/byte "
+                f"(mean of {languages} languages)")
+
+    def save_model(self, run_dir: epath.Path) -> None:
+        checkpoints.save_model(run_dir, self.model, self._store.path / TOKENIZER)
+
+    def initial_params(self) -> None:
+        return None
+
+    def summary(self) -> str:
+        return f"{len(self._rates)} languages, {self._config.batch_size} x {self.tokens_per_sequence} tokens a step"
+
+    def description(self) -> dict[str, Any]:
+        manifest = self._store.manifest
+        return {
+            "sequence_length": manifest.sequence_length,
+            "token_store": str(self._config.token_store),
+            "tokenizer_sha256": manifest.tokenizer_sha256,
+            "rates": self._rates,
+            "train_sequences": {l: self._store.part("train", l).sequences for l in self._rates},
+        }
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
+    return TrainingLoop(config, Pretraining(config)).run()
 
 
 def main() -> None:
-    """Trains a decoder on a mixture of languages. Parameters: train.* (see mlx_pretrain/train.py), DecoderConfig.*,
-    make_mesh.*, the schedule's and the optimizer's."""
-    TrainingLoop(TrainConfig()).run()
+    """Trains a decoder on a mixture of languages. Parameters: train.* (see mlx_pretrain/train.py and training_loop.py),
+    DecoderConfig.*, make_mesh.*, the schedule's and the optimizer's."""
+    train(TrainConfig())
 
 
 if __name__ == "__main__":

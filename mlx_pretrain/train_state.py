@@ -1,7 +1,7 @@
 """What a training run carries from step to step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlx_pretrain import partitioning
-from mlx_pretrain.models.decoder import Decoder, DecoderConfig
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -30,29 +29,30 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
 
 
-def _boxed_params(config: DecoderConfig, seed: int | jax.Array) -> Any:
-    """Parameters in boxes that carry their logical axis names."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return Decoder(config).init(jax.random.key(seed), tokens, tokens, tokens)["params"]
+class ModelConfig(Protocol):
+    """What the functions below ask of a model: a `DecoderConfig`, for one."""
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters in boxes that carry their logical axis names."""
 
 
-def _state(config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
-    params = nn.unbox(_boxed_params(config, seed))
+def _state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
+    params = nn.unbox(config.init(jax.random.key(seed)))
     return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def abstract_params(
-    config: DecoderConfig, mesh: Mesh, rules: partitioning.Rules = partitioning.DEFAULT_RULES
+    config: ModelConfig, mesh: Mesh, rules: partitioning.Rules = partitioning.DEFAULT_RULES
 ) -> Any:
     """Shapes, dtypes and shardings of the parameters."""
-    boxed = jax.eval_shape(lambda: _boxed_params(config, 0))
+    boxed = jax.eval_shape(lambda: config.init(jax.random.key(0)))
     # Not nn.unbox: it would apply the sharding to a shape that holds no array.
     values = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     return _with_shardings(values, partitioning.shardings(boxed, mesh, rules))
 
 
 def abstract_state(
-    config: DecoderConfig,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
@@ -83,7 +83,7 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def make_initial_state(
-    config: DecoderConfig, optimizer: optax.GradientTransformation, abstract: TrainState
+    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> Callable[[int], TrainState]:
     """Builds `state(seed)`: a fresh state, laid out as `abstract` says, compiled once for all seeds.
 
@@ -97,7 +97,7 @@ def make_initial_state(
 
 
 def initial_state(
-    config: DecoderConfig, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
 ) -> TrainState:
     """The state of `make_initial_state` for one seed."""
     return make_initial_state(config, optimizer, abstract)(seed)

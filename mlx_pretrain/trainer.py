@@ -1,7 +1,8 @@
-"""The compiled steps: one training step with gradient accumulation, one evaluation step."""
+"""The compiled steps: one training step with gradient accumulation, of any model and loss; the decoder's loss and
+evaluation step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,21 @@ from mlx_pretrain.train_state import TrainState
 Metrics = dict[str, jax.Array]
 
 
+class LossParts(NamedTuple):
+    """What a loss returns beside the sum to differentiate; parts of the slices of a batch are added up.
+
+    Attributes:
+      weight: float32 scalar, what the sum, and so the gradient, is divided by for the mean.
+      means: name -> (sum, weight), float32 scalars: what to log. One of them is "loss".
+    """
+
+    weight: jax.Array
+    means: dict[str, tuple[jax.Array, jax.Array]]
+
+
+Loss = Callable[[Any, Any], tuple[jax.Array, LossParts]]
+
+
 def _hidden(config: DecoderConfig, params: Any, tokens: jax.Array) -> tuple[jax.Array, DecoderBatch]:
     """Final hidden states `[batch, length, embed]` of packed sequences `[batch, length]`, and how they were split."""
     batch = decoder_batch(tokens)
@@ -22,59 +38,63 @@ def _hidden(config: DecoderConfig, params: Any, tokens: jax.Array) -> tuple[jax.
     return hidden, batch
 
 
-def batch_loss(
-    config: DecoderConfig, params: Any, tokens: jax.Array, z_coefficient: float, chunk_tokens: int
-) -> tuple[jax.Array, losses.LossSums]:
-    """Summed loss of packed sequences `[batch, length]`: (scalar to differentiate, its parts)."""
-    hidden, batch = _hidden(config, params, tokens)
-    return losses.cross_entropy(
-        hidden,
-        output_kernel(params),
-        batch.targets,
-        batch.weights,
-        z_coefficient=z_coefficient,
-        chunk_tokens=chunk_tokens,
-    )
+def make_decoder_loss(config: DecoderConfig, *, z_coefficient: float = 0.0, chunk_tokens: int = 1024) -> Loss:
+    """Builds `loss(params, tokens [batch, length])`: cross entropy of packed sequences, nats, plus the z-loss."""
+
+    def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, LossParts]:
+        hidden, batch = _hidden(config, params, tokens)
+        total, sums = losses.cross_entropy(
+            hidden,
+            output_kernel(params),
+            batch.targets,
+            batch.weights,
+            z_coefficient=z_coefficient,
+            chunk_tokens=chunk_tokens,
+        )
+        means = {"loss": (sums.nll, sums.weight), "z_loss": (sums.z_loss, sums.weight)}
+        return total, LossParts(sums.weight, means)
+
+    return loss
 
 
 def make_train_step(
-    config: DecoderConfig,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
     *,
     microbatches: int = 1,
-    z_coefficient: float = 0.0,
-    chunk_tokens: int = 1024,
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-    """Builds `step(state, tokens [batch, length]) -> (state, metrics)`, to be jitted with the state donated.
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Builds `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    Gradients are summed over `microbatches` slices of the batch and divided by the total loss weight once, so the
-    result is that of the whole batch however unevenly padding falls. A non-finite loss or gradient leaves parameters
-    and optimizer as they were and counts in `state.skipped`; metrics carry `finite`.
+    A batch is an array or a tree of them, each `[batch, ...]`. Gradients are summed over `microbatches` slices of the
+    batch and divided by the total weight of the loss once, so the result is that of the whole batch however unevenly
+    padding falls. A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
+    `state.skipped`; metrics carry `finite`.
     """
+    gradient = jax.grad(loss, has_aux=True)
 
-    def gradients(params: Any, tokens: jax.Array) -> tuple[losses.LossSums, Any]:
-        loss = lambda p, t: batch_loss(config, p, t, z_coefficient, chunk_tokens)  # noqa: E731
-        gradient = jax.grad(loss, has_aux=True)
+    def gradients(params: Any, batch: Any) -> tuple[LossParts, Any]:
         if microbatches == 1:
-            grads, sums = gradient(params, tokens)
-            return sums, grads
-
-        def add(carry, slice_tokens):
-            grads, sums = gradient(params, partitioning.constrain(slice_tokens, "batch", "length"))
-            return jax.tree.map(jnp.add, carry, (sums, grads)), None
+            grads, parts = gradient(params, batch)
+            return parts, grads
 
         # Every device keeps its own rows: consecutive microbatches take every k-th row.
-        slices = tokens.reshape(-1, microbatches, tokens.shape[1]).swapaxes(0, 1)
-        zero = jnp.zeros((), jnp.float32)
-        start = (losses.LossSums(zero, zero, zero), jax.tree.map(jnp.zeros_like, params))
+        slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(carry, part):
+            pinned = jax.tree.map(lambda x: partitioning.constrain(x, "batch", *(None,) * (x.ndim - 1)), part)
+            grads, parts = gradient(params, pinned)
+            return jax.tree.map(jnp.add, carry, (parts, grads)), None
+
+        _, parts = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], slices))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add, start, slices)[0]
 
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        sums, grads = gradients(state.params, tokens)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        parts, grads = gradients(state.params, batch)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(parts.weight, 1.0), grads)
         grad_norm = optax.tree.norm(grads)
-        metrics = losses.mean_loss(sums)
+        metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in parts.means.items()}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def apply(operands):

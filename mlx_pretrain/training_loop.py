@@ -1,4 +1,4 @@
-"""The training loop: set-up, step, and what happens between steps."""
+"""The training loop, of whatever task: set-up, step, and what happens between steps."""
 
 import collections
 import contextlib
@@ -6,46 +6,164 @@ import dataclasses
 import datetime
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
+import gin
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 import mlx_pretrain
-from mlx_pretrain import checkpoints, configuration, hardware, partitioning
+from mlx_pretrain import configuration, hardware, optimizers, partitioning
 from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.data import loader
-from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore, used_languages
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.files import write_json
 from mlx_pretrain.interrupts import Profiler, StopRequest
 from mlx_pretrain.meter import Meter
 from mlx_pretrain.metrics import MetricWriter
-from mlx_pretrain.train_state import abstract_state, initial_state
-from mlx_pretrain.trainer import make_train_step
+from mlx_pretrain.train_state import ModelConfig, abstract_state, initial_state
+from mlx_pretrain.trainer import LossParts, make_train_step
 
-if TYPE_CHECKING:
-    from mlx_pretrain.train import TrainConfig
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every training run is told, whatever it trains.
+
+    Attributes:
+      run_dir: folder of the run: config.gin, run.json, model.json, metrics.jsonl, tensorboard/, checkpoints/.
+      steps: optimizer steps in all.
+      batch_size: sequences per step, over all devices and microbatches.
+      learning_rate: a schedule, e.g. @warmup_cosine().
+      optimizer: called with `learning_rate`, e.g. @adamw or @muon.
+      seed: of initial parameters and data order.
+      microbatches: slices of the batch whose gradients are summed one after the other.
+      on_non_finite: "stop" at a non-finite loss or gradient, writing out the batch's provenance, or "skip" that update
+        and count it.
+      log_every: steps between lines in metrics.jsonl.
+      eval_every: steps between evaluations on held-out data, besides those before the first and after the last step.
+      checkpoint_every: steps between checkpoints, besides those at the end and on SIGTERM or Ctrl-C.
+      profile_at: step at which to record a `jax.profiler` trace; SIGUSR1 records one at any time.
+      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
+    """
+
+    name: ClassVar[str] = "train"  # in gin
+    module: ClassVar[str] = "mlx_pretrain.train"
+
+    run_dir: str = gin.REQUIRED
+    steps: int = gin.REQUIRED
+    batch_size: int = gin.REQUIRED
+    learning_rate: optimizers.Schedule = gin.REQUIRED
+    optimizer: Callable[..., Any] = optimizers.adamw
+    seed: int = 0
+    microbatches: int = 1
+    on_non_finite: str = "stop"
+    log_every: int = 10
+    eval_every: int | None = None
+    checkpoint_every: int = 1000
+    profile_at: int | None = None
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
+
+    def __post_init__(self):
+        optional = [name for name in ("eval_every", "profile_at") if getattr(self, name) is not None]
+        self.check_counts("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", *optional)
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise self.wrong("seed", "must be a non-negative integer")
+        if not _is_schedule(self.learning_rate):
+            raise self.wrong("learning_rate", "must be a schedule, e.g. @warmup_cosine()")
+        if not callable(self.optimizer):
+            raise self.wrong("optimizer", "must be an optimizer, e.g. @adamw")
+        if self.batch_size % self.microbatches:
+            raise self.wrong("microbatches", f"does not divide batch_size={self.batch_size}")
+        if self.on_non_finite not in ("stop", "skip"):
+            raise self.wrong("on_non_finite", "must be 'stop' or 'skip'")
+
+    def wrong(self, name: str, demand: str) -> InputError:
+        """The error for an attribute that is not as it must be."""
+        return InputError(f"{self.name}.{name} = {getattr(self, name)!r}: {demand}")
+
+    def check_counts(self, *names: str) -> None:
+        """Raises InputError unless all these attributes are positive integers."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise self.wrong(name, "must be a positive integer")
+
+
+def _is_schedule(value: Any) -> bool:
+    try:
+        float(value(0))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+class Source(Protocol):
+    """Batches by number; batch b of a run that resumes after s sequences is the global batch from sequence
+    s + b * batch_size on."""
+
+    def __getitem__(self, batch: int) -> loader.Batch:
+        """This host's rows of a batch: name -> `[rows, ...]`."""
+
+    def positions(self, batch: int) -> list[Any]:
+        """Where every row of the global batch comes from, as dataclasses, for error reports."""
+
+
+class Task(Protocol):
+    """What is trained, on what.
+
+    Attributes:
+      model: a frozen dataclass with `init(key)`, `parameters()` and `dtype`.
+      batch_shapes: name -> shape of a row, int32, of what a batch holds.
+      tokens_per_sequence: of a row of a batch, padding included.
+      flops_per_token: to train on one of them, for the share of the peak.
+    """
+
+    model: ModelConfig
+    batch_shapes: Mapping[str, tuple[int, ...]]
+    tokens_per_sequence: int
+    flops_per_token: float
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
+        """The loss of a batch, see `trainer.Loss`."""
+
+    def source(self, first_sequence: int, rows: np.ndarray) -> Source:
+        """The batches after the first so many sequences of the stream, these rows of each."""
+
+    def tokens(self, batch: loader.Batch) -> collections.Counter[str]:
+        """language -> tokens of a batch's rows, padding left out."""
+
+    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+        """Reads the held-out data; params -> scalars, one of them `loss`."""
+
+    def headline(self, evaluation: Mapping[str, float]) -> str:
+        """An evaluation in a few words."""
+
+    def save_model(self, run_dir: epath.Path) -> None:
+        """Writes what other commands need beside the parameters; raises InputError where another model's stands."""
+
+    def initial_params(self) -> Any | None:
+        """A tree laid out as the model's parameters, with arrays to start from and None for what is drawn; or None."""
+
+    def summary(self) -> str:
+        """The data and the batch in a few words."""
+
+    def description(self) -> dict[str, Any]:
+        """What run.json says of the task."""
 
 
 class TrainingLoop:
     """One run from its configuration to its last checkpoint."""
 
-    def __init__(self, config: "TrainConfig"):
-        """Opens and checks all inputs; nothing is written yet.
+    def __init__(self, config: LoopConfig, task: Task):
+        """Lays out the mesh; nothing is written yet.
 
         Raises:
-          InputError: rates, token store, model and mesh do not fit each other, or data are damaged.
+          InputError: the batch and the mesh do not fit each other.
         """
-        self._config = config
-        self._store = TokenStore(config.token_store)
-        self._rates = load_rates(config.rates, known=self._store.parts("train"))
-        for language in used_languages(self._store, "train", self._rates):
-            self._store.array("train", language)  # checks the files
-        self._store.check_fits(config.model.vocab_size, config.model.max_length)
+        self._config, self._task = config, task
         self._run_dir = epath.Path(config.run_dir)
         self._mesh = partitioning.make_mesh()
         self._sharding = partitioning.batch_sharding(self._mesh)
@@ -92,21 +210,13 @@ class TrainingLoop:
 
     def _restore(self, stack: contextlib.ExitStack) -> None:
         """The state of the last checkpoint, or a fresh one; the run folder exists from here on."""
-        config = self._config
         # Read first: the run folder is not touched when held-out data are damaged.
-        self._held_out = HeldOut(
-            self._store,
-            config.model,
-            self._mesh,
-            batch_size=config.eval_batch_size,
-            max_sequences=config.eval_sequences,
-            chunk_tokens=config.chunk_tokens,
-        )
-        self._abstract = abstract_state(config.model, self._optimizer, self._mesh)
-        checkpoints.save_model(self._run_dir, config.model, self._store.path / TOKENIZER)
+        self._evaluator = self._task.evaluator(self._mesh)
+        self._abstract = abstract_state(self._task.model, self._optimizer, self._mesh)
+        self._task.save_model(self._run_dir)
         self._saver = stack.enter_context(contextlib.closing(Checkpoints(self._run_dir)))
         self._state, self._progress = self._saver.restore(self._abstract) or (
-            initial_state(config.model, self._optimizer, config.seed, self._abstract),
+            self._initial_state(),
             Progress(sequences=0, tokens={}),
         )
         self._step = self._first_step = int(self._state.step)
@@ -115,12 +225,18 @@ class TrainingLoop:
         self._evaluated_at: int | None = None
         self._in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
 
+    def _initial_state(self):
+        state = initial_state(self._task.model, self._optimizer, self._config.seed, self._abstract)
+        given = self._task.initial_params()
+        if given is None:
+            return state
+        put = lambda new, old: old if new is None else jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
+        return state.replace(params=jax.tree.map(put, given, state.params, is_leaf=lambda x: x is None))
+
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Batches from where the state stands, and everything that writes or listens."""
-        config, length = self._config, self._store.manifest.sequence_length
-        self._source = loader.BatchSource(
-            self._store, self._rates, config.batch_size, config.seed, self._progress.sequences, self._rows
-        )
+        config, task = self._config, self._task
+        self._source = task.source(self._progress.sequences, self._rows)
         self._batches = loader.batches(self._source)
         write_json(self._run_dir / "run.json", self._description())
         configuration.save_effective(self._run_dir / "config.gin")
@@ -131,31 +247,26 @@ class TrainingLoop:
             Meter(
                 self._step,
                 config.steps,
-                tokens_per_step=config.batch_size * length,
-                flops_per_token=config.model.flops_per_token(length),
+                tokens_per_step=config.batch_size * task.tokens_per_sequence,
+                flops_per_token=task.flops_per_token,
                 peak_flops=self._peak_flops(),
             )
         )
         self._meter.say(
-            f"{config.model.parameters() / 1e6:,.1f}M parameters on {hardware.describe_devices()}, {len(self._rates)} "
-            f"languages, {config.batch_size} x {length} tokens a step, {config.steps} steps"
+            f"{task.model.parameters() / 1e6:,.1f}M parameters on {hardware.describe_devices()}, {task.summary()}, "
+            f"{config.steps} steps"
             + (f"; resumed after step {self._step} of {config.steps}" if self._step else "")
         )
 
     def _compile(self) -> None:
         config = self._config
         step = make_train_step(
-            config.model,
-            self._optimizer,
-            config.learning_rate,
-            microbatches=config.microbatches,
-            z_coefficient=config.z_coefficient,
-            chunk_tokens=config.chunk_tokens,
+            self._task.loss, self._optimizer, config.learning_rate, microbatches=config.microbatches
         )
-        shape = (config.batch_size, self._store.manifest.sequence_length)
-        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._sharding)
+        batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), np.int32, sharding=self._sharding)
+                 for name, shape in self._task.batch_shapes.items()}
         with self._meter.timed("compile"):
-            self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, tokens).compile()
+            self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, batch).compile()
 
     def _train_step(self) -> None:
         config = self._config
@@ -164,10 +275,8 @@ class TrainingLoop:
             arrays = loader.to_devices(batch, self._sharding, config.batch_size, self._rows)
         self._step += 1
         self._profiler.before_step(self._step, self._state)
-        self._state, metrics = self._train(self._state, arrays["tokens"])
-        real = (batch["tokens"] != PAD_ID).sum(axis=1)
-        counts = np.bincount(batch["source"], weights=real, minlength=len(self._source.languages))
-        self._tokens.update(dict(zip(self._source.languages, counts.astype(int).tolist())))
+        self._state, metrics = self._train(self._state, arrays)
+        self._tokens.update(self._task.tokens(batch))
         self._metrics = metrics
         self._in_flight.append((self._step, metrics))
         # One step stays in flight while the host prepares the next.
@@ -191,7 +300,7 @@ class TrainingLoop:
                 "step": step,
                 "loss": str(loss),
                 "grad_norm": str(norm),
-                "token_store": str(self._store.path),
+                **self._task.description(),
                 "batch": [dataclasses.asdict(position) for position in positions],
             },
         )
@@ -209,13 +318,10 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         self._settle(leave=0)
         with self._meter.timed("eval"):
-            self._evaluation = self._held_out(self._state.params)
+            self._evaluation = self._evaluator(self._state.params)
         self._evaluated_at = self._step
         self._writer.write(self._step, "eval", self._evaluation)
-        self._meter.say(
-            f"step {self._step}: held-out loss {self._evaluation['loss']:.4f} nats/token, "
-            f"{self._evaluation['bits_per_byte']:.4f} bits/byte (mean of {len(self._held_out.languages)} languages)"
-        )
+        self._meter.say(f"step {self._step}: {self._task.headline(self._evaluation)}")
 
     def _save(self) -> None:
         """Saves the state; a non-finite one never gets here, for the steps in flight are checked first."""
@@ -234,27 +340,23 @@ class TrainingLoop:
 
     def _peak_flops(self) -> float | None:
         """Of all devices together, FLOP/s."""
-        one = hardware.peak_flops(jax.devices()[0], self._config.model.dtype)
+        one = hardware.peak_flops(jax.devices()[0], self._task.model.dtype)
         return one and one * self._mesh.size
 
     def _description(self) -> dict[str, Any]:
-        config, manifest = self._config, self._store.manifest
+        config, model = self._config, self._task.model
         return {
             "version": mlx_pretrain.__version__,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": hardware.describe_devices(),
             "mesh": dict(self._mesh.shape),
-            "command": shlex.join(["python", "-m", "mlx_pretrain.train", *sys.argv[1:]]),
-            "model": dataclasses.asdict(config.model),
-            "parameters": config.model.parameters(),
-            "sequence_length": manifest.sequence_length,
+            "command": shlex.join(["python", "-m", config.module, *sys.argv[1:]]),
+            "model": dataclasses.asdict(model),
+            "parameters": model.parameters(),
             "batch_size": config.batch_size,
             "steps": config.steps,
             "seed": config.seed,
-            "token_store": str(config.token_store),
-            "tokenizer_sha256": manifest.tokenizer_sha256,
-            "rates": self._rates,
-            "train_sequences": {l: self._store.part("train", l).sequences for l in self._rates},
+            **self._task.description(),
         }
 
 

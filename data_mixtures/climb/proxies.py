@@ -41,7 +41,7 @@ from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
 from mlx_pretrain.interrupts import StopRequest
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import TrainState, abstract_state, make_initial_state
-from mlx_pretrain.trainer import make_train_step
+from mlx_pretrain.trainer import make_decoder_loss, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +222,8 @@ class Trainer:
         with self._compile_lock:
             if models not in self._programs:
                 config, abstract = self._config, self._abstract
-                step = make_train_step(
-                    self._model, self._optimizer, config.learning_rate, chunk_tokens=config.chunk_tokens
-                )
+                loss = make_decoder_loss(self._model, chunk_tokens=config.chunk_tokens)
+                step = make_train_step(loss, self._optimizer, config.learning_rate)
                 sharding = partitioning.batch_sharding(self._mesh)
                 shape = (config.batch_size, self._store.manifest.sequence_length)
                 if models > 1:

@@ -74,6 +74,11 @@ class DecoderConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"DecoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
 
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters in boxes that carry their logical axis names."""
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        return Decoder(self).init(key, tokens, tokens, tokens)["params"]
+
     def parameters(self) -> int:
         """Number of parameters."""
         attention = 2 * self.embed_dim * (self.n_heads + self.n_kv_heads) * self.head_dim

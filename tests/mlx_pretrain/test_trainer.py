@@ -7,7 +7,7 @@ import pytest
 
 from mlx_pretrain import optimizers, partitioning
 from mlx_pretrain.train_state import abstract_state, initial_state
-from mlx_pretrain.trainer import make_eval_step, make_train_step
+from mlx_pretrain.trainer import make_decoder_loss, make_eval_step, make_train_step
 from tests.conftest import make_tokens
 
 SCHEDULE = optimizers.warmup_cosine(1e-2, 20, 2)
@@ -26,8 +26,8 @@ def run(config, tokens, mesh_shape=(1, 1, 1), microbatches=1, steps=3, optimizer
     with partitioning.use(mesh):
         transformation = optimizer(SCHEDULE)
         state = initial_state(config, transformation, 0, abstract_state(config, transformation, mesh))
-        step = make_train_step(config, transformation, SCHEDULE, microbatches=microbatches, z_coefficient=1e-3,
-                               chunk_tokens=100)
+        loss = make_decoder_loss(config, z_coefficient=1e-3, chunk_tokens=100)
+        step = make_train_step(loss, transformation, SCHEDULE, microbatches=microbatches)
         step = jax.jit(step, donate_argnums=0)
         batch = jax.device_put(tokens, partitioning.batch_sharding(mesh))
         seen = []
@@ -68,7 +68,7 @@ def test_activation_constraints_are_applied(tiny_config, tokens):
     with partitioning.use(mesh):
         optimizer = optimizers.adamw(SCHEDULE)
         state = abstract_state(tiny_config, optimizer, mesh)
-        text = str(jax.make_jaxpr(make_train_step(tiny_config, optimizer, SCHEDULE))(state, tokens))
+        text = str(jax.make_jaxpr(make_train_step(make_decoder_loss(tiny_config), optimizer, SCHEDULE))(state, tokens))
     assert text.count("sharding_constraint") >= 10
 
 
@@ -93,7 +93,7 @@ def test_non_finite_update_is_left_out(tiny_config, tokens, reference):
         optimizer = optimizers.adamw(SCHEDULE)
         state = initial_state(tiny_config, optimizer, 0, abstract_state(tiny_config, optimizer, mesh))
         broken = state.replace(params={**state.params, "embedding": state.params["embedding"].at[3, 0].set(jnp.inf)})
-        step = jax.jit(make_train_step(tiny_config, optimizer, SCHEDULE))
+        step = jax.jit(make_train_step(make_decoder_loss(tiny_config), optimizer, SCHEDULE))
         after, metrics = step(broken, tokens)
     assert not metrics["finite"]
     assert int(after.skipped) == 1 and int(after.step) == 1

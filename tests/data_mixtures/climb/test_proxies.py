@@ -14,7 +14,7 @@ from mlx_pretrain import optimizers
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.train import TrainConfig
-from mlx_pretrain.training_loop import TrainingLoop
+from mlx_pretrain.train import train as pretrain
 from tests.conftest import LENGTH
 
 BATCH = 8
@@ -68,7 +68,7 @@ def test_a_proxy_is_a_run_of_the_normal_trainer(table, settings, tmp_path):
         rates=str(tmp_path / "rates.json"), steps=9, batch_size=BATCH, learning_rate=settings["learning_rate"],
         optimizer=settings["optimizer"], eval_every=4, eval_batch_size=8, compilation_cache=None,
     )  # fmt: skip
-    loss = TrainingLoop(config).run()
+    loss = pretrain(config)
     runs = proxy_runs(table)
     last = (runs.run == "all-0.0217M-seed0") & (runs.tokens == 9 * BATCH * LENGTH)
     np.testing.assert_array_equal(runs.losses[last][0], [loss[f"loss/{l}"] for l in runs.targets])
