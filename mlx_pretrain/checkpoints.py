@@ -2,14 +2,14 @@
 
     RUN/checkpoints/<step>/state/   TrainState (Orbax, ocdbt)
     RUN/checkpoints/<step>/meta/    JSON: sequences consumed, tokens delivered per language, metrics
-    RUN/model.json                  DecoderConfig and the tokenizer's fingerprint
-    RUN/tokenizer.model             the tokenizer itself
+    RUN/model.json                  the model's configuration, and the tokenizer's fingerprint
+    RUN/tokenizer.model             the tokenizer itself (tokenizer.json where it is one of Hugging Face's)
 """
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gin
 import orbax.checkpoint as ocp
@@ -141,18 +141,21 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_model(run_dir: epath.PathLike, config: DecoderConfig, tokenizer: epath.PathLike) -> None:
-    """Writes what other commands need to use the run's checkpoints: the model's shape and the tokenizer.
+def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) -> None:
+    """Writes what other commands need to use the run's checkpoints: the model's configuration, a dataclass, and the
+    tokenizer, a file .model or .json.
 
     Raises:
       InputError: the folder holds a run of another model or another tokenizer.
     """
     path = epath.Path(run_dir) / MODEL
-    content = {"model": dataclasses.asdict(config), "tokenizer_sha256": sha256(tokenizer)}
+    content = {"kind": type(config).__name__, "model": dataclasses.asdict(config),
+               "tokenizer_sha256": sha256(tokenizer)}
     if path.exists():
         check_same_model(path, content)
         return
-    write_atomic(epath.Path(run_dir) / TOKENIZER, epath.Path(tokenizer).read_bytes())
+    name = epath.Path(TOKENIZER).with_suffix(epath.Path(tokenizer).suffix)
+    write_atomic(epath.Path(run_dir) / name, epath.Path(tokenizer).read_bytes())
     write_json(path, content)
 
 
@@ -176,13 +179,18 @@ def check_same_model(path: epath.Path, content: Mapping[str, Any]) -> None:
             )
 
 
-def load_model(run_dir: epath.PathLike) -> DecoderConfig:
-    """The DecoderConfig of a run. Raises InputError when `run_dir` holds no run."""
+Config = TypeVar("Config")
+
+
+def load_model(run_dir: epath.PathLike, kind: type[Config] = DecoderConfig) -> Config:
+    """The configuration of a run's model. Raises InputError when `run_dir` holds no run of a model of that kind."""
     path = epath.Path(run_dir) / MODEL
     content = read_json(path, "model description: not the folder of a training run")
     try:
-        return DecoderConfig(**content["model"])
-    except (KeyError, TypeError) as error:
+        if (found := content["kind"]) != kind.__name__:
+            raise InputError(f"{path}: the model is of the kind {found}, not {kind.__name__}")
+        return kind(**content["model"])
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: malformed: {error}") from None
 
 

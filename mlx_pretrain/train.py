@@ -73,7 +73,8 @@ class Pretraining:
             self._store.array("train", language)  # checks the files
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         length = self._store.manifest.sequence_length
-        self.batch_shapes = {"tokens": (length,), "source": ()}
+        self.batch_row = {"tokens": jax.ShapeDtypeStruct((length,), np.int32),
+                          "source": jax.ShapeDtypeStruct((), np.int32)}
         self.tokens_per_sequence = length
         self.flops_per_token = config.model.flops_per_token(length)
         self._loss = make_decoder_loss(

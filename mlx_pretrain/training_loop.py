@@ -116,13 +116,13 @@ class Task(Protocol):
 
     Attributes:
       model: a frozen dataclass with `init(key)`, `parameters()` and `dtype`.
-      batch_shapes: name -> shape of a row, int32, of what a batch holds.
+      batch_row: name -> shape and dtype of a row of what a batch holds.
       tokens_per_sequence: of a row of a batch, padding included.
       flops_per_token: to train on one of them, for the share of the peak.
     """
 
     model: ModelConfig
-    batch_shapes: Mapping[str, tuple[int, ...]]
+    batch_row: Mapping[str, jax.ShapeDtypeStruct]
     tokens_per_sequence: int
     flops_per_token: float
 
@@ -263,8 +263,8 @@ class TrainingLoop:
         step = make_train_step(
             self._task.loss, self._optimizer, config.learning_rate, microbatches=config.microbatches
         )
-        batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), np.int32, sharding=self._sharding)
-                 for name, shape in self._task.batch_shapes.items()}
+        batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=self._sharding)
+                 for name, row in self._task.batch_row.items()}
         with self._meter.timed("compile"):
             self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, batch).compile()
 

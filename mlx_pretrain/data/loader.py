@@ -36,6 +36,42 @@ class Position:
     epoch: int
 
 
+class Stream:
+    """The training stream of several sources: which of their rows stands where.
+
+    Every row of a source comes once an epoch, in an order of that epoch's own.
+    """
+
+    def __init__(self, sizes: Sequence[int], rates: Sequence[float], batch_size: int, seed: int, first_sequence: int):
+        """Lays out a stream.
+
+        Args:
+          sizes: rows of each source.
+          rates: positive share of each source in the stream.
+          batch_size: positions in a batch.
+          seed: of the permutations.
+          first_sequence: positions consumed before batch 0.
+        """
+        self.order = MixtureOrder(rates)
+        self._sizes, self._batch_size, self._seed, self._first = np.asarray(sizes), batch_size, seed, first_sequence
+
+    def locate(self, batch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, row and epoch of the positions `rows` of a batch: int64 `[rows]` each."""
+        start = self._first + int(batch) * self._batch_size
+        source, index = self.order(start, start + self._batch_size)
+        source, index = source[rows], index[rows]
+        epoch, place = np.divmod(index, self._sizes[source])
+        row = [
+            index_shuffle(int(p), int(self._sizes[s]) - 1, _permutation_seed(self._seed, int(s), int(e)), 4)
+            for s, e, p in zip(source, epoch, place)
+        ]
+        return source, np.array(row, np.int64), epoch
+
+    def counts(self, batches: int) -> np.ndarray:
+        """Positions of each source in batches 0..batches-1 and before them: int64 `[sources]`."""
+        return self.order.counts(self._first + batches * self._batch_size)
+
+
 class BatchSource:
     """The batches of a mixture, by number: a random-access data source for Grain.
 
@@ -68,11 +104,12 @@ class BatchSource:
         """
         self.languages = used_languages(store, split, rates)
         arrays = [store.array(split, language) for language in self.languages]
-        self._sizes = np.array([array.shape[0] for array in arrays])
-        self._starts = np.cumsum(self._sizes) - self._sizes
+        sizes = np.array([array.shape[0] for array in arrays])
+        self._starts = np.cumsum(sizes) - sizes
         self._tokens = _joined(arrays)
-        self._order = MixtureOrder([rates[language] for language in self.languages])
-        self._batch_size, self._seed, self._first = batch_size, seed, first_sequence
+        shares = [rates[language] for language in self.languages]
+        self._stream = Stream(sizes, shares, batch_size, seed, first_sequence)
+        self._batch_size, self._seed = batch_size, seed
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
 
     def __len__(self) -> int:
@@ -89,29 +126,18 @@ class BatchSource:
           tokens: int32 `[rows, length]`.
           source: int32 `[rows]`, index into `languages`.
         """
-        source, row, _ = self._locate(batch, self._rows)
+        source, row, _ = self._stream.locate(batch, self._rows)
         tokens = self._tokens[self._starts[source] + row].read().result()
         return {"tokens": tokens.astype(np.int32), "source": source.astype(np.int32)}
 
     def positions(self, batch: int) -> list[Position]:
         """Where every row of the global batch comes from, for error reports."""
-        source, row, epoch = self._locate(batch, np.arange(self._batch_size))
+        source, row, epoch = self._stream.locate(batch, np.arange(self._batch_size))
         return [Position(self.languages[s], int(r), int(e)) for s, r, e in zip(source, row, epoch)]
 
     def counts(self, batches: int) -> np.ndarray:
         """Sequences of each language in batches 0..batches-1 and before them: int64 `[languages]`."""
-        return self._order.counts(self._first + batches * self._batch_size)
-
-    def _locate(self, batch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        start = self._first + int(batch) * self._batch_size
-        source, index = self._order(start, start + self._batch_size)
-        source, index = source[rows], index[rows]
-        epoch, place = np.divmod(index, self._sizes[source])
-        row = [
-            index_shuffle(int(p), int(self._sizes[s]) - 1, _permutation_seed(self._seed, int(s), int(e)), 4)
-            for s, e, p in zip(source, epoch, place)
-        ]
-        return source, np.array(row, np.int64), epoch
+        return self._stream.counts(batches)
 
 
 def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:

@@ -55,6 +55,10 @@ class Tokenizer:
         """Ids of each text: int32 [tokens] each, without bos or eos."""
         return self._processor.encode(list(texts), return_type="numpy", num_threads=num_threads)
 
+    def wrap(self, ids: Sequence[int]) -> np.ndarray:
+        """Ids as an encoder takes them, int32: bos before, eos behind."""
+        return np.concatenate([[BOS_ID], np.asarray(ids), [EOS_ID]]).astype(np.int32)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids below `vocab_size`; pad, bos and eos leave nothing, bytes that are no UTF-8 become U+FFFD."""
         return self._processor.decode([int(i) for i in ids if i not in (PAD_ID, BOS_ID, EOS_ID)])
