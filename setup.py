@@ -27,7 +27,8 @@ setup(
     install_requires=requirements("core"),
     extras_require={
         "data": requirements("data"),
-        "test": requirements("data") + requirements("test"),
+        "raters": requirements("raters"),
+        "test": requirements("data") + requirements("raters") + requirements("test"),
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     },

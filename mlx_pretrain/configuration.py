@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 
 import gin
@@ -46,12 +47,22 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[st
     return files, bindings, search
 
 
+class _AnyName(gin.config_parser.ParserDelegate):
+    """Takes every reference: the gin files, not read yet, may import what it names."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return None
+
+    def macro(self, macro_name):
+        return None
+
+
 def _literal(value: str) -> str:
     """`value` as gin text: kept when gin can read it, quoted as a string when it cannot."""
     try:
-        gin.config_parser.ConfigParser(f"x = {value}", gin.config.ParserDelegate()).parse_statement()
+        gin.config_parser.ConfigParser(f"x = {value}", _AnyName()).parse_statement()
         return value
-    except (SyntaxError, ValueError, TypeError):
+    except (SyntaxError, tokenize.TokenError, ValueError, TypeError):
         return repr(value)
 
 

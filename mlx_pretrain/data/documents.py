@@ -84,7 +84,7 @@ def read_documents(
     path: epath.PathLike,
     text_unit: str = "file",
     *,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] | None = (),
     rejected: Callable[[int, str], None] | None = None,
 ) -> Iterator[Document]:
     """Streams the documents of one file.
@@ -92,7 +92,7 @@ def read_documents(
     Args:
       path: a .jsonl, .txt (either may end in .xz, .gz or .zst too) or .parquet file.
       text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
-      extra: names of further fields to keep of each record of a .jsonl or .parquet file.
+      extra: names of further fields to keep of each record of a .jsonl or .parquet file; None: all there are.
       rejected: called with the line or row and the reason for every bad record, which is then passed over; None: the
         first one ends the reading.
 
@@ -157,11 +157,12 @@ def _whole(path: epath.Path) -> Iterator[tuple[int, bytes]]:
         yield 1, content
 
 
-def _parquet_rows(path: epath.Path, extra: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+def _parquet_rows(path: epath.Path, extra: Sequence[str] | None) -> Iterator[tuple[int, dict[str, object]]]:
     try:
         with path.open("rb") as file:
             table = pa.parquet.ParquetFile(file)
-            columns = [name for name in (*_COLUMNS, *extra) if name in table.schema_arrow.names]
+            names = table.schema_arrow.names
+            columns = names if extra is None else [name for name in (*_COLUMNS, *extra) if name in names]
             number = 0
             for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
                 for record in batch.to_pylist():
@@ -182,15 +183,15 @@ def _decode(content: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8: {error}") from None
 
 
-def _text_document(content: bytes, path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+def _text_document(content: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
     return Document(path.name, _decode(content, str(path)), "", "", number)
 
 
-def _line_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+def _line_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
     return Document(f"{path.name}:{number}", _decode(line, f"{path}:{number}"), "", "", number)
 
 
-def _json_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+def _json_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
     try:
         record = json.loads(_decode(line, f"{path}:{number}"))
     except ValueError as error:
@@ -206,9 +207,10 @@ def _json_document(line: bytes, path: epath.Path, number: int, extra: Sequence[s
     return document
 
 
-def _document(record: dict[str, object], path: epath.Path, number: int, extra: Sequence[str]) -> Document:
+def _document(record: dict[str, object], path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
     text, name = record.get("text"), record.get("id")
     if not isinstance(text, str):
         raise InputError(f'{path}:{number}: no "text" string in this record')
+    fields = [field for field in record if field not in _COLUMNS] if extra is None else extra
     return Document(f"{path.name}:{number}" if name is None else str(name), text, str(record.get("lang") or ""),
-                    str(record.get("source") or ""), number, {field: record.get(field) for field in extra})
+                    str(record.get("source") or ""), number, {field: record.get(field) for field in fields})

@@ -23,6 +23,12 @@ def test_overrides_may_be_strings_without_quotes():
     )
 
 
+def test_references_to_what_a_file_imports_later_stay_references():
+    flags = ["--gin.A.raters=[@Later(), @Other]", "--gin.A.path=%LATER", "--gin.A.text=[@oops"]
+    assert configuration.parse_flags(flags)[1] == ["A.raters = [@Later(), @Other]", "A.path = %LATER",
+                                                   "A.text = '[@oops'"]
+
+
 def test_files_and_overrides_reach_the_constructor(tmp_path):
     file = tmp_path / "a.gin"
     file.write_text("include 'gin/models/base_1p2b.gin'\nDecoderConfig.n_layers = 2\n")

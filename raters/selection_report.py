@@ -1,0 +1,283 @@
+"""The calibration report of a selection: one self-contained HTML file, and each figure as a file of its own for papers.
+
+    python -m raters.selection_report --gin.selection_report.folder=runs/selected
+
+Made from selection.json, which `raters.select` writes: score distributions, what was kept of each language, source and
+length, how much of the score these explain, how far raters agree, and texts at quantiles of the scores to read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mlx_pretrain.configuration import run
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.figures import (
+    ACCENT,
+    FIGURE_WIDTH,
+    GREEN,
+    INK,
+    MUTED,
+    PAPER,
+    WARM,
+    compact,
+    inline_svg,
+    label_rows,
+    legend,
+    panel,
+    plot_style,
+    render_page,
+    rows_panel,
+    save_figure,
+)
+from mlx_pretrain.files import read_json, write_atomic
+from mlx_pretrain.history import LANGUAGES
+from raters.select import FORMAT, MANIFEST, VERSION
+
+_MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))
+_RIGHT_TO_LEFT = {"ar", "arz", "ckb", "dv", "fa", "he", "ks", "ku", "ps", "sd", "ug", "ur", "yi"}
+_PAGE = 936  # CSS pixels: the width of a page
+_STRONGEST = 0.62  # opacity of a cell, so that its number stays readable
+
+
+def read_selection(path: epath.PathLike) -> dict[str, Any]:
+    """selection.json.
+
+    Raises:
+      InputError: it is missing, malformed or of another version.
+    """
+    selection = read_json(path, "selection")
+    kind = (selection.get("format"), selection.get("version")) if isinstance(selection, dict) else None
+    if kind != (FORMAT, VERSION):
+        raise InputError(f"{path}: not a selection of version {VERSION}, as raters.select writes it")
+    if not selection["languages"]:
+        raise InputError(f"{path}: no language in it")
+    return selection
+
+
+def _name(name: str, longest: int = 18) -> str:
+    name = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split())) or "(none)"
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def totals(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Documents and tokens, of the input and kept, over all groups."""
+    return {key: sum(group[key] for group in groups)
+            for key in ("documents", "tokens", "kept_documents", "kept_tokens")}
+
+
+def shares(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with `share` of the input's tokens, `kept_share` of the kept ones and `rate`, their own part kept."""
+    total = totals(groups)
+    return [{**group, "share": group["tokens"] / max(total["tokens"], 1),
+             "kept_share": group["kept_tokens"] / max(total["kept_tokens"], 1),
+             "rate": group["kept_tokens"] / group["tokens"] if group["tokens"] else None} for group in groups]
+
+
+class Plots:
+    """The figures of one selection; None where there is nothing to show."""
+
+    def __init__(self, selection: Mapping[str, Any]):
+        self._s = selection
+        self._total = totals(selection["languages"])
+        self._sources = sorted(selection["sources"], key=lambda one: -one["tokens"])
+
+    def all(self) -> Iterator[tuple[str, Figure, str]]:
+        """(name, figure, description for screen readers) of each figure that there is."""
+        for name, description in (
+            ("languages", "Distribution of the scores in each language, all documents and those kept"),
+            ("sources", "Distribution of the scores in each source, all documents and those kept"),
+            ("kept", "Share of the tokens kept of each source in each language"),
+            ("variance", "Share of the score's variance that language, source and length explain"),
+            ("lengths", "Share of the tokens kept by length of the document"),
+            ("agreement", "Rank correlation of the raters in each language"),
+        ):
+            figure = getattr(self, name)()
+            if figure is not None:
+                yield name, figure, description
+
+    def languages(self) -> Figure:
+        """Ridges by language."""
+        return self._ridges("Score by language", "language", self._s["languages"])
+
+    def sources(self) -> Figure:
+        """Ridges by source."""
+        return self._ridges("Score by source", "source", self._sources)
+
+    def _ridges(self, title: str, key: str, groups: Sequence[Mapping[str, Any]]) -> Figure:
+        groups = [group for group in groups if group["quantiles"]]
+        figure, axes, rows = rows_panel(title, [_name(group[key]) for group in groups], row=24 if len(groups) < 30
+                                        else 18, top=34)
+        edges = np.array(self._s["bins"])
+        for row, group in zip(rows, groups):
+            every, kept = np.array(group["histogram"]), np.array(group["kept_histogram"])
+            scale = 0.86 / max(every.max(), 1)
+            low = row + 0.4
+            for counts, colour, what in ((every, to_rgba(MUTED, 0.28), "all"), (kept, to_rgba(ACCENT, 0.8), "kept")):
+                axes.stairs(low - scale * counts, edges, baseline=low, fill=True, color=colour, linewidth=0,
+                            label=what if row == 0 else None)
+            median = group["quantiles"][self._s["quantiles"].index(0.5)]
+            axes.plot([median] * 2, [low, low - 0.3], color=INK, linewidth=1.4, label="median" if row == 0 else None)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_xlabel("Score")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        legend(axes)
+        return figure
+
+    def kept(self) -> Figure:
+        """Heat map: rate of tokens kept, by source (row) and language (column)."""
+        languages = [one["language"] for one in self._s["languages"]]
+        sources = [one["source"] for one in self._sources]
+        rate = np.full((len(sources), len(languages)), np.nan)
+        for cell in self._s["cells"]:
+            at = sources.index(cell["source"]), languages.index(cell["language"])
+            rate[at] = cell["kept_tokens"] / max(cell["tokens"], 1)
+        own = np.array([one["kept_tokens"] / max(one["tokens"], 1) for one in self._s["languages"]])
+        left = 14 + 6.5 * max(len(_name(name)) for name in sources)
+        size = min(40.0, max(20.0, (_PAGE - left - 14) / len(languages)))  # of a cell
+        height = 58 + 24 * len(sources)
+        figure, axes = panel("Tokens kept (%)", height, left, max(left + size * len(languages) + 14, FIGURE_WIDTH), 52)
+        figure.subplots_adjust(bottom=6 / height, top=1 - 52 / height)
+        label_rows(axes, [_name(name) for name in sources])
+        axes.set_xlim(-0.5, len(languages) - 0.5)
+        axes.set_ylim(len(sources) - 0.5, -0.5)
+        axes.xaxis.tick_top()
+        axes.set_xticks(range(len(languages)), [_name(name, 6) for name in languages])
+        axes.set_title(axes.get_title("left"), pad=24)
+        axes.tick_params(axis="x", length=0, labelcolor=INK)
+        axes.spines["bottom"].set_visible(False)
+        axes.grid(visible=False)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            strength = np.clip(np.log2(rate / own), -3, 3) / 3
+        for (row, column), value in np.ndenumerate(rate):
+            if not np.isfinite(value):
+                continue
+            weight = strength[row, column] if np.isfinite(strength[row, column]) else 0.0
+            axes.fill_between([column - 0.47, column + 0.47], row - 0.45, row + 0.45, linewidth=0,
+                              color=to_rgba(ACCENT if weight > 0 else WARM, _STRONGEST * abs(weight)))
+            axes.text(column, row, f"{100 * value:.0f}" if value >= 0.01 or value == 0 else "<1", ha="center",
+                      va="center", color=INK, fontsize=9.5)
+        return figure
+
+    def variance(self) -> Figure | None:
+        """Bars: what explains the score."""
+        parts = [(f"{name}{suffix}", value, colour) for group, suffix, colour in (
+            ("over_all", "", MUTED), ("within_languages", ", in language", ACCENT))
+                 for name, value in self._s["variance"][group].items() if value is not None]
+        if not parts:
+            return None
+        figure, axes, rows = rows_panel("Variance of the score explained (%)", [name for name, _, _ in parts], row=24)
+        for row, (_, value, colour) in zip(rows, parts):
+            axes.barh(row, 100 * value, 0.56, color=colour, alpha=0.8)
+            axes.text(100 * value + 1.5, row, f"{100 * value:.0f}", va="center", color=INK, fontsize=10)
+        axes.set_xlim(0, 108)
+        axes.set_xticks((0, 25, 50, 75, 100))
+        return figure
+
+    def lengths(self) -> Figure | None:
+        """Rate of tokens kept by tenths of the documents, shortest first."""
+        lengths = self._s["lengths"]
+        tokens, kept = np.array(lengths["tokens"], float), np.array(lengths["kept_tokens"], float)
+        there = tokens > 0
+        if there.sum() < 2:
+            return None
+        figure, axes = panel("Tokens kept (%), by length", 236)
+        axes.bar(np.flatnonzero(there), 100 * kept[there] / tokens[there], 0.7, color=ACCENT, alpha=0.8)
+        axes.axhline(100 * self._total["kept_tokens"] / max(self._total["tokens"], 1), color=INK, linewidth=1,
+                     linestyle=(0, (4, 3)))
+        axes.set_xticks(range(len(tokens)), [compact(round(upper)) for upper in lengths["upper"]])
+        axes.set_xlabel("Tenths of the documents, longest of each in tokens")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        return figure
+
+    def agreement(self) -> Figure | None:
+        """Rank correlation of the deciding rater with each other one, by language."""
+        pairs = [pair for pair in self._s["agreement"] if pair["raters"][0] == self._s["rater"]][: len(_MARKS)]
+        languages = [one["language"] for one in self._s["languages"]]
+        if not pairs:
+            return None
+        figure, axes, rows = rows_panel(f"Rank correlation with {_name(self._s['rater'], 24)}",
+                                        [_name(name) for name in languages], top=46)
+        for pair, (marker, colour) in zip(pairs, _MARKS):
+            values = [pair["spearman_by_language"].get(name) for name in languages]
+            known = [i for i, value in enumerate(values) if value is not None]
+            axes.plot([values[i] for i in known], rows[known], marker, color=colour, markersize=5, linestyle="none",
+                      markeredgecolor=PAPER, markeredgewidth=0.5, label=_name(pair["raters"][1], 24))
+        low = min([0.0, *(v for pair in pairs for v in pair["spearman_by_language"].values() if v is not None)])
+        axes.set_xlim(min(-0.05, low - 0.05), 1.02)
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        _second_line_legend(axes)
+        return figure
+
+
+def _second_line_legend(axes: Axes) -> None:
+    """The legend below the title, left, where names of raters have room."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.1, borderaxespad=0.1,
+                handletextpad=0.2, bbox_transform=axes.transAxes)
+
+
+def findings(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first lines say: how much of the score is no quality, and which sources gain and lose most."""
+    within = selection["variance"]["within_languages"]
+    sources = [one for one in shares(selection["sources"]) if one["share"] >= 0.005 or one["kept_share"] >= 0.005]
+    moved = sorted(sources, key=lambda one: one["kept_share"] - one["share"])
+    return {
+        "explained": within.get("source and length"), "by_source": within.get("source"),
+        "by_length": within.get("length"), "by_language": selection["variance"]["over_all"].get("language"),
+        "more": [one for one in moved[::-1] if one["kept_share"] - one["share"] > 0.005][:3],
+        "less": [one for one in moved if one["share"] - one["kept_share"] > 0.005][:3],
+        "short": [one["language"] for one in selection["languages"] if one["kept_tokens"] < one["quota"]],
+    }
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in per cent with a space before the sign; a dash for None."""
+    return "–" if value is None else f"{100 * value:.{digits}f}\u202f%"
+
+
+def _settings(selection: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that were set, as texts."""
+    return {name: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
+            else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for name, value in selection["provenance"]["settings"].items() if value not in (None, [], {})}
+
+
+@gin.configurable("selection_report")
+def report(folder: epath.PathLike = gin.REQUIRED) -> None:
+    """Writes FOLDER/report.html, and FOLDER/figures with each figure as SVG and PNG.
+
+    Args:
+      folder: the output of raters.select.
+
+    Raises:
+      InputError: selection.json is missing or malformed; nothing is written then.
+    """
+    folder = epath.Path(folder)
+    selection = read_selection(folder / MANIFEST)
+    figures = {}
+    with plot_style():
+        for name, figure, description in Plots(selection).all():
+            save_figure(figure, folder / "figures", name)
+            figures[name] = inline_svg(figure, name, description), round(figure.get_figwidth() * 72)
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for example in selection["examples"]:
+        examples.setdefault(example["language"], []).append(example)
+    page = render_page(
+        epath.Path(__file__).parent / "selection_report.html.j2", name=folder.absolute().name, s=selection,
+        figures=figures, total=totals(selection["languages"]), by_language=shares(selection["languages"]),
+        by_source=sorted(shares(selection["sources"]), key=lambda one: -one["tokens"]), found=findings(selection),
+        examples=examples, languages=LANGUAGES, settings=_settings(selection), percent=percent,
+        right_to_left=_RIGHT_TO_LEFT)
+    write_atomic(folder / "report.html", page)
+
+
+if __name__ == "__main__":
+    run(report, "raters.selection_report")

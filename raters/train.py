@@ -1,0 +1,245 @@
+"""Trains a quality model on pairs of documents: `python -m raters.train --gin_file=gin/raters/train.gin`.
+
+The second half of MuRating's stage 2 (arXiv 2507.01785): Bradley-Terry with soft labels, and a loss that holds the
+scores of parallel documents together, L = L_pair + lambda L_par with, s the score and sigma the logistic function,
+
+    L_pair = E[-p log sigma(s_B - s_A) - (1 - p) log sigma(s_A - s_B)],  p = P(B>A)
+    L_par  = E[-log sigma(s_m - s_m') - log sigma(s_m' - s_m)]
+
+It is a run of the one trainer (`mlx_pretrain.training_loop`): checkpoints, resuming, sharding and metrics are those of
+pretraining. For comparison it also trains pointwise: sigma(s) is fitted to the share of its pairs a document wins.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlx_pretrain import checkpoints, configuration, partitioning
+from mlx_pretrain.convert.encoders import load_encoder
+from mlx_pretrain.data.loader import Batch
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+from mlx_pretrain.trainer import LossParts
+from mlx_pretrain.training_loop import LoopConfig, TrainingLoop
+from raters.agreement import agreement
+from raters.pair_data import PARALLEL, PairSource, PairTable, read_pairs
+from raters.pairs import KINDS
+from raters.quality import QualityConfig, load_tokenizer, quality
+
+OBJECTIVES = ("pairwise", "pointwise")
+
+
+@gin.configurable("train_rater")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainRaterConfig(LoopConfig):
+    """One training run of a rater; see `LoopConfig` for the rest of its attributes. A sequence is a pair.
+
+    Attributes:
+      pairs: file of `raters.pairs`.
+      validation: such a file, whose documents are in no training pair.
+      encoder: folder of a Hugging Face encoder to start from, with its tokenizer.json; or `model` and `tokenizer`.
+      model: @QualityConfig(), to train from scratch.
+      tokenizer: tokenizer.model or tokenizer.json, with `model`.
+      dtype: compute dtype with `encoder`, "float32" or "bfloat16".
+      length: tokens of a document that are used: the first; None: what the encoder takes.
+      objective: "pairwise" or "pointwise".
+      parallel_weight: lambda; 0 leaves parallel pairs out.
+      cross_lingual: whether to use the pairs across languages.
+      eval_batch_size: documents per evaluation step.
+    """
+
+    name: ClassVar[str] = "train_rater"
+    module: ClassVar[str] = "raters.train"
+
+    pairs: str = gin.REQUIRED
+    validation: str = gin.REQUIRED
+    encoder: str | None = None
+    model: QualityConfig | None = None
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    length: int | None = None
+    objective: str = "pairwise"
+    parallel_weight: float = 1.0
+    cross_lingual: bool = True
+    eval_batch_size: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_counts("eval_batch_size", *(["length"] if self.length is not None else []))
+        if self.objective not in OBJECTIVES:
+            raise self.wrong("objective", f"must be one of {', '.join(OBJECTIVES)}")
+        if not self.parallel_weight >= 0:
+            raise self.wrong("parallel_weight", "must not be negative")
+        if (self.encoder is None) == (self.model is None) or (self.model is None) != (self.tokenizer is None):
+            raise InputError("train_rater: give either encoder, or model and tokenizer")
+
+
+class RaterTraining:
+    """A quality model on pairs: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainRaterConfig):
+        """Reads and tokenizes the pairs; nothing is written yet.
+
+        Raises:
+          InputError: pairs, tokenizer and encoder do not fit each other, or a file is damaged.
+        """
+        self._config, self._params = config, None
+        if config.encoder is not None:
+            encoder, self._params = load_encoder(config.encoder)
+            self.model = QualityConfig(**{**dataclasses.asdict(encoder), "dtype": config.dtype})
+            self._tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
+        else:
+            self.model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)
+        self._tokenizer = load_tokenizer(self._tokenizer_path)
+        if self._tokenizer.vocab_size > self.model.vocab_size:
+            raise InputError(f"{self._tokenizer_path}: {self._tokenizer.vocab_size} token ids, the model has "
+                             f"vocab_size={self.model.vocab_size}")
+        self._length = config.length or self.model.max_length
+        if self._length > self.model.max_length:
+            raise config.wrong("length", f"the encoder takes up to {self.model.max_length}")
+        self._train = read_pairs(config.pairs, self._tokenizer, self._length)
+        self._validation = read_pairs(config.validation, self._tokenizer, self._length)
+        self._kinds = self._used_kinds()
+        share = np.isin(self._train.kind[np.isin(self._train.kind, self._kinds)], [PARALLEL]).mean()
+        # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
+        self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
+        length = self._length
+        self.batch_row = {
+            "tokens": jax.ShapeDtypeStruct((2, length), np.int32),
+            "preference": jax.ShapeDtypeStruct((), np.float32),
+            "win_rate": jax.ShapeDtypeStruct((2,), np.float32),
+            "parallel": jax.ShapeDtypeStruct((), np.int32),
+            "language": jax.ShapeDtypeStruct((2,), np.int32),
+        }
+        self.tokens_per_sequence = 2 * length
+        self.flops_per_token = 3 * self.model.flops_per_token(length)  # forward and backward
+
+    def _used_kinds(self) -> list[int]:
+        config, unwanted = self._config, set()
+        if config.objective == "pointwise" or not config.parallel_weight:
+            unwanted.add(PARALLEL)
+        if not config.cross_lingual:
+            unwanted.add(KINDS.index("cross-lingual"))
+        kinds = [kind for kind in np.unique(self._train.kind).tolist() if kind not in unwanted]
+        if not set(kinds) - {PARALLEL}:
+            raise InputError(f"{config.pairs}: no pairs to learn a preference from")
+        return kinds
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
+        rows, _, length = batch["tokens"].shape
+        tokens = batch["tokens"].reshape(-1, length)
+        scores = quality(self.model, params, tokens, self._segments(tokens)).reshape(rows, 2)
+        margin, p = scores[:, 1] - scores[:, 0], batch["preference"]
+        win, lose = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+        parallel = batch["parallel"].astype(jnp.float32)
+        single = 1 - parallel
+        if self._config.objective == "pointwise":
+            rate = batch["win_rate"]
+            fit = -(rate * jax.nn.log_sigmoid(scores) + (1 - rate) * jax.nn.log_sigmoid(-scores)).mean(axis=1)
+            total = fit.sum()
+        else:
+            pair, together = -(p * win + (1 - p) * lose), -(win + lose)
+            of_pair, of_parallel = self._row_weights
+            total = (of_pair * single * pair + of_parallel * parallel * together).sum()
+        decided = single * (p != 0.5)
+        right = decided * (jnp.sign(margin) == jnp.sign(p - 0.5))
+        means = {
+            "loss": (total, jnp.float32(rows)),
+            "pair_loss": (-(single * (p * win + (1 - p) * lose)).sum(), single.sum()),
+            "parallel_loss": (-(parallel * (win + lose)).sum(), parallel.sum()),
+            "pair_accuracy": (right.sum(), decided.sum()),
+        }
+        return total, LossParts(jnp.float32(rows), means)
+
+    def _segments(self, tokens: jax.Array) -> jax.Array:
+        return (tokens != self.model.pad_id).astype(jnp.int32)
+
+    def source(self, first_sequence: int, rows: np.ndarray) -> PairSource:
+        config = self._config
+        return PairSource(self._train, self._kinds, length=self._length, pad_id=self.model.pad_id,
+                          batch_size=config.batch_size, seed=config.seed, first_sequence=first_sequence, rows=rows)
+
+    def tokens(self, batch: Batch) -> collections.Counter[str]:
+        real = (batch["tokens"] != self.model.pad_id).sum(axis=2)
+        counts = np.bincount(batch["language"].ravel(), weights=real.ravel(), minlength=len(self._train.languages))
+        return collections.Counter(dict(zip(self._train.languages, counts.astype(int).tolist())))
+
+    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+        return Validation(self._validation, self.model, mesh, self._length, self._config.eval_batch_size)
+
+    def headline(self, evaluation: Mapping[str, float]) -> str:
+        return (f"validation loss {evaluation['loss']:.4f}, pair accuracy {evaluation['accuracy']:.1%} "
+                f"({len(self._validation):,} pairs, {len(self._validation.languages)} languages)")
+
+    def save_model(self, run_dir: epath.Path) -> None:
+        checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
+
+    def initial_params(self) -> Any | None:
+        if self._params is None:
+            return None
+        return {"encoder": self._params, "head": {"kernel": None, "bias": None}}
+
+    def summary(self) -> str:
+        languages, batch = len(self._train.languages), self._config.batch_size
+        return f"{len(self._train):,} pairs in {languages} languages, {batch} x 2 x {self._length} tokens a step"
+
+    def description(self) -> dict[str, Any]:
+        config = self._config
+        kinds = {name: int((self._train.kind == kind).sum()) for kind, name in enumerate(KINDS)}
+        return {
+            "pairs": {"path": str(config.pairs), "sha256": sha256(config.pairs), **kinds},
+            "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
+            "languages": self._train.languages,
+            "tokenizer_sha256": self._tokenizer.sha256,
+            "objective": config.objective,
+            "parallel_weight": config.parallel_weight,
+        }
+
+
+class Validation:
+    """Scores the documents of validation pairs, each once, and compares with the preferences."""
+
+    def __init__(self, table: PairTable, model: QualityConfig, mesh: Mesh, length: int, batch_size: int):
+        """`batch_size`: documents per step, over all devices."""
+        self.table, self._model, self._length = table, model, length
+        self._sharding = partitioning.batch_sharding(mesh)
+        self._batch_size = batch_size
+        segments = lambda tokens: (tokens != model.pad_id).astype(jnp.int32)  # noqa: E731
+        self._step = jax.jit(lambda params, tokens: quality(model, params, tokens, segments(tokens)))
+
+    def scores(self, params: Any) -> np.ndarray:
+        """Of the table's documents: float32 `[documents]`."""
+        n, found = len(self.table.language), []
+        for start in range(0, n, self._batch_size):
+            # The last batch repeats a document to keep its shape.
+            documents = np.minimum(np.arange(start, start + self._batch_size), n - 1)
+            rows = self.table.rows(documents, self._length, self._model.pad_id)
+            found.append(self._step(params, jax.device_put(rows, self._sharding)))
+        return np.concatenate(jax.device_get(found))[:n]
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """The scalars of `agreement`."""
+        return agreement(self.table, self.scores(params))
+
+
+def train(config: TrainRaterConfig) -> dict[str, float]:
+    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
+    return TrainingLoop(config, RaterTraining(config)).run()
+
+
+def main() -> None:
+    """Trains a quality model. Parameters: train_rater.* (see raters/train.py and mlx_pretrain/training_loop.py),
+    QualityConfig.*, make_mesh.*, the schedule's and the optimizer's."""
+    train(TrainRaterConfig())
+
+
+if __name__ == "__main__":
+    configuration.run(main, "raters.train")

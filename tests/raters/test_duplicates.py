@@ -1,0 +1,154 @@
+"""Duplicates are found in every script, one of each group stays, and unlike texts are left alone."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from mlx_pretrain.errors import InputError
+from raters import shingles
+from raters.duplicates import DuplicatesConfig, deduplicate
+from tests.raters.rated import write_documents, write_scores
+
+WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "ta") for b in ("bel", "dor", "fin", "gas", "hum", "jot")]
+HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏閏餘成歲律呂調陽雲騰致雨露結為霜金生麗水玉出崑岡"
+
+
+def text(rng: random.Random, words: int = 120) -> list[str]:
+    return [rng.choice(WORDS) + str(rng.randrange(30)) for _ in range(words)]
+
+
+def changed(rng: random.Random, words: list[str], share: float) -> list[str]:
+    """With a share of the words, in one place, replaced."""
+    size = round(share * len(words))
+    start = rng.randrange(len(words) - size + 1)
+    return words[:start] + text(rng, size) + words[start + size :]
+
+
+def run(folder: pathlib.Path, texts: list[str], **more) -> tuple[dict[int, dict], dict]:
+    """(number -> entry of the removal list, report) for documents numbered from 1."""
+    write_documents(folder / "en.jsonl", [{"id": f"d{i}", "text": t, "lang": "en"} for i, t in enumerate(texts, 1)])
+    deduplicate(DuplicatesConfig(str(folder / "*.jsonl"), str(folder / "out"), **more))
+    entries = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
+    return {entry["number"]: entry for entry in entries}, json.loads((folder / "out/report.json").read_text())
+
+
+def jaccard(a: str, b: str, n: int = 5) -> float:
+    """Of the sets of word n-grams, counted directly."""
+    first, second = ({tuple(words[i : i + n]) for i in range(len(words) - n + 1)} for words in (a.split(), b.split()))
+    return len(first & second) / len(first | second)
+
+
+def test_case_punctuation_width_and_spaces_make_no_difference(tmp_path):
+    removed, report = run(tmp_path, [
+        "The cat — it sat, on the mat!", "the  CAT it sat\non the mat", "ｔｈｅ cat it sat on the mat.",
+        "The cat sat on the mat", "हिन्दी में लिखा है", "हिन्दी मे लिखा हे", "...", "!!!", "!!! "])
+    assert {n: (entry["of"]["number"], entry["reason"]) for n, entry in removed.items()} == {
+        2: (1, "exact duplicate"), 3: (1, "exact duplicate"), 9: (8, "exact duplicate")}
+    assert report["exact"] == 3 and report["near"] == 0 and report["languages"]["en"]["documents"] == 9
+
+
+def test_near_duplicates_against_counted_similarities(tmp_path):
+    """Pairs well above the threshold are found, pairs well below are not, and nobody else is touched."""
+    rng = random.Random(0)
+    texts, pairs = [], []
+    for share in np.linspace(0, 0.5, 60):
+        original = text(rng)
+        pairs.append((len(texts) + 1, len(texts) + 2))
+        texts += [" ".join(original), " ".join(changed(rng, original, share))]
+    removed, report = run(tmp_path, texts)
+    for first, second in pairs:
+        similarity = jaccard(texts[first - 1], texts[second - 1])
+        assert first not in removed
+        if second in removed:
+            assert removed[second]["of"]["number"] == first
+            assert removed[second]["similarity"] == pytest.approx(similarity, abs=0.16)  # 4 standard deviations
+        if similarity > 0.9:
+            assert second in removed
+        if similarity < 0.6:
+            assert second not in removed
+    assert report["groups"] == len(removed) > 10
+
+
+def test_scripts_without_spaces(tmp_path):
+    rng = random.Random(1)
+    one, other = ("".join(rng.choice(HAN) for _ in range(300)) for _ in range(2))
+    removed, _ = run(tmp_path, [one, other, one[:150] + "。" + one[150:290] + "龍"])
+    assert list(removed) == [3] and removed[3]["reason"] == "near duplicate" and removed[3]["of"]["number"] == 1
+
+
+def test_chains_do_not_carry_away_unlike_texts(tmp_path):
+    """Each step is small, the ends have nothing in common: some of the chain stay, and what goes is like what stays."""
+    rng = random.Random(2)
+    start, end = text(rng), text(rng)
+    texts = [" ".join(end[:i] + start[i:]) for i in range(0, 121, 5)]
+    assert jaccard(texts[0], texts[-1]) == 0
+    assert all(jaccard(a, b) > 0.75 for a, b in itertools.pairwise(texts))
+    removed, _ = run(tmp_path, texts)
+    assert 3 <= len(texts) - len(removed) < len(texts) / 2
+    for number, entry in removed.items():
+        assert entry["of"]["number"] not in removed
+        assert jaccard(texts[number - 1], texts[entry["of"]["number"] - 1]) > 0.6
+
+
+def test_common_boilerplate_does_not_make_a_duplicate(tmp_path):
+    rng = random.Random(3)
+    boilerplate = text(rng, 40)
+    texts = [" ".join(boilerplate + text(rng, 80)) for _ in range(50)]
+    assert run(tmp_path, texts)[0] == {}
+
+
+def test_the_best_scored_stays(tmp_path):
+    words = " ".join(text(random.Random(4)))
+    near = words + " and so on"
+    texts = [words, near, "something else", words.upper()]
+    records = [{"id": f"d{i}", "lang": "en", "text": t} for i, t in enumerate(texts, 1)]
+    for scores, stays in (([1, 3, 0, 2], 2), ([1, np.nan, 0, 2], 4), ([5, 5, 5, 5], 1)):
+        write_scores(tmp_path / "scores", "en.jsonl", records, scores)
+        removed, _ = run(tmp_path, texts, scores=str(tmp_path / "scores"), overwrite=True)
+        assert set(removed) == {1, 2, 4} - {stays} and all(one["of"]["number"] == stays for one in removed.values())
+
+
+def test_the_documents_that_stay_and_removal_lists(tmp_path):
+    write_documents(tmp_path / "in/a/en.jsonl.gz", [
+        {"id": str(i), "lang": "en", "text": t, "url": "u"} for i, t in enumerate(["same text", "same text", "other"])])
+    write_documents(tmp_path / "in/b/en.jsonl.gz", [{"id": "x", "text": "other"}, {"id": "\ud800", "text": "last"}])
+    config = DuplicatesConfig(str(tmp_path / "in/*/*"), str(tmp_path / "out"), write_documents=True)
+    deduplicate(config)
+    with gzip.open(tmp_path / "out/documents/a/en.jsonl.gz", "rt") as lines:
+        assert [json.loads(line) for line in lines] == [
+            {"id": "0", "lang": "en", "text": "same text", "url": "u"},
+            {"id": "2", "lang": "en", "text": "other", "url": "u"}]
+    with gzip.open(tmp_path / "out/documents/b/en.jsonl.gz", "rt") as lines:
+        assert [json.loads(line)["id"] for line in lines] == ["\ud800"]
+    # What another stage removed is passed over: the first "other" is gone, so the second stays.
+    (tmp_path / "list.jsonl").write_text('{"file": "a/en.jsonl.gz", "number": 3}\n')
+    deduplicate(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(str(tmp_path / "list.jsonl"),)))
+    entries = [json.loads(line) for line in (tmp_path / "out2/removed.jsonl").read_text().splitlines()]
+    assert [(one["file"], one["number"]) for one in entries] == [("a/en.jsonl.gz", 2)]
+
+
+def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
+    write_documents(tmp_path / "en.jsonl", [{"id": "a", "text": "t"}])
+    with (tmp_path / "en.jsonl").open("a") as file:
+        file.write('{"id": 3}\n')
+    deduplicate(DuplicatesConfig(str(tmp_path / "en.jsonl"), str(tmp_path / "out")))
+    unreadable = json.loads((tmp_path / "out/report.json").read_text())["unreadable"]
+    assert unreadable["count"] == 1 and 'en.jsonl:2: no "text" string' in unreadable["first"][0]
+    with pytest.raises(InputError, match=r"gone.jsonl: no such removal list"):
+        deduplicate(DuplicatesConfig(str(tmp_path / "en.jsonl"), str(tmp_path / "out2"), exclude=("gone.jsonl",)))
+    with pytest.raises(InputError, match=r"duplicates.rows = 0"):
+        DuplicatesConfig("a", "b", rows=0)
+
+
+def test_ngram_hashes_tell_order_and_words_apart():
+    hashes = shingles.hash_words(["a", "b", "a", "b", "c"])
+    pairs = shingles.ngram_hashes(hashes, 2)
+    assert pairs[0] == pairs[2] and len(set(pairs.tolist())) == 3 and len(shingles.ngram_hashes(hashes, 6)) == 0
+    rows = np.random.default_rng(0).integers(0, 3, (5000, 8), np.uint32)
+    assert len(np.unique(shingles.hash_rows(rows))) == len(np.unique(rows, axis=0))

@@ -1,0 +1,89 @@
+"""Mislabelled and half translated documents are found; real text in 19 languages is left alone, Indonesian too."""
+
+import itertools
+import json
+import lzma
+import pathlib
+
+import pytest
+
+from mlx_pretrain.errors import InputError
+from raters.languages import Identifier, LanguagesConfig, check_languages, pieces
+from tests.raters.rated import write_documents
+
+SAMPLES = pathlib.Path(__file__).parents[2] / "samples/text/heldout"
+LANGUAGES = sorted(path.name.split(".")[0] for path in SAMPLES.glob("*.jsonl.xz"))
+
+
+def sample(language: str, number: int = 4) -> list[dict]:
+    with lzma.open(SAMPLES / f"{language}.jsonl.xz", "rt") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(number))]
+
+
+def run(folder: pathlib.Path, **more) -> tuple[list[dict], dict]:
+    """(removal list, report)."""
+    check_languages(LanguagesConfig(str(folder / "in/*"), str(folder / "out"), **more))
+    removed = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
+    return removed, json.loads((folder / "out/report.json").read_text())
+
+
+def test_real_text_in_many_languages_is_left_alone(tmp_path):
+    for language in LANGUAGES:
+        write_documents(tmp_path / f"in/{language}.jsonl", [
+            {"id": record["id"], "text": record["text"]} for record in sample(language)])  # by the file's name
+    removed, report = run(tmp_path)
+    assert len(LANGUAGES) == 19 and not removed
+    assert report["confirmed"] >= 0.95 * report["documents"] and "unknown_to_the_identifier" not in report
+
+
+def test_a_wrong_label_and_a_half_translated_document_are_found(tmp_path):
+    german, english = ("\n".join(record["text"] for record in sample(code)) for code in ("de", "en"))
+    write_documents(tmp_path / "in/x.jsonl", [
+        {"id": "german", "lang": "de", "text": german[:900]},
+        {"id": "english", "lang": "de", "text": english[:900]},
+        {"id": "untranslated", "lang": "de", "text": german[:300] + english[:900]},
+        {"id": "quotes", "lang": "de", "text": german[:900] + english[:300]},
+        {"id": "short", "lang": "de", "text": "OK 12"},
+        {"id": "region", "lang": "de_AT", "text": german[:900]},
+        {"id": "constructed", "lang": "tlh", "text": english[:900]},
+    ])
+    removed, report = run(tmp_path)
+    assert [(one["id"], one["declared"], one["found"]) for one in removed] == [
+        ("english", "de", "en"), ("untranslated", "de", "en")]
+    assert report["languages"]["de"] == {"confirmed": 2, "removed": 2, "undecided": 1}
+    assert report["languages"]["tlh"] == {"unknown_to_the_identifier": 1}
+    assert report["removed_examples"]["de as en"][0]["text"] == english[:200]
+
+
+def test_indonesian_is_not_lost_to_malay(tmp_path):
+    """The trap: short Indonesian texts are identified as Malay, or as neither surely."""
+    with lzma.open(SAMPLES.parent / "train/id.jsonl.xz", "rt") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    documents = [{"id": str(i), "lang": "id", "text": text[:80]} for i, text in enumerate(texts[:60])]
+    write_documents(tmp_path / "in/id.jsonl", documents)
+    removed, report = run(tmp_path)
+    assert not removed and report["confirmed"] > 45
+    strict, alone = run(tmp_path, confusable=(), overwrite=True)
+    assert alone["confirmed"] < report["confirmed"] and {one["found"] for one in strict} <= {"ms"}
+
+
+def test_pieces_are_spread_over_the_text_and_do_not_overlap():
+    text = "".join(chr(0x4E00 + i) for i in range(1234))
+    found = pieces(text, 4, 100)
+    assert len(found) == 4 and found[0] == text[:100] and found[-1] == text[1200:]
+    starts = [text.index(piece) for piece in found]
+    assert all(b - a >= 100 for a, b in itertools.pairwise(starts))
+    assert pieces("abcde", 4, 2) == ["ab", "cd", "e"] and pieces("", 4, 2) == []
+
+
+def test_codes_of_scripts_and_regions_are_of_their_language():
+    identifier = Identifier((("id", "ms"), ("zh", "wuu", "yue")))
+    assert identifier.group("zh-Hant") == identifier.group("zh_TW") == identifier.group("YUE") == "zh"
+    assert identifier.knows("ms") and not identifier.knows("xx")
+
+
+def test_settings_that_cannot_be_meant_are_refused():
+    with pytest.raises(InputError, match=r"languages.least_share = 2"):
+        LanguagesConfig("a", "b", least_share=2)
+    with pytest.raises(InputError, match=r"languages.chunks = 0"):
+        LanguagesConfig("a", "b", chunks=0)

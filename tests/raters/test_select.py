@@ -1,0 +1,250 @@
+"""The selection as a command: what it writes can be read at once, is whole or absent, and says what it left out."""
+
+import dataclasses
+import datetime
+import gzip
+import json
+import pathlib
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from data_mixtures.documents import Corpus
+from mlx_pretrain.data.documents import read_documents
+from mlx_pretrain.errors import InputError
+from raters.select import SelectConfig, select
+from raters.selection_report import report
+from tests.raters.rated import write_documents, write_scores
+
+RECORDS = {
+    language: [{"id": f"{language}{i}", "lang": language, "source": ("web", "book")[i % 3 == 0],
+                "text": letter * (20 + 7 * i % 40), "url": f"https://example.org/{i}"} for i in range(40)]
+    for language, letter in (("de", "ä"), ("th", "ก"))
+}
+
+
+def make(folder: pathlib.Path, **more) -> SelectConfig:
+    """A rated corpus: German in two files of one name, Thai in one; and what to keep of it."""
+    rng = np.random.default_rng(0)
+    parts = {"one/de.jsonl.gz": RECORDS["de"][:25], "more/de.jsonl": RECORDS["de"][25:], "one/th.jsonl": RECORDS["th"]}
+    for name, records in parts.items():
+        write_documents(folder / "corpus" / name, records)
+        write_scores(folder / "scores", name, records, rng.normal(size=len(records)))
+        write_scores(folder / "others", name, records, rng.normal(size=len(records)), rater="other@2")
+    return SelectConfig(**{"documents": str(folder / "corpus/*/*"), "scores": str(folder / "scores"),
+                           "output": str(folder / "kept"), "fraction": 0.3, **more})
+
+
+def scores_of(folder: pathlib.Path) -> dict[str, tuple[str, float, int]]:
+    """id -> language, score, tokens."""
+    table = pa.concat_tables([pa.parquet.read_table(path) for path in sorted((folder / "scores").rglob("*.parquet"))])
+    return {row["id"]: (row["language"], row["quality_score"], row["n_tokens"]) for row in table.to_pylist()}
+
+
+def read(path: str | pathlib.Path) -> dict[str, dict]:
+    """Records by id."""
+    with gzip.open(path, "rt") as lines:
+        return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def written(output: str | pathlib.Path) -> dict[str, dict]:
+    return {key: value for path in sorted(pathlib.Path(output).glob("train/*/*")) for key, value in read(path).items()}
+
+
+def test_the_corpus_reader_takes_what_was_kept(tmp_path):
+    config = make(tmp_path)
+    select(config)
+    corpus = Corpus(config.output, "{split}/{language}/*")
+    assert corpus.splits == ["train"] and corpus.languages("train") == ["de", "th"]
+    assert {str(path.name) for path in corpus.files("train", "de")} == {"one-de.jsonl.gz", "more-de.jsonl.gz"}
+    for language in ("de", "th"):
+        found = {document.id: document for document in corpus.documents("train", language)}
+        rated = {key: (score, tokens) for key, (code, score, tokens) in scores_of(tmp_path).items() if code == language}
+        quota, expected = 0.3 * sum(tokens for _, tokens in rated.values()), set()
+        for key in sorted(rated, key=lambda key: -rated[key][0]):
+            if sum(rated[other][1] for other in expected) < quota:
+                expected.add(key)
+        assert set(found) == expected
+        originals = {record["id"]: record for record in RECORDS[language]}
+        assert all(found[key].text == originals[key]["text"] and found[key].source == originals[key]["source"]
+                   for key in found)
+
+
+def test_records_keep_their_fields_and_carry_their_score(tmp_path):
+    config = make(tmp_path)
+    select(config)
+    rated = scores_of(tmp_path)
+    for key, record in written(config.output).items():
+        original = next(r for r in RECORDS[record["lang"]] if r["id"] == key)
+        assert record == original | {"quality_score": pytest.approx(rated[key][1])}
+
+
+def test_quotas_by_language_and_in_tokens(tmp_path):
+    config = make(tmp_path, tokens={"de": 100, "th": 0})
+    select(config)
+    languages = json.loads((tmp_path / "kept/selection.json").read_text())["languages"]
+    kept = {one["language"]: one["kept_tokens"] for one in languages}
+    assert 100 <= kept["de"] < 160 and kept["th"] == 0
+    with pytest.raises(InputError, match=r"select.tokens: th, xx stand in it or among the rated languages"):
+        select(dataclasses.replace(config, tokens={"de": 1, "xx": 1}, output=str(tmp_path / "other")))
+
+
+def test_documents_without_a_score_are_counted_and_named(tmp_path):
+    config = make(tmp_path, fraction=1.0)
+    write_scores(tmp_path / "scores", "one/th.jsonl", RECORDS["th"][1:], [np.nan] + [1.0] * 38,
+                 number=pa.array([2, *range(4, 42)], pa.int64()))
+    lines = (tmp_path / "corpus/one/th.jsonl").read_text().splitlines()
+    (tmp_path / "corpus/one/th.jsonl").write_text("\n".join([lines[0], lines[1], "{broken", *lines[2:]]) + "\n")
+    select(config)
+    named = [json.loads(line) for line in (tmp_path / "kept/unscored.jsonl").read_text().splitlines()]
+    assert [(one["number"], one["id"]) for one in named] == [(1, "th0"), (2, "th1"), (3, None)]
+    assert "malformed JSON" in named[2]["reason"]
+    assert json.loads((tmp_path / "kept/selection.json").read_text())["unscored"] == {
+        "not in the score file": 1, "the rater gave none": 1, "unreadable": 1}
+    assert set(written(config.output)) == {r["id"] for r in [*RECORDS["de"], *RECORDS["th"][2:]]}
+
+
+def test_removal_lists_are_obeyed_before_quotas_are_made(tmp_path):
+    removed = tmp_path / "removed.jsonl"
+    removed.write_text("".join(json.dumps({"file": "one/th.jsonl", "number": n}) + "\n" for n in range(1, 31)))
+    config = make(tmp_path, exclude=(str(removed),), fraction=0.5)
+    select(config)
+    manifest = json.loads((tmp_path / "kept/selection.json").read_text())
+    assert manifest["excluded"] == 30 and not manifest["unscored"]
+    kept = [key for key in written(config.output) if key.startswith("th")]
+    assert set(kept) <= {f"th{i}" for i in range(30, 40)} and 3 <= len(kept) <= 7
+    removed.write_text('{"file": "one/th.jsonl"}\n')
+    with pytest.raises(InputError, match=r'removed.jsonl:1: not a JSON object with "file" and "number"'):
+        select(dataclasses.replace(config, output=str(tmp_path / "other")))
+
+
+def test_a_second_run_changes_nothing_and_other_settings_are_noticed(tmp_path, capsys):
+    config = make(tmp_path)
+    select(config)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "kept").rglob("*.*")}
+    select(config)
+    assert "kept" in capsys.readouterr().err
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "kept").rglob("*.*")} == before
+    other = dataclasses.replace(config, fraction=0.5)
+    with pytest.raises(InputError, match=r"made otherwise \(settings differ\)"):
+        select(other)
+    assert {path: path.read_bytes() for path in before} == {path: content for path, (_, content) in before.items()}
+    select(dataclasses.replace(other, overwrite=True))
+    assert len(written(config.output)) > len(before) - 2
+    assert json.loads((tmp_path / "kept/selection.json").read_text())["provenance"]["settings"]["fraction"] == 0.5
+
+
+def test_equal_runs_write_equal_bytes(tmp_path):
+    config = make(tmp_path, temperature=1.0)
+    select(config)
+    select(dataclasses.replace(config, output=str(tmp_path / "again")))
+    files = sorted(path.relative_to(tmp_path / "kept") for path in (tmp_path / "kept").rglob("*.*"))
+    assert files and all((tmp_path / "kept" / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+    select(dataclasses.replace(config, seed=1, output=str(tmp_path / "seed")))
+    assert set(written(tmp_path / "seed")) != set(written(config.output))
+
+
+def test_nothing_is_left_when_it_fails_and_a_strange_folder_is_not_touched(tmp_path):
+    config = make(tmp_path)
+    lines = (tmp_path / "corpus/one/th.jsonl").read_text().splitlines()
+    (tmp_path / "corpus/one/th.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(InputError, match=r"th.jsonl:1: 'th1' is not the document that was rated here"):
+        select(config)
+    (tmp_path / "corpus/one/th.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(InputError, match=r"th.jsonl.scores.parquet: has a score for 40, where .*th.jsonl has no"):
+        select(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "others", "scores"]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/mine.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"was not made by raters\.select"):
+        select(dataclasses.replace(config, overwrite=True))
+    assert (tmp_path / "kept/mine.txt").read_text() == "precious"
+
+
+def test_files_that_could_not_be_rated_are_left_out_by_name(tmp_path):
+    config = make(tmp_path)
+    (tmp_path / "scores/one/th.jsonl.scores.parquet").unlink()
+    with pytest.raises(InputError, match=r"th.jsonl.scores.parquet: no such score file"):
+        select(config)
+    (tmp_path / "scores/one/th.jsonl.done.json").write_text('{"status": "failed"}')
+    (tmp_path / "scores/one/de.jsonl.gz.done.json").write_text('{"status": "done", "input": {"sha256": "0"}}')
+    with pytest.raises(InputError, match=r"de.jsonl.gz: has changed since it was rated"):
+        select(config)
+    (tmp_path / "scores/one/de.jsonl.gz.done.json").write_text('{"status": "done", "input": {"sha256": null}}')
+    select(config)
+    manifest = json.loads((tmp_path / "kept/selection.json").read_text())
+    assert manifest["failed_files"] == ["one/th.jsonl"] and [x["language"] for x in manifest["languages"]] == ["de"]
+
+
+def test_parquet_documents(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    table = {key: [record[key] for record in RECORDS["de"]] for key in ("id", "lang", "text", "url")}
+    table["date"] = [datetime.date(2026, 1, 1)] * 40
+    pa.parquet.write_table(pa.table(table), folder / "de.parquet", row_group_size=7)
+    write_scores(tmp_path / "scores", "de.parquet", [r | {"source": ""} for r in RECORDS["de"]], range(40))
+    select(SelectConfig(str(folder / "*.parquet"), str(tmp_path / "scores"), str(tmp_path / "kept")))
+    found = list(read_documents(tmp_path / "kept/train/de/de.jsonl.gz", extra=("url", "date", "quality_score")))
+    assert [document.id for document in found] == ["de36", "de37", "de38", "de39"]
+    assert found[0].extra == {"url": "https://example.org/36", "date": "2026-01-01", "quality_score": 36.0}
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"fraction": 1.5}, "select.fraction = 1.5: must be a number from 0 to 1"),
+    ({"fraction": {"de": "all"}}, "select.fraction of de = 'all'"),
+    ({"temperature": -1}, "select.temperature = -1"),
+    ({"per_source": True, "source_caps": 0.5}, "source_caps has no say"),
+    ({"split": "a/b"}, "select.split = 'a/b'"),
+])
+def test_settings_that_cannot_be_meant_are_refused(more, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        SelectConfig("x", "y", "z", **more)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> pathlib.Path:
+    """Folder of a selection with its report; a document holds what a page must not run, another's text is long."""
+    folder = tmp_path_factory.mktemp("reported")
+    config = make(folder, others=(str(folder / "others"),))
+    path = folder / "corpus/one/th.jsonl"
+    nasty = '<script>alert(1)</script> & "ก" \x00'
+    lines = [json.dumps(json.loads(line) | {"text": nasty + "x" * 1000}) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    select(config)
+    report(config.output)
+    return folder / "kept"
+
+
+def test_the_report_stands_alone_and_runs_nothing(reported):
+    page = (reported / "report.html").read_text()
+    assert not re.search(r"<script|(src|href)=\"https?:|\x00", page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "x" * 401 not in page
+    figures = {path.name for path in (reported / "figures").iterdir()}
+    assert figures == {f"{name}.{kind}" for kind in ("svg", "png") for name in (
+        "languages", "sources", "kept", "variance", "lengths", "agreement")}
+    for path in (reported / "figures").glob("*.svg"):
+        xml.etree.ElementTree.parse(path)
+
+
+def test_the_report_says_what_the_manifest_says(reported):
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (reported / "report.html").read_text()))
+    manifest = json.loads((reported / "selection.json").read_text())
+    for one in manifest["languages"]:
+        assert f"{one['kept_tokens']:,}" in page and f"{one['kept_documents']:,}" in page
+    assert "tested@1, other@2" in page and "75 %" in page
+    assert sum(cell["kept_tokens"] for cell in manifest["cells"]) == sum(
+        one["kept_tokens"] for one in manifest["sources"]) == sum(manifest["lengths"]["kept_tokens"])
+    assert len(manifest["examples"]) == 10 and all(len(one["text"]) <= 400 for one in manifest["examples"])
+    by_quantile = [one["score"] for one in manifest["examples"] if one["language"] == "de"]
+    assert by_quantile == sorted(by_quantile)
+
+
+def test_a_file_that_is_no_selection_is_refused(tmp_path):
+    (tmp_path / "selection.json").write_text("[]")
+    with pytest.raises(InputError, match="not a selection of version 1"):
+        report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["selection.json"]
