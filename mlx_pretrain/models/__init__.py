@@ -1,1 +1,1 @@
-"""Flax modules: layers and decoder."""
+"""Flax modules: layers, decoder, encoder."""

@@ -1,0 +1,1 @@
+"""Models of other formats: Hugging Face folders with safetensors."""

@@ -1,0 +1,77 @@
+"""Tokenizers of other people's models: Hugging Face's tokenizer.json, read by the `tokenizers` library."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+
+
+class SubwordTokenizer:
+    """Text to ids and back, as `mlx_pretrain.data.tokenizer.Tokenizer`. Adds special tokens in `wrap` alone.
+
+    A special token spelt out in a text ("</s>") becomes that token, as in transformers.
+
+    Attributes:
+      model: the file's bytes.
+      sha256: their fingerprint, as manifests record it.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Loads a tokenizer.json, local or gs://.
+
+        Raises:
+          InputError: the file is missing or no tokenizer.
+        """
+        self.path = epath.Path(path)
+        try:
+            self.model = self.path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            raise InputError(f"{path}: no such tokenizer") from None
+        self.sha256 = hashlib.sha256(self.model).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.model)
+        except Exception as error:  # the library raises bare Exceptions
+            raise InputError(f"{path}: not a Hugging Face tokenizer ({str(error).splitlines()[0]})") from None
+        # A model's own limits, often shorter than its positions, would cut or fill up texts unasked.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._before, self._after = self._special_tokens()
+
+    def _special_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the model's template puts before and after a text's ids."""
+        text = self._tokenizer.encode("a", add_special_tokens=False)
+        wrapped = self._tokenizer.post_process(text, None, True)
+        inner = [place for place, special in enumerate(wrapped.special_tokens_mask) if not special]
+        start, stop = (inner[0], inner[-1] + 1) if inner else (len(wrapped.ids), len(wrapped.ids))
+        return np.asarray(wrapped.ids[:start], np.int32), np.asarray(wrapped.ids[stop:], np.int32)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; tokens added to the model count."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text (valid Unicode: no lone surrogates), without special tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text: int32 [tokens] each, without special tokens.
+
+        More than one of `num_threads` means as many as the library takes (RAYON_NUM_THREADS in the environment).
+        """
+        if num_threads > 1:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        return [np.asarray(self.encode(text), np.int32) for text in texts]
+
+    def wrap(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The ids with the model's special tokens around them, e.g. <s> ... </s>: int32 [tokens + len(wrap([]))]."""
+        return np.concatenate([self._before, np.asarray(ids, np.int32), self._after])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids below `vocab_size`; special tokens leave nothing."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -1,0 +1,295 @@
+"""The BERT family's encoder (arXiv 1810.04805): MiniLM, XLM-R (arXiv 1911.02116), BGE-M3 (arXiv 2402.03216).
+
+Learned absolute positions, bidirectional attention, normalisation after each residual sum, GELU with the exact erf.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.attention import default_implementation, dot_product_attention
+from mlx_pretrain.models.layers import matrix, project
+from mlx_pretrain.partitioning import constrain
+
+POOLINGS = ("first", "mean")
+
+# Attention scores computed at once, 16 MB of them: what leaves a CPU's caches takes longer to write than to compute.
+SCORES = 1 << 22
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and numerics of an encoder.
+
+    Attributes:
+      vocab_size: rows of the embedding; pad it to a multiple of the tensor axis.
+      embed_dim, n_layers, n_heads, mlp_dim: as usual; a head has embed_dim / n_heads dimensions.
+      max_length: longest sequence (positions).
+      position_offset: row of the position table that a first token takes: 0 in BERT, pad_id + 1 in XLM-R.
+      token_types: rows of the table of token types (BERT's sentence A, B); 0: no such table.
+      norm_epsilon: inside the square root of LayerNorm.
+      pad_id: the token that fills a row up; what is padding is said by segment_ids alone.
+      pooling: a row's vector is its "first" token's or the "mean" of its tokens'.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
+      remat: the backward pass computes each layer again instead of keeping its activations.
+      unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
+      attention: "blockwise", "xla", "cudnn", or None to pick by platform.
+    """
+
+    vocab_size: int = gin.REQUIRED
+    embed_dim: int = gin.REQUIRED
+    n_layers: int = gin.REQUIRED
+    n_heads: int = gin.REQUIRED
+    mlp_dim: int = gin.REQUIRED
+    max_length: int = gin.REQUIRED
+    position_offset: int = 0
+    token_types: int = 0
+    norm_epsilon: float = 1e-5
+    pad_id: int = 0
+    pooling: str = "first"
+    dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+    attention: str | None = None
+
+    def __post_init__(self):
+        least = {"position_offset": 0, "token_types": 0, "pad_id": 0}
+        sizes = ("vocab_size", "embed_dim", "n_layers", "n_heads", "mlp_dim", "max_length", "unroll")
+        for name, smallest in {**dict.fromkeys(sizes, 1), **least}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < smallest:
+                raise InputError(f"EncoderConfig.{name} = {value!r}: must be an integer of at least {smallest}")
+        if self.embed_dim % self.n_heads:
+            raise InputError(f"EncoderConfig: n_heads={self.n_heads} does not divide embed_dim={self.embed_dim}")
+        if self.pooling not in POOLINGS:
+            raise InputError(f"EncoderConfig.pooling = {self.pooling!r}: not one of {', '.join(POOLINGS)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"EncoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        embed, mlp = self.embed_dim, self.mlp_dim
+        layer = 4 * embed * (embed + 1) + 2 * embed * mlp + mlp + embed + 4 * embed
+        rows = self.vocab_size + self.max_length + self.position_offset + self.token_types
+        return self.n_layers * layer + rows * embed + 2 * embed
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of the forward pass for one token of a sequence of `length`; training takes three times as many.
+
+        2 per weight in a matrix product plus 4 * layers * embed * length for attention's scores and values.
+        """
+        layer = 4 * self.embed_dim**2 + 2 * self.embed_dim * self.mlp_dim
+        return self.n_layers * (2.0 * layer + 4.0 * self.embed_dim * length)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (arXiv 1607.06450) of a float32 `[..., features]`."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = vector(self, "scale", (x.shape[-1],), ("norm",), nn.initializers.ones)
+        bias = vector(self, "bias", (x.shape[-1],), ("norm",))
+        x -= jnp.mean(x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale + bias
+
+
+def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> jax.Array:
+    """A float32 bias or scale of `shape` with logical `axes`."""
+    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution's cumulative function (arXiv 1606.08415); `jax.nn.gelu`'s erfc is 3x slower."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of the first `queries` tokens to all tokens of their segment, with biases."""
+
+    n_heads: int
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segment_ids: jax.Array, queries: int) -> jax.Array:
+        """`[batch, length, embed]` to `[batch, queries, embed]`."""
+        embed, n_heads = x.shape[-1], self.n_heads
+        heads = (n_heads, embed // n_heads)
+        weight = matrix(self, "qkv", (embed, 3, *heads), ("embed", None, "heads", "head_dim"), embed)
+        bias = vector(self, "qkv_bias", (3, *heads), (None, "heads", "head_dim"))
+        out = matrix(self, "out", (*heads, embed), ("heads", "head_dim", "embed"), embed)
+        # Heads before positions from here on: XLA's CPU backend has to transpose the operands of other products.
+        if queries == x.shape[1]:
+            q, k, v = project("BTD,DCNH->CBNTH", x, weight) + bias[:, None, :, None].astype(x.dtype)
+        else:
+            q = project("BTD,DNH->BNTH", x[:, :queries], weight[:, 0]) + bias[0, :, None].astype(x.dtype)
+            k, v = project("BTD,DCNH->CBNTH", x, weight[:, 1:]) + bias[1:, None, :, None].astype(x.dtype)
+        q, k, v = (constrain(a, "batch", "act_heads", "length", None) for a in (q, k, v))
+        implementation = self.implementation or default_implementation(x.dtype)
+        if implementation == "blockwise":
+            attended = bidirectional_attention(q, k, v, segment_ids)
+        else:
+            mask = (segment_ids[:, :queries, None] == segment_ids[:, None, :])[:, None]
+            q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+            attended = dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+            attended = jnp.swapaxes(attended, 1, 2)
+        return project("BNTH,NHD->BTD", attended, out)
+
+
+def bidirectional_attention(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Softmax attention within segments, scale 1 / sqrt(head_dim), softmax in float32, a few rows at a time.
+
+    The backward pass computes the probabilities again, so that memory grows with SCORES, not with the batch.
+
+    Args:
+      query: `[batch, heads, queries, head_dim]`, the first `queries` tokens of each row.
+      key, value: `[batch, heads, length, head_dim]`.
+      segment_ids: int `[batch, length]`. Padding (0) attends to padding, so every query reads at least itself.
+
+    Returns:
+      `[batch, heads, queries, head_dim]` in the dtype of `query`.
+    """
+
+    @jax.checkpoint
+    def rows(operands):
+        query, key, value, segment_ids = operands
+        scores = jnp.einsum("...NTH,...NSH->...NTS", query, key, preferred_element_type=jnp.float32)
+        allowed = segment_ids[..., : query.shape[-2], None] == segment_ids[..., None, :]
+        scores = jnp.where(allowed[..., None, :, :], scores * query.shape[-1] ** -0.5, -1e30)
+        p = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        attended = jnp.einsum("...NTS,...NSH->...NTH", p.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return (attended / total).astype(query.dtype)
+
+    operands = (query, key, value, segment_ids)
+    at_once = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+    if at_once >= query.shape[0]:
+        return rows(operands)
+    return jax.lax.map(rows, operands, batch_size=at_once if at_once > 1 else None)
+
+
+class Block(nn.Module):
+    """One layer: `[batch, length, embed]` in, its first `queries` tokens out."""
+
+    config: EncoderConfig
+    queries: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        config, dtype, embed = self.config, x.dtype, x.shape[-1]
+        attended = SelfAttention(config.n_heads, config.attention, name="attention")(x, segment_ids, self.queries)
+        x = self._add(x[:, : self.queries], attended, "attention")
+
+        up = matrix(self, "up", (embed, config.mlp_dim), ("embed", "mlp"), embed)
+        up_bias = vector(self, "up_bias", (config.mlp_dim,), ("mlp",))
+        down = matrix(self, "down", (config.mlp_dim, embed), ("mlp", "embed"), config.mlp_dim)
+        hidden = gelu(project("BTD,DF->BTF", x, up).astype(jnp.float32) + up_bias).astype(dtype)
+        hidden = constrain(hidden, "batch", "length", "act_mlp")
+        return self._add(x, project("BTF,FD->BTD", hidden, down), "mlp")
+
+    def _add(self, x: jax.Array, branch: jax.Array, name: str) -> jax.Array:
+        """The normalised sum of the stream, a branch's output and that output's bias."""
+        bias = vector(self, f"{name}_bias", (x.shape[-1],), ("norm",))
+        total = x.astype(jnp.float32) + branch.astype(jnp.float32) + bias
+        x = LayerNorm(self.config.norm_epsilon, name=f"{name}_norm")(total).astype(x.dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+
+class Encoder(nn.Module):
+    """Tokens to final hidden states, or with `pooled` to one vector a row."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        token_types: jax.Array | None = None,
+        pooled: bool = False,
+    ) -> jax.Array:
+        """Runs the encoder.
+
+        Args:
+          tokens: int `[batch, length]`.
+          segment_ids: int `[batch, length]`; 0 is padding, tokens of another number are one document, side by side.
+          token_types: int `[batch, length]`; None: all 0.
+          pooled: return `pool` of the hidden states instead; for pooling "first" at less work, as the last layer
+            then runs on the first tokens alone.
+
+        Returns:
+          `[batch, length, embed]`, or `[batch, embed]` float32 with `pooled`. What stands at padding is finite but
+          meaningless.
+
+        Raises:
+          ValueError: the rows are longer than `max_length`.
+        """
+        config = self.config
+        if tokens.shape[1] > config.max_length:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens are longer than max_length = {config.max_length}")
+        x = Embeddings(config, name="embeddings")(tokens, segment_ids, token_types)
+
+        def layer(x, params, queries=x.shape[1]):
+            return Block(config, queries, parent=None).apply({"params": params}, x, segment_ids), None
+
+        def init(key):
+            keys = jax.random.split(key, config.n_layers)
+            boxed = jax.vmap(lambda key: Block(config, 1, parent=None).init(key, x, segment_ids)["params"])(keys)
+            return nn.meta.add_axis(boxed, 0, {nn.PARTITION_NAME: "layers"})
+
+        # One stack of parameters, not nn.scan: it can be cut, so that the last layer may run on fewer tokens.
+        params = self.param("layers", init)
+        first_only = pooled and config.pooling == "first"
+        scanned = jax.tree.map(lambda p: p[:-1], params) if first_only else params
+        body = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
+        x, _ = jax.lax.scan(body, x, scanned, unroll=config.unroll)
+        if first_only:
+            x, _ = layer(x, jax.tree.map(lambda p: p[-1], params), queries=1)
+        return pool(config, x, segment_ids) if pooled else x
+
+
+class Embeddings(nn.Module):
+    """The normalised sum of a token's, its position's and its type's vector, `[batch, length, embed]`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array, token_types: jax.Array | None) -> jax.Array:
+        config, embed = self.config, self.config.embed_dim
+        rows = matrix(self, "token", (config.vocab_size, embed), ("vocab", "embed"), embed)
+        places = matrix(
+            self, "position", (config.max_length + config.position_offset, embed), (None, "embed"), embed
+        )
+        x = jnp.take(constrain(rows, "vocab", None), tokens, axis=0)
+        x += jnp.take(constrain(places, None, None), positions(segment_ids) + config.position_offset, axis=0)
+        if config.token_types:
+            types = matrix(self, "type", (config.token_types, embed), (None, "embed"), embed)
+            x += types[0] if token_types is None else jnp.take(types, token_types, axis=0)
+        x = LayerNorm(config.norm_epsilon, name="norm")(x).astype(config.dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+
+def positions(segment_ids: jax.Array) -> jax.Array:
+    """Place of each token within its run of one segment id, from 0: int32 `[batch, length]`."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def pool(config: EncoderConfig, hidden: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """One float32 vector `[batch, embed]` of each row's hidden states `[batch, length, embed]`, a document a row.
+
+    Pooling "first" takes the first column, where the document begins; "mean" the mean of the row's non-padding tokens,
+    zeros for a row that has none.
+    """
+    if config.pooling == "first":
+        return hidden[:, 0].astype(jnp.float32)
+    weights = (segment_ids > 0).astype(jnp.float32)
+    total = jnp.einsum("BTD,BT->BD", hidden.astype(jnp.float32), weights)
+    return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
