@@ -93,8 +93,8 @@ class RaterTraining:
         """
         self._config, self._params = config, None
         if config.encoder is not None:
-            encoder, self._params = load_encoder(config.encoder)
-            self.model = QualityConfig(**{**dataclasses.asdict(encoder), "dtype": config.dtype})
+            encoder, self._params = load_encoder(config.encoder, config.dtype)
+            self.model = QualityConfig(**dataclasses.asdict(encoder))
             self._tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
         else:
             self.model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)

@@ -69,6 +69,8 @@ def match_files(pattern: epath.PathLike) -> list[epath.Path]:
     """
     # A glob is anchored at the longest folder that holds no wildcard.
     parts = epath.Path(pattern).parts
+    if "**" in parts:  # epath has none, on no file system
+        raise InputError(f"{pattern}: ** is not supported; name the folders, or use * for each level")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
     if fixed is None:
         found = [epath.Path(pattern)] if epath.Path(pattern).exists() else []
@@ -194,7 +196,7 @@ def _line_document(line: bytes, path: epath.Path, number: int, extra: Sequence[s
 def _json_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
     try:
         record = json.loads(_decode(line, f"{path}:{number}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{number}: malformed JSON: {error}") from None
     if not isinstance(record, dict):
         raise InputError(f"{path}:{number}: a {type(record).__name__} where a JSON object is expected")

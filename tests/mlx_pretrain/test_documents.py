@@ -68,6 +68,7 @@ GOOD = json.dumps({"text": "good"}).encode() + b"\n"
     ("d.jsonl", GOOD + b'{"text": "\xff"}\n', "d.jsonl:2: not UTF-8"),
     ("d.txt", b"caf\xe9", "d.txt: not UTF-8"),
     ("d.jsonl", GOOD + b'{"text": "cut', "d.jsonl:2: malformed JSON"),
+    ("d.jsonl", GOOD + b"[" * 100_000 + b"\n", "d.jsonl:2: malformed JSON"),
     ("d.jsonl", GOOD + b"[1]\n", "d.jsonl:2: a list where a JSON object"),
     ("d.jsonl", GOOD + b'{"body": "x"}\n', 'd.jsonl:2: no "text"'),
     ("d.jsonl", b'{"text": 7}\n', 'd.jsonl:1: no "text"'),
@@ -120,6 +121,8 @@ def test_missing_files_are_named(tmp_path):
         match_files(tmp_path / "*.jsonl")
     with pytest.raises(InputError, match=r"no such file"):
         match_files(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match=r"\*\* is not supported"):
+        match_files(tmp_path / "**" / "x.jsonl")
 
 
 def test_memory_stays_flat(tmp_path):

@@ -1,0 +1,216 @@
+"""Many sequences of unlike length through one model: static shapes, full batches, a device that never waits.
+
+Every batch has one of a few lengths (buckets) and a fixed token budget, so exactly one program is compiled per bucket.
+Within a window the sequences are sorted by length and cut into batches from the longest on; what is left over at the
+end of a bucket fills up with the next shorter ones. As every batch costs about the same, this is the fewest batches
+that hold the window.
+"""
+
+import collections
+import concurrent.futures
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mlx_pretrain import partitioning
+from mlx_pretrain.errors import InputError
+
+Key = TypeVar("Key")
+
+
+class Batch(NamedTuple):
+    """Sequences that are computed together.
+
+    Attributes:
+      length: the bucket.
+      rows: int `[sequences]`, their places in the window; at most as many as the bucket's batch has rows.
+    """
+
+    length: int
+    rows: np.ndarray
+
+
+def default_buckets(max_length: int) -> list[int]:
+    """Lengths up to `max_length`, an eighth apart but no less than 32: 16 of them for 512, 48 for 8192."""
+    buckets = [0]
+    while buckets[-1] < max_length:
+        step = max(32, 1 << buckets[-1].bit_length() >> 4)
+        buckets.append(min(buckets[-1] + step, max_length))
+    return buckets[1:]
+
+
+def pack(lengths: Sequence[int], rows: dict[int, int]) -> list[Batch]:
+    """Puts every sequence of a window into a batch.
+
+    Args:
+      lengths: of the sequences.
+      rows: bucket -> sequences in one of its batches, buckets ascending.
+
+    Returns:
+      The batches, longest first; which sequence is where depends on nothing but the arguments.
+
+    Raises:
+      ValueError: a sequence is longer than the largest bucket.
+    """
+    buckets = np.fromiter(rows, np.int64)
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and lengths.max() > buckets[-1]:
+        raise ValueError(f"a sequence of {lengths.max()} tokens, the largest bucket holds {buckets[-1]}")
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        bucket = int(buckets[np.searchsorted(buckets, lengths[order[start]])])
+        batches.append(Batch(bucket, order[start : start + rows[bucket]]))
+        start += rows[bucket]
+    return batches
+
+
+class BulkInference:
+    """Applies a function of token batches to streams of sequences.
+
+    The output of a sequence depends on its window alone, not on what ran before: a program is run on the same batch of
+    the same shape whenever the window is the same.
+
+    Attributes:
+      compilations: programs compiled so far.
+      received: tokens given so far.
+      sequences, tokens: those whose outputs have arrived.
+      computed_tokens: the same with all padding.
+      busy_seconds: wall time in which the devices had work.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, jax.Array, jax.Array], jax.Array],
+        params: Any,
+        mesh: Mesh,
+        buckets: Sequence[int],
+        tokens_per_batch: int,
+        *,
+        pad_id: int = 0,
+        in_flight: int = 4,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          function: (params, tokens `[batch, length]` int32, segment_ids likewise, 0 for padding) -> `[batch, ...]`,
+            row by row.
+          params: first argument of `function`, on the devices of `mesh`.
+          mesh: of devices of this process; rows are sharded over its data and fsdp axes.
+          buckets: lengths of the batches.
+          tokens_per_batch: of all devices together, padding included; a batch has at least one row per shard.
+          pad_id: fills the batches.
+          in_flight: batches given to the devices before the first one's result is waited for.
+
+        Raises:
+          InputError: no buckets, or sizes that are not positive.
+        """
+        if not buckets or min(*buckets, tokens_per_batch, in_flight) < 1:
+            raise InputError(f"bulk inference: buckets {list(buckets)}, tokens_per_batch = {tokens_per_batch}, "
+                             f"in_flight = {in_flight}: all must be positive")
+        shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
+        self.rows = {n: max(tokens_per_batch // n // shards, 1) * shards for n in sorted(set(buckets))}
+        self._params, self._mesh, self._sharding = params, mesh, partitioning.batch_sharding(mesh)
+        self._pad_id, self._in_flight = pad_id, in_flight
+        self._programs: dict[int, Callable] = {}
+        self._watcher = concurrent.futures.ThreadPoolExecutor(1, "bulk_inference_watcher")
+        self._idle_since = 0.0
+        self.received = self.sequences = self.tokens = self.computed_tokens = 0
+        self.busy_seconds = 0.0
+
+        def program(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+            segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+            return function(params, tokens, segment_ids)
+
+        self._jitted = jax.jit(program)
+        with partitioning.use(mesh):
+            self._output = jax.eval_shape(program, params, *self._shapes(next(iter(self.rows))))
+
+    @property
+    def compilations(self) -> int:
+        return len(self._programs)
+
+    @property
+    def padding_efficiency(self) -> float:
+        """Tokens per computed token; nan before the first batch."""
+        return self.tokens / self.computed_tokens if self.computed_tokens else float("nan")
+
+    def warm_up(self) -> None:
+        """Compiles the programs of all buckets, side by side; none is compiled afterwards."""
+        with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            list(pool.map(self._program, self.rows))
+
+    def _shapes(self, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        rows = self.rows[length]
+        return (jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=self._sharding),
+                jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self._sharding))
+
+    def _program(self, length: int) -> Callable:
+        # Compiled ahead of time, a program refuses other shapes instead of compiling anew.
+        if length not in self._programs:
+            with partitioning.use(self._mesh):
+                self._programs[length] = self._jitted.lower(self._params, *self._shapes(length)).compile()
+        return self._programs[length]
+
+    def __call__(self, windows: Iterable[tuple[Key, Sequence[np.ndarray]]]) -> Iterator[tuple[Key, np.ndarray]]:
+        """Runs windows of sequences, in order.
+
+        Args:
+          windows: (key, int32 `[length]` each) pairs; the next is asked for while batches of the last are computed.
+
+        Yields:
+          key, outputs `[sequences, ...]`, once all of the window are there.
+        """
+        waiting: collections.deque[tuple] = collections.deque()
+        for key, sequences in windows:
+            outputs = np.empty((len(sequences), *self._output.shape[1:]), self._output.dtype)
+            lengths = [len(sequence) for sequence in sequences]
+            self.received += sum(lengths)
+            for batch in pack(lengths, self.rows):
+                waiting.append((batch, sequences, outputs, self._dispatch(batch, sequences)))
+                yield from self._collect(waiting, self._in_flight)
+            waiting.append((None, key, outputs, None))
+            yield from self._collect(waiting, self._in_flight)
+        yield from self._collect(waiting, 0)
+
+    def _dispatch(self, batch: Batch, sequences: Sequence[np.ndarray]) -> jax.Array:
+        """Starts one batch; the result is on its way."""
+        shape = (self.rows[batch.length], batch.length)
+        # Rows without a sequence hold one token of padding, for a softmax over nothing is no number.
+        tokens, lengths = np.full(shape, self._pad_id, np.int32), np.ones(shape[0], np.int32)
+        for i, row in enumerate(batch.rows):
+            lengths[i] = len(sequences[row])
+            tokens[i, : lengths[i]] = sequences[row]
+        started = time.perf_counter()
+        result = self._program(batch.length)(self._params, *jax.device_put((tokens, lengths), self._sharding))
+        result.copy_to_host_async()
+        self._watcher.submit(self._watch, started, result)
+        return result
+
+    def _watch(self, started: float, result: jax.Array) -> None:
+        result.block_until_ready()
+        now = time.perf_counter()
+        self.busy_seconds += now - max(started, self._idle_since)
+        self._idle_since = now
+
+    def _collect(self, waiting: collections.deque[tuple], allowed: int) -> Iterator[tuple[Any, np.ndarray]]:
+        """Takes results off the queue until at most `allowed` batches wait there; yields windows that are whole."""
+        while waiting:
+            batch, what, outputs, result = waiting[0]
+            if batch is None:
+                waiting.popleft()
+                yield what, outputs
+                continue
+            if sum(entry[0] is not None for entry in waiting) <= allowed and not result.is_ready():
+                return
+            waiting.popleft()
+            outputs[batch.rows] = np.asarray(result)[: len(batch.rows)]
+            self.sequences += len(batch.rows)
+            self.tokens += sum(len(what[row]) for row in batch.rows)
+            self.computed_tokens += self.rows[batch.length] * batch.length

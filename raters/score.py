@@ -1,0 +1,364 @@
+"""Scores documents in bulk: `python -m raters.score --gin_file=gin/raters/score.gin`.
+
+Reads files of documents, writes their scores (`raters.shards` has the layout). The rater is a trained quality model,
+run on the devices, or any plug-in (`raters.rater.Rater`). The same command starts and resumes: files whose scores are
+whole are skipped; those that have changed since, or could not be read, are scored again; scores made with other
+settings are an error unless `overwrite` is set. A file's scores depend on the file, the rater and the settings, on
+nothing else: batches never mix files, so the same bytes come out after any interruption (on the same kind and number of
+devices).
+
+Several hosts share the files, host i of n taking every n-th; each runs the model on its own devices.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mlx_pretrain import hardware, partitioning
+from mlx_pretrain.configuration import run, save_effective
+from mlx_pretrain.data.documents import TEXT_UNITS, Document, read_documents
+from mlx_pretrain.data.workers import Workers
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.inference.bulk import BulkInference, default_buckets
+from raters.chunks import Preparation, Prepared, mean_over_chunks
+from raters.progress import Progress
+from raters.quality import load_quality, load_tokenizer, quality
+from raters.rater import Rater, record_fields
+from raters.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfinished
+
+_PIECE_CHARACTERS, _PIECE_DOCUMENTS = 1 << 18, 1024  # handed to a worker at a time
+
+
+@gin.configurable
+class QualityScorer:
+    """A trained rater for bulk scoring.
+
+    Attributes:
+      name: the run's folder with a fingerprint of configuration, parameters and tokenizer.
+      tokenizer: of the run.
+      chunk_length: tokens of the longest chunk.
+      settings: what scores depend on besides the rater.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike = gin.REQUIRED,
+        step: int | None = None,
+        chunk_length: int | None = None,
+        buckets: Sequence[int] | None = None,
+        tokens_per_batch: int = 8192,
+        window_batches: int = 64,
+        in_flight: int = 4,
+    ):
+        """Loads the model onto this host's devices.
+
+        Args:
+          run_dir: folder of a run of `raters.train`.
+          step: which checkpoint; None: the latest.
+          chunk_length: longer documents are cut into chunks of so many tokens; None: what the encoder takes.
+          buckets: lengths of the batches, a program each; None: `bulk.default_buckets`.
+          tokens_per_batch: on all of the host's devices together, padding included.
+          window_batches: so many batches of tokens are sorted by length together.
+          in_flight: batches given to the devices ahead.
+
+        Raises:
+          InputError: no such run, or a length that does not fit.
+        """
+        config, params, self.tokenizer = load_quality(run_dir, step)
+        self.name = f"{epath.Path(run_dir).name}@{_fingerprint(config, params, self.tokenizer)}"
+        self.chunk_length = chunk_length or config.max_length
+        if not 0 < self.chunk_length <= config.max_length:
+            raise InputError(f"QualityScorer.chunk_length = {chunk_length}: the encoder takes up to "
+                             f"{config.max_length} tokens")
+        buckets = sorted(set(buckets or default_buckets(self.chunk_length)))
+        if buckets[-1] < self.chunk_length:
+            raise InputError(f"QualityScorer.buckets: none holds a chunk of {self.chunk_length} tokens")
+        if window_batches < 1:
+            raise InputError(f"QualityScorer.window_batches = {window_batches}: must be positive")
+        mesh = partitioning.make_mesh(devices=jax.local_devices())
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self.bulk = BulkInference(lambda *arguments: quality(config, *arguments), params, mesh, buckets,
+                                  tokens_per_batch, pad_id=config.pad_id, in_flight=in_flight)
+        self.window_tokens = window_batches * tokens_per_batch
+        self.settings = {"chunk_length": self.chunk_length, "buckets": buckets, "tokens_per_batch": tokens_per_batch,
+                         "window_batches": window_batches, "dtype": str(config.dtype)}
+
+
+def _fingerprint(config: Any, params: Any, tokenizer: Any) -> str:
+    """Eight hexadecimal digits that change with anything scores are computed from."""
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(config), tokenizer.sha256], default=str).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:8]
+
+
+class Languages:
+    """Tells a document's language by its record, else by the path of its file."""
+
+    def __init__(self, field: str = "lang", pattern: str | None = None):
+        """`field`: of the records; `pattern`: end of the files' paths, with {language} and wildcards.
+
+        Raises:
+          InputError: the pattern does not hold {language} once.
+        """
+        self.field, self._shape = field, None
+        if pattern is not None:
+            if pattern.count("{language}") != 1:
+                raise InputError(f"score.language_pattern: {pattern!r} must hold {{language}} once")
+            shape = re.escape(pattern).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+            self._shape = re.compile("(?:.*/)?" + shape.replace(re.escape("{language}"), "(?P<language>[^/.]+)"))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What must be read of the records besides the usual."""
+        return () if self.field == "lang" else (self.field,)
+
+    def of(self, document: Document, path: epath.Path) -> str:
+        """The language, or ""."""
+        found = document.language if self.field == "lang" else str(document.extra.get(self.field) or "")
+        if not found and self._shape and (match := self._shape.fullmatch(str(path))):
+            found = match["language"]
+        return found
+
+
+@dataclasses.dataclass
+class Piece:
+    """Some documents of a shard, in order; `last` ends the shard, with the reason if it could not be read."""
+
+    writer: ShardWriter
+    documents: list[Document]
+    last: bool = False
+    failure: str | None = None
+
+
+def read_pieces(
+    writers: Iterable[ShardWriter], text_unit: str, languages: Languages, fields: Sequence[str], progress: Progress
+) -> Iterator[Piece]:
+    """Streams the documents of all shards. Records that cannot be scored are rejected in passing."""
+    for writer in writers:
+        path, documents, size, failure = writer.shard.path, [], 0, None
+        try:
+            for document in read_documents(path, text_unit, extra=(*fields, *languages.fields),
+                                           rejected=writer.reject):
+                document = dataclasses.replace(document, language=languages.of(document, path))
+                if not _is_unicode(document):
+                    writer.reject(document.number, "id, language or source is not valid Unicode")
+                    continue
+                documents.append(document)
+                size += len(document.text)
+                if size >= _PIECE_CHARACTERS or len(documents) >= _PIECE_DOCUMENTS:
+                    progress.read(writer, len(documents), size)
+                    yield Piece(writer, documents)
+                    documents, size = [], 0
+        except InputError as error:
+            documents, size, failure = [], 0, str(error)
+        progress.read(writer, len(documents), size)
+        yield Piece(writer, documents, True, failure)
+
+
+def _is_unicode(document: Document) -> bool:
+    """False for half a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        f"{document.id}{document.language}{document.source}".encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclasses.dataclass
+class Window:
+    """Documents that are batched together; never of two shards."""
+
+    writer: ShardWriter
+    documents: list[Document] = dataclasses.field(default_factory=list)
+    n_tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    chunks: list[np.ndarray] = dataclasses.field(default_factory=list)
+    owners: list[np.ndarray] = dataclasses.field(default_factory=list)
+    weights: list[np.ndarray] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    last: bool = False
+    failure: str | None = None
+
+    def add(self, piece: Piece, prepared: Prepared) -> None:
+        """Takes a piece in, without its text."""
+        self.owners.append(prepared.owners + len(self.documents))
+        self.documents += [dataclasses.replace(document, text="", language=language, extra={})
+                           for document, language in zip(piece.documents, prepared.languages)]
+        self.n_tokens.append(prepared.n_tokens)
+        self.chunks += prepared.chunks
+        self.weights.append(prepared.weights)
+        self.tokens += sum(map(len, prepared.chunks))
+        self.last, self.failure = piece.last, piece.failure
+
+
+def windows(prepared: Iterable[tuple[Piece, Prepared]], tokens: int) -> Iterator[tuple[Window, list[np.ndarray]]]:
+    """Groups pieces until a window has `tokens` of them, or its shard ends: (window, its chunks)."""
+    window = None
+    for piece, result in prepared:
+        window = window or Window(piece.writer)
+        window.add(piece, result)
+        if window.last or window.tokens >= tokens:
+            yield window, window.chunks
+            window = None
+
+
+def score_on_devices(
+    model: QualityScorer, prepared: Iterable[tuple[Piece, Prepared]]
+) -> Iterator[tuple[ShardWriter, str | None]]:
+    """Scores pieces with a trained model; gives each shard's writer, and why it failed, when it is through."""
+    for window, scores in model.bulk(windows(prepared, model.window_tokens)):
+        means = mean_over_chunks(scores, np.concatenate(window.owners), np.concatenate(window.weights),
+                                 len(window.documents))
+        if window.failure is None:
+            window.writer.add(window.documents, np.concatenate(window.n_tokens), means)
+        if window.last:
+            yield window.writer, window.failure
+
+
+def score_by_rater(
+    rater: Rater, prepared: Iterable[tuple[Piece, Prepared]]
+) -> Iterator[tuple[ShardWriter, str | None]]:
+    """Scores pieces with a plug-in, unless the workers did; gives the same as `score_on_devices`."""
+    for piece, result in prepared:
+        if piece.documents:
+            documents = [dataclasses.replace(document, language=language)
+                         for document, language in zip(piece.documents, result.languages)]
+            scores = rater.score(documents) if result.scores is None else result.scores
+            piece.writer.add(documents, result.n_tokens, scores)
+        if piece.last:
+            yield piece.writer, piece.failure
+
+
+@gin.configurable
+def score(
+    documents: Sequence[str] = gin.REQUIRED,
+    output: epath.PathLike = gin.REQUIRED,
+    rater: QualityScorer | Rater = gin.REQUIRED,
+    text_unit: str = "file",
+    language_field: str = "lang",
+    language_pattern: str | None = None,
+    detect_language: bool = False,
+    tokenizer: str | None = None,
+    workers: int | None = None,
+    rate_in_workers: bool = False,
+    overwrite: bool = False,
+    log_every: float = 10.0,
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
+) -> dict[str, Any]:
+    """Scores the documents of files.
+
+    Args:
+      documents: paths or globs of .jsonl, .txt (also .gz, .xz, .zst) and .parquet files.
+      output: folder of the scores, local or gs://; one folder per rater.
+      rater: @QualityScorer(), or a plug-in such as @GivenScores().
+      text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
+      language_field: of the records.
+      language_pattern: end of the files' paths with {language} and wildcards, e.g. "{language}/*.jsonl.gz", for
+        records without the field.
+      detect_language: identifies the language (py3langid) where neither tells it.
+      tokenizer: tokenizer.model or tokenizer.json that counts tokens when a plug-in rates; None: `n_tokens` stays empty.
+      workers: processes that tokenise; 0: the main process does; None: one per core, at most 8, if there is work.
+      rate_in_workers: runs the plug-in in the workers, for raters of plain Python.
+      overwrite: scores files again that were scored with other settings.
+      log_every: seconds between progress lines.
+      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
+
+    Returns:
+      The summary, which is also printed as one line of JSON on stdout.
+
+    Raises:
+      InputError: a setting is wrong, files were scored with other settings, or, at the end, files could not be read.
+    """
+    _check(text_unit, workers, documents)
+    hardware.keep_compiled(compilation_cache)
+    languages, fields = Languages(language_field, language_pattern), record_fields([rater])
+    on_devices = isinstance(rater, QualityScorer)
+    if on_devices and (tokenizer or rate_in_workers):
+        raise InputError("score: tokenizer and rate_in_workers are for plug-in raters; a QualityScorer has its own")
+    counter = rater.tokenizer if on_devices else load_tokenizer(tokenizer) if tokenizer else None
+    preparation = Preparation(counter, rater.chunk_length if on_devices else None, detect_language,
+                              rater if rate_in_workers else None)
+    settings = {
+        "rater": rater.name, "text_unit": text_unit,
+        "language_field": language_field, "language_pattern": language_pattern, "detect_language": detect_language,
+        "tokenizer": counter and counter.sha256, **(rater.settings if on_devices else {}),
+    }
+    mine = find_shards(documents, output)[jax.process_index() :: jax.process_count()]
+    shards = unfinished(mine, settings, overwrite)
+    if jax.process_index() == 0:
+        epath.Path(output).mkdir(parents=True, exist_ok=True)
+        save_effective(epath.Path(output) / "score.gin")
+    sweep(shards)
+    progress = Progress(shards, len(mine) - len(shards), rater.bulk if on_devices else None, log_every)
+    if shards:
+        if on_devices:
+            rater.bulk.warm_up()
+        if workers is None:
+            workers = min(os.cpu_count() or 1, 8) if counter or detect_language or rate_in_workers else 0
+        _score_shards(shards, settings, rater, preparation, workers, (text_unit, languages, fields), progress)
+    summary = {**progress.summary(), "rater": rater.name, "output": str(output)}
+    print(json.dumps(summary), flush=True)
+    if progress.failed:
+        names = ", ".join(shard.name for shard in progress.failed)
+        raise InputError(f"{len(progress.failed)} of {len(mine)} files could not be scored: {names}; the reasons are "
+                         f"in their *{REJECTS}")
+    return summary
+
+
+def _check(text_unit: str, workers: int | None, documents: Sequence[str]) -> None:
+    if text_unit not in TEXT_UNITS:
+        raise InputError(f"score.text_unit: {text_unit!r}, known are {', '.join(TEXT_UNITS)}")
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise InputError(f"score.workers = {workers!r}: must be a number of processes")
+    if isinstance(documents, str) or not documents:
+        raise InputError(f"score.documents = {documents!r}: must be a list of paths or globs")
+
+
+def _score_shards(
+    shards: Sequence[Shard], settings: Mapping[str, Any], rater: QualityScorer | Rater, preparation: Preparation,
+    processes: int, reading: tuple[str, Languages, Sequence[str]], progress: Progress,
+) -> None:
+    """Scores shards one after the other, reading ahead."""
+    begun: dict[Shard, ShardWriter] = {}
+
+    def writers() -> Iterator[ShardWriter]:
+        for shard in shards:
+            begun[shard] = ShardWriter(shard, settings, rater.name)
+            yield begun[shard]
+
+    text_unit, languages, fields = reading
+    pieces = read_pieces(writers(), text_unit, languages, fields, progress)
+    score_pieces = score_on_devices if isinstance(rater, QualityScorer) else score_by_rater
+    try:
+        with contextlib.ExitStack() as stack:
+            if processes:
+                pool = stack.enter_context(Workers(preparation, processes))
+                prepared = pool.map((piece, piece.documents) for piece in pieces)
+            else:
+                prepared = ((piece, preparation(piece.documents)) for piece in pieces)
+            stack.enter_context(progress)
+            for writer, failure in score_pieces(rater, prepared):
+                failure = failure or writer.finish()
+                if failure is not None:
+                    writer.fail(failure)
+                del begun[writer.shard]
+                progress.ended(writer, failure is not None)
+    finally:
+        for writer in begun.values():
+            writer.discard()
+
+
+if __name__ == "__main__":
+    run(score, "raters.score")

@@ -1,0 +1,136 @@
+"""Bulk scoring as a user runs it: killed, interrupted, with broken input, on several hosts."""
+
+import gzip
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e.conftest import REPOSITORY, Process, run, started
+from tests.raters.test_score import make_run, outputs, records, write_jsonl
+
+SCORE = "raters.score"
+FILES, DOCUMENTS = 6, 600
+
+GIN = """
+import raters.score
+
+score.documents = ['{input}/*.jsonl.gz']
+score.output = 'scores'
+score.rater = @QualityScorer()
+score.workers = 2
+score.log_every = 0.2
+score.compilation_cache = '{cache}'
+QualityScorer.run_dir = '{run}'
+QualityScorer.buckets = [12, 24]
+QualityScorer.tokens_per_batch = 480
+QualityScorer.window_batches = 4
+"""
+
+# What a launcher does on every host before the command starts.
+HOST = """
+import sys, jax
+jax.distributed.initialize(sys.argv.pop(1), 2, int(sys.argv.pop(1)))
+import raters.score
+from mlx_pretrain.configuration import run
+run(raters.score.score, "raters.score")
+"""
+
+
+@pytest.fixture(scope="module")
+def score_gin(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("score")
+    for i in range(FILES):
+        lines = records(i, DOCUMENTS)
+        lines[i] = "no JSON"
+        write_jsonl(folder / "in" / f"{i}.jsonl.gz", lines)
+    text = GIN.format(input=folder / "in", cache=folder / "cache", run=make_run(folder))
+    (folder / "score.gin").write_text(text)
+    return f"--gin_file={folder / 'score.gin'}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(score_gin, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = run(SCORE, score_gin, folder=folder)
+    assert ended.code == 0, ended.err
+    summary = json.loads(ended.out.splitlines()[-1])
+    assert summary["documents"] == FILES * (DOCUMENTS - 1) and summary["rejected"] == FILES
+    assert summary["compilations"] == 2 and summary["padding_efficiency"] > 0.6 and 0 < summary["device_busy"] <= 1
+    assert "documents/s" in ended.err and "tokens/s" in ended.err and "left" in ended.err
+    found = outputs(folder / "scores")
+    assert len(found) == 3 * FILES + 1
+    return found
+
+
+def children(pid: int) -> set[int]:
+    return {int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def gone(pid: int) -> bool:
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_run_that_is_stopped_twice_ends_with_the_same_bytes(score_gin, undisturbed, tmp_path):
+    scores, whole = tmp_path / "scores", 0
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with started(SCORE, score_gin, folder=tmp_path) as process:
+            # Some more files are whole, another is being written.
+            process.wait_for(lambda before=whole: len(list(scores.glob("*.done.json"))) > before
+                             and any(scores.glob(".*.rejects.jsonl.*")))
+            workers = children(process._popen.pid)
+            process.signal(number)
+            ended = process.end()
+        assert whole < len(list(scores.glob("*.done.json"))) < FILES and len(workers) >= 2
+        whole = len(list(scores.glob("*.done.json")))
+        if number == signal.SIGINT:
+            assert ended.code == 130 and ended.err.splitlines()[-1] == "interrupted" and "Traceback" not in ended.err
+            assert not list(scores.glob(".*"))
+        else:
+            assert ended.code == -signal.SIGKILL
+        deadline = time.monotonic() + 30
+        while not all(map(gone, workers)):
+            assert time.monotonic() < deadline, "workers outlive the command"
+            time.sleep(0.02)
+    last = run(SCORE, score_gin, folder=tmp_path)
+    assert last.code == 0, last.err
+    assert json.loads(last.out.splitlines()[-1])["skipped"] == whole
+    assert outputs(scores) == undisturbed
+
+
+def test_hosts_share_the_files(score_gin, undisturbed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", HOST, address]
+    environment = {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    hosts = [Process(subprocess.Popen([*command, str(i), score_gin], cwd=tmp_path, env=environment, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)) for i in range(2)]
+    ended = [host.end() for host in hosts]
+    assert [host.code for host in ended] == [0, 0], ended
+    assert [json.loads(host.out.splitlines()[-1])["scored"] for host in ended] == [3, 3]
+    assert outputs(tmp_path / "scores") == undisturbed
+
+
+def test_a_broken_file_ends_the_command_with_one_line_and_nothing_else(score_gin, undisturbed, tmp_path):
+    write_jsonl(tmp_path / "in" / "a.jsonl.gz", records(0, 20))
+    whole = gzip.compress(b"".join(json.dumps(record).encode() + b"\n" for record in records(1, DOCUMENTS)))
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(whole[:-9])
+    flags = [score_gin, "--gin.score.documents=['in/*.jsonl.gz']"]
+    ended = run(SCORE, *flags, folder=tmp_path)
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1] == ("error: 1 of 2 files could not be scored: b.jsonl.gz; the reasons are in "
+                                          "their *.rejects.jsonl")
+    assert pq.read_table(tmp_path / "scores" / "a.jsonl.gz.scores.parquet").num_rows == 20
+    assert not (tmp_path / "scores" / "b.jsonl.gz.scores.parquet").exists()
+    refused = run(SCORE, *flags, "--gin.QualityScorer.buckets=[24]", folder=tmp_path)
+    assert refused.code == 1
+    assert refused.err.splitlines()[-1].endswith("; choose another score.output, or set score.overwrite=True")
