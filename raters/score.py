@@ -268,7 +268,7 @@ def score(
       language_pattern: end of the files' paths with {language} and wildcards, e.g. "{language}/*.jsonl.gz", for
         records without the field.
       detect_language: identifies the language (py3langid) where neither tells it.
-      tokenizer: tokenizer.model or tokenizer.json that counts tokens when a plug-in rates; None: `n_tokens` stays empty.
+      tokenizer: a tokenizer.model or .json that counts tokens when a plug-in rates; None: `n_tokens` stays empty.
       workers: processes that tokenise; 0: the main process does; None: one per core, at most 8, if there is work.
       rate_in_workers: runs the plug-in in the workers, for raters of plain Python.
       overwrite: scores files again that were scored with other settings.

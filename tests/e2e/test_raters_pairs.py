@@ -98,7 +98,8 @@ def test_a_killed_run_leaves_the_old_files_and_another_ends_the_same(made, tmp_p
     (PAIRS, ["--gin.NGRAMS=none.npz"], r"none\.npz: no such n-gram classifier"),
     (PAIRS, ["import raters.judge\npairs.raters = [@LanguageModelJudge()]", "--gin.LanguageModelJudge.run_dir=none"],
      r"none/model\.json: no such model description: not the folder of a training run"),
-    (PAIRS, ["import raters.given\npairs.raters = [@GivenScores()]"], r"Required bindings for `GivenScores` not provided .*\['field'\]"),
+    (PAIRS, ["import raters.given\npairs.raters = [@GivenScores()]"],
+     r"Required bindings for `GivenScores` not provided .*\['field'\]"),
     (NGRAMS, ["--gin.ENGLISH=none*.jsonl"], r"none\*\.jsonl: no file matches"),
 ])
 def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, module, flags, message):
