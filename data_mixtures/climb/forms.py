@@ -17,38 +17,45 @@ Prior = dict[str, tuple[np.ndarray | float, float]]
 class Chinchilla:
     """`L(N, d) = E + A / N^alpha + B / (d + d0)^beta`, d the language's own tokens `rt D` (2203.15556's form).
 
-    E and A / N^alpha are one constant where N does not vary. `shift`: d0 is fitted, else 0; it is ours, for proxies so
-    small that the power law has not begun, and keeps the loss finite where a language has no tokens.
+    E and A / N^alpha are one constant where N does not vary. Two things are ours. `shift`: d0 is fitted, else 0; for
+    proxies so small that the power law has not begun. `shared`: E + A / N^alpha is multiplied by rt^-gamma, gamma > 0:
+    languages share the model, so the loss that it ends at without limit of text rises as the language's part falls, as
+    in 2410.12883's law.
     """
 
     n_varies: bool
     d_varies: bool
     shift: bool = False
+    shared: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
-        names = ("log_e", "log_b", "log_beta") + ("log_a", "log_alpha") * self.n_varies + ("log_shift",) * self.shift
-        return dict.fromkeys(names, 1)
+        names = ("log_e", "log_b", "log_beta") + ("log_a", "log_alpha") * self.n_varies
+        return dict.fromkeys(names + ("log_shift",) * self.shift + ("log_gamma",) * self.shared, 1)
 
     def prior(self, losses: np.ndarray) -> Prior:
         """Of losses `[rows]`: wide, and only there so that what the data leave open stays finite."""
         rest = max(np.median(losses) - 0.7 * losses.min(), 0.1)
         size = {"log_a": (np.log(0.2 * losses.min()), 1.0), "log_alpha": (np.log(0.3), 0.7)} if self.n_varies else {}
         shift = {"log_shift": (np.log(0.02), 1.5)} if self.shift else {}
+        shared = {"log_gamma": (np.log(0.05), 1.0)} if self.shared else {}
         return {
             "log_e": (np.log(0.7 * losses.min()), 0.7),
             "log_b": (np.log(rest) + 0.3 * np.log(0.1), 1.0),
             "log_beta": (np.log(0.3), 0.7),
             **size,
             **shift,
+            **shared,
         }
 
     def log_loss(self, p, effective, size, scale):
-        tokens = effective * jnp.exp(scale) + (jnp.exp(p["log_shift"]) if self.shift else 0)
-        log_loss = jnp.logaddexp(p["log_e"], p["log_b"] - jnp.exp(p["log_beta"]) * jnp.log(tokens))
+        end = p["log_e"]
         if self.n_varies:
-            log_loss = jnp.logaddexp(log_loss, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
-        return log_loss
+            end = jnp.logaddexp(end, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
+        if self.shared:
+            end -= jnp.exp(p["log_gamma"]) * jnp.log(effective)
+        tokens = effective * jnp.exp(scale) + (jnp.exp(p["log_shift"]) if self.shift else 0)
+        return jnp.logaddexp(end, p["log_b"] - jnp.exp(p["log_beta"]) * jnp.log(tokens))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -336,21 +336,24 @@ class Climb:
     That the loss is the isolated law's at an effective ratio is arXiv 2509.15556's; the families of T are ours, see
     `interactions`. The isolated law is fitted to monolingual runs first where there are any, then with all the rest.
 
-    Args: `family`, a name of `interactions.INTERACTIONS`; `shift`, see `Chinchilla`; `starts` of the optimiser.
+    Args: `family`, a name of `interactions.INTERACTIONS`; `shift` and `shared`, see `Chinchilla`; `starts` of the
+    optimiser.
     """
 
     name = "climb"
 
-    def __init__(self, family: str = "substitution_fading", shift: bool = True, starts: int = 8):
+    def __init__(
+        self, family: str = "substitution_fading", shift: bool = True, shared: bool = True, starts: int = 8
+    ):
         if family not in INTERACTIONS:
             raise InputError(f"Climb.family: {family!r} is none of {', '.join(INTERACTIONS)}")
-        self.family, self.shift, self.starts = family, shift, starts
+        self.family, self.shift, self.shared, self.starts = family, shift, shared, starts
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> EffectiveFit:
         """Raises InputError: a target without a ratio column, or without a run that has any of it."""
         _check(self.name, runs)
         n_varies, d_varies, notes = _merged(runs)
-        isolated = Chinchilla(n_varies, d_varies, self.shift)
+        isolated = Chinchilla(n_varies, d_varies, self.shift, self.shared)
         if not d_varies:
             notes += ("that transfer fades with D (delta) is not fitted",)
         model = EffectiveModel(len(runs.languages), isolated, INTERACTIONS[self.family](d_varies))
