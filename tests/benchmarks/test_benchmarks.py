@@ -28,6 +28,7 @@ def test_loader_delivers_the_shares_asked_for():
     assert result["share_error_sequences"] < 3
 
 
+@pytest.mark.slow
 def test_train_step_alone_leaves_the_fields_of_the_peer_empty():
     result = last_line("train_step.py")
     ours = ("ours_tokens_per_s", "ours_first_step_s", "ours_cpu_s_per_step", "ours_peak_rss_gb", "peak_fraction")
