@@ -1,27 +1,37 @@
 """Files that are whole or absent: atomic writes and content hashes, on local disks and object stores."""
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from mlx_pretrain.errors import InputError
 
 
-def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes `content` so that a killed run leaves the old file or the new one, never a part."""
+@contextlib.contextmanager
+def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to; a killed run, or an error in the block, leaves the old file, the block's end the new one."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        with scratch.open("wb") as file:
+            yield file
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes `content` so that a killed run leaves the old file or the new one, never a part."""
+    with atomic_writer(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

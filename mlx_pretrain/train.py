@@ -19,7 +19,6 @@ from mlx_pretrain import checkpoints, configuration
 from mlx_pretrain.data.loader import Batch, BatchSource
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore, used_languages
-from mlx_pretrain.errors import InputError
 from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.trainer import LossParts, make_decoder_loss
@@ -51,9 +50,10 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_counts("chunk_tokens", "eval_batch_size", *(["eval_sequences"] if self.eval_sequences else []))
+        optional = ["eval_sequences"] if self.eval_sequences is not None else []
+        self.check_counts("chunk_tokens", "eval_batch_size", *optional)
         if not isinstance(self.model, DecoderConfig):
-            raise InputError(f"train.model = {self.model!r}: must be a model, e.g. @DecoderConfig()")
+            raise self.wrong("model", "must be a model, e.g. @DecoderConfig()")
 
 
 class Pretraining:
@@ -69,7 +69,8 @@ class Pretraining:
         self._config = config
         self._store = TokenStore(config.token_store)
         self._rates = load_rates(config.rates, known=self._store.parts("train"))
-        for language in used_languages(self._store, "train", self._rates):
+        self._languages = used_languages(self._store, "train", self._rates)
+        for language in self._languages:
             self._store.array("train", language)  # checks the files
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         length = self._store.manifest.sequence_length
@@ -90,9 +91,8 @@ class Pretraining:
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         real = (batch["tokens"] != PAD_ID).sum(axis=1)
-        languages = used_languages(self._store, "train", self._rates)
-        counts = np.bincount(batch["source"], weights=real, minlength=len(languages))
-        return collections.Counter(dict(zip(languages, counts.astype(int).tolist())))
+        counts = np.bincount(batch["source"], weights=real, minlength=len(self._languages))
+        return collections.Counter(dict(zip(self._languages, counts.astype(int).tolist())))
 
     def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
         config = self._config

@@ -19,12 +19,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import sys
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import gin
 import numpy as np
@@ -35,9 +32,10 @@ from mlx_pretrain import __version__
 from mlx_pretrain.configuration import run
 from mlx_pretrain.data.documents import Document, match_files, read_documents
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import sha256
+from mlx_pretrain.files import atomic_writer, sha256
 from raters.rater import PairRater, Rater, record_fields
 from raters.sampling import PairSampler, Strata, language_pairs, spread
+from raters.stages import say
 from raters.translation import DocumentStore, Translator, with_language
 
 FORMAT = "mlx-rater-pairs"
@@ -324,7 +322,7 @@ def _report(columns: Sequence[tuple], wanted: int, languages: Sequence[str], str
     return found
 
 
-def _write(file: TextIO, config: PairsConfig, pool: Pool, selection: Selection) -> None:
+def _write(file: BinaryIO, config: PairsConfig, pool: Pool, selection: Selection) -> None:
     provenance = {"program": "raters.pairs", "version": __version__, "method": config.method, "seed": config.seed,
                   "raters": [rater.name for rater in config.raters], "documents": len(pool.ids),
                   "left_out": pool.left_out, "repeated": pool.repeated, "sha256": pool.files,
@@ -346,23 +344,8 @@ def _write(file: TextIO, config: PairsConfig, pool: Pool, selection: Selection) 
         })
 
 
-def _write_line(file: TextIO, value: Mapping[str, Any]) -> None:
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _whole_file(path: epath.PathLike) -> Iterator[TextIO]:
-    """A text file to write to, that is there when all of it is."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            yield file
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+def _write_line(file: BinaryIO, value: Mapping[str, Any]) -> None:
+    file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
 
 
 def pairs() -> None:
@@ -370,10 +353,10 @@ def pairs() -> None:
     config = PairsConfig()
     for rater in config.raters:
         if one_order := getattr(rater, "one_order", None):
-            _say(f"note: {rater.name}: {len(one_order)} of {len(rater.pairs)} pairs were judged in one order only: "
-                 "their preferences hold the bias for a place")
+            say(f"note: {rater.name}: {len(one_order)} of {len(rater.pairs)} pairs were judged in one order only: "
+                "their preferences hold the bias for a place")
     pool = Pool(config)
-    _say(f"{len(pool.ids)} documents rated, {int(pool.heldout.sum())} of them held out; {pool.left_out} left out for "
+    say(f"{len(pool.ids)} documents rated, {int(pool.heldout.sum())} of them held out; {pool.left_out} left out for "
          f"want of a translation, {pool.repeated} for a repeated id")
     outputs = {config.output: False} | ({config.validation_output: True} if config.validation_output else {})
     if config.validation_output and not pool.heldout.any():
@@ -381,10 +364,10 @@ def pairs() -> None:
     with contextlib.ExitStack() as stack:
         for path, validation in outputs.items():
             selection = select(config, pool, validation)
-            _write(stack.enter_context(_whole_file(path)), config, pool, selection)
-            _say(f"{path}:")
+            _write(stack.enter_context(atomic_writer(path)), config, pool, selection)
+            say(f"{path}:")
             for kind, counts in selection.report.items():
-                _say(_describe(kind, counts))
+                say(_describe(kind, counts))
 
 
 def _describe(kind: str, counts: Mapping[str, Any]) -> str:
@@ -393,10 +376,6 @@ def _describe(kind: str, counts: Mapping[str, Any]) -> str:
         text += "; margins " + ", ".join(f"{edge}+ {n}" for edge, n in counts["margins"].items())
         text += f"; {counts['unjudged']} of {counts['candidates']} candidates dropped: no rater could judge"
     return text + "\n    " + " ".join(f"{language} {n}" for language, n in counts["languages"].items())
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class RaterTraining:
         self._train = read_pairs(config.pairs, self._tokenizer, self._length)
         self._validation = read_pairs(config.validation, self._tokenizer, self._length)
         self._kinds = self._used_kinds()
-        share = np.isin(self._train.kind[np.isin(self._train.kind, self._kinds)], [PARALLEL]).mean()
+        share = (self._train.kind[np.isin(self._train.kind, self._kinds)] == PARALLEL).mean()
         # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
         self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
         length = self._length

@@ -43,6 +43,7 @@ def test_a_truncated_token_store(tiny_gin, store_dir, tmp_path, split):
         ("train.optimizer = @adamw()", ".*missing .*'learning_rate'"),
         ("train.learning_rate = 0.1", r"train.learning_rate = 0.1: must be a schedule, e.g. @warmup_cosine\(\)"),
         ("train.eval_every = 0", "train.eval_every = 0: must be a positive integer"),
+        ("train.eval_sequences = 0", "train.eval_sequences = 0: must be a positive integer"),
     ],
 )
 def test_gin_typos(tiny_gin, tmp_path, text, message):

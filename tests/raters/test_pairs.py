@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import atomic_writer
 from raters.given import GivenScores, PairJudgements
-from raters.pairs import FORMAT, KINDS, PairsConfig, Pool, _whole_file, _write, select
+from raters.pairs import FORMAT, KINDS, PairsConfig, Pool, _write, select
 from raters.translation import AlignedDocuments
 
 LANGUAGES = ("de", "en", "fi", "ja")
@@ -54,7 +55,7 @@ def config(corpus, **changes) -> PairsConfig:
 
 def written(made: PairsConfig, tmp_path, validation=False) -> list[dict]:
     pool = Pool(made)
-    with _whole_file(tmp_path / "pairs.jsonl") as file:
+    with atomic_writer(tmp_path / "pairs.jsonl") as file:
         _write(file, made, pool, select(made, pool, validation))
     header, *rows = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
     assert (header["format"], header["version"]) == (FORMAT, 1)
@@ -241,7 +242,7 @@ def test_ids_that_do_not_tell_documents_apart_are_refused_with_judgements(tmp_pa
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     (tmp_path / "p").write_text("old")
-    with pytest.raises(KeyboardInterrupt), _whole_file(tmp_path / "p") as file:
-        file.write("half")
+    with pytest.raises(KeyboardInterrupt), atomic_writer(tmp_path / "p") as file:
+        file.write(b"half")
         raise KeyboardInterrupt
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p", "old")]
