@@ -17,43 +17,36 @@ Prior = dict[str, tuple[np.ndarray | float, float]]
 class Chinchilla:
     """`L(N, d) = E + A / N^alpha + B / (d + d0)^beta`, d the language's own tokens `rt D` (2203.15556's form).
 
-    E and A / N^alpha are one constant where N does not vary. Two things are ours. `shift`: d0 is fitted, else 0; for
-    proxies so small that the power law has not begun. `shared`: E + A / N^alpha is multiplied by rt^-gamma, gamma > 0:
-    languages share the model, so the loss that it ends at without limit of text rises as the language's part falls, as
-    in 2410.12883's law.
+    E and A / N^alpha are one constant where N does not vary. `shift`: d0 is fitted, else 0; it is ours, for proxies so
+    small that the power law has not begun.
     """
 
     n_varies: bool
     d_varies: bool
     shift: bool = False
-    shared: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
         names = ("log_e", "log_b", "log_beta") + ("log_a", "log_alpha") * self.n_varies
-        return dict.fromkeys(names + ("log_shift",) * self.shift + ("log_gamma",) * self.shared, 1)
+        return dict.fromkeys(names + ("log_shift",) * self.shift, 1)
 
     def prior(self, losses: np.ndarray) -> Prior:
         """Of losses `[rows]`: wide, and only there so that what the data leave open stays finite."""
         rest = max(np.median(losses) - 0.7 * losses.min(), 0.1)
         size = {"log_a": (np.log(0.2 * losses.min()), 1.0), "log_alpha": (np.log(0.3), 0.7)} if self.n_varies else {}
         shift = {"log_shift": (np.log(0.02), 1.5)} if self.shift else {}
-        shared = {"log_gamma": (np.log(0.05), 1.0)} if self.shared else {}
         return {
             "log_e": (np.log(0.7 * losses.min()), 0.7),
             "log_b": (np.log(rest) + 0.3 * np.log(0.1), 1.0),
             "log_beta": (np.log(0.3), 0.7),
             **size,
             **shift,
-            **shared,
         }
 
     def log_loss(self, p, effective, size, scale):
         end = p["log_e"]
         if self.n_varies:
             end = jnp.logaddexp(end, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
-        if self.shared:
-            end -= jnp.exp(p["log_gamma"]) * jnp.log(effective)
         tokens = effective * jnp.exp(scale) + (jnp.exp(p["log_shift"]) if self.shift else 0)
         return jnp.logaddexp(end, p["log_b"] - jnp.exp(p["log_beta"]) * jnp.log(tokens))
 
@@ -86,11 +79,46 @@ class Separable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared:
+    """`L(N, D, rt) = (E + A / N^alpha) rt^-gamma + B rt^-kappa / (D + d0)^beta`, with constants for what does not vary.
+
+    Ours. Languages share the model, so the loss that a language ends at without limit of text rises as its part falls,
+    and share its early training, which depends on the steps made more than on the language's own tokens. With gamma =
+    kappa and d0 = 0 it is `Separable`, with gamma = 0, kappa = beta and d0 = 0 `Chinchilla`.
+    """
+
+    n_varies: bool
+    d_varies: bool
+    shift: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        names = ("log_e", "log_gamma", "log_b", "log_kappa") + ("log_a", "log_alpha") * self.n_varies
+        scale = ("log_beta",) + ("log_shift",) * self.shift
+        return dict.fromkeys(names + scale * self.d_varies, 1)
+
+    def prior(self, losses: np.ndarray) -> Prior:
+        alone = Chinchilla(self.n_varies, self.d_varies, self.shift).prior(losses)
+        exponents = {"log_gamma": (np.log(0.05), 1.0), "log_kappa": (np.log(0.1), 1.0)}
+        return {name: value for name, value in (alone | exponents).items() if name in self.sizes}
+
+    def log_loss(self, p, effective, size, scale):
+        part = jnp.log(effective)
+        end, rest = p["log_e"], p["log_b"] - jnp.exp(p["log_kappa"]) * part
+        if self.n_varies:
+            end = jnp.logaddexp(end, p["log_a"] - jnp.exp(p["log_alpha"]) * size)
+        if self.d_varies:
+            tokens = jnp.exp(scale) + (jnp.exp(p["log_shift"]) if self.shift else 0)
+            rest -= jnp.exp(p["log_beta"]) * jnp.log(tokens)
+        return jnp.logaddexp(end - jnp.exp(p["log_gamma"]) * part, rest)
+
+
+@dataclasses.dataclass(frozen=True)
 class EffectiveModel:
     """A law of the form `isolated(rt)` with the parameters of one target in one vector (`fitting.Model`)."""
 
     languages: int
-    isolated: Chinchilla | Separable
+    isolated: Chinchilla | Separable | Shared
     interaction: Interaction | None = None
 
     @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_mixtures.climb import fitting
-from data_mixtures.climb.forms import Chinchilla, EffectiveModel, MixingModel, Separable, unpack
+from data_mixtures.climb.forms import Chinchilla, EffectiveModel, MixingModel, Separable, Shared, unpack
 from data_mixtures.climb.interactions import INTERACTIONS
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
 from data_mixtures.climb.runs import ProxyRuns
@@ -336,8 +336,8 @@ class Climb:
     That the loss is the isolated law's at an effective ratio is arXiv 2509.15556's; the families of T are ours, see
     `interactions`. The isolated law is fitted to monolingual runs first where there are any, then with all the rest.
 
-    Args: `family`, a name of `interactions.INTERACTIONS`; `shift` and `shared`, see `Chinchilla`; `starts` of the
-    optimiser.
+    Args: `family`, a name of `interactions.INTERACTIONS`; `shared`, whether the isolated law is `forms.Shared`, else
+    `forms.Chinchilla`; `shift`, see there; `starts` of the optimiser.
     """
 
     name = "climb"
@@ -353,7 +353,7 @@ class Climb:
         """Raises InputError: a target without a ratio column, or without a run that has any of it."""
         _check(self.name, runs)
         n_varies, d_varies, notes = _merged(runs)
-        isolated = Chinchilla(n_varies, d_varies, self.shift, self.shared)
+        isolated = (Shared if self.shared else Chinchilla)(n_varies, d_varies, self.shift)
         if not d_varies:
             notes += ("that transfer fades with D (delta) is not fitted",)
         model = EffectiveModel(len(runs.languages), isolated, INTERACTIONS[self.family](d_varies))

@@ -19,15 +19,15 @@ LANGUAGES = ("aa", "bb", "cc")
 TOKENS = (1e5, 2e5, 4e5, 8e5)
 STRENGTHS = np.array([[0, 0.5, 0.1], [0.3, 0, 0.1], [0.05, 0.2, 0]])
 E, B, BETA = np.array([1.5, 1.2, 2.0]), np.array([1.0, 1.5, 0.8]), np.array([0.4, 0.5, 0.3])
-GAMMA = np.array([0.05, 0.1, 0.03])
+GAMMA, KAPPA = np.array([0.05, 0.1, 0.03]), np.array([0.2, 0.15, 0.25])
 D0 = np.exp(np.log(TOKENS).mean())
 
 
 def climb_losses(ratios, tokens):
-    """`E rt^-gamma + B / (rt D / D0 + 0.02)^beta`, strengths that saturate at 0.5, fade with 0.4 and (D / D0)^-0.2."""
+    """`E rt^-gamma + B rt^-kappa / (D / D0 + .02)^beta`; strengths saturate at 0.5, fade with 0.4 and (D / D0)^-0.2."""
     given = (ratios / (1 + ratios / 0.5)) @ STRENGTHS.T * np.exp(-ratios / 0.4) * (tokens[:, None] / D0) ** -0.2
     effective = ratios + given
-    return E * effective**-GAMMA + B / (effective * tokens[:, None] / D0 + 0.02) ** BETA
+    return E * effective**-GAMMA + B * effective**-KAPPA / (tokens[:, None] / D0 + 0.02) ** BETA
 
 
 def mixtures(n: int, seed: int, corners: bool = True) -> np.ndarray:
