@@ -55,11 +55,17 @@ def model(width: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def command(module: str, **bindings) -> None:
+def command(module: str, gin_file: pathlib.Path | None = None, **bindings) -> None:
     """Runs `python -m module` with gin bindings (double underscores stand for dots); its output stays visible."""
-    flags = [f"--gin.{name.replace('__', '.')}={value}" for name, value in bindings.items()]
+    flags = [f"--gin_file={gin_file}"] if gin_file else []
+    flags += [f"--gin.{name.replace('__', '.')}={value}" for name, value in bindings.items()]
     print("+", module, flush=True)
     subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, check=True)
+
+
+def in_held_out(key: str, share: int) -> bool:
+    """Whether a document is among the 1 in `share` that nothing is trained on; all its translations are, or none."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % share == 0
 
 
 def split_documents(corpus: pathlib.Path, languages: list[str], folder: pathlib.Path) -> None:
@@ -72,8 +78,8 @@ def split_documents(corpus: pathlib.Path, languages: list[str], folder: pathlib.
         with lzma.open(source, "rt") if source.suffix == ".xz" else source.open() as file:
             for line in file:
                 document = json.loads(line)
-                digest = hashlib.sha256(f"{document['source']}/{document['id']}".encode()).hexdigest()
-                parts["train" if int(digest[:8], 16) % HELD_OUT_SHARE else "heldout"].append(line)
+                held_out = in_held_out(f"{document['source']}/{document['id']}", HELD_OUT_SHARE)
+                parts["heldout" if held_out else "train"].append(line)
         for split, lines in parts.items():
             (folder / split).mkdir(parents=True, exist_ok=True)
             (folder / split / f"{language}.jsonl").write_text("".join(lines))
@@ -95,7 +101,7 @@ def train(
     return proxy_runs(work / output, min_tokens=tokens[-1] / 4 - 1)
 
 
-def held_out(runs: ProxyRuns) -> np.ndarray:
+def unseen_mixtures(runs: ProxyRuns) -> np.ndarray:
     """Mask of the last third of the drawn mixtures."""
     drawn = sorted({name for name in runs.run if name.startswith("mix-")})
     return np.isin(runs.run, drawn[-(len(drawn) // HELD_OUT_MIXTURES) :])
@@ -199,7 +205,7 @@ def main() -> None:
             export_tokens__tokenizer=tokenizer, export_tokens__store=store, export_tokens__sequence_length=LENGTH)
     tokens = [arguments.tokens // k for k in (8, 4, 2, 1)]
     runs = train(work, "proxies.csv", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)
-    unseen = held_out(runs)
+    unseen = unseen_mixtures(runs)
     laws = compare_laws(runs.rows(~unseen), runs.rows(unseen), arguments.families)
     show_laws(f"Held-out mixtures, {len(np.unique(runs.run[unseen]))} runs x {len(tokens) - 1} token counts", laws)
     sizes = wider(work, runs, tokens, arguments)

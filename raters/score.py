@@ -39,6 +39,9 @@ from raters.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfin
 
 _PIECE_CHARACTERS, _PIECE_DOCUMENTS = 1 << 18, 1024  # handed to a worker at a time
 
+# By platform. What leaves a CPU's caches takes longer to move than to compute; an accelerator wants large products.
+TOKENS_PER_BATCH = {"cpu": 1024, None: 65536}
+
 
 @gin.configurable
 class QualityScorer:
@@ -57,8 +60,8 @@ class QualityScorer:
         step: int | None = None,
         chunk_length: int | None = None,
         buckets: Sequence[int] | None = None,
-        tokens_per_batch: int = 8192,
-        window_batches: int = 64,
+        tokens_per_batch: int | None = None,
+        window_tokens: int = 1 << 19,
         in_flight: int = 4,
     ):
         """Loads the model onto this host's devices.
@@ -68,8 +71,8 @@ class QualityScorer:
           step: which checkpoint; None: the latest.
           chunk_length: longer documents are cut into chunks of so many tokens; None: what the encoder takes.
           buckets: lengths of the batches, a program each; None: `bulk.default_buckets`.
-          tokens_per_batch: on all of the host's devices together, padding included.
-          window_batches: so many batches of tokens are sorted by length together.
+          tokens_per_batch: on all of the host's devices together, padding included; None: TOKENS_PER_BATCH each.
+          window_tokens: documents of so many tokens are sorted by length together.
           in_flight: batches given to the devices ahead.
 
         Raises:
@@ -84,15 +87,18 @@ class QualityScorer:
         buckets = sorted(set(buckets or default_buckets(self.chunk_length)))
         if buckets[-1] < self.chunk_length:
             raise InputError(f"QualityScorer.buckets: none holds a chunk of {self.chunk_length} tokens")
-        if window_batches < 1:
-            raise InputError(f"QualityScorer.window_batches = {window_batches}: must be positive")
-        mesh = partitioning.make_mesh(devices=jax.local_devices())
+        if window_tokens < 1:
+            raise InputError(f"QualityScorer.window_tokens = {window_tokens}: must be positive")
+        devices = jax.local_devices()
+        mesh = partitioning.make_mesh(devices=devices)
+        if tokens_per_batch is None:
+            tokens_per_batch = len(devices) * TOKENS_PER_BATCH.get(devices[0].platform, TOKENS_PER_BATCH[None])
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self.bulk = BulkInference(lambda *arguments: quality(config, *arguments), params, mesh, buckets,
                                   tokens_per_batch, pad_id=config.pad_id, in_flight=in_flight)
-        self.window_tokens = window_batches * tokens_per_batch
+        self.window_tokens = window_tokens
         self.settings = {"chunk_length": self.chunk_length, "buckets": buckets, "tokens_per_batch": tokens_per_batch,
-                         "window_batches": window_batches, "dtype": str(config.dtype)}
+                         "window_tokens": window_tokens, "dtype": str(config.dtype)}
 
 
 def _fingerprint(config: Any, params: Any, tokenizer: Any) -> str:

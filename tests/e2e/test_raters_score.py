@@ -30,7 +30,7 @@ score.compilation_cache = '{cache}'
 QualityScorer.run_dir = '{run}'
 QualityScorer.buckets = [12, 24]
 QualityScorer.tokens_per_batch = 480
-QualityScorer.window_batches = 4
+QualityScorer.window_tokens = 1920
 """
 
 # What a launcher does on every host before the command starts.

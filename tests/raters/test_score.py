@@ -78,7 +78,7 @@ def run_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def scorer(run_dir) -> QualityScorer:
-    return QualityScorer(run_dir, buckets=[8, 16, CHUNK], tokens_per_batch=96 * 8, window_batches=2)
+    return QualityScorer(run_dir, buckets=[8, 16, CHUNK], tokens_per_batch=96 * 8, window_tokens=2 * 96 * 8)
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_a_rater_is_another_when_its_parameters_are(run_dir, scorer):
 @pytest.mark.parametrize("more, message", [
     ({"chunk_length": CHUNK + 1}, "the encoder takes up to 24"),
     ({"buckets": [8, 16]}, "none holds a chunk of 24 tokens"),
-    ({"window_batches": 0}, "must be positive"),
+    ({"window_tokens": 0}, "must be positive"),
 ])
 def test_lengths_that_do_not_fit_the_encoder_are_refused(run_dir, more, message):
     with pytest.raises(InputError, match=message):
