@@ -55,9 +55,20 @@ RATERS = {
 ARMS = ("best half", "random half", "worst half")
 
 
+def source_file(corpus: pathlib.Path, language: str) -> pathlib.Path:
+    """The file of one language, which may not be there."""
+    plain = corpus / f"{language}.jsonl"
+    return plain if plain.exists() else corpus / f"{language}.jsonl.xz"
+
+
+def there(folder: pathlib.Path, languages: Sequence[str]) -> list[str]:
+    """The languages that the folder has a file of."""
+    return [language for language in languages if (folder / f"{language}.jsonl").exists()]
+
+
 def lines(corpus: pathlib.Path, language: str) -> Iterator[Document]:
     """The documents of one language."""
-    path = next(p for p in (corpus / f"{language}.jsonl.xz", corpus / f"{language}.jsonl") if p.exists())
+    path = source_file(corpus, language)
     with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
         for record in map(json.loads, file):
             # A '#' in an id marks the corrupted.
@@ -94,6 +105,8 @@ def prepare(corpus: pathlib.Path, work: pathlib.Path, most: int) -> None:
         return
     wanted, ids = None, set()
     for language in ("en", *sorted({*SEEN, *UNSEEN} - {"en"})):
+        if not source_file(corpus, language).exists():
+            continue
         documents = {document.id: document for document in lines(corpus, language)}
         if wanted is None:
             long = [id for id, document in documents.items() if len(document.text) >= 300]
@@ -118,7 +131,8 @@ def make_pairs(work: pathlib.Path, count: int) -> None:
     (work / "pairs.gin").write_text("\n".join(
         ["import raters.given", "import raters.heuristics", "import raters.ngrams", "import raters.translation",
          "pairs.raters = [@GivenScores(), @NgramClassifier(), @Heuristics()]", "pairs.translator = @AlignedDocuments()",
-         f"pairs.languages = {list(SEEN)}", f"pairs.heldout_languages = {list(UNSEEN)}", "GivenScores.field = 'intact'",
+         f"pairs.languages = {there(work / 'documents', SEEN)}",
+         f"pairs.heldout_languages = {there(work / 'documents', UNSEEN)}", "GivenScores.field = 'intact'",
          f"AlignedDocuments.documents = '{work}/documents/*.jsonl'", f"NgramClassifier.path = '{work}/ngrams.npz'"]))
     command("raters.ngrams", train_ngrams__good=work / "clean/train/en.jsonl", train_ngrams__output=work / "ngrams.npz")
     command("raters.pairs", gin_file=work / "pairs.gin", pairs__documents=work / "documents/en.jsonl",
@@ -153,7 +167,7 @@ def judged(work: pathlib.Path, folder: pathlib.Path, most: int) -> dict[str, flo
     if (folder / "evidence.json").exists():
         return read_json(folder / "evidence.json")
     clean = {}
-    for language in (*SEEN, *UNSEEN):
+    for language in there(work / "clean/heldout", (*SEEN, *UNSEEN)):
         records = [record for _, record in read_jsonl(work / "clean/heldout" / f"{language}.jsonl")]
         for record in records[:most]:
             clean[language, record["id"]] = Document(record["id"], record["text"], language, record["source"])

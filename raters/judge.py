@@ -22,7 +22,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, logits
 from mlx_pretrain.train_state import abstract_params
 
-# AskLLM's question (arXiv 2402.09668, figure 3), and the same with the options the other way round: models favour a
+# AskLLM's question (arXiv 2402.09668, page 4), and the same with the options the other way round: models favour a
 # place. Braces are for the document alone.
 _QUESTION = """###
 {document}

@@ -14,6 +14,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN_DIR = "runs/demo"
 ALLOCATION = "runs/sample/climb"
+RATER, SELECTED = "runs/sample/rater", "runs/sample/selected"
+DOCUMENTS = "samples/text/train/*.jsonl.xz"
 PREPARE = ["--gin_file=gin/mixtures/sample.gin", "--gin_file=gin/mixtures/prepare.gin"]
 STAGES = [
     ("Train a tokenizer on the sample text", ["data_mixtures.tokenizer", *PREPARE]),
@@ -24,6 +26,16 @@ STAGES = [
     ("Pretrain", ["mlx_pretrain.train", "--gin_file=gin/runs/demo.gin", f"--gin.RATES={ALLOCATION}/rates.json"]),
     ("Generate text in every language", ["mlx_pretrain.generate", "--gin_file=gin/runs/demo_samples.gin"]),
     ("Write the report", ["mlx_pretrain.report", f"--gin.report.run_dir={RUN_DIR}"]),
+    ("Train a rater of English on n-grams", ["raters.ngrams", "--gin_file=gin/raters/pairs.gin"]),
+    ("Carry English preferences to 17 languages", ["raters.pairs", "--gin_file=gin/raters/pairs.gin"]),
+    ("Train a multilingual rater", ["raters.train", "--gin_file=gin/raters/train.gin", f"--gin.RUN_DIR={RATER}",
+                                    "--gin.STEPS=300"]),
+    ("Rate the documents", ["raters.score", "--gin_file=gin/raters/score.gin", f"--gin.DOCUMENTS=['{DOCUMENTS}']",
+                            f"--gin.RATER_DIR={RATER}", "--gin.SCORES=runs/sample/scores"]),
+    ("Keep the better half", ["raters.select", "--gin_file=gin/raters/select.gin", f"--gin.DOCUMENTS={DOCUMENTS}",
+                              "--gin.SCORES=runs/sample/scores", f"--gin.SELECTED={SELECTED}",
+                              "--gin.select.fraction=0.5"]),
+    ("Report on what was kept", ["raters.selection_report", f"--gin.selection_report.folder={SELECTED}"]),
 ]
 
 
@@ -71,7 +83,7 @@ def main() -> int:
     before, after = last_evaluations()
     print(f"\nDone in {time.monotonic() - started:.0f} s: held-out text of {len(after) // 2 - 2} languages went from "
           f"{before['bits_per_byte']:.2f} to {after['bits_per_byte']:.2f} bits per byte.\n"
-          f"Open {RUN_DIR}/report.html and {ALLOCATION}/report.html in a browser.")
+          f"Open {RUN_DIR}/report.html, {ALLOCATION}/report.html and {SELECTED}/report.html in a browser.")
     return 0
 
 

@@ -17,7 +17,7 @@ def last_line(script: str, *arguments: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,3 +64,22 @@ def test_every_law_is_scored_on_a_table_in_the_regmix_layout():
 
 def test_proxies_are_timed_alone_and_side_by_side():
     assert all(speed > 0 for speed in last_line("climb_proxies.py")["tokens_per_s"].values())
+
+
+@pytest.mark.slow
+def test_bulk_inference_alone_has_its_speed_and_padding():
+    result = last_line("rater_throughput.py")
+    assert 0.93 < result["padding_efficiency"] < 1 and "ratio_f32" not in result
+    assert len(result["documents_per_s"]) == 4 and all(cell["ours"] > 0 for cell in result["documents_per_s"].values())
+
+
+@pytest.mark.slow
+def test_evidence_on_raters_runs_on_the_sample(tmp_path):
+    result = last_line("rater_evidence.py", "--corpus", str(ROOT / "samples/text/train"), "--work", str(tmp_path))
+    assert set(result["raters"]) == {"full", "no cross-lingual pairs", "no parallel pairs", "pointwise"}
+    for (judged,) in result["raters"].values():
+        assert {"seen/ocr", "unseen/ocr", "unseen/across languages, all corruptions", "parallel_mse"} <= set(judged)
+    kept = {arm: values["corrupted"] for arm, values in result["pretraining"].items()}
+    assert set(kept) == {"best half", "random half", "worst half"}
+    assert kept["worst half"] + kept["best half"] == pytest.approx(2 * kept["random half"], abs=0.2)
+    assert all(len(values["loss"]) == 1 for values in result["pretraining"].values())
