@@ -43,7 +43,7 @@ from raters.quality import load_quality, quality
 SEEN = ("ar", "de", "en", "es", "fr", "hi", "ru", "zh")
 UNSEEN = ("cs", "el", "id", "it", "ja", "ko", "nl", "pl", "pt", "ro", "th", "tr", "vi")
 PRETRAINED_ON = ("de", "en", "ru", "it", "pl", "pt")
-LENGTH, BATCH = 192, 16
+LENGTH, BATCH = 128, 16
 HELD_OUT_SHARE = 10
 SEVERITY = 0.5  # of the corruptions a rater is judged by
 RATERS = {
@@ -111,7 +111,7 @@ def prepare(corpus: pathlib.Path, work: pathlib.Path, most: int) -> None:
         if wanted is None:
             long = [id for id, document in documents.items() if len(document.text) >= 300]
             wanted = set(np.random.default_rng(0).permutation(long)[:most].tolist())
-        chosen = [Document(id, next(passages(document, 800)), language, document.source)
+        chosen = [Document(id, next(passages(document, 500)), language, document.source)
                   for id, document in documents.items() if id in wanted and len(document.text) >= 60]
         parts = {"train": [], "heldout": []}
         for document in chosen:
@@ -148,7 +148,7 @@ def train_rater(work: pathlib.Path, name: str, seed: int, encoder: str | None, s
     if encoder:
         given = {"train_rater__encoder": encoder, "train_rater__dtype": "bfloat16", "warmup_cosine__peak": 5e-5}
     else:
-        shape = {"vocab_size": 16384, "embed_dim": 192, "n_layers": 3, "n_heads": 3, "mlp_dim": 768,
+        shape = {"vocab_size": 16384, "embed_dim": 128, "n_layers": 3, "n_heads": 2, "mlp_dim": 512,
                  "max_length": LENGTH, "pooling": "mean"}  # fmt: skip
         given = {"train_rater__model": "@QualityConfig()", "train_rater__tokenizer": work / "tokenizer.model",
                  "warmup_cosine__peak": 1e-3, **{f"QualityConfig__{key}": value for key, value in shape.items()}}
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/rater_evidence"))
     parser.add_argument("--encoder", help="folder of a pretrained encoder")
-    parser.add_argument("--steps", type=int, default=1200, help="of a rater's training")
+    parser.add_argument("--steps", type=int, default=600, help="of a rater's training")
     parser.add_argument("--seeds", type=int, default=3, help="of a rater from scratch, and of the decoders")
     parser.add_argument("--raters", nargs="+", default=list(RATERS), choices=list(RATERS))
     parser.add_argument("--tokens", type=int, default=1_310_720, help="a decoder is trained on")
@@ -322,7 +322,7 @@ def main() -> None:
     if arguments.quick:
         arguments.steps, arguments.seeds, arguments.tokens, documents = 20, 1, 32_768, 400
     prepare(arguments.corpus, work, documents)
-    make_pairs(work, max(arguments.steps * 10, 400))
+    make_pairs(work, max(arguments.steps * 20, 400))
     command("data_mixtures.tokenizer", Corpus__folder=work / "clean", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=work / "tokenizer.model", train_tokenizer__vocab_size=16384)
     found, seeds = {}, 1 if arguments.encoder else arguments.seeds

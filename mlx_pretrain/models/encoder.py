@@ -243,12 +243,19 @@ class Encoder(nn.Module):
             boxed = jax.vmap(lambda key: Block(config, 1, parent=None).init(key, x, segment_ids)["params"])(keys)
             return nn.meta.add_axis(boxed, 0, {nn.PARTITION_NAME: "layers"})
 
-        # One stack of parameters, not nn.scan: it can be cut, so that the last layer may run on fewer tokens.
+        # One stack of parameters, not nn.scan: the last layer may run on fewer tokens.
         params = self.param("layers", init)
         first_only = pooled and config.pooling == "first"
-        scanned = jax.tree.map(lambda p: p[:-1], params) if first_only else params
-        body = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
-        x, _ = jax.lax.scan(body, x, scanned, unroll=config.unroll)
+
+        def step(x, numbered):
+            number, params = numbered
+            if not first_only:
+                return layer(x, params)
+            # Left out, not cut off: a shorter stack would be copied.
+            return jax.lax.cond(number < config.n_layers - 1, lambda x: layer(x, params)[0], lambda x: x, x), None
+
+        body = jax.checkpoint(step, prevent_cse=False) if config.remat else step
+        x, _ = jax.lax.scan(body, x, (jnp.arange(config.n_layers), params), unroll=config.unroll)
         if first_only:
             x, _ = layer(x, jax.tree.map(lambda p: p[-1], params), queries=1)
         return pool(config, x, segment_ids) if pooled else x
