@@ -312,7 +312,8 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/rater_evidence"))
     parser.add_argument("--encoder", help="folder of a pretrained encoder")
     parser.add_argument("--steps", type=int, default=600, help="of a rater's training")
-    parser.add_argument("--seeds", type=int, default=3, help="of a rater from scratch, and of the decoders")
+    parser.add_argument("--rater_seeds", type=int, default=3, help="of raters from scratch")
+    parser.add_argument("--seeds", type=int, default=3, help="of the decoders")
     parser.add_argument("--raters", nargs="+", default=list(RATERS), choices=list(RATERS))
     parser.add_argument("--tokens", type=int, default=1_310_720, help="a decoder is trained on")
     parser.add_argument("--without_pretraining", action="store_true", help="1. and 2. alone")
@@ -320,12 +321,13 @@ def main() -> None:
     arguments = parser.parse_args()
     work, documents = arguments.work.resolve(), 5000
     if arguments.quick:
-        arguments.steps, arguments.seeds, arguments.tokens, documents = 20, 1, 32_768, 400
+        arguments.steps, arguments.tokens, documents = 20, 32_768, 400
+        arguments.seeds = arguments.rater_seeds = 1
     prepare(arguments.corpus, work, documents)
     make_pairs(work, max(arguments.steps * 20, 400))
     command("data_mixtures.tokenizer", Corpus__folder=work / "clean", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=work / "tokenizer.model", train_tokenizer__vocab_size=16384)
-    found, seeds = {}, 1 if arguments.encoder else arguments.seeds
+    found, seeds = {}, 1 if arguments.encoder else arguments.rater_seeds
     for name in arguments.raters:
         folders = [train_rater(work, name, seed, arguments.encoder, arguments.steps) for seed in range(seeds)]
         found[name] = [judged(work, folder, 400) for folder in folders]
