@@ -1,6 +1,7 @@
 """Shared by all tests: eight simulated devices, a small model, a token store of patterned tokens."""
 
 import os
+import signal
 
 # Before jax is imported anywhere. Without LLVM's optimisations, programs that run once compile in half the time.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -14,6 +15,9 @@ from mlx_pretrain.data import store as token_store
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import sha256, write_atomic
 from mlx_pretrain.models.decoder import DecoderConfig
+
+# A shell lets what it starts in the background ignore Ctrl-C, and all processes started from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LENGTH = 32
 LANGUAGES = {"aa": 40, "bb": 24, "cc": 9}  # language -> training sequences
