@@ -33,7 +33,7 @@ from climb_corpus import command, in_held_out, model
 
 from data_mixtures.climb.runs import proxy_runs
 from mlx_pretrain import partitioning
-from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import read_json, read_jsonl, write_json
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
@@ -208,8 +208,8 @@ def judged(work: pathlib.Path, folder: pathlib.Path, most: int) -> dict[str, flo
     for group in ("seen", "unseen"):
         for name, before in {"all corruptions": "", "across languages, all corruptions": "across languages, "}.items():
             found[f"{group}/{name}"] = float(np.mean([found[f"{group}/{before}{kind}"] for kind in CORRUPTIONS]))
-    last = [record for _, record in read_jsonl(folder / "metrics.jsonl") if "eval/accuracy" in record][-1]
-    found |= {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
+    last = [record for _, record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == "eval"][-1]
+    found |= {name: value for name, value in last.items() if name not in ("step", "kind", "time")}
     write_json(folder / "evidence.json", found)
     return found
 
@@ -288,9 +288,10 @@ def pretraining(
             **{f"DecoderConfig__{name}": value for name, value in model(64).items()},
         )  # fmt: skip
         runs = proxy_runs(table)
-        kept = [record for path in sorted((work / arm / "train").glob("*/*.gz")) for _, record in read_jsonl(path)]
+        kept = [document.extra["intact"] for path in sorted((work / arm / "train").glob("*/*.gz"))
+                for document in read_documents(path, extra=("intact",))]
         found[arm] = {
-            "corrupted": float(np.mean([record["intact"] < 1 for record in kept])),
+            "corrupted": float(np.mean(np.array(kept) < 1)),
             "losses": {target: runs.losses[:, i].tolist() for i, target in enumerate(runs.targets)},
             "loss": runs.losses.mean(axis=1).tolist(),
         }
@@ -300,7 +301,7 @@ def pretraining(
 def kept_of(documents: pathlib.Path, kept: pathlib.Path) -> Iterator[str]:
     """A removal list of what a selection kept."""
     for path in sorted(documents.glob("*.jsonl")):
-        ids = {record["id"] for _, record in read_jsonl(kept / "train" / path.stem / f"{path.stem}.jsonl.gz")}
+        ids = {document.id for document in read_documents(kept / "train" / path.stem / f"{path.stem}.jsonl.gz")}
         for number, record in read_jsonl(path):
             if record["id"] in ids:
                 yield json.dumps({"file": path.name, "number": number, "id": record["id"], "reason": "kept"}) + "\n"
@@ -330,7 +331,7 @@ def main() -> None:
     found, seeds = {}, 1 if arguments.encoder else arguments.rater_seeds
     for name in arguments.raters:
         folders = [train_rater(work, name, seed, arguments.encoder, arguments.steps) for seed in range(seeds)]
-        found[name] = [judged(work, folder, 400) for folder in folders]
+        found[name] = [judged(work, folder, 120) for folder in folders]
     show(found)
     result = {"steps": arguments.steps, "encoder": arguments.encoder, "raters": found}
     if not arguments.without_pretraining:
