@@ -88,16 +88,16 @@ def split_documents(corpus: pathlib.Path, languages: list[str], folder: pathlib.
 def train(
     work: pathlib.Path, output: str, tokens: list[int], threads: int, width: int = WIDTH, **bindings
 ) -> ProxyRuns:
-    """Trains a plan and returns its table."""
-    command(
-        "data_mixtures.climb.proxies",
+    """Trains a plan and returns its table; `bindings` override the ones here."""
+    ours = dict(
         proxies__output=work / output, proxies__token_store=work / "tokens", proxies__tokens=tokens,
         proxies__models="[@DecoderConfig()]", proxies__batch_size=BATCH, proxies__optimizer="@muon",
         proxies__learning_rate="@warmup_stable_decay()", proxies__eval_sequences=64, proxies__threads=threads,
         warmup_stable_decay__peak=0.02, warmup_stable_decay__total_steps=100_000, warmup_stable_decay__warmup_steps=10,
         warmup_stable_decay__decay_steps=0, muon__adam_fraction=1.0,
-        **{f"DecoderConfig__{name}": value for name, value in model(width).items()}, **bindings,
+        **{f"DecoderConfig__{name}": value for name, value in model(width).items()},
     )  # fmt: skip
+    command("data_mixtures.climb.proxies", **(ours | bindings))
     return proxy_runs(work / output, min_tokens=tokens[-1] / 4 - 1)
 
 

@@ -103,19 +103,11 @@ def used(pieces: list[tuple[str, float]], unknown: int, documents: str) -> np.nd
     whole, seen = tokenizer(pieces, unknown), np.zeros(len(pieces), bool)
     seen[[i for i, (piece, _) in enumerate(pieces) if len(piece) == 1 or piece in SPECIAL]] = True
     for path in match_files(documents):
-        batch: list[str] = []
-        for document in tqdm.tqdm(read_documents(path), path.name, unit=" documents", disable=None):
-            batch.append(document.text)
-            if len(batch) == 512:
-                mark(whole, batch, seen)
-                batch = []
-        mark(whole, batch, seen)
+        texts = (d.text for d in tqdm.tqdm(read_documents(path), path.name, unit=" documents", disable=None))
+        while batch := list(itertools.islice(texts, 512)):
+            for encoding in whole.encode_batch_fast(batch):
+                seen[encoding.ids] = True
     return np.flatnonzero(seen)
-
-
-def mark(whole: tokenizers.Tokenizer, texts: list[str], seen: np.ndarray) -> None:
-    for encoding in whole.encode_batch_fast(texts):
-        seen[encoding.ids] = True
 
 
 def convert(path: pathlib.Path, output: pathlib.Path, documents: str | None) -> None:

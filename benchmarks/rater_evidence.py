@@ -22,20 +22,18 @@ of one from scratch. Every stage is a command of its own and goes on where it wa
 import argparse
 import itertools
 import json
-import lzma
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from climb_corpus import command, in_held_out, model
+from climb_corpus import command, in_held_out, train
 
-from data_mixtures.climb.runs import proxy_runs
 from mlx_pretrain import partitioning
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.data.rates import save_rates
-from mlx_pretrain.files import read_json, read_jsonl, write_json
+from mlx_pretrain.files import atomic_writer, read_json, read_jsonl, write_json
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
 from raters.corruption import CORRUPTIONS, corrupt, corrupt_share
 from raters.quality import load_quality, quality
@@ -68,12 +66,10 @@ def there(folder: pathlib.Path, languages: Sequence[str]) -> list[str]:
 
 def lines(corpus: pathlib.Path, language: str) -> Iterator[Document]:
     """The documents of one language."""
-    path = source_file(corpus, language)
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
-        for record in map(json.loads, file):
-            # A '#' in an id marks the corrupted.
-            id = f"{record['source']}/{record['id']}".replace("#", "_")
-            yield Document(id, record["text"], language, record["source"])
+    for document in read_documents(source_file(corpus, language)):
+        # A '#' in an id marks the corrupted.
+        id = f"{document.source}/{document.id}".replace("#", "_")
+        yield Document(id, document.text, language, document.source)
 
 
 def passages(document: Document, characters: int) -> Iterator[str]:
@@ -89,14 +85,11 @@ def passages(document: Document, characters: int) -> Iterator[str]:
 
 def write(path: pathlib.Path, documents: Iterable[tuple[Document, float]]) -> None:
     """Documents and the severity of their corruption, as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    with scratch.open("w") as file:
+    with atomic_writer(path) as file:
         for document, severity in documents:
             record = {"id": document.id, "source": document.source, "lang": document.language, "text": document.text,
                       "intact": 1 - severity}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    scratch.rename(path)
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
 def prepare(corpus: pathlib.Path, work: pathlib.Path, most: int) -> None:
@@ -118,7 +111,7 @@ def prepare(corpus: pathlib.Path, work: pathlib.Path, most: int) -> None:
             parts["heldout" if in_held_out(document.id, HELD_OUT_SHARE) else "train"].append((document, 0.0))
         for split, part in parts.items():
             write(work / "clean" / split / f"{language}.jsonl", part)
-        mixed = list(corrupt_share((document for document in chosen), 0.5))
+        mixed = list(corrupt_share(chosen, 0.5))
         write(work / "documents" / f"{language}.jsonl", mixed)
         ids |= {document.id for document, _ in mixed if in_held_out(document.id.split("#")[0], HELD_OUT_SHARE)}
     (work / "heldout_ids.txt").write_text("\n".join(sorted(ids)) + "\n")
@@ -278,17 +271,9 @@ def pretraining(
         command("data_mixtures.export", Corpus__folder=work / arm, Corpus__pattern="{split}/{language}/*",
                 export_tokens__corpus="@Corpus()", export_tokens__tokenizer=work / "web_tokenizer.model",
                 export_tokens__store=store, export_tokens__sequence_length=128)
-        table = work / f"{arm}.csv"
-        command(
-            "data_mixtures.climb.proxies", proxies__output=table, proxies__token_store=store, proxies__tokens=[tokens],
-            proxies__models="[@DecoderConfig()]", proxies__batch_size=16, proxies__optimizer="@muon",
-            proxies__learning_rate="@warmup_stable_decay()", proxies__eval_sequences=128, proxies__threads=2,
-            proxies__plan="@given_mixtures", given_mixtures__paths=[str(work / "rates.json")],
-            proxies__seeds=list(range(seeds)), warmup_stable_decay__peak=0.02, warmup_stable_decay__total_steps=100_000,
-            warmup_stable_decay__warmup_steps=10, warmup_stable_decay__decay_steps=0, muon__adam_fraction=1.0,
-            **{f"DecoderConfig__{name}": value for name, value in model(64).items()},
-        )  # fmt: skip
-        runs = proxy_runs(table)
+        runs = train(work, f"{arm}.csv", [tokens], 2, proxies__token_store=store, proxies__eval_sequences=128,
+                     proxies__plan="@given_mixtures", given_mixtures__paths=[str(work / "rates.json")],
+                     proxies__seeds=list(range(seeds)))  # fmt: skip
         kept = [document.extra["intact"] for path in sorted((work / arm / "train").glob("*/*.gz"))
                 for document in read_documents(path, extra=("intact",))]
         found[arm] = {
