@@ -1,28 +1,21 @@
 """Encoders from Hugging Face folders: config.json and model.safetensors of BERT, RoBERTa, XLM-R and their kin."""
 
-import contextlib
-import logging
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
 from etils import epath
 
+from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object, stack_layers
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json
 from mlx_pretrain.models.encoder import EncoderConfig
-
-log = logging.getLogger(__name__)
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 PREFIXES = ("bert.", "roberta.")
 
 # What a checkpoint may hold besides the encoder: heads for other purposes, and tables of the numbers 0, 1, 2, ...
 IGNORED = re.compile(r"(pooler|lm_head|cls|classifier|qa_outputs)\..*|embeddings\.(position_ids|token_type_ids)")
-
-Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 def load_encoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[EncoderConfig, dict[str, Any]]:
@@ -42,48 +35,32 @@ def load_encoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Encode
       InputError: a file is missing or malformed; the model is of another kind; a tensor is missing, has another shape
         than config.json says, or is neither used nor among IGNORED.
     """
-    folder = epath.Path(folder)
     config = read_config(folder, dtype)
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        used = set()
+    with open_weights(folder, _rename, IGNORED) as read:
+        return config, {"embeddings": _embeddings(config, read), "layers": _layers(config, read)}
 
-        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name not in tensors:
-                raise InputError(f"{folder}: no tensor {name} in its safetensors")
-            used.add(name)
-            path, stored, file = tensors[name]
-            found = tuple(file.get_slice(stored).get_shape())
-            if found != shape:
-                raise InputError(f"{path}: tensor {stored} has shape {list(found)}, config.json says {list(shape)}")
-            return np.asarray(file.get_tensor(stored), np.float32)
 
-        params = {"embeddings": _embeddings(config, read), "layers": _layers(config, read)}
-        rest = sorted(set(tensors) - used)
-        unknown = [name for name in rest if not IGNORED.fullmatch(name)]
-        if unknown:
-            path, stored, _ = tensors[unknown[0]]
-            raise InputError(f"{path}: tensor {stored} has no place in this encoder ({len(unknown)} such in all)")
-    if rest:
-        log.info("%s: ignored %s", folder, ", ".join(rest))
-    return config, params
+def _rename(stored: str) -> str:
+    """A tensor's name without model prefix."""
+    name = next((stored.removeprefix(prefix) for prefix in PREFIXES if stored.startswith(prefix)), stored)
+    # The first BERT checkpoints, from TensorFlow, call a norm's scale and bias so.
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_NORM[m[1]]}", name)
+
+
+_NORM = {"gamma": "weight", "beta": "bias"}
 
 
 def read_config(folder: epath.PathLike, dtype: str = "float32") -> EncoderConfig:
     """The configuration that a folder's config.json describes; errors as in `load_encoder`."""
     path = epath.Path(folder) / "config.json"
-    raw = _object(path)
+    raw = read_object(path)
     needed = {"position_embedding_type": ("absolute", None), "hidden_act": ("gelu",), "is_decoder": (False, None)}
     for key, known in {"model_type": MODEL_TYPES, **needed}.items():
         if raw.get(key, known[0] if key in needed else None) not in known:
             raise InputError(f"{path}: {key} is {raw.get(key)!r}; an encoder here has {known[0]!r}" + (
                 f" (or {', '.join(MODEL_TYPES[1:])})" if key == "model_type" else ""))
 
-    def get(key: str, kind: type | tuple[type, ...] = int) -> Any:
-        if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), kind):
-            raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a number")
-        return raw[key]
-
+    get = functools.partial(get_number, path, raw)
     pad_id = get("pad_token_id")
     # RoBERTa numbers positions from pad_id + 1, and its table has that many rows more than positions.
     offset = 0 if raw["model_type"] == "bert" else pad_id + 1
@@ -110,64 +87,12 @@ def _pooling(folder: epath.Path) -> str:
     path = folder / "1_Pooling" / "config.json"
     if not path.exists():
         return "first"
-    raw = _object(path)
+    raw = read_object(path)
     modes = {key.removeprefix("pooling_mode_") for key, on in raw.items() if key.startswith("pooling_mode_") and on}
     names = {"cls_token": "first", "mean_tokens": "mean"}
     if len(modes) != 1 or not modes <= set(names):
         raise InputError(f"{path}: pooling modes {sorted(modes)}; known is one of {', '.join(names)}")
     return names[modes.pop()]
-
-
-def _object(path: epath.Path) -> dict[str, Any]:
-    raw = read_json(path, "configuration")
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return raw
-
-
-def _open_tensors(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[epath.Path, str, Any]]:
-    """Each tensor by its name without model prefix: (file, name in the file, open file)."""
-    tensors = {}
-    for path, names in _files(folder):
-        try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a safetensors file ({error})") from None
-        held = set(file.keys())
-        if names is not None and (missing := sorted(names - held)):
-            raise InputError(f"{path}: no tensor {missing[0]}, which the index says is in it")
-        for stored in sorted(held):
-            name = next((stored.removeprefix(prefix) for prefix in PREFIXES if stored.startswith(prefix)), stored)
-            # The first BERT checkpoints, from TensorFlow, call a norm's scale and bias so.
-            name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_NORM[m[1]]}", name)
-            if name in tensors:
-                raise InputError(f"{path}: tensor {stored} is there twice, also in {tensors[name][0].name}")
-            tensors[name] = (path, stored, file)
-    return tensors
-
-
-_NORM = {"gamma": "weight", "beta": "bias"}
-
-
-def _files(folder: epath.Path) -> Iterator[tuple[epath.Path, set[str] | None]]:
-    """(file, names the index expects in it; None without an index)."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        yield folder / "model.safetensors", None
-        return
-    weight_map = _object(index).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise InputError(f"{index}: no weight_map")
-    files: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        # A plain name: nothing outside the folder is ever opened.
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise InputError(f"{index}: {name} is in {file!r}, which is no file name of this folder")
-        files.setdefault(file, set()).add(name)
-    for file, names in sorted(files.items()):
-        yield folder / file, names
 
 
 def _embeddings(config: EncoderConfig, read: Read) -> dict[str, Any]:
@@ -190,14 +115,7 @@ def _norm(config: EncoderConfig, read: Read, name: str) -> dict[str, np.ndarray]
 
 def _layers(config: EncoderConfig, read: Read) -> dict[str, Any]:
     """The layers' parameters, each stacked to `[layers, ...]`."""
-    layers = [_layer(config, read, f"encoder.layer.{n}") for n in range(config.n_layers)]
-
-    def stack(trees: list[Any]) -> Any:
-        if isinstance(trees[0], dict):
-            return {key: stack([tree[key] for tree in trees]) for key in trees[0]}
-        return np.stack(trees)
-
-    return stack(layers)
+    return stack_layers([_layer(config, read, f"encoder.layer.{n}") for n in range(config.n_layers)])
 
 
 def _layer(config: EncoderConfig, read: Read, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mlx_pretrain.models.blockwise_attention import blockwise_attention
 from mlx_pretrain.models.layers import matrix, project, rotate
+from mlx_pretrain.models.tree_attention import Forest, tree_attention
 from mlx_pretrain.partitioning import constrain
 
 
@@ -92,9 +93,11 @@ class Attention(nn.Module):
         angles: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         segment_ids: jax.Array | None,
+        forest: Forest | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
-        """`x`: `[batch, length, embed]`. With a cache, keys are written at `positions` and all up to there are read."""
+        """`x`: `[batch, length, embed]`. With a cache, keys are written at `positions` and all up to there are read;
+        with a forest, the cache is the prefix of its trees and stays as it is."""
         embed, heads, kv_heads = x.shape[-1], (self.n_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
         query = matrix(self, "query", (embed, *heads), ("embed", "heads", "head_dim"), embed)
         key = matrix(self, "key", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)
@@ -109,13 +112,16 @@ class Attention(nn.Module):
         k = constrain(k, "batch", "length", "act_kv_heads", None)
         v = constrain(v, "batch", "length", "act_kv_heads", None)
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        mask = None
-        if cache is not None:
-            cache = write_cache(cache, k, v, positions)
-            k, v = cache
-            mask = (jnp.arange(k.shape[1]) <= positions[..., None])[:, None]
-        attended = dot_product_attention(
-            q, k, v, segment_ids=segment_ids, mask=mask, implementation=self.implementation
-        )
+        if forest is not None:
+            attended = tree_attention(q, k, v, forest, cache)
+        else:
+            mask = None
+            if cache is not None:
+                cache = write_cache(cache, k, v, positions)
+                k, v = cache
+                mask = (jnp.arange(k.shape[1]) <= positions[..., None])[:, None]
+            attended = dot_product_attention(
+                q, k, v, segment_ids=segment_ids, mask=mask, implementation=self.implementation
+            )
         attended = checkpoint_name(attended, "attended")
         return project("BTNH,NHD->BTD", attended, out), cache

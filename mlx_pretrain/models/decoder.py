@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import Attention, Cache
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
+from mlx_pretrain.models.tree_attention import Forest
 from mlx_pretrain.partitioning import constrain
 
 # What the backward pass keeps of each layer; the rest is computed again.
@@ -106,13 +107,14 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, angles, positions, segment_ids, cache):
+    def __call__(self, x, angles, positions, segment_ids, forest, cache):
         config = self.config
         # Residual branches start smaller in deep models, so that the stream's variance does not grow with depth.
         gain = (2 * config.n_layers) ** -0.5
+        normed = RMSNorm(config.norm_epsilon, self.dtype, name="attention_norm")(x)
         attended, cache = Attention(
             config.n_heads, config.n_kv_heads, config.head_dim, gain, config.attention, name="attention"
-        )(RMSNorm(config.norm_epsilon, self.dtype, name="attention_norm")(x), angles, positions, segment_ids, cache)
+        )(normed, angles, positions, segment_ids, forest, cache)
         x = constrain(x + attended, "batch", "length", "act_embed")
         hidden = RMSNorm(config.norm_epsilon, self.dtype, name="mlp_norm")(x)
         x = x + GatedMLP(config.mlp_dim, gain, name="mlp")(hidden)
@@ -135,6 +137,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        forest: Forest | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.
 
@@ -143,6 +146,7 @@ class Decoder(nn.Module):
           positions: int `[batch, length]`, counted within each document.
           segment_ids: int `[batch, length]`, which document of the row a token is in; None: one document.
           cache: keys and values `[layers, batch, cache_length, kv_heads, head_dim]` to extend; None: training.
+          forest: rows are trees, for `inference.scoring`; a cache is then the prefix they share, see `tree_attention`.
 
         Returns:
           hidden: `[batch, length, embed]` after the final norm.
@@ -166,13 +170,13 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=config.n_layers,
             unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         segment_ids = segment_ids if config.segment_attention else None
-        x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, cache)
+        x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, forest, cache)
         return RMSNorm(config.norm_epsilon, dtype, name="final_norm")(x), cache
 
 
@@ -197,6 +201,15 @@ def logits(params: Any, hidden: jax.Array) -> jax.Array:
     """Float32 logits `[..., vocab]` of hidden states `[..., embed]`."""
     kernel = output_kernel(params).astype(hidden.dtype)
     return jnp.einsum("...D,DV->...V", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def token_logits(params: Any, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Float32 logit `[...]` of one token of each of the hidden states `[..., embed]`; tokens: int `[...]`."""
+    if "output" in params:
+        kernel = jnp.moveaxis(jnp.take(params["output"]["kernel"], tokens, axis=1), 0, -1)
+    else:
+        kernel = jnp.take(params["embedding"], tokens, axis=0)
+    return jnp.einsum("...D,...D->...", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:

@@ -1,0 +1,173 @@
+"""LLaMA decoders from Hugging Face folders, and back: config.json and safetensors, SmolLM's and TinyLlama's among
+them."""
+
+import functools
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object, stack_layers
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import atomic_writer, write_json
+from mlx_pretrain.models.decoder import DecoderConfig
+
+# Tables that follow from the configuration.
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def load_decoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
+    """Reads a decoder with its weights.
+
+    Args:
+      folder: local, with config.json and model.safetensors or model.safetensors.index.json with its files.
+      dtype: compute dtype of the configuration.
+
+    Returns:
+      The configuration, and the parameters of `Decoder` as numpy float32 arrays.
+
+    Raises:
+      InputError: a file is missing or malformed; the model is of another kind, or has what ours has not (biases,
+        scaled positions); a tensor is missing, has another shape than config.json says, or is not used.
+    """
+    config = read_config(folder, dtype)
+    # A tied output projection may be stored all the same.
+    ignored = re.compile(rf"{IGNORED.pattern}|lm_head\.weight") if config.tie_embeddings else IGNORED
+    with open_weights(folder, lambda stored: stored, ignored) as read:
+        return config, decoder_params(config, read)
+
+
+def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig:
+    """The configuration that a folder's config.json describes; errors as in `load_decoder`."""
+    path = epath.Path(folder) / CONFIG
+    raw = read_object(path)
+    # Since transformers 5 the rotary settings are a dictionary of their own.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    found = {**raw, "rope_type": rope_type, "rope_theta": raw.get("rope_theta", rope.get("rope_theta", 10_000.0))}
+    needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+              "rope_type": "default"}  # fmt: skip
+    for key, known in needed.items():
+        if (value := found.get(key, None if key == "model_type" else known)) != known:
+            raise InputError(f"{path}: {key} is {value!r}; a decoder here has {known!r}")
+    get = functools.partial(get_number, path, found)
+    heads, embed = get("num_attention_heads"), get("hidden_size")
+    try:
+        return DecoderConfig(
+            vocab_size=get("vocab_size"),
+            embed_dim=embed,
+            n_layers=get("num_hidden_layers"),
+            n_heads=heads,
+            n_kv_heads=get("num_key_value_heads") if found.get("num_key_value_heads") is not None else heads,
+            head_dim=get("head_dim") if found.get("head_dim") is not None else embed // heads,
+            mlp_dim=get("intermediate_size"),
+            max_length=get("max_position_embeddings"),
+            rope_theta=float(get("rope_theta", (int, float))),
+            norm_epsilon=float(get("rms_norm_eps", (int, float))),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            dtype=dtype,
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def decoder_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
+    """Parameters of `Decoder` from tensors by Hugging Face's names; PyTorch's weights are `[out, in]`."""
+    embed, vocab = config.embed_dim, config.vocab_size
+    params = {
+        "embedding": read("model.embed_tokens.weight", (vocab, embed)),
+        "layers": stack_layers([_layer(config, read, f"model.layers.{n}") for n in range(config.n_layers)]),
+        "final_norm": {"scale": read("model.norm.weight", (embed,))},
+    }
+    if not config.tie_embeddings:
+        params["output"] = {"kernel": read("lm_head.weight", (vocab, embed)).T}
+    return params
+
+
+def _layer(config: DecoderConfig, read: Read, name: str) -> dict[str, Any]:
+    embed, mlp, head_dim = config.embed_dim, config.mlp_dim, config.head_dim
+
+    def heads(part: str, count: int) -> np.ndarray:
+        weight = read(f"{name}.self_attn.{part}_proj.weight", (count * head_dim, embed))
+        return weight.T.reshape(embed, count, head_dim)
+
+    out = read(f"{name}.self_attn.o_proj.weight", (embed, config.n_heads * head_dim))
+    return {
+        "attention_norm": {"scale": read(f"{name}.input_layernorm.weight", (embed,))},
+        "attention": {
+            "query": heads("q", config.n_heads),
+            "key": heads("k", config.n_kv_heads),
+            "value": heads("v", config.n_kv_heads),
+            "out": out.T.reshape(config.n_heads, head_dim, embed),
+        },
+        "mlp_norm": {"scale": read(f"{name}.post_attention_layernorm.weight", (embed,))},
+        "mlp": {
+            "gate": read(f"{name}.mlp.gate_proj.weight", (mlp, embed)).T,
+            "up": read(f"{name}.mlp.up_proj.weight", (mlp, embed)).T,
+            "down": read(f"{name}.mlp.down_proj.weight", (embed, mlp)).T,
+        },
+    }
+
+
+def save_decoder(folder: epath.PathLike, config: DecoderConfig, params: Any, dtype: str = "float32") -> None:
+    """Writes config.json and model.safetensors, which `load_decoder` and transformers' LlamaForCausalLM read.
+
+    Args:
+      folder: created if needed; files of these names are replaced.
+      config, params: of the decoder; numpy arrays or arrays of one process.
+      dtype: of the stored weights, "float32" or "bfloat16".
+
+    Raises:
+      InputError: another dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"save_decoder: dtype = {dtype!r}: not float32 or bfloat16")
+    folder, stored = epath.Path(folder), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    tensors = {name: np.ascontiguousarray(value, stored) for name, value in _tensors(config, params)}
+    with atomic_writer(folder / WEIGHTS) as file:
+        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.max_length,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": dtype,
+    })
+
+
+def _tensors(config: DecoderConfig, params: Any):
+    """(Hugging Face's name, array) of every weight: the inverse of `decoder_params`."""
+    def array(x: Any) -> np.ndarray:
+        return np.asarray(x, np.float32)
+
+    yield "model.embed_tokens.weight", array(params["embedding"])
+    yield "model.norm.weight", array(params["final_norm"]["scale"])
+    if not config.tie_embeddings:
+        yield "lm_head.weight", array(params["output"]["kernel"]).T
+    layers, embed = params["layers"], config.embed_dim
+    for n in range(config.n_layers):
+        name, attention, mlp = f"model.layers.{n}", layers["attention"], layers["mlp"]
+        yield f"{name}.input_layernorm.weight", array(layers["attention_norm"]["scale"][n])
+        yield f"{name}.post_attention_layernorm.weight", array(layers["mlp_norm"]["scale"][n])
+        for part, key in {"q": "query", "k": "key", "v": "value"}.items():
+            yield f"{name}.self_attn.{part}_proj.weight", array(attention[key][n]).reshape(embed, -1).T
+        yield f"{name}.self_attn.o_proj.weight", array(attention["out"][n]).reshape(-1, embed).T
+        for part in ("gate", "up", "down"):
+            yield f"{name}.mlp.{part}_proj.weight", array(mlp[part][n]).T

@@ -1,0 +1,167 @@
+"""LLaMA decoders from GGUF files, dequantised, with their tokenizer, through the `gguf` library."""
+
+import json
+from typing import Any
+
+import numpy as np
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers
+
+from mlx_pretrain.convert.decoders import decoder_params
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.decoder import DecoderConfig
+
+# Hugging Face's names in GGUF, without "model." and with the layer's number left out.
+NAMES = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+# Tensors that follow from the configuration.
+IGNORED = ("rope_freqs.weight",)
+PRE_TOKENIZERS = {
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()]),
+    "gpt-2": lambda: _bytes(),
+}
+CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+
+
+def _bytes() -> pre_tokenizers.ByteLevel:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+class GGUF:
+    """One file.
+
+    Attributes:
+      path: of it.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Maps the file.
+
+        Raises:
+          InputError: no such file, no GGUF, or the `gguf` library is not installed.
+        """
+        try:
+            import gguf
+        except ImportError:
+            raise InputError(f"{path}: reading GGUF needs the package gguf (extra evals)") from None
+        self.path = epath.Path(path)
+        if not self.path.exists():
+            raise InputError(f"{path}: no such file")
+        try:
+            self._reader = gguf.GGUFReader(str(path))
+        # The library raises what its parsing runs into.
+        except Exception as error:
+            raise InputError(f"{path}: not a GGUF file ({error})") from None
+        self._dequantize = gguf.dequantize
+
+    def load_decoder(self, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
+        """The configuration, and the parameters of `Decoder` as numpy float32 arrays.
+
+        Raises:
+          InputError: another architecture, or tensors that are missing, of another shape, or not used.
+        """
+        config = self._config(dtype)
+        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        used = set()
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            part = name.removeprefix("model.")
+            prefix = ""
+            if part.startswith("layers."):
+                _, number, part = part.split(".", 2)
+                prefix = f"blk.{number}."
+            stored = prefix + NAMES[part]
+            if stored not in tensors:
+                raise InputError(f"{self.path}: no tensor {stored}")
+            used.add(stored)
+            tensor = tensors[stored]
+            values = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+            if values.shape != shape:
+                raise InputError(f"{self.path}: tensor {stored} has shape {list(values.shape)}, the metadata say "
+                                 f"{list(shape)}")
+            if part in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"):
+                # llama.cpp rotates pairs (2i, 2i + 1) and permutes the rows for it.
+                pairs = values.reshape(-1, config.head_dim // 2, 2, shape[1])
+                values = pairs.swapaxes(1, 2).reshape(shape)
+            return values
+
+        params = decoder_params(config, read)
+        unknown = sorted(set(tensors) - used - set(IGNORED))
+        if unknown:
+            raise InputError(f"{self.path}: tensor {unknown[0]} has no place in this model ({len(unknown)} such)")
+        return config, params
+
+    def tokenizer(self) -> bytes:
+        """A tokenizer.json that cuts text as the file's metadata say.
+
+        Raises:
+          InputError: a kind of tokenizer that is not known here.
+        """
+        kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "gpt-2")
+        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise InputError(f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r}; known is 'gpt2' with "
+                             f"{', '.join(PRE_TOKENIZERS)}")
+        tokens = self._get("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ", 1)) for merge in self._get("tokenizer.ggml.merges")]
+        tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[pre](), decoders.ByteLevel()
+        kinds = self._get("tokenizer.ggml.token_type", [])
+        special = [tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
+                   for token, kind in zip(tokens, kinds) if kind in (CONTROL, USER_DEFINED)]
+        tokenizer.add_special_tokens([token for token in special if token.special])
+        tokenizer.add_tokens([token for token in special if not token.special])
+        bos = self._get("tokenizer.ggml.bos_token_id", None)
+        if bos is not None and self._get("tokenizer.ggml.add_bos_token", False):
+            tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], int(bos))])
+        return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()
+
+    def special_ids(self) -> tuple[int | None, int | None]:
+        """Ids of the tokens that begin and end a document."""
+        return tuple(self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos"))
+
+    def _config(self, dtype: str) -> DecoderConfig:
+        if (kind := self._get("general.architecture")) != "llama":
+            raise InputError(f"{self.path}: architecture {kind!r}; a decoder here has 'llama'")
+        if (scaling := self._get("llama.rope.scaling.type", "none")) != "none":
+            raise InputError(f"{self.path}: llama.rope.scaling.type is {scaling!r}; a decoder here has 'none'")
+        get = lambda name, *default: self._get(f"llama.{name}", *default)  # noqa: E731
+        embed, heads = get("embedding_length"), get("attention.head_count")
+        try:
+            return DecoderConfig(
+                vocab_size=len(self._get("tokenizer.ggml.tokens")),
+                embed_dim=embed,
+                n_layers=get("block_count"),
+                n_heads=heads,
+                n_kv_heads=get("attention.head_count_kv", heads),
+                head_dim=get("attention.key_length", get("rope.dimension_count", embed // heads)),
+                mlp_dim=get("feed_forward_length"),
+                max_length=get("context_length"),
+                rope_theta=float(get("rope.freq_base", 10_000.0)),
+                norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
+                tie_embeddings=all(tensor.name != "output.weight" for tensor in self._reader.tensors),
+                dtype=dtype,
+            )
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+
+    def _get(self, name: str, *default: Any) -> Any:
+        field = self._reader.get_field(name)
+        if field is not None:
+            return field.contents()
+        if default:
+            return default[0]
+        raise InputError(f"{self.path}: no {name} in its metadata")
