@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from mlx_pretrain import checkpoints, partitioning
-from mlx_pretrain.data.subword import SubwordTokenizer
+from mlx_pretrain.data.subword import SubwordTokenizer, load_tokenizer
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.encoder import Encoder, EncoderConfig
@@ -58,15 +58,6 @@ class QualityModel(nn.Module):
 def quality(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Scores of token sequences, float32 `[batch]`; arguments as in `QualityModel`."""
     return QualityModel(config).apply({"params": params}, tokens, segment_ids)
-
-
-def load_tokenizer(path: epath.PathLike) -> Tokenizer | SubwordTokenizer:
-    """A SentencePiece model (.model) of this framework's, or a tokenizer.json of Hugging Face's.
-
-    Raises:
-      InputError: the file is missing or neither.
-    """
-    return SubwordTokenizer(path) if epath.Path(path).suffix == ".json" else Tokenizer(path)
 
 
 def load_quality(

@@ -23,7 +23,7 @@ class Rater(Protocol):
     def score(self, documents: Sequence[Document]) -> np.ndarray:
         """Float64 `[documents]`, higher is better, nan where it has no score.
 
-        A document's score must not depend on the others it is scored with.
+        A document's score must not depend, rounding apart, on the others it is scored with.
         """
         ...
 

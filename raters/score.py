@@ -28,12 +28,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mlx_pretrain import hardware, partitioning
 from mlx_pretrain.configuration import run, save_effective
 from mlx_pretrain.data.documents import TEXT_UNITS, Document, read_documents
+from mlx_pretrain.data.subword import load_tokenizer
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
 from raters.chunks import Preparation, Prepared, mean_over_chunks
 from raters.progress import Progress
-from raters.quality import load_quality, load_tokenizer, quality
+from raters.quality import load_quality, quality
 from raters.rater import Rater, record_fields
 from raters.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfinished
 

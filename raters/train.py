@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from mlx_pretrain import checkpoints, configuration, partitioning
 from mlx_pretrain.convert.encoders import load_encoder
 from mlx_pretrain.data.loader import Batch
+from mlx_pretrain.data.subword import load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.trainer import LossParts
@@ -32,7 +33,7 @@ from mlx_pretrain.training_loop import LoopConfig, TrainingLoop
 from raters.agreement import agreement
 from raters.pair_data import PARALLEL, PairSource, PairTable, read_pairs
 from raters.pairs import KINDS
-from raters.quality import QualityConfig, load_tokenizer, quality
+from raters.quality import QualityConfig, quality
 
 OBJECTIVES = ("pairwise", "pointwise")
 

@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 
 
@@ -18,17 +19,18 @@ class SubwordTokenizer:
     Attributes:
       model: the file's bytes.
       sha256: their fingerprint, as manifests record it.
+      before, after: int32 ids that the model's template puts around a text, e.g. <s> and </s>; may be empty.
     """
 
-    def __init__(self, path: epath.PathLike):
-        """Loads a tokenizer.json, local or gs://.
+    def __init__(self, path: epath.PathLike, model: bytes | None = None):
+        """Loads a tokenizer.json, local or gs://, or takes `model` for what would stand in it.
 
         Raises:
           InputError: the file is missing or no tokenizer.
         """
         self.path = epath.Path(path)
         try:
-            self.model = self.path.read_bytes()
+            self.model = self.path.read_bytes() if model is None else model
         except (FileNotFoundError, IsADirectoryError):
             raise InputError(f"{path}: no such tokenizer") from None
         self.sha256 = hashlib.sha256(self.model).hexdigest()
@@ -39,7 +41,7 @@ class SubwordTokenizer:
         # A model's own limits, often shorter than its positions, would cut or fill up texts unasked.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._before, self._after = self._special_tokens()
+        self.before, self.after = self._special_tokens()
 
     def _special_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """What the model's template puts before and after a text's ids."""
@@ -70,8 +72,17 @@ class SubwordTokenizer:
 
     def wrap(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The ids with the model's special tokens around them, e.g. <s> ... </s>: int32 [tokens + len(wrap([]))]."""
-        return np.concatenate([self._before, np.asarray(ids, np.int32), self._after])
+        return np.concatenate([self.before, np.asarray(ids, np.int32), self.after])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids below `vocab_size`; special tokens leave nothing."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(path: epath.PathLike) -> Tokenizer | SubwordTokenizer:
+    """A SentencePiece model (.model) of this framework's, or a tokenizer.json of Hugging Face's.
+
+    Raises:
+      InputError: the file is missing or neither.
+    """
+    return SubwordTokenizer(path) if epath.Path(path).suffix == ".json" else Tokenizer(path)

@@ -96,7 +96,7 @@ def test_a_killed_run_leaves_the_old_files_and_another_ends_the_same(made, tmp_p
 
 @pytest.mark.parametrize("module, flags, message", [
     (PAIRS, ["--gin.NGRAMS=none.npz"], r"none\.npz: no such n-gram classifier"),
-    (PAIRS, ["import raters.judge\npairs.raters = [@LanguageModelJudge()]", "--gin.LanguageModelJudge.run_dir=none"],
+    (PAIRS, ["import raters.judge\npairs.raters = [@LanguageModelJudge()]", "--gin.LanguageModelJudge.model=none"],
      r"none/model\.json: no such model description: not the folder of a training run"),
     (PAIRS, ["import raters.given\npairs.raters = [@GivenScores()]"],
      r"Required bindings for `GivenScores` not provided .*\['field'\]"),

@@ -43,13 +43,14 @@ def test_a_forest_holds_every_sequence_and_scores_what_it_should(case, shortest)
             assert len(np.unique(row.nodes)) == len(row.nodes)
             assert len(row.places) <= 2 * length and len(row.nodes) <= length
             for number, pairs in row.members:
+                sequence, start, before = sequences[number], starts[number], len(group.prefix)
                 nodes = row.nodes[row.places[pairs]]
                 # What the last scored token's predictor sees is the sequence without its end.
                 seen = [j for j in range(nodes[-1] + 1) if row.ends[j] > nodes[-1]]
-                np.testing.assert_array_equal([*group.prefix, *row.tokens[seen]], sequences[number][:-1])
-                np.testing.assert_array_equal(row.positions[seen], np.arange(len(group.prefix), len(sequences[number]) - 1))
-                np.testing.assert_array_equal(row.targets[pairs], sequences[number][starts[number]:])
-                np.testing.assert_array_equal(row.positions[nodes], np.arange(starts[number], len(sequences[number])) - 1)
+                np.testing.assert_array_equal([*group.prefix, *row.tokens[seen]], sequence[:-1])
+                np.testing.assert_array_equal(row.positions[seen], np.arange(before, len(sequence) - 1))
+                np.testing.assert_array_equal(row.targets[pairs], sequence[start:])
+                np.testing.assert_array_equal(row.positions[nodes], np.arange(start, len(sequence)) - 1)
                 assert number not in found
                 found[number] = True
     assert len(found) == len(sequences)
@@ -96,7 +97,8 @@ def draw_requests(rng, items, few_shot, context, options, length):
     requests = []
     for _ in range(items):
         own = np.concatenate([[BOS], shared, rng.integers(4, 96, rng.integers(1, context))]).astype(np.int32)
-        requests += [Request(own, rng.integers(4, 96, rng.integers(1, length)).astype(np.int32)) for _ in range(options)]
+        lengths = rng.integers(1, length, options)
+        requests += [Request(own, rng.integers(4, 96, n).astype(np.int32)) for n in lengths]
     return requests
 
 

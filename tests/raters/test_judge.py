@@ -1,4 +1,4 @@
-"""The judge's log-odds equal those of recomputing every sequence alone, whatever the batch, bucket and mesh."""
+"""The judge's log-odds equal those of recomputing every sequence alone."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, logits
 from mlx_pretrain.train_state import abstract_state, initial_state
-from raters.judge import LanguageModelJudge, _answer_likelihood
+from raters.judge import LanguageModelJudge
 
 TEXTS = ["a cat sat", "", "the dog ran off and the cat sat " * 3, "b", "dog dog dog dog", "猫"]
 DOCUMENTS = [Document(str(i), text, "", "") for i, text in enumerate(TEXTS)]
@@ -45,15 +45,14 @@ def run_dir(tiny_config, tmp_path_factory) -> str:
 
 
 def judge(run_dir, **changes) -> LanguageModelJudge:
-    settings = {"templates": TEMPLATES, "yes": " yes", "no": " no", "lengths": (32, 48, 64), "batch_size": 8}
-    return LanguageModelJudge(run_dir, **{**settings, **changes})
+    return LanguageModelJudge(run_dir, **{"templates": TEMPLATES, **changes})
 
 
 @pytest.fixture(scope="module")
 def forward(run_dir):
     """Log-probabilities `[length, vocab]` of the tokens after each position of one sequence, padded to the model's."""
     rater = judge(run_dir)
-    params = jax.device_get(rater._params)
+    params = jax.device_get(rater._scorer._params)
 
     @jax.jit
     def run(tokens):
@@ -81,7 +80,7 @@ def expected(run_dir, forward, text, yes, no, longest=64):
 
 @pytest.mark.parametrize("yes, no", [("a", "b"), (" yes", " no"), ("a", "cat sat")])
 def test_log_odds_equal_recomputing_alone(run_dir, forward, yes, no):
-    """One-token answers (read off one row), answers of several tokens, and of unlike numbers of them."""
+    """Answers of one token and of several, and of unlike numbers of them."""
     scores = judge(run_dir, yes=yes, no=no).score(DOCUMENTS)
     assert scores.dtype == np.float64 and np.isnan(scores[1])
     for text, score in zip(TEXTS, scores):
@@ -96,11 +95,8 @@ def test_the_tokenizer_makes_the_cases_it_should(run_dir):
 
 def test_scores_do_not_depend_on_the_company(run_dir):
     rater = judge(run_dir)
-    together = rater.score(DOCUMENTS * 3)
-    np.testing.assert_array_equal(together[: len(TEXTS)], together[len(TEXTS) : 2 * len(TEXTS)])
-    np.testing.assert_array_equal(together[: len(TEXTS)][::-1], rater.score(DOCUMENTS[::-1]))
     alone = np.concatenate([rater.score([document]) for document in DOCUMENTS])
-    np.testing.assert_array_equal(together[: len(TEXTS)], alone)
+    np.testing.assert_allclose(rater.score((DOCUMENTS * 3)[::-1]), np.tile(alone, 3)[::-1], atol=1e-5)
     assert rater.score([]).shape == (0,)
 
 
@@ -108,16 +104,14 @@ def test_long_documents_are_cut_to_fit(run_dir, forward):
     text = "cat dog " * 200
     scores = judge(run_dir).score([Document("x", text, "", ""), Document("y", text + "ran off", "", "")])
     assert scores[0] == scores[1] == pytest.approx(expected(run_dir, forward, text, " yes", " no"), abs=2e-5)
-    shorter = judge(run_dir, lengths=(40,)).score([Document("x", text, "", "")])
+    shorter = judge(run_dir, max_length=40).score([Document("x", text, "", "")])
     assert shorter[0] == pytest.approx(expected(run_dir, forward, text, " yes", " no", longest=40), abs=2e-5)
 
 
-def test_nothing_is_compiled_twice(run_dir):
-    rater = judge(run_dir)
-    rater.score(DOCUMENTS)
-    before = _answer_likelihood._cache_size()
-    rater.score([Document(str(n), "cat " * n, "", "") for n in range(1, 50)])
-    assert _answer_likelihood._cache_size() - before <= 1  # one length was not there yet
+def test_conversation_marks_stand_around_the_prompt(run_dir):
+    plain = judge(run_dir, templates=["cat {document} so ran off"]).score(DOCUMENTS)
+    marked = judge(run_dir, templates=["{document} so"], before="cat ", after=" ran off").score(DOCUMENTS)
+    np.testing.assert_allclose(marked, plain, atol=1e-6)
 
 
 def test_the_answers_turned_round_turn_the_sign(run_dir):
@@ -131,8 +125,8 @@ def test_the_answers_turned_round_turn_the_sign(run_dir):
     ({"templates": ("cat " * 200 + "{document}",)}, "leave no room in 64 tokens"),
     ({"yes": ""}, "must differ and not be empty"),
     ({"yes": "a", "no": "a"}, "must differ and not be empty"),
-    ({"batch_size": 12}, "must be a multiple of 8, the number of devices"),
-    ({"lengths": ()}, "must be positive numbers of tokens"),
+    ({"before": "{document}"}, "{document} belongs into templates"),
+    ({"max_length": 0}, "must be a positive integer"),
     ({"step": 3}, "no checkpoint 3; there is"),
 ])
 def test_impossible_settings_are_refused(run_dir, changes, message):

@@ -1,0 +1,100 @@
+"""Decoders ready to use, wherever they come from: a run of ours, a Hugging Face folder, a GGUF file."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mlx_pretrain import checkpoints, partitioning
+from mlx_pretrain.convert.decoders import CONFIG, load_decoder
+from mlx_pretrain.convert.gguf import GGUF
+from mlx_pretrain.data.store import BOS_ID, EOS_ID, TOKENIZER
+from mlx_pretrain.data.subword import SubwordTokenizer
+from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import read_json
+from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.train_state import abstract_params
+
+HF_TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A decoder with its tokenizer.
+
+    Attributes:
+      path: where it was read from.
+      step: of the checkpoint; None for models that are no run of ours.
+      config, params: of the decoder; `params` on `mesh`.
+      mesh: its devices.
+      tokenizer: ours or Hugging Face's.
+      before: ids put before every text, BOS where the model was trained with one.
+      start: id to predict the first token from where nothing is before it: BOS, or else what ends documents.
+      end: id that ends documents.
+    """
+
+    path: str
+    step: int | None
+    config: DecoderConfig
+    params: Any
+    mesh: Mesh
+    tokenizer: Tokenizer | SubwordTokenizer
+    before: tuple[int, ...]
+    start: int
+    end: int
+
+
+def load_language_model(
+    path: epath.PathLike, mesh: Mesh | None = None, *, step: int | None = None, dtype: str | None = None
+) -> LanguageModel:
+    """Reads a decoder.
+
+    Args:
+      path: folder of a training run; or local folder with config.json, safetensors and tokenizer.json; or a .gguf file.
+      mesh: where to put the parameters; None: all devices, replicated.
+      step: which checkpoint of a run; None: the latest.
+      dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for other models.
+
+    Raises:
+      InputError: none of these is there, or it cannot be read, or the tokenizer's ids exceed the vocabulary.
+    """
+    path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
+    if path.suffix != ".gguf" and not (path / CONFIG).exists():
+        config = checkpoints.load_model(path)
+        config = dataclasses.replace(config, dtype=dtype or config.dtype)
+        tokenizer = Tokenizer(path / TOKENIZER)
+        with partitioning.use(mesh):
+            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+        return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, EOS_ID)
+    if step is not None:
+        raise InputError(f"{path}: step = {step}, but this is no training run")
+    if path.suffix == ".gguf":
+        file = GGUF(path)
+        config, params = file.load_decoder(dtype or "float32")
+        tokenizer, (bos, eos) = SubwordTokenizer(path, file.tokenizer()), file.special_ids()
+    else:
+        config, params = load_decoder(path, dtype or "float32")
+        tokenizer, (bos, eos) = SubwordTokenizer(path / HF_TOKENIZER), _special_ids(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    start, end = bos if bos is not None else eos, eos if eos is not None else bos
+    if start is None:
+        raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
+    with partitioning.use(mesh):
+        params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract_params(config, mesh))
+    before = tuple(tokenizer.before.tolist())
+    return LanguageModel(str(path), None, config, params, mesh, tokenizer, before, start, end)
+
+
+def _special_ids(folder: epath.Path) -> tuple[int | None, int | None]:
+    """Ids that begin and end a document; where config.json names several ends, the first."""
+    raw = read_json(folder / CONFIG, "configuration")
+    ids = [raw.get(f"{name}_token_id") for name in ("bos", "eos")]
+    ids = [found[0] if isinstance(found, list) and found else found for found in ids]
+    for found in ids:
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+            raise InputError(f"{folder / CONFIG}: bos_token_id and eos_token_id must be numbers")
+    return tuple(ids)
