@@ -114,12 +114,21 @@ def _layer(config: DecoderConfig, read: Read, name: str) -> dict[str, Any]:
     }
 
 
-def save_decoder(folder: epath.PathLike, config: DecoderConfig, params: Any, dtype: str = "float32") -> None:
+def save_decoder(
+    folder: epath.PathLike,
+    config: DecoderConfig,
+    params: Any,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    dtype: str = "float32",
+) -> None:
     """Writes config.json and model.safetensors, which `load_decoder` and transformers' LlamaForCausalLM read.
 
     Args:
       folder: created if needed; files of these names are replaced.
       config, params: of the decoder; numpy arrays or arrays of one process.
+      bos_id, eos_id: that begin and end a document.
       dtype: of the stored weights, "float32" or "bfloat16".
 
     Raises:
@@ -148,6 +157,8 @@ def save_decoder(folder: epath.PathLike, config: DecoderConfig, params: Any, dty
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
         "torch_dtype": dtype,
     })
 
