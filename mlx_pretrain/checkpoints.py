@@ -160,7 +160,7 @@ def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) 
 
 
 # Fields that change how a model is computed, not what its parameters are: free to differ between restarts.
-_COMPUTE_FIELDS = ("dtype", "remat", "unroll", "attention", "max_length", "segment_attention")
+COMPUTE_FIELDS = ("dtype", "remat", "unroll", "attention", "max_length", "segment_attention")
 
 
 def check_same_model(path: epath.Path, content: Mapping[str, Any]) -> None:
@@ -172,7 +172,7 @@ def check_same_model(path: epath.Path, content: Mapping[str, Any]) -> None:
             f"the token store has {content['tokenizer_sha256'][:12]}); use its token store or a new run folder"
         )
     for name, value in content["model"].items():
-        if name not in _COMPUTE_FIELDS and old["model"].get(name) != value:
+        if name not in COMPUTE_FIELDS and old["model"].get(name) != value:
             raise InputError(
                 f"{path}: this run's model has {name}={old['model'].get(name)}, the configuration {value}; "
                 "use the same model or a new run folder"

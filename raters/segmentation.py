@@ -38,6 +38,8 @@ _SENTENCE_BREAK = re.compile(
     rf"|(?<=[{_SPACELESS}])[^\S\n]+(?=[{_SPACELESS}])"  # Thai and its kin end sentences with a space
     ")"
 )
+
+
 def words(text: str) -> list[str]:
     """Words of spaced scripts (with the punctuation that clings to them), single units of unspaced ones."""
     return _TOKEN.findall(text)

@@ -1,13 +1,17 @@
 """Decoders ready to use, wherever they come from: a run of ours, a Hugging Face folder, a GGUF file."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, partitioning
+from mlx_pretrain.checkpoints import COMPUTE_FIELDS
 from mlx_pretrain.convert.decoders import CONFIG, load_decoder
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, TOKENIZER
@@ -45,6 +49,18 @@ class LanguageModel:
     before: tuple[int, ...]
     start: int
     end: int
+
+    def fingerprint(self) -> str:
+        """Of configuration, tokenizer and parameters (through their sums), the same on any mesh up to rounding."""
+        sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_sums, params))(self.params))
+        rounded = [f"{x:.4g}" for leaf in jax.tree.leaves(sums) for x in leaf]
+        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
+        content = json.dumps([config, self.tokenizer.sha256, rounded], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _sums(x: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(x, dtype=jnp.float32), jnp.sum(jnp.abs(x), dtype=jnp.float32)])
 
 
 def load_language_model(
