@@ -8,15 +8,11 @@ import sys
 from collections.abc import Sequence
 
 import gin
-from etils import epath
 
-from mlx_pretrain import checkpoints, configuration, partitioning
-from mlx_pretrain.data.store import TOKENIZER
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain import configuration
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
-from mlx_pretrain.inference.generation import generate as generate_tokens
-from mlx_pretrain.train_state import abstract_params
+from mlx_pretrain.inference.language_model import load_language_model
 
 
 @gin.configurable("generate")
@@ -34,10 +30,10 @@ def generate(
     """Continues prompts with a trained model; prints them, or writes them to a file.
 
     Args:
-      run_dir: folder of a training run.
+      run_dir: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
       prompts: texts to continue; "" starts from nothing.
       languages: of the prompts, noted in the output file.
-      step: which checkpoint; None: the latest.
+      step: which checkpoint of a run; None: the latest.
       max_new_tokens, temperature, top_p, seed: see `inference.generation.generate`.
       output: JSONL file to write ({language, prompt, completion, temperature, top_p, step} a line).
 
@@ -49,28 +45,16 @@ def generate(
     """
     if languages is not None and len(languages) != len(prompts):
         raise InputError(f"generate: {len(languages)} languages for {len(prompts)} prompts")
-    config = checkpoints.load_model(run_dir)
-    tokenizer = Tokenizer(epath.Path(run_dir) / TOKENIZER)
-    mesh = partitioning.make_mesh()
-    with partitioning.use(mesh):
-        params, step = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
-        new = generate_tokens(
-            config,
-            params,
-            tokenizer.encode_batch(list(prompts)),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            vocab_size=tokenizer.vocab_size,
-        )
-    completions = [tokenizer.decode(tokens) for tokens in new]
+    model = load_language_model(run_dir, step=step)
+    completions = model.generate(
+        prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
     if output is None:
         for prompt, completion in zip(prompts, completions):
             print(f"{prompt}\033[1m{completion}\033[0m" if sys.stdout.isatty() else f"{prompt}{completion}")
             print("---")
     else:
-        settings = {"temperature": temperature, "top_p": top_p, "step": step}
+        settings = {"temperature": temperature, "top_p": top_p, "step": model.step}
         records = [
             {"language": language, "prompt": prompt, "completion": completion, **settings}
             for language, prompt, completion in zip(languages or [None] * len(prompts), prompts, completions)

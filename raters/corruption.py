@@ -1,6 +1,6 @@
 """Real documents made worse in known ways: what a rater ought to notice, whatever the language.
 
-Every kind works on any script (`raters.segmentation`) and adds nothing of another language, so that a rater cannot
+Every kind works on any script (`mlx_pretrain.data.segmentation`) and adds nothing of another language, so that a rater cannot
 tell by the language; boilerplate has its own phrases in 21 languages. All of this is our own formulation.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.segmentation import join, split_sentences, split_words
 from mlx_pretrain.errors import InputError
-from raters.segmentation import join, split_sentences, split_words
 
 # Language -> lines as web pages carry them around their text.
 _BOILERPLATE = {

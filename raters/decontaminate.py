@@ -22,10 +22,10 @@ from etils import epath
 
 from mlx_pretrain.configuration import run
 from mlx_pretrain.data.documents import match_files, read_documents
+from mlx_pretrain.data.segmentation import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl, write_json
 from raters import shingles, stages
-from raters.segmentation import UNITS_PER_WORD
 
 ITEMS = "items.jsonl"
 _SHOWN = 20  # most frequent n-grams in the report

@@ -9,7 +9,7 @@ with the thresholds of their papers:
     ours     marked so below
 
 The papers count words of English. Here (ours) a word of a script without spaces is two of its units
-(`raters.segmentation`), lengths of n-grams are stretched alike, lengths in characters are given in words where they
+(`mlx_pretrain.data.segmentation`), lengths of n-grams are stretched alike, lengths in characters are given in words where they
 stand for a number of words, Hangul syllables count as the two and a half letters they are spelled with, and a rule that
 makes no sense for a document's script is left out of its share.
 
@@ -28,8 +28,15 @@ import gin
 import numpy as np
 
 from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.segmentation import (
+    UNITS_PER_WORD,
+    ends_sentence,
+    is_unspaced,
+    marks_sentences,
+    split_sentences,
+    words,
+)
 from mlx_pretrain.errors import InputError
-from raters.segmentation import UNITS_PER_WORD, ends_sentence, is_unspaced, marks_sentences, split_sentences, words
 
 # Rule -> what is measured must lie in [low, high].
 BOUNDS: Mapping[str, tuple[float, float]] = {

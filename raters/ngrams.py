@@ -23,10 +23,10 @@ from sklearn.linear_model import LogisticRegression
 from mlx_pretrain import __version__
 from mlx_pretrain.configuration import run
 from mlx_pretrain.data.documents import Document, match_files, read_documents
+from mlx_pretrain.data.segmentation import words
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256, write_atomic
 from raters.corruption import CORRUPTIONS, corrupt_share
-from raters.segmentation import words
 
 FORMAT = "mlx-ngram-classifier"
 VERSION = 1

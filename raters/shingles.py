@@ -1,7 +1,7 @@
 """N-grams of normalised words, for languages with and without spaces, as numbers.
 
 Case, punctuation, symbols, kinds of space and compatibility forms (NFKC) make no difference. Words are those of
-`raters.segmentation`: in scripts written without spaces, a character with its marks.
+`mlx_pretrain.data.segmentation`: in scripts written without spaces, a character with its marks.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raters.segmentation import is_unspaced, words
+from mlx_pretrain.data.segmentation import is_unspaced, words
 
 MOST_WORDS = 256  # of an n-gram
 # Soft hyphen, zero-width space and joiners, byte order mark: inside of words, and seen by nobody.

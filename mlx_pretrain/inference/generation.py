@@ -23,20 +23,26 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     vocab_size: int | None = None,
+    before: Sequence[int] = (BOS_ID,),
+    end: int = EOS_ID,
+    never: Sequence[int] = (PAD_ID, UNK_ID, BOS_ID),
 ) -> list[list[int]]:
-    """Continues prompts (token ids, without BOS) until EOS or `max_new_tokens`.
+    """Continues prompts (token ids) until `end` or `max_new_tokens`.
 
     Args:
       config, params: the decoder.
-      prompts: may be empty lists; BOS is put before each.
+      prompts: may be empty lists, unless `before` is empty as well.
       max_new_tokens: at most so many per prompt.
       temperature: 0 takes the most likely token.
       top_p: samples from the smallest set of tokens that holds this probability (arXiv 1904.09751).
       seed: of the sampling; row i of a batch draws from a stream of its own.
       vocab_size: of the tokenizer; ids from there on, rows that pad the model's vocabulary, are never taken.
+      before: ids put before every prompt; this and what follows are those of our own tokenizer by default.
+      end: id that ends a text.
+      never: ids that are never taken.
 
     Returns:
-      The new tokens of each prompt, EOS left out.
+      The new tokens of each prompt, `end` left out.
 
     Raises:
       InputError: a prompt and its continuation do not fit the model's positions, or a sampling parameter is off.
@@ -46,7 +52,9 @@ def generate(
             f"generate: temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], "
             f"max_new_tokens={max_new_tokens} >= 1"
         )
-    lengths = np.array([len(prompt) + 1 for prompt in prompts], np.int32)
+    lengths = np.array([len(before) + len(prompt) for prompt in prompts], np.int32)
+    if not lengths.all():
+        raise InputError("generate: an empty prompt, and nothing that is put before it")
     if (longest := int(lengths.max())) + max_new_tokens > config.max_length:
         raise InputError(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
@@ -56,21 +64,21 @@ def generate(
     width = min(-(-longest // 32) * 32, config.max_length)
     tokens = np.full((len(prompts), width), PAD_ID, np.int32)
     for row, prompt in zip(tokens, prompts):
-        row[0], row[1 : len(prompt) + 1] = BOS_ID, prompt
-    never = np.array([PAD_ID, UNK_ID, BOS_ID, *range(vocab_size or config.vocab_size, config.vocab_size)])
+        row[: len(before)], row[len(before) : len(before) + len(prompt)] = before, prompt
+    never = np.array([*never, *range(vocab_size or config.vocab_size, config.vocab_size)], np.int32)
     key = jax.random.key(seed)
     new = _generate(
-        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, never, key
+        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, never, end, key
     )
     results = []
     for row in np.asarray(new).tolist():
-        results.append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
+        results.append(row[: row.index(end)] if end in row else row)
     return results
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, never, key):
-    """New tokens `[batch, max_new_tokens]`, PAD after EOS."""
+def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, never, end, key):
+    """New tokens `[batch, max_new_tokens]`; after `end` only that."""
     batch, width = tokens.shape
     model = Decoder(config)
     rows = jnp.arange(batch)
@@ -91,11 +99,11 @@ def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperatu
 
     def step(carry: tuple[Cache, jax.Array, jax.Array], index: jax.Array):
         cache, token, done = carry
-        done |= token == EOS_ID
+        done |= token == end
         hidden, cache = model.apply(
             {"params": params}, token[:, None], (lengths + index)[:, None], cache=cache
         )
-        following = jnp.where(done, PAD_ID, sample(hidden[:, 0], index + 1))
+        following = jnp.where(done, end, sample(hidden[:, 0], index + 1))
         return (cache, following, done), following
 
     start = (cache, first, jnp.zeros(batch, bool))

@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -14,11 +16,12 @@ from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.checkpoints import COMPUTE_FIELDS
 from mlx_pretrain.convert.decoders import CONFIG, load_decoder
 from mlx_pretrain.convert.gguf import GGUF
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, TOKENIZER
+from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, TOKENIZER, UNK_ID
 from mlx_pretrain.data.subword import SubwordTokenizer
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json
+from mlx_pretrain.inference.generation import generate
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import abstract_params
 
@@ -38,6 +41,7 @@ class LanguageModel:
       before: ids put before every text, BOS where the model was trained with one.
       start: id to predict the first token from where nothing is before it: BOS, or else what ends documents.
       end: id that ends documents.
+      never: ids that are in no text.
     """
 
     path: str
@@ -49,6 +53,7 @@ class LanguageModel:
     before: tuple[int, ...]
     start: int
     end: int
+    never: tuple[int, ...] = ()
 
     def fingerprint(self) -> str:
         """Of configuration, tokenizer and parameters (through their sums), the same on any mesh up to rounding."""
@@ -57,6 +62,21 @@ class LanguageModel:
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
         content = json.dumps([config, self.tokenizer.sha256, rounded], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
+        """Continuations of texts; `settings` as in `generation.generate`, which does it."""
+        return self.generate_tokens(self.tokenizer.encode_batch(list(prompts)), **settings)
+
+    def generate_tokens(self, prompts: Sequence[np.ndarray], **settings: Any) -> list[str]:
+        """Continuations of token ids, without `before`."""
+        prompts = [ids if len(ids) + len(self.before) else [self.start] for ids in prompts]
+        with partitioning.use(self.mesh):
+            new = generate(
+                self.config, self.params, prompts, before=self.before, end=self.end, never=self.never,
+                vocab_size=self.tokenizer.vocab_size, **settings,
+            )
+        return [self.tokenizer.decode(tokens) for tokens in new]
 
 
 def _sums(x: jax.Array) -> jax.Array:
@@ -84,7 +104,8 @@ def load_language_model(
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
             params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
-        return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, EOS_ID)
+        return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, EOS_ID,
+                             (PAD_ID, UNK_ID, BOS_ID))
     if step is not None:
         raise InputError(f"{path}: step = {step}, but this is no training run")
     if path.suffix == ".gguf":

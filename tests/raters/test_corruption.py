@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_pretrain.data.documents import Document, read_documents
+from mlx_pretrain.data.segmentation import ends_sentence, split_sentences, split_words
 from mlx_pretrain.errors import InputError
 from raters.corruption import CORRUPTIONS, corrupt, corrupt_share
-from raters.segmentation import ends_sentence, split_sentences, split_words
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples" / "text" / "heldout"
 LANGUAGES = ("en", "ja", "zh", "ar", "hi", "ko", "vi")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raters.segmentation import (
+from mlx_pretrain.data.segmentation import (
     ends_sentence,
     is_unspaced,
     join,

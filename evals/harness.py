@@ -1,0 +1,121 @@
+"""lm-evaluation-harness on our decoders:
+
+    python -m evals.harness run --model mlx_pretrain --model_args path=RUN --tasks arc_easy
+
+takes what `lm_eval` takes. The model is a training run, a Hugging Face folder of a LLaMA, or a GGUF file; `model_args`
+are `path`, `step`, `dtype`, `max_length` and `max_gen_toks`. Options share what they have in common (`Scorer`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval import utils
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from evals.requests import encode_pairs
+from mlx_pretrain.inference.language_model import load_language_model
+from mlx_pretrain.inference.scoring import Request, Scorer
+
+WINDOW = 8192  # requests that may share tokens
+GENERATED_TOGETHER = 16
+
+
+@register_model("mlx_pretrain")
+class MLXPretrain(LM):
+    """Our decoders as the harness sees a model."""
+
+    def __init__(
+        self,
+        path: str,
+        step: int | None = None,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: Any = None,
+        device: Any = None,
+        max_batch_size: Any = None,
+    ):
+        """Loads the model; `batch_size`, `device` and `max_batch_size`, which the harness hands on, change nothing.
+
+        Args:
+          path, step, dtype: see `load_language_model`.
+          max_length: tokens of context and continuation; None: the model's positions.
+          max_gen_toks: generated at most, where the task does not say.
+        """
+        super().__init__()
+        self._model = load_language_model(path, step=step, dtype=dtype)
+        self._scorer = Scorer(self._model.config, self._model.params, self._model.mesh, max_length=max_length)
+        self._max_gen_toks = max_gen_toks
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations, and whether each is the greedy one."""
+        encoded = encode_pairs(self._model, [request.args for request in requests])
+        found = [(score.log_likelihood, score.greedy) for score in self._score(encoded)]
+        for request, answer in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows without overlap."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self._model.tokenizer.encode(request.args[0])
+            pairs = utils.get_rolling_token_windows(
+                token_list=tokens, prefix_token=self._model.start, max_seq_len=self._scorer.max_length, context_len=1)
+            for context, continuation in map(utils.make_disjoint_window, pairs):
+                windows.append(Request(np.array(context), np.array(continuation)))
+                owners.append(number)
+        found = np.zeros(len(requests))
+        np.add.at(found, owners, [score.log_likelihood for score in self._score(windows)])
+        for request, answer in zip(requests, found.tolist()):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return found.tolist()
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of the task's stop sequences; sampled with temperature, else greedy."""
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        for numbers in groups.values():
+            settings = requests[numbers[0]].args[1]
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else list(until)
+            new = int(settings.get("max_gen_toks", self._max_gen_toks))
+            temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0
+            prompts = {number: self._cut(requests[number].args[0], new) for number in numbers}
+            # Prompts of like length together: they are filled up to the longest.
+            order = sorted(numbers, key=lambda number: len(prompts[number]))
+            for start in range(0, len(order), GENERATED_TOGETHER):
+                batch = order[start : start + GENERATED_TOGETHER]
+                # A last batch that is not full repeats a prompt, so that no other program is compiled for it.
+                padded = batch + batch[-1:] * (GENERATED_TOGETHER - len(batch))
+                found = self._model.generate_tokens(
+                    [prompts[number] for number in padded], max_new_tokens=new, temperature=temperature,
+                    top_p=float(settings.get("top_p", 1.0)))
+                for number, text in zip(batch, found):
+                    for stop in filter(None, until):
+                        text = text.split(stop)[0]
+                    answers[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return answers
+
+    def _cut(self, prompt: str, new: int) -> np.ndarray:
+        """The prompt's last tokens, so many that the answer fits."""
+        tokens = self._model.tokenizer.encode_batch([prompt])[0]
+        room = self._scorer.max_length - new - len(self._model.before)
+        if room < 1:
+            raise ValueError(f"max_gen_toks = {new}: the model has {self._scorer.max_length} positions")
+        return tokens[-room:]
+
+    def _score(self, requests: Sequence[Request]) -> list[Any]:
+        windows = ((start, requests[start : start + WINDOW]) for start in range(0, len(requests), WINDOW))
+        return [score for _, scores in self._scorer(windows) for score in scores]
+
+
+if __name__ == "__main__":
+    cli_evaluate()
