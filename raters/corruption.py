@@ -1,7 +1,7 @@
 """Real documents made worse in known ways: what a rater ought to notice, whatever the language.
 
-Every kind works on any script (`mlx_pretrain.data.segmentation`) and adds nothing of another language, so that a rater cannot
-tell by the language; boilerplate has its own phrases in 21 languages. All of this is our own formulation.
+Every kind works on any script (`mlx_pretrain.data.segmentation`) and adds nothing of another language, so that a rater
+cannot tell by the language; boilerplate has its own phrases in 21 languages. All of this is our own formulation.
 """
 
 import dataclasses

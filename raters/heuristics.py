@@ -9,9 +9,9 @@ with the thresholds of their papers:
     ours     marked so below
 
 The papers count words of English. Here (ours) a word of a script without spaces is two of its units
-(`mlx_pretrain.data.segmentation`), lengths of n-grams are stretched alike, lengths in characters are given in words where they
-stand for a number of words, Hangul syllables count as the two and a half letters they are spelled with, and a rule that
-makes no sense for a document's script is left out of its share.
+(`mlx_pretrain.data.segmentation`), lengths of n-grams are stretched alike, lengths in characters are given in words
+where they stand for a number of words, Hangul syllables count as the two and a half letters they are spelled with, and
+a rule that makes no sense for a document's script is left out of its share.
 
 `datatrove` (0.10.1) has these rules too. It is not used: its filters stop at the first rule that fails instead of
 counting, and those that look at words need spaCy for most languages, further packages for Hindi, Korean, Thai, Chinese
