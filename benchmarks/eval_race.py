@@ -8,8 +8,8 @@ dequantised) and the same items: four-way cloze, cut from the English sample tex
 the same five examples (`first_n` in the harness, so that it, too, could reuse them).
 
 Timed is from items to accuracy: tokenization, forward passes, metrics; loading and a warm-up on other items, in which
-our programs are compiled and threads start, are not. The harness's batch size is the fastest of two, found before. Sides
-take turns, each in a fresh process.
+our programs are compiled and threads start, are not. The harness's batch size is the fastest of two, found before.
+Sides take turns, each in a fresh process.
 
 The last line is one JSON object: `ratio_0shot` and `ratio_5shot` are geometric means over the models of the median over
 rounds of our items a second over the harness's; `max_abs_diff` is the largest difference of an option's log-likelihood;
@@ -196,7 +196,8 @@ def spawn(python: str, scratch: pathlib.Path, **given) -> dict:
     """The result of one measurement in a fresh process."""
     output = scratch / "found.json"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(scratch / "datasets"),
-                   "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+                   "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
+                   "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     subprocess.run([python, __file__, *(f"--{name}={value}" for name, value in given.items()), f"--output={output}"],
                    check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads(output.read_text())

@@ -40,6 +40,11 @@ def _bytes() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
+def _decimal(value: float) -> float:
+    """The shortest number that is this one in the file's float32: 1e-5, not 9.99999975e-06."""
+    return float(str(np.float32(value)))
+
+
 class GGUF:
     """One file.
 
@@ -150,8 +155,8 @@ class GGUF:
                 head_dim=get("attention.key_length", get("rope.dimension_count", embed // heads)),
                 mlp_dim=get("feed_forward_length"),
                 max_length=get("context_length"),
-                rope_theta=float(get("rope.freq_base", 10_000.0)),
-                norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
+                rope_theta=_decimal(get("rope.freq_base", 10_000.0)),
+                norm_epsilon=_decimal(get("attention.layer_norm_rms_epsilon")),
                 tie_embeddings=all(tensor.name != "output.weight" for tensor in self._reader.tensors),
                 dtype=dtype,
             )

@@ -1,0 +1,238 @@
+"""LLaMA from Hugging Face and GGUF: logits of transformers, round trips, and files that are not what they should be."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mlx_pretrain.convert.decoders import load_decoder, read_config, save_decoder
+from mlx_pretrain.convert.gguf import GGUF
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.inference.language_model import load_language_model
+from mlx_pretrain.models.decoder import Decoder, logits
+
+LLAMA = pathlib.Path(__file__).parent / "goldens" / "llama"
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def forward(config, params, tokens):
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return np.asarray(logits(params, Decoder(config).apply({"params": params}, tokens, positions)[0]))
+
+
+def test_logits_are_those_of_transformers():
+    config, params = load_decoder(LLAMA)
+    golden = load_file(LLAMA / "golden.safetensors")
+    np.testing.assert_allclose(forward(config, params, golden["tokens"]), golden["logits"], atol=2e-5)
+    assert config.parameters() == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_written_is_read_again(tmp_path, tied):
+    config, params = load_decoder(LLAMA)
+    if tied:
+        config = dataclasses.replace(config, tie_embeddings=True)
+        params = {name: value for name, value in params.items() if name != "output"}
+    save_decoder(tmp_path, config, params, bos_id=1, eos_id=2)
+    again, same = load_decoder(tmp_path)
+    assert again == config
+    assert_same(same, params)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"], raw["tie_word_embeddings"]) == (1, 2, tied)
+
+
+def test_the_same_tensors_as_transformers_wrote(tmp_path):
+    save_decoder(tmp_path, *load_decoder(LLAMA))
+    assert_same(load_file(tmp_path / "model.safetensors"), load_file(LLAMA / "model.safetensors"))
+
+
+def test_bfloat16_is_rounded_once(tmp_path):
+    config, params = load_decoder(LLAMA)
+    save_decoder(tmp_path, config, params, dtype="bfloat16")
+    _, rounded = load_decoder(tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), rounded, params)
+    save_decoder(tmp_path / "again", config, rounded, dtype="bfloat16")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="not float32 or bfloat16"):
+        save_decoder(tmp_path, config, params, dtype="float16")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "qwen2"}, "model_type is 'qwen2'; a decoder here has 'llama'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ({"vocab_size": "many"}, "vocab_size is 'many', not a number"),
+    ({"num_key_value_heads": 3}, "n_kv_heads=3 does not divide"),
+    ({"intermediate_size": 32}, "has shape [24, 16], config.json says [32, 16]"),
+    ({"tie_word_embeddings": True, "num_hidden_layers": 1}, "has no place in this model"),
+])
+def test_other_models_are_refused(tmp_path, change, message):
+    shutil.copytree(LLAMA, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        load_decoder(tmp_path / "model")
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_old_configurations_are_read(tmp_path):
+    """As transformers 4 wrote them: theta at the top, heads and sizes by default."""
+    raw = json.loads((LLAMA / "config.json").read_text())
+    theta = raw.pop("rope_parameters")["rope_theta"]
+    raw.pop("head_dim", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": theta, "rope_scaling": None}))
+    assert read_config(tmp_path) == read_config(LLAMA)
+    raw.pop("num_key_value_heads")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert (read_config(tmp_path).n_kv_heads, read_config(tmp_path).rope_theta) == (4, 10_000.0)
+
+
+def test_missing_and_superfluous_tensors_are_named(tmp_path):
+    tensors = load_file(LLAMA / "model.safetensors")
+    shutil.copy(LLAMA / "config.json", tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"no tensor {name}"):
+        load_decoder(tmp_path)
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)},
+              tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"q_proj\.bias has no place in this model"):
+        load_decoder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes and 20 merges, cut as SmolLM's: digits alone."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(["the cat sat on the mat, the dog ran"] * 3, trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return made
+
+
+def write_gguf(path, config, params, tokenizer, **metadata):
+    """A file as llama.cpp's converter writes it: q and k with their rows permuted, one matrix quantised."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_context_length(config.max_length)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_epsilon)
+    content = json.loads(tokenizer.to_str())["model"]
+    vocabulary = sorted(content["vocab"], key=content["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(metadata.get("pre", "smollm"))
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
+    writer.add_token_merges([" ".join(merge) for merge in content["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    if metadata.get("add_bos"):
+        writer.add_add_bos_token(True)
+
+    def permute(weight, heads):
+        return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+    writer.add_tensor("token_embd.weight", params["embedding"])
+    writer.add_tensor("output_norm.weight", params["final_norm"]["scale"])
+    embed = config.embed_dim
+    for n in range(config.n_layers):
+        layer = jax.tree.map(lambda x, n=n: np.asarray(x[n]), params["layers"])
+        attention, mlp = layer["attention"], layer["mlp"]
+        q, k, v = (attention[name].reshape(embed, -1).T for name in ("query", "key", "value"))
+        for name, weight in {
+            "attn_q": permute(q, config.n_heads), "attn_k": permute(k, config.n_kv_heads), "attn_v": v,
+            "attn_output": attention["out"].reshape(-1, embed).T, "attn_norm": layer["attention_norm"]["scale"],
+            "ffn_norm": layer["mlp_norm"]["scale"], "ffn_gate": mlp["gate"].T, "ffn_down": mlp["down"].T,
+        }.items():
+            writer.add_tensor(f"blk.{n}.{name}.weight", np.ascontiguousarray(weight))
+        quantised = gguf.quantize(np.ascontiguousarray(mlp["up"].T), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(f"blk.{n}.ffn_up.weight", quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+@pytest.fixture(scope="module")
+def gguf_model(tmp_path_factory, tokenizer):
+    """(file, configuration, parameters)."""
+    import flax.linen as nn
+
+    from mlx_pretrain.models.decoder import DecoderConfig
+
+    config = DecoderConfig(vocab_size=tokenizer.get_vocab_size(), embed_dim=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                           head_dim=8, mlp_dim=32, max_length=48, rope_theta=700.0, tie_embeddings=True)
+    params = jax.tree.map(np.asarray, nn.unbox(config.init(jax.random.key(3))))
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, config, params, tokenizer)
+    return path, config, params
+
+
+def test_gguf_gives_the_weights_and_the_tokenizer(gguf_model, tokenizer):
+    path, config, params = gguf_model
+    file = GGUF(path)
+    found, weights = file.load_decoder()
+    assert found == config
+    np.testing.assert_allclose(weights["layers"]["mlp"].pop("up"), params["layers"]["mlp"]["up"], atol=3e-3)
+    expected = {**params, "layers": {**params["layers"], "mlp": {
+        name: value for name, value in params["layers"]["mlp"].items() if name != "up"}}}
+    assert_same(weights, expected)
+    read = tokenizers.Tokenizer.from_buffer(file.tokenizer())
+    for text in ("the cat ran 1998 dogs</s> on", "Ünïcode\n\n  über"):
+        assert read.encode(text).ids == tokenizer.encode(text).ids
+        assert read.decode(read.encode(text).ids) == tokenizer.decode(tokenizer.encode(text).ids)
+
+
+def test_models_from_gguf_and_hugging_face_are_used_alike(gguf_model, tmp_path):
+    path, config, _ = gguf_model
+    model = load_language_model(path)
+    save_decoder(tmp_path, config, model.params, bos_id=model.start, eos_id=model.end)
+    (tmp_path / "tokenizer.json").write_bytes(model.tokenizer.model)
+    same = load_language_model(tmp_path)
+    assert same.fingerprint() == model.fingerprint()
+    assert (same.start, same.end, same.before) == (model.start, model.end, model.before) == (0, 1, ())
+    prompts = ["the cat", "", "1998 dogs ran"]
+    settings = {"max_new_tokens": 5, "temperature": 0.0}
+    assert same.generate(prompts, **settings) == model.generate(prompts, **settings)
+
+
+def test_gguf_files_that_are_none(gguf_model, tmp_path, tokenizer):
+    _, config, params = gguf_model
+    with pytest.raises(InputError, match="no such file"):
+        GGUF(tmp_path / "absent.gguf")
+    (tmp_path / "text.gguf").write_text("not a model " * 9)
+    with pytest.raises(InputError, match="not a GGUF file"):
+        GGUF(tmp_path / "text.gguf")
+    write_gguf(tmp_path / "other.gguf", config, params, tokenizer, pre="qwen2", add_bos=True)
+    with pytest.raises(InputError, match="pre-tokenizer 'qwen2'"):
+        GGUF(tmp_path / "other.gguf").tokenizer()
+    write_gguf(tmp_path / "bos.gguf", config, params, tokenizer, add_bos=True)
+    assert load_language_model(tmp_path / "bos.gguf").before == (0,)
+
+
+def test_folders_without_what_is_needed(tmp_path):
+    with pytest.raises(InputError, match="not the folder of a training run"):
+        load_language_model(tmp_path)
+    shutil.copytree(LLAMA, tmp_path / "model")
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such tokenizer"):
+        load_language_model(tmp_path / "model")
+    with pytest.raises(InputError, match="this is no training run"):
+        load_language_model(tmp_path / "model", step=3)
