@@ -28,7 +28,8 @@ setup(
     extras_require={
         "data": requirements("data"),
         "raters": requirements("raters"),
-        "test": requirements("data") + requirements("raters") + requirements("test"),
+        "evals": requirements("evals"),
+        "test": requirements("data") + requirements("raters") + requirements("evals") + requirements("test"),
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     },

@@ -100,12 +100,16 @@ def find_tasks(
         language, or a language that was asked for is missing.
     """
     found: dict[Task, dict[str, epath.Path]] = {}
+    there: set[str] = set()
     for pattern in patterns:
         for path in match_files(pattern):
             match = _NAME.fullmatch(path.name)
             if match is None:
                 raise InputError(f"{path}: not named <mode>_<language>_<split>.jsonl with a mode of {', '.join(MODES)}")
-            if match["split"] != split or (languages is not None and match["language"] not in languages):
+            if match["split"] != split:
+                continue
+            there.add(match["language"])
+            if languages is not None and match["language"] not in languages:
                 continue
             mode = match["mode"] + (f"_{match['most']}" if match["most"] else "")
             files = found.setdefault(Task(path.parent.name, mode), {})
@@ -113,10 +117,10 @@ def find_tasks(
                 raise InputError(f"{path}: {files[match['language']]} is of the same dataset, mode and language")
     if not found:
         raise InputError(f"{', '.join(patterns)}: no file of the split {split!r}" + (
-            "" if languages is None else f" in {', '.join(languages)}"))
+            "" if languages is None else f" in {', '.join(languages)}; there is {', '.join(sorted(there))}"))
     for task, files in found.items():
         if missing := sorted(set(languages or ()) - set(files)):
-            raise InputError(f"{task.name}: no file for {', '.join(missing)}; there is {', '.join(sorted(files))}")
+            raise InputError(f"{task.name}: no file for {', '.join(missing)}; there is {', '.join(sorted(there))}")
     return {task: {language: found[task][language] for language in by_family(found[task])} for task in sorted(found)}
 
 

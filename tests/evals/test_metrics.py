@@ -1,0 +1,115 @@
+"""Metrics against loops over items and languages, and the laws they keep."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evals import metrics
+from evals.metrics import Options
+
+
+def options(likelihood, tokens=None, characters=None, n_bytes=None, unconditional=None) -> Options:
+    n = len(likelihood)
+    return Options(*(np.array(x, np.float64) for x in (
+        likelihood, tokens or [1] * n, characters or [1] * n, n_bytes or [1] * n, unconditional or [np.nan] * n)))
+
+
+def test_every_normalisation_can_win():
+    measured = options([-4.0, -6.0, -7.0, -9.0, -20.0], [1, 1, 4, 9, 10], [2, 8, 7, 5, 9], [2, 8, 20, 6, 9],
+                       [-1.0, -5.0, -6.0, -8.0, -30.0])
+    chosen = {name: metrics.choose(measured, name) for name in metrics.NORMALISATIONS}
+    assert chosen == {"acc": 0, "acc_norm": 1, "acc_bytes": 2, "acc_tokens": 3, "acc_mutual_info": 4}
+    assert metrics.choose(options([-1.0, -2.0]), "acc_mutual_info") == -1
+    assert metrics.choose(options([-1.0, -1.0]), "acc") == 0
+    with pytest.raises(ValueError, match="not one of acc, acc_norm"):
+        metrics.option_scores(measured, "accuracy")
+
+
+CHOICES = st.integers(2, 5).flatmap(lambda n: st.lists(
+    st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=2, max_size=12))
+
+
+@given(CHOICES, st.data())
+def test_consistency_is_what_the_formulas_say(rows, data):
+    choices = np.array(rows).T
+    n_languages, n_items = choices.shape
+    labels = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n_items, max_size=n_items)))
+    found = metrics.consistency(choices, labels)
+    for a, b in itertools.product(range(n_languages), repeat=2):
+        same = [choices[a, i] == choices[b, i] for i in range(n_items)]
+        assert found.mlc[a, b] == pytest.approx(np.mean(same))
+        right = [np.mean([choices[l, i] == labels[i] for i in range(n_items)]) for l in (a, b)]
+        if sum(right):
+            assert found.rel_mlc[a, b] == pytest.approx(np.mean(same) / np.mean(right))
+        else:
+            assert np.isnan(found.rel_mlc[a, b])
+        chance = sum(np.mean(choices[a] == c) * np.mean(choices[b] == c) for c in range(4))
+        assert found.chance[a, b] == pytest.approx(chance)
+    assert np.allclose(np.diag(found.mlc), 1)
+
+
+def test_chance_is_what_independent_choices_agree_on():
+    rng = np.random.default_rng(0)
+    choices = np.stack([rng.choice(4, 40_000, p=p) for p in ([0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1])])
+    found = metrics.consistency(choices, rng.integers(0, 4, 40_000))
+    assert found.mlc[0, 1] == pytest.approx(found.chance[0, 1], abs=0.01)
+
+
+def test_intervals_hold_the_figures_of_the_matrices():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 4, 200)
+    choices = np.where(rng.random((4, 200)) < 0.5, labels, rng.integers(0, 4, (4, 200)))
+    found = metrics.intervals(choices, labels, reference=2)
+    exact = metrics.consistency(choices, labels)
+    pairs = list(itertools.combinations(range(4), 2))
+    for name in ("mlc", "rel_mlc", "chance"):
+        matrix = getattr(exact, name)
+        assert found[name].value == pytest.approx(np.mean([matrix[pair] for pair in pairs]))
+        assert found[name].low < found[name].value < found[name].high
+        if name != "chance":
+            against = np.mean([matrix[2, l] for l in (0, 1, 3)])
+            assert found[f"{name}_vs_reference"].value == pytest.approx(against)
+    for language, interval in enumerate(found["accuracy"]):
+        assert interval.value == pytest.approx((choices[language] == labels).mean())
+    assert "mlc" not in metrics.intervals(choices[:1], labels)
+    assert metrics.intervals(choices, labels, reference=2) == found  # the same draws
+
+
+def test_a_bootstrap_interval_is_as_wide_as_the_binomial_one():
+    labels = np.zeros(400, int)
+    choices = (np.random.default_rng(2).random((1, 400)) < 0.7).astype(int)
+    interval = metrics.intervals(choices, labels, resamples=4000)["accuracy"][0]
+    exact = scipy.stats.binomtest(int((choices == 0).sum()), 400).proportion_ci(method="wilson")
+    assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high), abs=0.01)
+
+
+def test_paired_differences_are_surer_than_unpaired_ones():
+    rng = np.random.default_rng(3)
+    first = rng.random(500) < 0.6
+    second = first.copy()
+    second[np.flatnonzero(~first)[:25]] = True
+    found = metrics.paired(first, second)
+    assert found.difference.value == pytest.approx(0.05) and 0.03 < found.difference.low < found.difference.high < 0.08
+    assert found.p_value == pytest.approx(2 * 0.5**25)
+    swapped = metrics.paired(second, first)
+    assert swapped.difference.value == -found.difference.value and swapped.p_value == found.p_value
+    nothing = metrics.paired(first, first)
+    assert nothing.difference == (0, 0, 0) and nothing.p_value == 1
+
+
+def test_items_in_several_languages_are_drawn_whole():
+    """Four copies of a language say no more than one."""
+    rng = np.random.default_rng(4)
+    first, second = rng.random((2, 300)) < 0.5
+    alone, copies = metrics.paired(first, second), metrics.paired(np.stack([first] * 4), np.stack([second] * 4))
+    assert copies.difference == pytest.approx(alone.difference)
+
+
+@pytest.mark.parametrize("answer, gold, same", [
+    (" The  Cat.", "the cat", True), ("猫。", "猫", True), ("cats", "cat", False), ("STRASSE", "straße", True)])
+def test_answers_match_apart_from_case_space_and_punctuation(answer, gold, same):
+    assert metrics.normalised_match(answer, gold) == same
