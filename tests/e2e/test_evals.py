@@ -1,0 +1,183 @@
+"""evals.run and the harness on the same items: the same numbers, and runs that go on where they were."""
+
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from evals.tasks import Item, Task, write_items
+from mlx_pretrain.convert.decoders import save_decoder
+from mlx_pretrain.models.decoder import DecoderConfig
+from tests.e2e.conftest import Ended, run
+
+WORDS = {"en": ["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
+         "de": ["die", "katze", "saß", "auf", "der", "matte", "und", "lief"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    """A LLaMA with random weights in a Hugging Face folder, 300 pieces of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([" ".join(words) for words in WORDS.values()] * 3, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    config = DecoderConfig(vocab_size=304, embed_dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, mlp_dim=48,
+                           max_length=96)
+    params = nn.unbox(config.init(jax.random.key(0)))
+    # Sharper than drawn, so that options differ.
+    params["output"]["kernel"] *= 4
+    save_decoder(folder, config, params, bos_id=0, eos_id=0)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> pathlib.Path:
+    """Two languages, 30 items with four options, five examples; and one item that German has not."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for language, words in WORDS.items():
+        rng = np.random.default_rng(0)
+
+        def piece(least, most, words=words, rng=rng):
+            return " ".join(rng.choice(words, rng.integers(least, most)))
+
+        items = [Item(str(n), piece(3, 9), tuple(piece(1, 4) for _ in range(4)), int(rng.integers(4)), " ")
+                 for n in range(36)]
+        task = Task("StoryClozeDataset", "lighteval")
+        write_items(folder, task, language, items[: 31 if language == "en" else 30])
+        write_items(folder, task, language, items[31:], split="dev")
+    return folder
+
+
+def evaluate(folder, model, tasks, *more: str) -> Ended:
+    return run("evals.run", f"--gin.evaluate.model={model}", f'--gin.evaluate.tasks=["{tasks}/*/*_test.jsonl"]',
+               "--gin.evaluate.output=out", *more, folder=folder)
+
+
+def results(folder: pathlib.Path) -> dict:
+    return json.loads(max(folder.glob("results_*.json")).read_text())
+
+
+def test_a_run_its_files_and_its_second_start(tmp_path, model, tasks):
+    ended = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
+    assert ended.code == 0, ended.err
+    assert "StoryClozeDataset_lighteval: acc_norm" in ended.out and "30 items, 2 languages; MLC" in ended.out
+    assert "1 items dropped" in ended.out and "if nothing were shared" in ended.err
+    out = tmp_path / "out"
+    found = results(out)
+    entry = found["results"]["StoryClozeDataset_lighteval_de"]
+    samples = [json.loads(line) for line in max(out.glob("samples_*_de_*.jsonl")).read_text().splitlines()]
+    table = pq.read_table(out / "log_likelihoods/StoryClozeDataset_lighteval/de.parquet").to_pydict()
+    assert len(samples) == 30 and len(table["id"]) == 120
+    likelihood = np.array(table["log_likelihood"]).reshape(30, 4)
+    assert [sample["filtered_resps"][2][0] for sample in samples] == likelihood[:, 2].tolist()
+    labels = np.array([sample["doc"]["label"] for sample in samples])
+    lengths = np.array([[len(choice) for choice in sample["doc"]["choices"]] for sample in samples])
+    without = np.array(table["unconditional"]).reshape(30, 4)
+    for name, scores in {"acc": likelihood, "acc_norm": likelihood / lengths,
+                         "acc_mutual_info": likelihood - without}.items():
+        right = scores.argmax(1) == labels
+        assert entry[f"{name},none"] == right.mean() and [sample[name] for sample in samples] == right.tolist()
+    assert found["left_out"]["StoryClozeDataset_lighteval"]["dropped"] == {"30": ["de"]}
+    assert found["consistency"]["StoryClozeDataset_lighteval"]["languages"] == ["en", "de"]
+    files = {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")}
+    again = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
+    assert again.code == 0 and "2 of 2 files were done before" in again.err and "items/s" not in again.err
+    assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
+    # One language is gone, as after a kill: it alone is computed again, to the same bytes.
+    (out / "log_likelihoods/StoryClozeDataset_lighteval/en.parquet").unlink()
+    again = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
+    assert "1 of 2 files were done before" in again.err
+    assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
+    other = evaluate(tmp_path, model, tasks, "--gin.evaluate.limit=10")
+    assert other.code == 0 and "done before" not in other.err and "10 items" in other.out
+
+
+def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, monkeypatch):
+    """lm_eval itself, on a local task with five examples, its first ones."""
+    shots = "--gin.evaluate.few_shot=2"
+    assert evaluate(tmp_path, model, tasks, shots, '--gin.evaluate.languages=["en"]').code == 0
+    files = tasks / "StoryClozeDataset"
+    (tmp_path / "local_cloze.yaml").write_text(f"""
+task: local_cloze
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {files}/lighteval_en_test.jsonl
+    dev: {files}/lighteval_en_dev.jsonl
+test_split: test
+fewshot_split: dev
+fewshot_config: {{sampler: first_n}}
+num_fewshot: 2
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""")
+    (tmp_path / "local_generation.yaml").write_text(f"""
+task: local_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {files}/lighteval_en_dev.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{choices[label]}}}}"
+generation_kwargs: {{until: ["cat"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match}}]
+""")
+    (tmp_path / "local_perplexity.yaml").write_text(f"""
+task: local_perplexity
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {files}/lighteval_en_dev.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{prompt}}}}"
+metric_list: [{{metric: byte_perplexity}}]
+""")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    ended = run("evals.harness", "run", "--model", "mlx_pretrain", "--model_args", f"path={model}",
+                "--tasks", "local_cloze,local_generation,local_perplexity", "--include_path", str(tmp_path),
+                "--log_samples", "--output_path", str(tmp_path / "harness"), folder=tmp_path)
+    assert ended.code == 0, ended.err[-3000:]
+    harness = json.loads(next(tmp_path.glob("harness/**/results_*.json")).read_text())["results"]
+    ours = results(tmp_path / "out")["results"]["StoryClozeDataset_lighteval_en"]
+    for name in ("acc,none", "acc_norm,none"):
+        assert harness["local_cloze"][name] == pytest.approx(ours[name])
+    assert harness["local_perplexity"]["byte_perplexity,none"] > 1
+    theirs = {}
+    for line in next(tmp_path.glob("harness/**/samples_local_cloze_*.jsonl")).read_text().splitlines():
+        sample = json.loads(line)
+        theirs[sample["doc"]["_id"]] = [float(answer[0]) for answer in sample["filtered_resps"]]
+    for line in max((tmp_path / "out").glob("samples_*_en_*.jsonl")).read_text().splitlines():
+        sample = json.loads(line)
+        answers = [answer[0] for answer in sample["filtered_resps"]]
+        np.testing.assert_allclose(answers, theirs[sample["doc"]["_id"]], atol=1e-4)
+    answers = [json.loads(line)["resps"][0][0] for line in
+               next(tmp_path.glob("harness/**/samples_local_generation_*.jsonl")).read_text().splitlines()]
+    assert len(answers) == 5 and any(answers) and not any("cat" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--gin.evaluate.model=absent"], "absent/model.json: no such model description: not the folder of a training run"),
+    (['--gin.evaluate.tasks=["absent/*.jsonl"]'], "absent"),
+    (['--gin.evaluate.languages=["en", "sw"]'], "no file for sw; there is de, en"),
+    (["--gin.evaluate.few_shot=9"], "few_shot = 9, but only 5 examples are there in all languages"),
+    (["--gin.evaluate.limit=0"], "limit = 0 must be positive"),
+])
+def test_mistakes_end_with_one_line(tmp_path, model, tasks, change, message):
+    ended = evaluate(tmp_path, model, tasks, *change)
+    assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
+    assert len([line for line in ended.err.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "out").exists()
