@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from etils import epath
 
@@ -27,6 +28,7 @@ from mlx_pretrain.inference.scoring import Request, Score
 _METADATA = b"evals"
 SCHEMA = pa.schema([
     ("id", pa.string()),
+    ("label", pa.int32()),  # of the right option
     ("option", pa.int32()),
     ("log_likelihood", pa.float64()),
     ("greedy", pa.bool_()),
@@ -55,11 +57,12 @@ def requests_of(
 
 def table_of(items: Sequence[Item], scores: Sequence[Score], unconditional: bool) -> pa.Table:
     """The options' table from the scores of `requests_of`."""
-    choices = [(item.id, option, choice) for item in items for option, choice in enumerate(item.choices)]
+    choices = [(item, option, choice) for item in items for option, choice in enumerate(item.choices)]
     scored = scores[: len(choices)]
     without = [score.log_likelihood for score in scores[len(choices) :]] if unconditional else [np.nan] * len(choices)
     return pa.table([
-        [id for id, _, _ in choices],
+        [item.id for item, _, _ in choices],
+        [item.label for item, _, _ in choices],
         [option for _, option, _ in choices],
         [score.log_likelihood for score in scored],
         [score.greedy for score in scored],
@@ -99,9 +102,15 @@ def load(path: epath.Path, depends_on: Mapping[str, Any] | None = None) -> pa.Ta
     return table
 
 
+def items_of(table: pa.Table) -> tuple[list[str], np.ndarray]:
+    """Ids, and labels int `[items]`, of a table's items in order."""
+    first = table.filter(pa.compute.equal(table["option"], 0))
+    return first["id"].to_pylist(), first["label"].to_numpy()
+
+
 def options_of(table: pa.Table) -> Iterator[tuple[str, Options]]:
     """(id, what was measured of its options) of each item of a table, in order."""
-    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("id", "greedy")}
+    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("id", "label", "greedy")}
     ids, option = table["id"].to_pylist(), columns["option"]
     starts = [*np.flatnonzero(option == 0).tolist(), len(option)]
     for start, stop in itertools.pairwise(starts):

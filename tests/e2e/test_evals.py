@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -167,6 +168,33 @@ metric_list: [{{metric: byte_perplexity}}]
     answers = [json.loads(line)["resps"][0][0] for line in
                next(tmp_path.glob("harness/**/samples_local_generation_*.jsonl")).read_text().splitlines()]
     assert len(answers) == 5 and any(answers) and not any("cat" in answer for answer in answers)
+
+
+def test_two_runs_are_compared_item_by_item(tmp_path, model, tasks):
+    """With and without examples; the same by hand from the samples."""
+    for name, shots in {"none": 0, "two": 2}.items():
+        (tmp_path / name).mkdir()
+        assert evaluate(tmp_path / name, model, tasks, f"--gin.evaluate.few_shot={shots}").code == 0
+    ended = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=two/out",
+                "--gin.compare.output=compared.json", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    compared = json.loads((tmp_path / "compared.json").read_text())["compared"]
+    assert [row["language"] for row in compared] == ["en", "de", "all"]
+    right = [[[json.loads(line)["acc_norm"] for line in max(
+        (tmp_path / name / "out").glob(f"samples_*_{language}_*")).read_text().splitlines()]
+        for language in ("en", "de")] for name in ("none", "two")]
+    for row, a, b in zip(compared, [*right[0], np.ravel(right[0])], [*right[1], np.ravel(right[1])]):
+        assert (row["first"], row["second"]) == pytest.approx((np.mean(a), np.mean(b)))
+        assert row["paired"]["difference"]["value"] == pytest.approx(np.mean(b) - np.mean(a))
+        gained = sum(y > x for x, y in zip(a, b))
+        changed = sum(y != x for x, y in zip(a, b))
+        expected = scipy.stats.binomtest(gained, changed).pvalue if changed else 1
+        assert row["paired"]["p_value"] == pytest.approx(expected)
+    wrong = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=absent", folder=tmp_path)
+    assert wrong.code == 1 and "not the output of evals.run" in wrong.err and "Traceback" not in wrong.err
+    wrong = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=two/out",
+                "--gin.compare.metric=acc_mutual_info", folder=tmp_path)
+    assert wrong.code == 1 and "evaluate.mutual_information=True" in wrong.err
 
 
 @pytest.mark.parametrize("change, message", [
