@@ -183,8 +183,6 @@ class Scorer:
         for length, row in group.rows:
             rows.setdefault(length, []).append(row)
         for length, members in sorted(rows.items(), reverse=True):
-            # The shortest last; where they leave room in a batch of longer rows, they do not move up: a tree of one
-            # window is computed in rows of one length, whatever the others are.
             size = self._rows[length] * self._shards
             for start in range(0, len(members), size):
                 yield self._start(length, members[start : start + size], cache, prefix_length)
@@ -216,8 +214,9 @@ class Scorer:
         by_row = (x.reshape(shards * per_shard, length) for x in (tokens, positions, ends))
         given = [self._put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
         scalars = [self._put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
-        program = self._program((length, 0 if cache is None else cache.keys.shape[2]), _score, cache, *given, *scalars)
-        result = program(self._params, cache, *given, *scalars)
+        arguments = (cache, *given, *scalars)
+        key = ("rows", length, 0 if cache is None else cache.keys.shape[2])
+        result = self._program(key, _score, self._everywhere, *arguments)(self._params, *arguments)
         for array in result:
             array.copy_to_host_async()
         return _Batch(members, result)
@@ -233,7 +232,9 @@ class Scorer:
             tokens = np.full((self._shards, length), PAD_ID, np.int32)
             tokens[:, : len(prefix)] = prefix
             given = self._put(tokens, self._sharding)
-            self._prefixes[key] = self._program(("prefix", length), _prefix, given)(self._params, given), len(prefix)
+            sharding = NamedSharding(self._mesh, PartitionSpec(None, partitioning.BATCH_AXES))
+            program = self._program(("prefix", length), _prefix, sharding, given)
+            self._prefixes[key] = program(self._params, given), len(prefix)
             if len(self._prefixes) > KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
             self.fed_tokens += len(prefix)
@@ -241,14 +242,12 @@ class Scorer:
         self._prefixes.move_to_end(key)
         return self._prefixes[key]
 
-    def _program(self, key: tuple, function: Callable, *given) -> Callable:
+    def _program(self, key: tuple, function: Callable, sharding: NamedSharding, *arguments) -> Callable:
         """The program of a shape; compiled ahead of time, it refuses others instead of compiling anew."""
         if key not in self._programs:
             with partitioning.use(self._mesh):
-                shardings = self._everywhere if function is _score else NamedSharding(
-                    self._mesh, PartitionSpec(None, partitioning.BATCH_AXES))
-                jitted = jax.jit(functools.partial(function, self._config), out_shardings=shardings)
-                self._programs[key] = jitted.lower(self._params, *given).compile()
+                jitted = jax.jit(functools.partial(function, self._config), out_shardings=sharding)
+                self._programs[key] = jitted.lower(self._params, *arguments).compile()
         return self._programs[key]
 
     def _put(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
