@@ -1,0 +1,102 @@
+"""Items made from aligned documents and from BMLAMA's tables."""
+
+import json
+import lzma
+
+import pytest
+
+from evals.bmlama import bmlama
+from evals.completion import completion
+from evals.tasks import Task, align, find_tasks
+from mlx_pretrain.errors import InputError
+
+TABLE = """Prompt\tAns\tCandidate Ans\tSubject\r
+The sun of {0} sets in <mask>.\tVenice\tRome, "Paris", Venice\tsun\r
+One <mask> alone.\tx\tx\tone\r
+<mask> is where {0} rose.\tOslo\tRome, Oslo\trose\r
+""".replace('"Paris"', "Paris")
+
+
+def tables(folder, **changes):
+    for language in ("en", "zh"):
+        text = changes.get(language, TABLE).format(language)
+        if language == "zh":  # as published
+            text = text.replace("Candidate Ans", "Candidate\tAns").replace("in <mask>", "in<mask>")
+        (folder / f"{language}.tsv.xz").write_bytes(lzma.compress(text.encode()))
+    return str(folder)
+
+
+def read(folder):
+    ((task, files),) = find_tasks([str(folder / "*/*_test.jsonl")]).items()
+    return task, align(files)
+
+
+def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    assert bmlama(tables(source), str(tmp_path / "out"), seed=1) == {"en": 2, "zh": 2}
+    task, aligned = read(tmp_path / "out")
+    assert task == Task("BMLAMADataset", "lighteval") and task.metric == "acc" and not aligned.dropped
+    for en, zh in zip(aligned.items["en"], aligned.items["zh"]):
+        assert en.id == zh.id and en.label == zh.label and len(en.choices) == len(zh.choices)
+    first, last = aligned.items["en"]
+    assert (first.id, first.prompt, first.delimiter) == ("0", "The sun of en sets in", " ")
+    assert sorted(first.choices) == ["Paris.", "Rome.", "Venice."] and first.choices[first.label] == "Venice."
+    assert (last.id, last.prompt, last.delimiter) == ("2", "", "")
+    assert last.choices[last.label] == "Oslo is where en rose."
+    assert aligned.items["zh"][0].delimiter == ""
+    orders = set()
+    for seed in range(8):
+        bmlama(str(source), str(tmp_path / str(seed)), seed=seed)
+        orders.add(read(tmp_path / str(seed))[1].items["en"][0].choices)
+    assert len(orders) > 2
+
+
+@pytest.mark.parametrize("text, message", [
+    (TABLE.replace("<mask>.", "mask."), r"en\.tsv\.xz:2: <mask> is there 0 times"),
+    (TABLE.replace("Venice\tRome", "Rome\tRome"), "the last candidate is 'Venice', the answer 'Rome'"),
+    (TABLE.replace("\tsun", ""), "3 columns, not 4"),
+    (TABLE.replace("Prompt", "Text"), "the columns are not Prompt, Ans"),
+])
+def test_malformed_tables_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        bmlama(tables(tmp_path, en=text), str(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+    with pytest.raises(InputError, match="no <language>"):
+        bmlama(str(tmp_path / "absent"), str(tmp_path / "out"))
+
+
+def corpus(folder, lines_of):
+    for language, documents in lines_of.items():
+        (folder / f"{language}.jsonl").write_text("".join(
+            json.dumps({"id": str(n), "source": "s", "text": "\n".join(lines)}) + "\n"
+            for n, lines in enumerate(documents)))
+    return str(folder / "*.jsonl")
+
+
+def test_completion_takes_the_same_lines_in_all_languages(tmp_path):
+    text = lambda language, n, m: f"{language} document {n}, line number {m}"  # noqa: E731
+    lines_of = {language: [[text(language, n, m) for m in range(3)] for n in range(6)] for language in ("en", "fr")}
+    lines_of["fr"][4].append("one line more")
+    lines_of["fr"][5][1] = "short"
+    assert completion(corpus(tmp_path, lines_of), str(tmp_path / "out"), prompt_characters=30) == 9
+    task, aligned = read(tmp_path / "out")
+    assert task.metric == "acc_norm"
+    for language, items in aligned.items.items():
+        for item in items:
+            n, m = (int(x) for x in item.id.removeprefix("s/").split(":"))
+            assert item.choices[item.label] == text(language, n, m) and item.delimiter == "\n"
+            # Two lines are more than 30 characters.
+            assert item.prompt == lines_of[language][n][m - 1]
+            assert len(set(item.choices)) == 4 and not any("document 4" in choice for choice in item.choices)
+            assert sum(f"document {n}," in choice for choice in item.choices) == 1
+    for en, fr in zip(aligned.items["en"], aligned.items["fr"]):
+        assert [choice.replace("en", "fr", 1) for choice in en.choices] == list(fr.choices)
+
+
+def test_completion_without_aligned_lines_is_refused(tmp_path):
+    documents = corpus(tmp_path, {"en": [["a line of text", "another line of text"]], "fr": [["one line of text"]]})
+    with pytest.raises(InputError, match="no line is left that is aligned in en, fr"):
+        completion(documents, str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no file for sw; there is en, fr"):
+        completion(documents, str(tmp_path / "out"), languages=["en", "sw"])
