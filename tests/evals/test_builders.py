@@ -3,11 +3,13 @@
 import json
 import lzma
 
+import numpy as np
 import pytest
 
 from evals.bmlama import bmlama
+from evals.code_switch import code_switch
 from evals.completion import completion
-from evals.tasks import Task, align, find_tasks
+from evals.tasks import Item, Task, align, find_tasks, write_items
 from mlx_pretrain.errors import InputError
 
 TABLE = """Prompt\tAns\tCandidate Ans\tSubject\r
@@ -100,3 +102,43 @@ def test_completion_without_aligned_lines_is_refused(tmp_path):
         completion(documents, str(tmp_path / "out"))
     with pytest.raises(InputError, match="no file for sw; there is en, fr"):
         completion(documents, str(tmp_path / "out"), languages=["en", "sw"])
+
+
+@pytest.fixture
+def cloze(tmp_path):
+    """Three languages whose parts say where they are from."""
+    for language in ("en", "de", "zh"):
+        items = [Item(str(n), f"{language} prompt {n}", tuple(f"{language} {n}.{c}" for c in range(5)), n % 5,
+                      "" if language == "zh" else " ") for n in range(400)]
+        write_items(tmp_path / "plain", Task("ARCEasyDataset", "lighteval"), language, items)
+    return tmp_path
+
+
+def test_half_of_the_parts_are_in_another_language(cloze):
+    glob = [str(cloze / "plain/*/*.jsonl")]
+    for most in (1, 2):
+        counts = code_switch(glob, str(cloze / "mixed"), most=most, seed=3)
+        assert counts == {f"ARCEasyDataset_mix_lighteval_{most}": 400}
+        aligned = align(find_tasks([str(cloze / "mixed/*/*")])[Task("ARCEasyDataset", f"mix_lighteval_{most}")])
+        shares = []
+        for item in aligned.items["de"]:
+            parts = [part.split()[0] for part in (item.prompt, *item.choices)]
+            assert [part.split()[1] for part in item.choices] == [f"{item.id}.{c}" for c in range(5)]
+            assert len(set(parts) - {"de"}) <= most and item.label == int(item.id) % 5
+            assert item.delimiter == ("" if parts[0] == "zh" else " ")
+            shares.append(np.mean([part != "de" for part in parts]))
+        assert np.mean(shares) == pytest.approx(0.5, abs=0.04) and {0.0, 1.0} <= set(shares)
+    before = {path: path.read_bytes() for path in cloze.glob("mixed/*/*")}
+    code_switch(glob, str(cloze / "mixed"), most=2, seed=3)
+    assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} == before
+    code_switch(glob, str(cloze / "mixed"), most=2, seed=4)
+    assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} != before
+
+
+def test_what_cannot_be_mixed_is_refused(cloze):
+    glob = [str(cloze / "plain/*/*.jsonl")]
+    with pytest.raises(InputError, match="less than the 3 languages"):
+        code_switch(glob, str(cloze / "mixed"), most=3)
+    code_switch(glob, str(cloze / "mixed"), most=1)
+    with pytest.raises(InputError, match="only those not mixed can be"):
+        code_switch([str(cloze / "mixed/*/*")], str(cloze / "again"), most=1)
