@@ -99,9 +99,8 @@ def results_json(results: Sequence[TaskResults], settings: Mapping[str, Any]) ->
             samples[name] = {"original": n + len(found.dropped), "effective": n}
         groups[found.task.name] = {"alias": found.task.name} | {
             f"{metric},none": by_name["mean_accuracy"].value for metric, by_name in found.intervals.items()}
-        consistency[found.task.name] = {"metric": found.task.metric, "languages": found.languages} | {
-            name: by_name for name, by_name in metrics.summarise(found.intervals[found.task.metric]).items()
-            if name != "accuracy"}
+        own = metrics.summarise(found.intervals[found.task.metric])
+        consistency[found.task.name] = {"metric": found.task.metric, "languages": found.languages} | own
         if found.consistency:
             consistency[found.task.name] |= {
                 f"{name}_matrix": np.where(np.isfinite(matrix), matrix, -1).tolist()

@@ -12,6 +12,7 @@ import gin
 from etils import epath
 
 from evals import likelihoods, metrics
+from evals.report import report
 from evals.results import TaskResults, evaluate, write_results
 from evals.tasks import Aligned, Item, Task, align, find_tasks
 from mlx_pretrain.configuration import run, save_effective
@@ -34,7 +35,7 @@ def run_tasks(
     dtype: str | None = None,
     max_length: int | None = None,
 ) -> list[TaskResults]:
-    """Scores all options and writes results, samples and the options' log-likelihoods.
+    """Scores all options and writes results, samples, the options' log-likelihoods, and the report.
 
     Args:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
@@ -70,9 +71,10 @@ def run_tasks(
     tables = score_tasks(folder, language_model, scorer, files, aligned, examples, settings)
     results = [evaluate(task, aligned[task], tables[task]) for task in files]
     path = write_results(folder, results, aligned, tables, settings)
+    report(folder)
     for line in summary(results):
         print(line)
-    print(f"{path}")
+    print(f"{path}, {folder / 'report.html'}")
     return results
 
 

@@ -90,6 +90,14 @@ def test_a_run_its_files_and_its_second_start(tmp_path, model, tasks):
         assert entry[f"{name},none"] == right.mean() and [sample[name] for sample in samples] == right.tolist()
     assert found["left_out"]["StoryClozeDataset_lighteval"]["dropped"] == {"30": ["de"]}
     assert found["consistency"]["StoryClozeDataset_lighteval"]["languages"] == ["en", "de"]
+    page = (out / "report.html").read_text()
+    assert "StoryCloze" in page and f"{100 * entry['acc_norm,none']:.1f}" in page and "is not there" not in page
+    assert {path.name for path in out.glob("figures/*")} == {
+        f"{name}_StoryClozeDataset_lighteval.{suffix}" for name in ("accuracy", "mlc") for suffix in ("svg", "png")}
+    shown = sum(line.startswith('<details class="item">') for line in page.splitlines())
+    assert shown == min(12, sum(not all(by_language) for by_language in zip(*(
+        [json.loads(line)["acc_norm"] for line in max(out.glob(f"samples_*_{language}_*")).read_text().splitlines()]
+        for language in ("en", "de")))))
     files = {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")}
     again = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
     assert again.code == 0 and "2 of 2 files were done before" in again.err and "items/s" not in again.err
@@ -195,6 +203,8 @@ def test_two_runs_are_compared_item_by_item(tmp_path, model, tasks):
     wrong = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=two/out",
                 "--gin.compare.metric=acc_mutual_info", folder=tmp_path)
     assert wrong.code == 1 and "evaluate.mutual_information=True" in wrong.err
+    wrong = run("evals.report", "--gin.evals_report.folder=absent", folder=tmp_path)
+    assert wrong.code == 1 and "absent: no results_*.json" in wrong.err and "Traceback" not in wrong.err
 
 
 @pytest.mark.parametrize("change, message", [
