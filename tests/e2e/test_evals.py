@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import flax.linen as nn
 import jax
@@ -12,8 +13,12 @@ import scipy.stats
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from evals.compare import compare
+from evals.report import report
+from evals.run import run_tasks
 from evals.tasks import Item, Task, write_items
 from mlx_pretrain.convert.decoders import save_decoder
+from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 from tests.e2e.conftest import Ended, run
 
@@ -68,9 +73,21 @@ def results(folder: pathlib.Path) -> dict:
     return json.loads(max(folder.glob("results_*.json")).read_text())
 
 
-def test_a_run_its_files_and_its_second_start(tmp_path, model, tasks):
-    ended = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, model, tasks) -> dict[int, tuple[pathlib.Path, Ended]]:
+    """Number of examples -> the folder where evals.run was started, and how it ended."""
+    found = {}
+    for shots in (0, 2):
+        folder = tmp_path_factory.mktemp("run")
+        found[shots] = folder, evaluate(folder, model, tasks, "--gin.evaluate.mutual_information=True",
+                                        f"--gin.evaluate.few_shot={shots}")
+    return found
+
+
+def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path):
+    folder, ended = runs[0]
     assert ended.code == 0, ended.err
+    shutil.copytree(folder / "out", tmp_path / "out")
     assert "StoryClozeDataset_lighteval: acc_norm" in ended.out and "30 items, 2 languages; MLC" in ended.out
     assert "1 items dropped" in ended.out and "if nothing were shared" in ended.err
     out = tmp_path / "out"
@@ -111,10 +128,9 @@ def test_a_run_its_files_and_its_second_start(tmp_path, model, tasks):
     assert other.code == 0 and "done before" not in other.err and "10 items" in other.out
 
 
-def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, monkeypatch):
-    """lm_eval itself, on a local task with five examples, its first ones."""
-    shots = "--gin.evaluate.few_shot=2"
-    assert evaluate(tmp_path, model, tasks, shots, '--gin.evaluate.languages=["en"]').code == 0
+def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, runs, monkeypatch):
+    """lm_eval itself, on a local task with two examples, its first ones; an item that German has not is only there."""
+    out = runs[2][0] / "out"
     files = tasks / "StoryClozeDataset"
     (tmp_path / "local_cloze.yaml").write_text(f"""
 task: local_cloze
@@ -161,36 +177,35 @@ metric_list: [{{metric: byte_perplexity}}]
                 "--log_samples", "--output_path", str(tmp_path / "harness"), folder=tmp_path)
     assert ended.code == 0, ended.err[-3000:]
     harness = json.loads(next(tmp_path.glob("harness/**/results_*.json")).read_text())["results"]
-    ours = results(tmp_path / "out")["results"]["StoryClozeDataset_lighteval_en"]
-    for name in ("acc,none", "acc_norm,none"):
-        assert harness["local_cloze"][name] == pytest.approx(ours[name])
     assert harness["local_perplexity"]["byte_perplexity,none"] > 1
     theirs = {}
     for line in next(tmp_path.glob("harness/**/samples_local_cloze_*.jsonl")).read_text().splitlines():
         sample = json.loads(line)
-        theirs[sample["doc"]["_id"]] = [float(answer[0]) for answer in sample["filtered_resps"]]
-    for line in max((tmp_path / "out").glob("samples_*_en_*.jsonl")).read_text().splitlines():
-        sample = json.loads(line)
-        answers = [answer[0] for answer in sample["filtered_resps"]]
-        np.testing.assert_allclose(answers, theirs[sample["doc"]["_id"]], atol=1e-4)
+        theirs[sample["doc"]["_id"]] = sample
+    assert harness["local_cloze"]["acc,none"] == pytest.approx(np.mean([sample["acc"] for sample in theirs.values()]))
+    ours = [json.loads(line) for line in max(out.glob("samples_*_en_*.jsonl")).read_text().splitlines()]
+    assert len(ours) == 30 and len(theirs) == 31
+    for sample in ours:
+        same = theirs[sample["doc"]["_id"]]
+        assert (sample["acc"], sample["acc_norm"]) == (same["acc"], same["acc_norm"])
+        np.testing.assert_allclose([answer[0] for answer in sample["filtered_resps"]],
+                                   [float(answer[0]) for answer in same["filtered_resps"]], atol=1e-4)
     answers = [json.loads(line)["resps"][0][0] for line in
                next(tmp_path.glob("harness/**/samples_local_generation_*.jsonl")).read_text().splitlines()]
     assert len(answers) == 5 and any(answers) and not any("cat" in answer for answer in answers)
 
 
-def test_two_runs_are_compared_item_by_item(tmp_path, model, tasks):
+def test_two_runs_are_compared_item_by_item(tmp_path, runs):
     """With and without examples; the same by hand from the samples."""
-    for name, shots in {"none": 0, "two": 2}.items():
-        (tmp_path / name).mkdir()
-        assert evaluate(tmp_path / name, model, tasks, f"--gin.evaluate.few_shot={shots}").code == 0
-    ended = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=two/out",
+    none, two = (runs[shots][0] / "out" for shots in (0, 2))
+    ended = run("evals.compare", f"--gin.compare.first={none}", f"--gin.compare.second={two}",
                 "--gin.compare.output=compared.json", folder=tmp_path)
     assert ended.code == 0, ended.err
     compared = json.loads((tmp_path / "compared.json").read_text())["compared"]
     assert [row["language"] for row in compared] == ["en", "de", "all"]
     right = [[[json.loads(line)["acc_norm"] for line in max(
-        (tmp_path / name / "out").glob(f"samples_*_{language}_*")).read_text().splitlines()]
-        for language in ("en", "de")] for name in ("none", "two")]
+        out.glob(f"samples_*_{language}_*")).read_text().splitlines()]
+        for language in ("en", "de")] for out in (none, two)]
     for row, a, b in zip(compared, [*right[0], np.ravel(right[0])], [*right[1], np.ravel(right[1])]):
         assert (row["first"], row["second"]) == pytest.approx((np.mean(a), np.mean(b)))
         assert row["paired"]["difference"]["value"] == pytest.approx(np.mean(b) - np.mean(a))
@@ -198,24 +213,29 @@ def test_two_runs_are_compared_item_by_item(tmp_path, model, tasks):
         changed = sum(y != x for x, y in zip(a, b))
         expected = scipy.stats.binomtest(gained, changed).pvalue if changed else 1
         assert row["paired"]["p_value"] == pytest.approx(expected)
-    wrong = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=absent", folder=tmp_path)
-    assert wrong.code == 1 and "not the output of evals.run" in wrong.err and "Traceback" not in wrong.err
-    wrong = run("evals.compare", "--gin.compare.first=none/out", "--gin.compare.second=two/out",
-                "--gin.compare.metric=acc_mutual_info", folder=tmp_path)
-    assert wrong.code == 1 and "evaluate.mutual_information=True" in wrong.err
-    wrong = run("evals.report", "--gin.evals_report.folder=absent", folder=tmp_path)
-    assert wrong.code == 1 and "absent: no results_*.json" in wrong.err and "Traceback" not in wrong.err
+    with pytest.raises(InputError, match=r"not the output of evals\.run"):
+        compare(str(none), str(tmp_path))
+    with pytest.raises(InputError, match="no results_"):
+        report(tmp_path)
+
+
+def test_a_mistake_ends_with_one_line(tmp_path, model, tasks):
+    ended = evaluate(tmp_path, model, tasks, "--gin.evaluate.few_shot=9")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert "few_shot = 9, but only 5 examples are there in all languages" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--gin.evaluate.model=absent"], "absent/model.json: no such model description: not the folder of a training run"),
-    (['--gin.evaluate.tasks=["absent/*.jsonl"]'], "absent"),
-    (['--gin.evaluate.languages=["en", "sw"]'], "no file for sw; there is de, en"),
-    (["--gin.evaluate.few_shot=9"], "few_shot = 9, but only 5 examples are there in all languages"),
-    (["--gin.evaluate.limit=0"], "limit = 0 must be positive"),
+    ({"model": "absent"}, "absent/model.json: no such model description: not the folder of a training run"),
+    ({"tasks": ["absent/*.jsonl"]}, "absent"),
+    ({"languages": ["en", "sw"]}, "no file for sw; there is de, en"),
+    ({"limit": 0}, "limit = 0 must be positive"),
+    ({"max_length": 97}, "max_length at most the model's 96"),
 ])
-def test_mistakes_end_with_one_line(tmp_path, model, tasks, change, message):
-    ended = evaluate(tmp_path, model, tasks, *change)
-    assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
-    assert len([line for line in ended.err.splitlines() if line.startswith("error:")]) == 1
-    assert not (tmp_path / "out").exists()
+def test_impossible_settings_are_refused(tmp_path, model, tasks, change, message):
+    settings = {"model": str(model), "tasks": [f"{tasks}/*/*_test.jsonl"], "output": str(tmp_path / "out")}
+    with pytest.raises(InputError) as error:
+        run_tasks(**settings | change)
+    assert message in str(error.value) and not (tmp_path / "out").exists()
