@@ -125,7 +125,7 @@ class Scorer:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far: one for each length of rows and of prefixes that occurred."""
+        """Programs compiled so far: one for each number and length of rows, and length of prefixes, that occurred."""
         return len(self._programs)
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
@@ -189,7 +189,9 @@ class Scorer:
 
     def _start(self, length: int, rows: list[Row], cache: Cache | None, prefix_length: int) -> _Batch:
         """One batch."""
-        shards, per_shard = self._shards, self._rows[length]
+        shards = self._shards
+        # What is left over at the end is computed in the next power of two of rows.
+        per_shard = min(self._rows[length], 1 << (-(-len(rows) // shards) - 1).bit_length())
         shape = (shards, per_shard * length)
         tokens, positions = np.full(shape, PAD_ID, np.int32), np.zeros(shape, np.int32)
         # Padding sees itself.
@@ -215,7 +217,7 @@ class Scorer:
         given = [self._put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
         scalars = [self._put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
         arguments = (cache, *given, *scalars)
-        key = ("rows", length, 0 if cache is None else cache.keys.shape[2])
+        key = ("rows", per_shard, length, 0 if cache is None else cache.keys.shape[2])
         result = self._program(key, _score, self._everywhere, *arguments)(self._params, *arguments)
         for array in result:
             array.copy_to_host_async()

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals import metrics
@@ -33,6 +33,7 @@ CHOICES = st.integers(2, 5).flatmap(lambda n: st.lists(
     st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=2, max_size=12))
 
 
+@settings(deadline=None)
 @given(CHOICES, st.data())
 def test_consistency_is_what_the_formulas_say(rows, data):
     choices = np.array(rows).T
