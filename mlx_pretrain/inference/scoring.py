@@ -27,7 +27,7 @@ Key = TypeVar("Key")
 
 CHUNK_TOKENS = 256  # whose logits are held at once, on each shard
 ROW_LENGTH = {"cpu": 256}
-TOKENS_PER_BATCH = {"cpu": 2048}
+TOKENS_PER_BATCH = {"cpu": 1024}
 DEFAULT_ROW_LENGTH, DEFAULT_TOKENS_PER_BATCH = 512, 16_384  # per device
 KEPT_PREFIXES = 4
 
