@@ -101,8 +101,9 @@ def write_models(scratch: pathlib.Path, smollm2: str | None) -> dict[str, pathli
 
 def ours(folder: str, items: list[dict], warm_up: list[dict], examples: list[dict]) -> dict:
     """Through `evals`, as `evals.run` does it."""
-    from evals import likelihoods
+    from evals.requests import requests_of
     from evals.results import evaluate
+    from evals.tables import table_of_scores
     from evals.tasks import Aligned, Item, Task
     from mlx_pretrain.inference.language_model import load_language_model
     from mlx_pretrain.inference.scoring import Scorer
@@ -115,8 +116,8 @@ def ours(folder: str, items: list[dict], warm_up: list[dict], examples: list[dic
     scorer = Scorer(model.config, model.params, model.mesh)
 
     def score(items):
-        scores = scorer.score(likelihoods.requests_of(model, items, shown, False))
-        table = likelihoods.table_of(items, scores, False)
+        scores = scorer.score(requests_of(model, items, shown))
+        table = table_of_scores(items, scores, False)
         found = evaluate(task, Aligned(("en",), {"en": items}, (), {}), {"en": table})
         return table["log_likelihood"].to_pylist(), found.intervals
 

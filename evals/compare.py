@@ -9,7 +9,7 @@ import gin
 import numpy as np
 from etils import epath
 
-from evals import likelihoods, metrics
+from evals import metrics, tables
 from evals.languages import by_family
 from evals.tasks import Task
 from mlx_pretrain.configuration import run
@@ -44,7 +44,7 @@ def compare(
 
     Args:
       first, second: output folders of `evals.run`.
-      metric: of `metrics.NORMALISATIONS`; None: that of each dataset.
+      metric: of `metrics.NORMALISATIONS`; None: that of each dataset, and exact_match for generated answers.
       output: JSON file to write the table to.
 
     Raises:
@@ -58,7 +58,9 @@ def compare(
         raise InputError(f"{first}, {second}: no task and language in both")
     found: list[Compared] = []
     for name in dict.fromkeys(name for name, _ in common):
-        chosen = metric or Task(*_split(name)).metric
+        generated = all(there[0][name, language].parent.parent.name == "answers" for task, language in common
+                        if task == name)
+        chosen = metrics.EXACT_MATCH if generated else metric or Task(*_split(name)).metric
         rows = {language: _right(there[0][name, language], there[1][name, language], chosen)
                 for language in by_family(language for task, language in common if task == name)}
         if len(rows) > 1 and len({ids for ids, _ in rows.values()}) == 1:
@@ -80,10 +82,11 @@ def compare(
 
 
 def _tables(folder: epath.Path) -> dict[tuple[str, str], epath.Path]:
-    """(task, language) -> file."""
-    paths = list((folder / "log_likelihoods").glob("*/*.parquet")) if (folder / "log_likelihoods").exists() else []
+    """(task, language) -> file; options, where both they and answers are there."""
+    paths = [path for name in reversed(tables.FOLDERS) if (folder / name).exists()
+             for path in (folder / name).glob("*/*.parquet")]
     if not paths:
-        raise InputError(f"{folder}: no log_likelihoods, not the output of evals.run")
+        raise InputError(f"{folder}: neither log_likelihoods nor answers, not the output of evals.run")
     return {(path.parent.name, path.stem): path for path in paths}
 
 
@@ -96,12 +99,12 @@ def _right(first: epath.Path, second: epath.Path, metric: str) -> tuple[tuple[st
     """Ids of the items in both, and whether each was right: bool `[2, items]`."""
     answers = []
     for path in (first, second):
-        table = likelihoods.load(path)
-        ids, labels = likelihoods.items_of(table)
-        chosen = [metrics.choose(options, metric) for _, options in likelihoods.options_of(table)]
-        if -1 in chosen:
-            raise InputError(f"{path}: {metric} was not measured; run with evaluate.mutual_information=True")
-        answers.append({id: (label, label == choice) for id, label, choice in zip(ids, labels.tolist(), chosen)})
+        table = tables.load(path)
+        ids, labels = tables.items_of(table)
+        choices = tables.choices_of(table)
+        if metric not in choices:
+            raise InputError(f"{path}: {metric} was not measured, only {', '.join(choices)}")
+        answers.append(dict(zip(ids, zip(labels.tolist(), (labels == choices[metric]).tolist()))))
     ids = tuple(id for id in answers[0] if id in answers[1])
     if not ids:
         raise InputError(f"{first}, {second}: no item in both")

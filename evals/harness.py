@@ -16,12 +16,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from evals.generations import encode_prompts, generate_answers
 from evals.requests import encode_pairs
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.inference.scoring import Request, Scorer
 
 WINDOW = 8192  # requests that may share tokens
-GENERATED_TOGETHER = 16
 
 
 @register_model("mlx_pretrain")
@@ -84,33 +84,17 @@ class MLXPretrain(LM):
         for numbers in groups.values():
             settings = requests[numbers[0]].args[1]
             until = settings.get("until") or []
-            until = [until] if isinstance(until, str) else list(until)
             new = int(settings.get("max_gen_toks", self._max_gen_toks))
-            temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0
-            prompts = {number: self._cut(requests[number].args[0], new) for number in numbers}
-            # Prompts of like length together: they are filled up to the longest.
-            order = sorted(numbers, key=lambda number: len(prompts[number]))
-            for start in range(0, len(order), GENERATED_TOGETHER):
-                batch = order[start : start + GENERATED_TOGETHER]
-                # A last batch that is not full repeats a prompt, so that no other program is compiled for it.
-                padded = batch + batch[-1:] * (GENERATED_TOGETHER - len(batch))
-                found = self._model.generate_tokens(
-                    [prompts[number] for number in padded], max_new_tokens=new, temperature=temperature,
-                    top_p=float(settings.get("top_p", 1.0)))
-                for number, text in zip(batch, found):
-                    for stop in filter(None, until):
-                        text = text.split(stop)[0]
-                    answers[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+            prompts = encode_prompts(
+                self._model, [requests[number].args[0] for number in numbers], new, self._scorer.max_length)
+            found = generate_answers(
+                self._model, [ids for ids, _ in prompts], [until] if isinstance(until, str) else until,
+                max_new_tokens=new, top_p=float(settings.get("top_p", 1.0)),
+                temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0)
+            for number, text in zip(numbers, found):
+                answers[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return answers
-
-    def _cut(self, prompt: str, new: int) -> np.ndarray:
-        """The prompt's last tokens, so many that the answer fits."""
-        tokens = self._model.tokenizer.encode_batch([prompt])[0]
-        room = self._scorer.max_length - new - len(self._model.before)
-        if room < 1:
-            raise ValueError(f"max_gen_toks = {new}: the model has {self._scorer.max_length} positions")
-        return tokens[-room:]
 
     def _score(self, requests: Sequence[Request]) -> list[Any]:
         windows = ((start, requests[start : start + WINDOW]) for start in range(0, len(requests), WINDOW))

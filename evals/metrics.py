@@ -8,6 +8,8 @@ import scipy.stats
 
 # Name -> what an option's log-likelihood is divided by; see `option_scores`.
 NORMALISATIONS = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
+EXACT_MATCH = "exact_match"  # of generated answers
+_PUNCTUATION = " .,;:!?\"'()[]。、，！？"
 RESAMPLES = 1000
 LEVEL = 0.95
 
@@ -74,10 +76,10 @@ class Consistency(NamedTuple):
 
 
 def consistency(choices: np.ndarray, labels: np.ndarray) -> Consistency:
-    """Consistency of choices int `[languages, items]`; labels int `[items]`."""
+    """Consistency of choices int `[languages, items]`, -1 for none, which agrees with nothing; labels int `[items]`."""
     n_languages, n_items = choices.shape
     mlc, chance = np.zeros((2, n_languages, n_languages))
-    for option in np.unique(choices):
+    for option in np.unique(choices[choices >= 0]):
         chosen = (choices == option).astype(np.float64)
         mlc += chosen @ chosen.T / n_items
         share = chosen.mean(axis=1)
@@ -135,7 +137,7 @@ def intervals(
     """Accuracy of every language and consistency over all, items resampled, the same ones in all languages.
 
     Args:
-      choices: int `[languages, items]`.
+      choices: int `[languages, items]`; -1: none.
       labels: int `[items]`.
       reference: place of English among the languages, if there.
       resamples, level, seed: of the bootstrap.
@@ -156,11 +158,12 @@ def intervals(
         return found
     exact = consistency(choices, labels)
     left, right = np.triu_indices(n_languages, 1)
-    agreement = weights @ (choices[left] == choices[right]).T.astype(np.float64)  # [resamples, pairs]
+    same = (choices[left] == choices[right]) & (choices[left] >= 0)
+    agreement = weights @ same.T.astype(np.float64)  # [resamples, pairs]
     mean = (accuracy[:, left] + accuracy[:, right]) / 2
     relative = np.divide(agreement, mean, out=np.full(mean.shape, np.nan), where=mean > 0)
     chance = np.zeros(agreement.shape)
-    for option in np.unique(choices):
+    for option in np.unique(choices[choices >= 0]):
         share = weights @ (choices == option).T.astype(np.float64)
         chance += share[:, left] * share[:, right]
     for name, matrix, values in (("mlc", exact.mlc, agreement), ("rel_mlc", exact.rel_mlc, relative),
@@ -209,10 +212,11 @@ def paired(
     return Paired(_interval(float(difference.mean()), resampled, level), float(p_value))
 
 
-def normalised_match(answer: str, gold: str) -> bool:
-    """Whether a generated answer is the gold one, apart from case, white space and punctuation at its ends."""
-    strip = lambda text: " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]。、，！？")  # noqa: E731
-    return strip(answer) == strip(gold)
+def matching(answer: str, choices: Sequence[str]) -> int:
+    """The first of the choices that a generated answer is, apart from case, white space, and punctuation at its ends;
+    -1: none (exact match, as far as our own rule of what is the same)."""
+    plain = lambda text: " ".join(text.casefold().split()).strip(_PUNCTUATION)  # noqa: E731
+    return next((place for place, choice in enumerate(choices) if plain(choice) == plain(answer)), -1)
 
 
 def summarise(intervals_: Mapping[str, Sequence[Interval] | Interval]) -> dict[str, object]:

@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from evals.languages import family
+from evals.metrics import EXACT_MATCH, NORMALISATIONS
 from evals.tasks import MODES
 from mlx_pretrain.configuration import run
 from mlx_pretrain.errors import InputError
@@ -62,6 +63,11 @@ class TaskPage:
     def interval(self, name: str) -> Mapping[str, float] | None:
         """A figure over all languages with its interval, see `metrics.intervals`; None where there is none."""
         return self._content.get(name)
+
+    @property
+    def generated(self) -> bool:
+        """Whether answers were generated, not chosen among the options."""
+        return self.metric == EXACT_MATCH
 
     @property
     def english(self) -> float | None:
@@ -169,7 +175,7 @@ def examples(folder: epath.Path, stamp: str, task: TaskPage) -> list[dict[str, A
     found = []
     for number, sample in enumerate(samples[first]):
         scored = {language: records[number] for language, records in samples.items()}
-        chosen = {language: _chosen(record, task.metric) for language, record in scored.items()}
+        chosen = {language: record["chosen"][task.metric] for language, record in scored.items()}
         right = sum(choice == sample["doc"]["label"] for choice in chosen.values())
         if right == len(chosen):
             continue
@@ -177,17 +183,10 @@ def examples(folder: epath.Path, stamp: str, task: TaskPage) -> list[dict[str, A
                       "kinds": len(set(chosen.values())),
                       "languages": [{"language": language, "prompt": scored[language]["doc"]["prompt"],
                                      "choices": scored[language]["doc"]["choices"], "chosen": chosen[language],
+                                     "answer": scored[language]["resps"][0][0] if task.generated else None,
                                      "right": chosen[language] == sample["doc"]["label"]} for language in chosen]})
     found.sort(key=lambda item: (-item["kinds"], item["id"]))
     return [found[n * len(found) // min(SHOWN, len(found))] for n in range(min(SHOWN, len(found)))]
-
-
-def _chosen(record: Mapping[str, Any], metric: str) -> int:
-    """The option that the task's metric takes, from a sample's log-likelihoods."""
-    likelihood = np.array([answer[0] for answer in record["filtered_resps"]])
-    if metric == "acc_norm":
-        likelihood = likelihood / np.array([len(choice) for choice in record["doc"]["choices"]])
-    return int(np.argmax(likelihood))
 
 
 @gin.configurable("evals_report")
@@ -226,7 +225,7 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
         entries=entries, left_out=left_out, examples=shown, mixed=mixed_less_local(tasks), settings=settings,
         samples=results["n-samples"], languages=LANGUAGES, family=family, modes=MODES, right_to_left=RIGHT_TO_LEFT,
         model=results["config"]["model_args"]["path"], step=results["config"]["model_args"]["step"],
-        few_shot=results["config"]["few_shot"])
+        few_shot=results["config"]["few_shot"], metrics=(*NORMALISATIONS, EXACT_MATCH))
     write_atomic(folder / "report.html", page)
 
 

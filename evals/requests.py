@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from evals.tasks import Item
+from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Request
 
@@ -15,6 +16,25 @@ def prompt_of(item: Item, examples: Sequence[Item] = ()) -> str:
     """The item's prompt after solved examples."""
     solved = [example.prompt + example.delimiter + example.choices[example.label] for example in examples]
     return SEPARATOR.join([*solved, item.prompt])
+
+
+def requests_of(
+    model: LanguageModel, items: Sequence[Item], examples: Sequence[Item] = (), unconditional: bool = False
+) -> list[Request]:
+    """One request per option; with `unconditional` as many again, without the prompt."""
+    pairs = [(prompt_of(item, examples), item.delimiter + choice) for item in items for choice in item.choices]
+    if unconditional:
+        pairs += [("", item.delimiter + choice) for item in items for choice in item.choices]
+    return encode_pairs(model, pairs)
+
+
+def check_lengths(items: Sequence[Item], requests: Sequence[Request], max_length: int) -> None:
+    """Raises InputError that names the first item with an option that is longer than the model."""
+    owners = [item for item in items for _ in item.choices]
+    for number, request in enumerate(requests):
+        if len(request.continuation) > max_length:
+            raise InputError(f"item {owners[number % len(owners)].id!r}: an option of {len(request.continuation)} "
+                             f"tokens; the model takes {max_length}")
 
 
 def encode_pairs(model: LanguageModel, pairs: Iterable[tuple[str, str]], num_threads: int = 2) -> list[Request]:

@@ -1,9 +1,10 @@
-"""From the options' log-likelihoods to figures, in lm-evaluation-harness's shapes: results_*.json, samples_*.jsonl."""
+"""From what was measured to figures, in lm-evaluation-harness's shapes: results_*.json, samples_*.jsonl."""
 
 import dataclasses
 import datetime
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 from etils import epath
 
 from evals import metrics
-from evals.likelihoods import options_of
+from evals.tables import choices_of
 from evals.tasks import Aligned, Task
 from mlx_pretrain.files import atomic_writer, write_json
 
@@ -24,17 +25,19 @@ class TaskResults:
 
     Attributes:
       task: dataset and mode.
+      metric: its own: what MuBench reports for the dataset, or exact_match for generated answers.
       languages: by family.
       ids: `[items]`.
       labels: int `[items]`.
-      choices: normalisation -> int `[languages, items]`, the option chosen; those that could be computed.
-      intervals: normalisation -> see `metrics.intervals`.
+      choices: metric -> int `[languages, items]`, the option chosen; -1: none; those that were measured.
+      intervals: metric -> see `metrics.intervals`.
       consistency: of the task's own metric; None for one language.
-      truncated: language -> options whose prompt lost its beginning.
+      truncated: language -> options, or generated answers, whose prompt lost its beginning.
       rejected, dropped: see `tasks.Aligned`.
     """
 
     task: Task
+    metric: str
     languages: tuple[str, ...]
     ids: tuple[str, ...]
     labels: np.ndarray
@@ -53,29 +56,26 @@ class TaskResults:
     @property
     def accuracy(self) -> np.ndarray:
         """By the task's own metric: float64 `[languages]`."""
-        return (self.choices[self.task.metric] == self.labels).mean(axis=1)
+        return (self.choices[self.metric] == self.labels).mean(axis=1)
 
 
 def evaluate(task: Task, aligned: Aligned, tables: Mapping[str, pa.Table]) -> TaskResults:
     """Figures of one task from its languages' tables."""
     first = aligned.items[aligned.languages[0]]
     labels = np.array([item.label for item in first])
-    choices: dict[str, list[list[int]]] = {name: [] for name in metrics.NORMALISATIONS}
-    for language in aligned.languages:
-        measured = [options for _, options in options_of(tables[language])]
-        for name in choices:
-            choices[name].append([metrics.choose(options, name) for options in measured])
-    found = {name: np.array(rows) for name, rows in choices.items() if np.array(rows).min() >= 0}
+    by_language = [choices_of(tables[language]) for language in aligned.languages]
+    found = {name: np.stack([choices[name] for choices in by_language]) for name in by_language[0]}
     reference = aligned.languages.index(ENGLISH) if ENGLISH in aligned.languages else None
-    own = found[task.metric]
+    metric = task.metric if task.metric in found else metrics.EXACT_MATCH
     return TaskResults(
         task=task,
+        metric=metric,
         languages=aligned.languages,
         ids=tuple(item.id for item in first),
         labels=labels,
         choices=found,
         intervals={name: metrics.intervals(rows, labels, reference) for name, rows in found.items()},
-        consistency=metrics.consistency(own, labels) if len(aligned.languages) > 1 else None,
+        consistency=metrics.consistency(found[metric], labels) if len(aligned.languages) > 1 else None,
         truncated={language: int((tables[language]["dropped"].to_numpy() > 0).sum()) for language in aligned.languages},
         rejected=aligned.rejected,
         dropped=aligned.dropped,
@@ -84,7 +84,7 @@ def evaluate(task: Task, aligned: Aligned, tables: Mapping[str, pa.Table]) -> Ta
 
 def results_json(results: Sequence[TaskResults], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The content of results_*.json: one entry per task and language, groups over languages, consistency beside."""
-    entries, groups, samples, consistency, left_out = {}, {}, {}, {}, {}
+    entries, groups, samples, consistency, left_out, better = {}, {}, {}, {}, {}, {}
     for found in results:
         n = len(found.ids)
         for place, language in enumerate(found.languages):
@@ -95,12 +95,12 @@ def results_json(results: Sequence[TaskResults], settings: Mapping[str, Any]) ->
                 # Of a mean of n items, sample standard deviation, as the harness.
                 correct = found.choices[metric][place] == found.labels
                 entry[f"{metric}_stderr,none"] = float(correct.std(ddof=1) / np.sqrt(n)) if n > 1 else "N/A"
-            entries[name] = entry
+            entries[name], better[name] = entry, dict.fromkeys(found.intervals, True)
             samples[name] = {"original": n + len(found.dropped), "effective": n}
         groups[found.task.name] = {"alias": found.task.name} | {
             f"{metric},none": by_name["mean_accuracy"].value for metric, by_name in found.intervals.items()}
-        own = metrics.summarise(found.intervals[found.task.metric])
-        consistency[found.task.name] = {"metric": found.task.metric, "languages": found.languages} | own
+        own = metrics.summarise(found.intervals[found.metric])
+        consistency[found.task.name] = {"metric": found.metric, "languages": found.languages} | own
         if found.consistency:
             consistency[found.task.name] |= {
                 f"{name}_matrix": np.where(np.isfinite(matrix), matrix, -1).tolist()
@@ -117,7 +117,7 @@ def results_json(results: Sequence[TaskResults], settings: Mapping[str, Any]) ->
         "left_out": left_out,
         "n-samples": samples,
         "n-shot": dict.fromkeys(entries, settings["few_shot"]),
-        "higher_is_better": {name: dict.fromkeys(metrics.NORMALISATIONS, True) for name in entries},
+        "higher_is_better": better,
         "config": dict(settings),
         "date": datetime.datetime.now(datetime.UTC).timestamp(),
     }
@@ -128,11 +128,10 @@ def write_samples(
 ) -> None:
     """samples_<task>_<language>_<stamp>.jsonl, one item a line."""
     for place, language in enumerate(results.languages):
-        greedy = iter(tables[language]["greedy"].to_pylist())
         path = folder / f"samples_{results.task.name}_{language}_{stamp}.jsonl"
         with atomic_writer(path) as file:
-            for number, (item, (_, options)) in enumerate(zip(aligned.items[language], options_of(tables[language]))):
-                answers = [[float(x), next(greedy)] for x in options.log_likelihood]
+            for number, (item, answers) in enumerate(zip(aligned.items[language], _answers(tables[language]))):
+                chosen = {metric: int(choices[place, number]) for metric, choices in results.choices.items()}
                 record = {
                     "doc_id": number,
                     "doc": {"_id": item.id, "prompt": item.prompt, "choices": list(item.choices), "label": item.label},
@@ -140,8 +139,19 @@ def write_samples(
                     "arguments": [[item.prompt, item.delimiter + choice] for choice in item.choices],
                     "resps": [[answer] for answer in answers],
                     "filtered_resps": answers,
-                } | {metric: float(chosen[place, number] == item.label) for metric, chosen in results.choices.items()}
+                    "chosen": chosen,
+                } | {metric: float(choice == item.label) for metric, choice in chosen.items()}
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+def _answers(table: pa.Table) -> Iterator[list[Any]]:
+    """(log-likelihood, greedy) of every option, or the generated answer alone, item by item."""
+    if "answer" in table.schema.names:
+        yield from ([answer] for answer in table["answer"].to_pylist())
+        return
+    answers = list(zip(table["log_likelihood"].to_pylist(), table["greedy"].to_pylist()))
+    starts = [*np.flatnonzero(table["option"].to_numpy() == 0).tolist(), len(answers)]
+    yield from (answers[start:stop] for start, stop in itertools.pairwise(starts))
 
 
 def write_results(

@@ -1,20 +1,25 @@
 """Evaluates a decoder on tasks in MuBench's form: `python -m evals.run --gin_file=gin/evals/run.gin`.
 
-Options are scored task by task and language by language; what is finished is not computed again (`likelihoods`).
+Options are scored, or answers generated, task by task and language by language; what is finished is not computed again
+(`tables`).
 """
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gin
 from etils import epath
 
-from evals import likelihoods, metrics
+from evals import metrics, tables
+from evals.generations import encode_prompts, generate_answers
 from evals.report import report
+from evals.requests import check_lengths, prompt_of, requests_of
 from evals.results import TaskResults, evaluate, write_results
-from evals.tasks import Aligned, Item, Task, align, find_tasks
+from evals.tasks import Aligned, Item, Task, align, find_tasks, read_examples
+from mlx_pretrain import hardware
 from mlx_pretrain.configuration import run, save_effective
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
@@ -31,9 +36,13 @@ def run_tasks(
     few_shot: int = 0,
     limit: int | None = None,
     mutual_information: bool = False,
+    generate: bool = False,
+    template: str = "{prompt}",
+    max_new_tokens: int = 32,
     step: int | None = None,
     dtype: str | None = None,
     max_length: int | None = None,
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
 ) -> list[TaskResults]:
     """Scores all options and writes results, samples, the options' log-likelihoods, and the report.
 
@@ -45,18 +54,26 @@ def run_tasks(
       few_shot: solved examples before every prompt, the first ones of the split "dev" beside the test file.
       limit: items of each task, evenly spaced; None: all.
       mutual_information: also scores every option without its prompt, for acc_mutual_info.
+      generate: takes the first line that the model writes as its answer, most likely tokens, and compares it with the
+        options (exact match), in place of scoring them: for chat models.
+      template: what is put around a prompt then, {prompt} in it once: a chat model's turns with its special tokens.
+      max_new_tokens: of a generated answer.
       step: which checkpoint of a run; None: the latest.
       dtype: compute dtype; None: that of the run, float32 for other models.
       max_length: tokens of prompt and option; None: the model's positions. Longer prompts lose their beginning.
+      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
 
     Raises:
-      InputError: no model or files there, or no item left to evaluate.
+      InputError: no model or files there, no item left to evaluate, or an option that is longer than the model.
     """
     if few_shot < 0 or (limit is not None and limit < 1):
         raise InputError(f"evaluate: few_shot = {few_shot} must not be negative, limit = {limit} must be positive")
+    if template.count("{prompt}") != 1:
+        raise InputError(f"evaluate.template = {template!r}: must have {{prompt}} in it once")
     files = find_tasks(tasks, languages)
     aligned = {task: align(by_language, limit) for task, by_language in files.items()}
-    examples = {task: _examples(task, by_language, few_shot) for task, by_language in files.items()}
+    examples = {task: read_examples(by_language, few_shot) for task, by_language in files.items()}
+    hardware.keep_compiled(compilation_cache)
     language_model = load_language_model(model, step=step, dtype=dtype)
     scorer = Scorer(language_model.config, language_model.params, language_model.mesh, max_length=max_length)
     folder = epath.Path(output)
@@ -66,11 +83,14 @@ def run_tasks(
         "model": "mlx_pretrain", "model_args": {"path": str(model), "step": language_model.step},
         "fingerprint": language_model.fingerprint(), "dtype": language_model.config.dtype,
         "max_length": scorer.max_length, "few_shot": few_shot, "limit": limit,
-        "mutual_information": mutual_information,
     }
-    tables = score_tasks(folder, language_model, scorer, files, aligned, examples, settings)
-    results = [evaluate(task, aligned[task], tables[task]) for task in files]
-    path = write_results(folder, results, aligned, tables, settings)
+    if generate:
+        settings |= {"template": template, "max_new_tokens": max_new_tokens}
+    else:
+        settings |= {"mutual_information": mutual_information}
+    found = _measure(folder, language_model, scorer, files, aligned, examples, settings)
+    results = [evaluate(task, aligned[task], found[task]) for task in files]
+    path = write_results(folder, results, aligned, found, settings)
     report(folder)
     for line in summary(results):
         print(line)
@@ -78,21 +98,11 @@ def run_tasks(
     return results
 
 
-def _examples(
-    task: Task, files: dict[str, epath.Path], few_shot: int
-) -> dict[str, tuple[Item, ...]]:
-    """The first items of the development split, language by language."""
-    if not few_shot:
-        return dict.fromkeys(files, ())
-    beside = {language: path.parent / path.name.replace("_test.", "_dev.") for language, path in files.items()}
-    found = align(beside)
-    if (there := len(found.items[found.languages[0]])) < few_shot:
-        raise InputError(f"{beside[found.languages[0]]}: few_shot = {few_shot}, but only {there} examples are there in "
-                         "all languages")
-    return {language: items[:few_shot] for language, items in found.items.items()}
+# (task, language, file, what it depends on), items, examples.
+_Todo = tuple[tuple[Task, str, epath.Path, dict[str, Any]], Sequence[Item], Sequence[Item]]
 
 
-def score_tasks(
+def _measure(
     folder: epath.Path,
     model: LanguageModel,
     scorer: Scorer,
@@ -102,8 +112,9 @@ def score_tasks(
     settings: dict[str, Any],
 ) -> dict[Task, dict[str, Any]]:
     """Tables of all tasks and languages: those that are there, and those computed now."""
-    tables: dict[Task, dict[str, Any]] = {task: {} for task in files}
-    todo = []
+    found: dict[Task, dict[str, Any]] = {task: {} for task in files}
+    generate = "template" in settings
+    todo: list[_Todo] = []
     for task, by_language in files.items():
         # Which items are left depends on all the languages' files.
         sources = {language: sha256(path) for language, path in by_language.items()}
@@ -111,30 +122,75 @@ def score_tasks(
             items, shown = aligned[task].items[language], examples[task][language]
             depends_on = settings | {"sources": sources, "language": language,
                                      "examples": [item.id for item in shown]}
-            path = likelihoods.path_of(folder, task, language)
-            table = likelihoods.load(path, depends_on)
+            path = tables.path_of(folder, "answers" if generate else "log_likelihoods", task, language)
+            table = tables.load(path, depends_on)
             if table is None:
                 todo.append(((task, language, path, depends_on), items, shown))
             else:
-                tables[task][language] = table
-    skipped = sum(map(len, tables.values()))
+                found[task][language] = table
+    skipped = sum(map(len, found.values()))
     if skipped:
         _say(f"{skipped} of {skipped + len(todo)} files were done before")
-    total, done, start = sum(len(items) for _, items, _ in todo), 0, time.perf_counter()
-    unconditional = settings["mutual_information"]
-    for (task, language, path, depends_on), scores in scorer(likelihoods.windows(model, todo, unconditional)):
-        items = aligned[task].items[language]
-        table = likelihoods.table_of(items, scores, unconditional)
-        likelihoods.save(path, table, depends_on)
-        tables[task][language] = table
-        done += len(items)
-        seconds = time.perf_counter() - start
-        _say(f"{task.name} {language}: {done:,} of {total:,} items, {done / seconds:,.1f} items/s, "
-             f"{_clock((total - done) * seconds / done)} left")
-    if todo:
+    progress = _Progress(sum(len(items) for _, items, _ in todo))
+    measured = _generated(model, scorer, todo, progress) if generate else _scored(model, scorer, todo)
+    for (task, language, path, depends_on), table in measured:
+        tables.save(path, table, depends_on)
+        found[task][language] = table
+        progress.say(f"{task.name} {language}", len(aligned[task].items[language]))
+    if scorer.scored:
         _say(f"fed {scorer.fed_tokens:,} tokens ({scorer.naive_tokens:,} if nothing were shared; "
              f"{scorer.computed_tokens:,} with padding)")
-    return tables
+    return found
+
+
+def _scored(model: LanguageModel, scorer: Scorer, todo: Sequence[_Todo]) -> Iterator[tuple[Any, Any]]:
+    """(key, table of the options' log-likelihoods) of each."""
+    def windows() -> Iterator[tuple[Any, Any]]:
+        for key, items, shown in todo:
+            requests = requests_of(model, items, shown, key[3]["mutual_information"])
+            check_lengths(items, requests, scorer.max_length)
+            yield (key, items), requests
+
+    for (key, items), scores in scorer(windows()):
+        yield key, tables.table_of_scores(items, scores, key[3]["mutual_information"])
+
+
+def _generated(
+    model: LanguageModel, scorer: Scorer, todo: Sequence[_Todo], progress: "_Progress"
+) -> Iterator[tuple[Any, Any]]:
+    """(key, table of the answers) of each."""
+    for key, items, shown in todo:
+        task, language, _, settings = key
+        before, after = settings["template"].split("{prompt}")
+        prompts = [before + prompt_of(item, shown) + after for item in items]
+        encoded = encode_prompts(model, prompts, settings["max_new_tokens"], scorer.max_length)
+        answers = generate_answers(
+            model, [ids for ids, _ in encoded], (), max_new_tokens=settings["max_new_tokens"], temperature=0.0,
+            done=functools.partial(progress.say, f"{task.name} {language}", 0))
+        yield key, tables.table_of_answers(items, [first_line(answer) for answer in answers],
+                                           [dropped for _, dropped in encoded])
+
+
+def first_line(answer: str) -> str:
+    """Of an answer, the first line that is not empty."""
+    return answer.strip().split("\n")[0].strip()
+
+
+class _Progress:
+    """Lines on what is done and how long the rest will take, one in ten seconds at most for what is under way."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._start, self._last = total, 0, time.perf_counter(), time.perf_counter()
+
+    def say(self, what: str, finished: int, under_way: int = 0) -> None:
+        """So many more items are finished, or so many of those after them done."""
+        self._done += finished
+        now, done = time.perf_counter(), self._done + under_way
+        if not finished and now - self._last < 10:
+            return
+        self._last, speed = now, done / (now - self._start)
+        _say(f"{what}: {done:,} of {self._total:,} items, {speed:,.1f} items/s, "
+             f"{_clock((self._total - done) / speed)} left")
 
 
 def _clock(seconds: float) -> str:
@@ -150,15 +206,15 @@ def summary(results: Sequence[TaskResults]) -> list[str]:
     """A line per task, and what was left out."""
     lines = []
     for found in results:
-        by_name = found.intervals[found.task.metric]
+        by_name = found.intervals[found.metric]
         mean: metrics.Interval = by_name["mean_accuracy"]
-        line = (f"{found.task.name}: {found.task.metric} {100 * mean.value:.2f} [{100 * mean.low:.2f}, "
+        line = (f"{found.task.name}: {found.metric} {100 * mean.value:.2f} [{100 * mean.low:.2f}, "
                 f"{100 * mean.high:.2f}], {len(found.ids):,} items, {len(found.languages)} languages")
         if "mlc" in by_name:
             line += f"; MLC {100 * by_name['mlc'].value:.2f} (chance {100 * by_name['chance'].value:.2f})"
         lines.append(line)
         counts = {"rows rejected": len(found.rejected), "items dropped": len(found.dropped),
-                  "options with a cut prompt": sum(found.truncated.values())}
+                  "prompts cut at their beginning": sum(found.truncated.values())}
         lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
     return lines
 

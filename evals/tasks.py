@@ -63,6 +63,11 @@ class Task:
         return f"{self.dataset}_{self.mode}"
 
     @property
+    def plain_mode(self) -> str:
+        """One of MODES."""
+        return re.sub(r"_\d+$", "", self.mode)
+
+    @property
     def metric(self) -> str:
         """The normalisation that MuBench reports for the dataset."""
         return "acc" if self.dataset.removesuffix("Dataset") in PLAIN_ACCURACY else "acc_norm"
@@ -206,14 +211,33 @@ def align(files: Mapping[str, epath.Path], limit: int | None = None) -> Aligned:
     return Aligned(tuple(items), chosen, tuple(rejected), dropped)
 
 
+def read_examples(files: Mapping[str, epath.Path], count: int) -> dict[str, tuple[Item, ...]]:
+    """Solved examples for a task's test files: the first items of the split "dev" beside them, language by language.
+
+    Raises:
+      InputError: there are fewer in all languages.
+    """
+    if not count:
+        return dict.fromkeys(files, ())
+    beside = {language: path.parent / path.name.replace("_test.", "_dev.") for language, path in files.items()}
+    found = align(beside)
+    if (there := len(found.items[found.languages[0]])) < count:
+        raise InputError(f"{beside[found.languages[0]]}: few_shot = {count}, but only {there} examples are there in "
+                         "all languages")
+    return {language: items[:count] for language, items in found.items.items()}
+
+
+def file_of(task: Task, language: str, split: str = "test") -> str:
+    """Name of a file in MuBench's form, <dataset>/<mode>_<language>_<split>.jsonl; the number of languages in a
+    code-switched one follows its language."""
+    most = task.mode.removeprefix(task.plain_mode)
+    return f"{task.dataset}/{task.plain_mode}_{language}{most}_{split}.jsonl"
+
+
 def write_items(folder: epath.PathLike, task: Task, language: str, items: Iterable[Item], split: str = "test") -> int:
     """Writes a file in MuBench's form, FOLDER/<dataset>/<mode>_<language>_<split>.jsonl; returns how many items."""
-    mode, _, most = task.mode.partition("_") if task.mode.startswith("mix") else (task.mode, "", "")
-    if task.mode.startswith("mix_lighteval"):
-        mode, most = "mix_lighteval", task.mode.removeprefix("mix_lighteval").removeprefix("_")
-    name = "_".join(part for part in (mode, language, most, split) if part) + ".jsonl"
     count = 0
-    with atomic_writer(epath.Path(folder) / task.dataset / name) as file:
+    with atomic_writer(epath.Path(folder) / file_of(task, language, split)) as file:
         for item in items:
             row = {"_id": item.id, "prompt": item.prompt, "choices": list(item.choices), "label": item.label,
                    "delimiter": item.delimiter}

@@ -2,7 +2,8 @@
 
     run.json       what was run: version, started (ISO), device, command, model, parameters, sequence_length,
                    batch_size (sequences per step), steps, rates, train_sequences, token_store, tokenizer_sha256, seed
-    metrics.jsonl  one object per line, with step, "kind" "train" or "eval", time (Unix seconds); null is not finite
+    metrics.jsonl  one object per line, with step, "kind" "train", "eval" or "tasks", time (Unix seconds); null is not
+                   finite
                    train: loss (nats/token), learning_rate, grad_norm, tokens_per_s, mfu (0 to 1),
                      seconds/step, seconds/data (the part of it spent waiting for data), seconds/checkpoint and
                      seconds/eval (beside it), means per step since the line before, tokens/<language> delivered so far
@@ -57,7 +58,7 @@ GROUPS = {
 
 
 _METRIC = re.compile(
-    "(loss|bits_per_byte|tokens|seconds)/.*|loss|bits_per_byte|time|learning_rate|grad_norm|tokens_per_s|mfu"
+    "(loss|bits_per_byte|tokens|seconds)/.*|.*/(acc|acc_norm|mlc|chance)(/.*)?|loss|bits_per_byte|time|learning_rate|grad_norm|tokens_per_s|mfu"
 )
 
 
@@ -66,18 +67,19 @@ class History:
     """metrics.jsonl in order of steps, without what a restart did over.
 
     Attributes:
-      train, evals: the lines of each kind, steps increasing.
+      train, evals, tasks: the lines of each kind, steps increasing; tasks may be empty, as evals.
       restarts: how often the steps went back.
     """
 
     train: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]]
+    tasks: Sequence[Mapping[str, Any]]
     restarts: int
 
 
 def read_history(path: epath.Path) -> History:
     """Reads metrics.jsonl. Raises InputError naming the line when it is malformed, or has no training step."""
-    kinds: dict[str, list] = {"train": [], "eval": []}
+    kinds: dict[str, list] = {"train": [], "eval": [], "tasks": []}
     restarts = 0
     for number, line in read_jsonl(path):
         if (kind := line.get("kind")) not in kinds:
@@ -86,7 +88,7 @@ def read_history(path: epath.Path) -> History:
             if _METRIC.fullmatch(name) and not isinstance(value, int | float | None):
                 raise InputError(f"{path}:{number}: {name!r} is {value!r}, not a number")
         line = {name: math.nan if value is None else value for name, value in line.items()}
-        if not isinstance(line.get("step"), int) or "loss" not in line:
+        if not isinstance(line.get("step"), int) or ("loss" not in line and kind != "tasks"):
             raise InputError(f"{path}:{number}: a {kind} line needs an integer 'step' and a 'loss'")
         # After a restart from a checkpoint the steps since then come again: the later line counts.
         again = False
@@ -98,7 +100,7 @@ def read_history(path: epath.Path) -> History:
         kinds[kind].append(line)
     if not kinds["train"]:
         raise InputError(f"{path}: no training step recorded yet")
-    return History(kinds["train"], kinds["eval"], restarts)
+    return History(kinds["train"], kinds["eval"], kinds["tasks"], restarts)
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Where numbers of a run go: metrics.jsonl (every tool reads it) and TensorBoard event files.
 
-A line of metrics.jsonl is one JSON object with "step", "kind" ("train" or "eval"), "time" (Unix seconds) and scalars.
+A line of metrics.jsonl is one JSON object with "step", "kind" ("train", "eval" or "tasks"), "time" (Unix seconds) and
+scalars.
 clu's metric writers import TensorFlow wherever it is installed, so TensorBoard files come from tensorboardX.
 """
 
@@ -36,7 +37,7 @@ class MetricWriter:
         )
 
     def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of one kind ("train" or "eval").
+        """Writes scalars of one kind ("train", "eval" or "tasks").
 
         Non-finite ones are null in metrics.jsonl, for JSON has no NaN, and left out of TensorBoard.
         """

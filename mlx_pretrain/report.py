@@ -116,6 +116,30 @@ class Plots:
             legend(axes)
         return inline_svg(figure, "bits", "Bits per byte on held-out text over training tokens")
 
+    def tasks(self) -> list[Markup]:
+        """Of every task, mean accuracy over tokens, the range over languages, and how often two languages agree."""
+        found = []
+        names = dict.fromkeys(name for line in self._history.tasks for name in line
+                              if name.endswith(("/acc", "/acc_norm")))
+        x = self._summary.tokens_at(column(self._history.tasks, "step")) / self._divisor
+        for number, name in enumerate(names):
+            figure, axes = self._over_tokens(f"{name.replace('/', ', ')} (%)")
+            languages = [column(self._history.tasks, other) for other in dict.fromkeys(
+                other for line in self._history.tasks for other in line if other.startswith(f"{name}/"))]
+            if len(languages) > 1:
+                axes.fill_between(x, 100 * np.min(languages, axis=0), 100 * np.max(languages, axis=0), color=ACCENT,
+                                  alpha=0.14, linewidth=0, label="range")
+            axes.plot(x, 100 * column(self._history.tasks, name), color=ACCENT, marker="o", markersize=4,
+                      label="mean of languages" if len(languages) > 1 else "accuracy", clip_on=False)
+            task = name.rpartition("/")[0]
+            for other, colour, label in (("mlc", WARM, "consistency (MLC)"), ("chance", MUTED, "MLC by chance")):
+                values = 100 * column(self._history.tasks, f"{task}/{other}")
+                if np.isfinite(values).any():
+                    axes.plot(x, values, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+            legend(axes)
+            found.append(inline_svg(figure, f"task-{number}", f"{name} over training tokens"))
+        return found
+
     def dumbbells(self) -> Markup | None:
         """Bits per byte of every language, before and after training."""
         languages = [language for language in self._summary.languages if language.measured]
@@ -248,7 +272,7 @@ def report(run_dir: epath.PathLike = gin.REQUIRED, output: epath.PathLike | None
     with plot_style():
         plots = Plots(summary, history)
         drawn = {name: getattr(plots, name)()
-                 for name in ("loss", "mean_bits", "dumbbells", "shares", "small_multiples", "dynamics")}
+                 for name in ("loss", "mean_bits", "tasks", "dumbbells", "shares", "small_multiples", "dynamics")}
         drawn["x_label"] = plots.x_label
     page = render_page(
         epath.Path(__file__).parent / "report.html.j2",

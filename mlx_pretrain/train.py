@@ -19,10 +19,12 @@ from mlx_pretrain import checkpoints, configuration
 from mlx_pretrain.data.loader import Batch, BatchSource
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore, used_languages
+from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.evaluation import HeldOut
+from mlx_pretrain.inference.language_model import LanguageModel, own_model
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.trainer import LossParts, make_decoder_loss
-from mlx_pretrain.training_loop import LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
 
 
 @gin.configurable("train")
@@ -38,6 +40,9 @@ class TrainConfig(LoopConfig):
       chunk_tokens: tokens whose logits are held at once on a device.
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
+      tasks: what else to evaluate: called with the model (a `LanguageModel` without parameters) before training, it
+        returns a function of the parameters that returns scalars, e.g. @task_evaluation of `evals.during_training`.
+      tasks_every: steps between two such evaluations, besides the one after the last step.
     """
 
     model: DecoderConfig = gin.REQUIRED
@@ -47,13 +52,19 @@ class TrainConfig(LoopConfig):
     chunk_tokens: int = 1024
     eval_batch_size: int = 16
     eval_sequences: int | None = None
+    tasks: Callable[[LanguageModel], Callable[[Any], dict[str, float]]] | None = None
+    tasks_every: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        optional = ["eval_sequences"] if self.eval_sequences is not None else []
+        optional = [name for name in ("eval_sequences", "tasks_every") if getattr(self, name) is not None]
         self.check_counts("chunk_tokens", "eval_batch_size", *optional)
         if not isinstance(self.model, DecoderConfig):
             raise self.wrong("model", "must be a model, e.g. @DecoderConfig()")
+        if self.tasks is not None and not callable(self.tasks):
+            raise self.wrong("tasks", "must be an evaluation, e.g. @task_evaluation")
+        if self.tasks is None and self.tasks_every is not None:
+            raise self.wrong("tasks_every", "there are no train.tasks to evaluate")
 
 
 class Pretraining:
@@ -109,6 +120,14 @@ class Pretraining:
         languages = sum(name.startswith("loss/") for name in evaluation)
         return (f"held-out loss {evaluation['loss']:.4f} nats/token, {evaluation['bits_per_byte']:.4f} bits/byte "
                 f"(mean of {languages} languages)")
+
+    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
+        config = self._config
+        if config.tasks is None:
+            return []
+        tokenizer = Tokenizer(self._store.path / TOKENIZER)
+        model = own_model(config.run_dir, None, config.model, None, mesh, tokenizer)
+        return [Evaluation("tasks", config.tasks_every, config.tasks(model))]
 
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._store.path / TOKENIZER)

@@ -6,8 +6,8 @@ import dataclasses
 import datetime
 import shlex
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import gin
 import jax
@@ -111,6 +111,20 @@ class Source(Protocol):
         """Where every row of the global batch comes from, as dataclasses, for error reports."""
 
 
+class Evaluation(NamedTuple):
+    """An evaluation beside that on held-out data.
+
+    Attributes:
+      kind: of its lines in metrics.jsonl.
+      every: steps between two, besides the one after the last step.
+      evaluate: params -> scalars.
+    """
+
+    kind: str
+    every: int | None
+    evaluate: Callable[[Any], dict[str, float]]
+
+
 class Task(Protocol):
     """What is trained, on what.
 
@@ -140,6 +154,9 @@ class Task(Protocol):
 
     def headline(self, evaluation: Mapping[str, float]) -> str:
         """An evaluation in a few words."""
+
+    def evaluations(self, mesh: Mesh) -> Sequence[Evaluation]:
+        """Further ones."""
 
     def save_model(self, run_dir: epath.Path) -> None:
         """Writes what other commands need beside the parameters; raises InputError where another model's stands."""
@@ -200,6 +217,9 @@ class TrainingLoop:
                     self._log()
                 if last or _due(self._step, config.eval_every):
                     self._evaluate()
+                for evaluation in self._evaluations:
+                    if last or _due(self._step, evaluation.every):
+                        self._evaluate_more(evaluation)
                 if last or _due(self._step, config.checkpoint_every) or self._stop.requested:
                     self._save()
                 if self._stop.requested and not last:
@@ -212,6 +232,7 @@ class TrainingLoop:
         """The state of the last checkpoint, or a fresh one; the run folder exists from here on."""
         # Read first: the run folder is not touched when held-out data are damaged.
         self._evaluator = self._task.evaluator(self._mesh)
+        self._evaluations = self._task.evaluations(self._mesh)
         self._abstract = abstract_state(self._task.model, self._optimizer, self._mesh)
         self._task.save_model(self._run_dir)
         self._saver = stack.enter_context(contextlib.closing(Checkpoints(self._run_dir)))
@@ -322,6 +343,14 @@ class TrainingLoop:
         self._evaluated_at = self._step
         self._writer.write(self._step, "eval", self._evaluation)
         self._meter.say(f"step {self._step}: {self._task.headline(self._evaluation)}")
+
+    def _evaluate_more(self, evaluation: Evaluation) -> None:
+        self._settle(leave=0)
+        with self._meter.timed("eval"):
+            found = evaluation.evaluate(self._state.params)
+        self._writer.write(self._step, evaluation.kind, found)
+        means = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name.count("/") == 1)
+        self._meter.say(f"step {self._step}: {means}")
 
     def _save(self) -> None:
         """Saves the state; a non-finite one never gets here, for the steps in flight are checked first."""

@@ -29,7 +29,7 @@ from mlx_pretrain.data.subword import load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
 from raters.agreement import agreement
 from raters.pair_data import PARALLEL, PairSource, PairTable, read_pairs
 from raters.pairs import KINDS
@@ -179,6 +179,9 @@ class RaterTraining:
     def headline(self, evaluation: Mapping[str, float]) -> str:
         return (f"validation loss {evaluation['loss']:.4f}, pair accuracy {evaluation['accuracy']:.1%} "
                 f"({len(self._validation):,} pairs, {len(self._validation.languages)} languages)")
+
+    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
+        return []
 
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._tokenizer_path)

@@ -14,6 +14,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN_DIR = "runs/demo"
 ALLOCATION = "runs/sample/climb"
+EVALS = "runs/sample/evals"
 RATER, SELECTED = "runs/sample/rater", "runs/sample/selected"
 DOCUMENTS = "samples/text/train/*.jsonl.xz"
 PREPARE = ["--gin_file=gin/mixtures/sample.gin", "--gin_file=gin/mixtures/prepare.gin"]
@@ -26,6 +27,8 @@ STAGES = [
     ("Pretrain", ["mlx_pretrain.train", "--gin_file=gin/runs/demo.gin", f"--gin.RATES={ALLOCATION}/rates.json"]),
     ("Generate text in every language", ["mlx_pretrain.generate", "--gin_file=gin/runs/demo_samples.gin"]),
     ("Write the report", ["mlx_pretrain.report", f"--gin.report.run_dir={RUN_DIR}"]),
+    ("Evaluate it on aligned questions in ten languages", ["evals.run", "--gin_file=gin/evals/run.gin",
+                                                           f"--gin.MODEL={RUN_DIR}", f"--gin.OUTPUT={EVALS}"]),
     ("Train a rater of English on n-grams", ["raters.ngrams", "--gin_file=gin/raters/pairs.gin"]),
     ("Carry English preferences to all languages", ["raters.pairs", "--gin_file=gin/raters/pairs.gin"]),
     ("Train a multilingual rater", ["raters.train", "--gin_file=gin/raters/train.gin", f"--gin.RUN_DIR={RATER}",
@@ -83,7 +86,7 @@ def main() -> int:
     before, after = last_evaluations()
     print(f"\nDone in {time.monotonic() - started:.0f} s: held-out text of {len(after) // 2 - 2} languages went from "
           f"{before['bits_per_byte']:.2f} to {after['bits_per_byte']:.2f} bits per byte.\n"
-          f"Open {RUN_DIR}/report.html, {ALLOCATION}/report.html and {SELECTED}/report.html in a browser.")
+          f"Open report.html in {RUN_DIR}, {EVALS}, {ALLOCATION} and {SELECTED} in a browser.")
     return 0
 
 

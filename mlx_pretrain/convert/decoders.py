@@ -19,6 +19,7 @@ from mlx_pretrain.models.decoder import DecoderConfig
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # dtypes of weights
 
 
 def load_decoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
@@ -48,7 +49,9 @@ def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig
     raw = read_object(path)
     # Since transformers 5 the rotary settings are a dictionary of their own.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_parameters or rope_scaling is {rope!r}, not an object")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     found = {**raw, "rope_type": rope_type, "rope_theta": raw.get("rope_theta", rope.get("rope_theta", 10_000.0))}
     needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
               "rope_type": "default"}  # fmt: skip
@@ -134,10 +137,10 @@ def save_decoder(
     Raises:
       InputError: another dtype.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"save_decoder: dtype = {dtype!r}: not float32 or bfloat16")
-    folder, stored = epath.Path(folder), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    tensors = {name: np.ascontiguousarray(value, stored) for name, value in _tensors(config, params)}
+    if dtype not in STORED:
+        raise InputError(f"save_decoder: dtype = {dtype!r}: not {' or '.join(STORED)}")
+    folder = epath.Path(folder)
+    tensors = {name: np.ascontiguousarray(value, STORED[dtype]) for name, value in _tensors(config, params)}
     with atomic_writer(folder / WEIGHTS) as file:
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG, {

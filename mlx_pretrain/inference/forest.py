@@ -106,7 +106,7 @@ class _Planting:
 
     def _size(self, first: int, last: int, base: int) -> int:
         """Tokens of a tree, or half of its pairs where those are more."""
-        tokens = self._fed[first] - base + self._token_sum[last] - self._token_sum[first + 1]
+        tokens = self._tokens(first, last, base)
         pairs = self._fed[first] + 1 - self._starts[first] + self._pair_sum[last] - self._pair_sum[first + 1]
         return int(max(tokens, -(-pairs // 2)))
 
@@ -175,7 +175,7 @@ class _Planting:
         at = 0
         for unit in units:
             path = np.zeros(int(self._fed[unit.first : unit.last].max()), np.int64)
-            start, closed = at, np.zeros(self._tree_tokens(unit), np.int32)
+            start, closed = at, np.zeros(self._tokens(unit.first, unit.last, unit.base), np.int32)
             depth = unit.base
             for i in range(unit.first, unit.last):
                 sequence, fed = self._sequences[i], int(self._fed[i])
@@ -197,8 +197,9 @@ class _Planting:
         return Row(*(np.concatenate(x).astype(np.int32) for x in (tokens, positions, ends)), nodes.astype(np.int32),
                    places.astype(np.int32), (unique & 0xFFFFFFFF).astype(np.int32), list(zip(members, parts)))
 
-    def _tree_tokens(self, unit: _Unit) -> int:
-        return int(self._fed[unit.first] - unit.base + self._token_sum[unit.last] - self._token_sum[unit.first + 1])
+    def _tokens(self, first: int, last: int, base: int) -> int:
+        """Of a tree."""
+        return int(self._fed[first] - base + self._token_sum[last] - self._token_sum[first + 1])
 
 
 def _common_length(a: np.ndarray, b: np.ndarray) -> int:

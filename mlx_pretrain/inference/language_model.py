@@ -63,7 +63,6 @@ class LanguageModel:
         content = json.dumps([config, self.tokenizer.sha256, rounded], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
         """Continuations of texts; `settings` as in `generation.generate`, which does it."""
         return self.generate_tokens(self.tokenizer.encode_batch(list(prompts)), **settings)
@@ -104,8 +103,7 @@ def load_language_model(
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
             params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
-        return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, EOS_ID,
-                             (PAD_ID, UNK_ID, BOS_ID))
+        return own_model(path, step, config, params, mesh, tokenizer)
     if step is not None:
         raise InputError(f"{path}: step = {step}, but this is no training run")
     if path.suffix == ".gguf":
@@ -124,6 +122,14 @@ def load_language_model(
         params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract_params(config, mesh))
     before = tuple(tokenizer.before.tolist())
     return LanguageModel(str(path), None, config, params, mesh, tokenizer, before, start, end)
+
+
+def own_model(
+    path: epath.PathLike, step: int | None, config: DecoderConfig, params: Any, mesh: Mesh, tokenizer: Tokenizer
+) -> LanguageModel:
+    """A model with one of our own tokenizers; `params` may be None where only texts are encoded."""
+    return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, EOS_ID,
+                         (PAD_ID, UNK_ID, BOS_ID))
 
 
 def _special_ids(folder: epath.Path) -> tuple[int | None, int | None]:

@@ -123,6 +123,11 @@ class Scorer:
         self._prefixes: collections.OrderedDict[bytes, tuple[Cache, int]] = collections.OrderedDict()
         self.naive_tokens = self.fed_tokens = self.computed_tokens = self.scored = self.truncated = 0
 
+    def update(self, params: Any) -> None:
+        """Goes on with other parameters, laid out as the first ones; what was kept of prefixes is gone."""
+        self._params = params
+        self._prefixes.clear()
+
     @property
     def compilations(self) -> int:
         """Programs compiled so far: one for each number and length of rows, and length of prefixes, that occurred."""

@@ -19,6 +19,7 @@ from evals.run import run_tasks
 from evals.tasks import Item, Task, write_items
 from mlx_pretrain.convert.decoders import save_decoder
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.models.decoder import DecoderConfig
 from tests.e2e.conftest import Ended, run
 
@@ -84,7 +85,7 @@ def runs(tmp_path_factory, model, tasks) -> dict[int, tuple[pathlib.Path, Ended]
     return found
 
 
-def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path):
+def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path, capsys):
     folder, ended = runs[0]
     assert ended.code == 0, ended.err
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -116,16 +117,19 @@ def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path):
         [json.loads(line)["acc_norm"] for line in max(out.glob(f"samples_*_{language}_*")).read_text().splitlines()]
         for language in ("en", "de")))))
     files = {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")}
-    again = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
-    assert again.code == 0 and "2 of 2 files were done before" in again.err and "items/s" not in again.err
-    assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
     # One language is gone, as after a kill: it alone is computed again, to the same bytes.
     (out / "log_likelihoods/StoryClozeDataset_lighteval/en.parquet").unlink()
     again = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
     assert "1 of 2 files were done before" in again.err
     assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
-    other = evaluate(tmp_path, model, tasks, "--gin.evaluate.limit=10")
-    assert other.code == 0 and "done before" not in other.err and "10 items" in other.out
+    settings = {"model": str(model), "tasks": [f"{tasks}/*/*_test.jsonl"], "output": str(out)}
+    run_tasks(**settings, mutual_information=True)
+    said = capsys.readouterr()
+    assert "2 of 2 files were done before" in said.err and "items/s" not in said.err
+    assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
+    run_tasks(**settings, limit=10)
+    said = capsys.readouterr()
+    assert "done before" not in said.err and "10 items" in said.out
 
 
 def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, runs, monkeypatch):
@@ -219,6 +223,41 @@ def test_two_runs_are_compared_item_by_item(tmp_path, runs):
         report(tmp_path)
 
 
+def test_generated_answers_are_matched_with_the_options(tmp_path, model, tasks):
+    """Options are what the model itself says in one language, so that some are matched."""
+    (tmp_path / "own/StoryClozeDataset").mkdir(parents=True)
+    decoder = load_language_model(str(model))
+    for language in WORDS:
+        rows = [json.loads(line) for line in
+                (tasks / f"StoryClozeDataset/lighteval_{language}_dev.jsonl").read_text().splitlines()]
+        prompts = [f"Q: {row['prompt']}\nA:" for row in rows]
+        said = [answer.strip().split("\n")[0].strip() for answer in decoder.generate(
+            prompts, max_new_tokens=5, temperature=0.0)]
+        for number, (row, answer) in enumerate(zip(rows, said)):
+            if language == "en" or number < 2:
+                row["choices"][row["label"]] = answer or "nothing"
+        (tmp_path / f"own/StoryClozeDataset/local_template_{language}_test.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--gin.evaluate.generate=True", "--gin.evaluate.max_new_tokens=5",
+             "--gin.evaluate.template='Q: {prompt}\\nA:'")
+    ended = evaluate(tmp_path, model, tmp_path / "own", *flags)
+    assert ended.code == 0, ended.err
+    found = results(tmp_path / "out")
+    assert "StoryClozeDataset_local_template: exact_match" in ended.out
+    accuracy = {language: found["results"][f"StoryClozeDataset_local_template_{language}"]["exact_match,none"]
+                for language in WORDS}
+    table = pq.read_table(tmp_path / "out/answers/StoryClozeDataset_local_template/en.parquet").to_pydict()
+    assert accuracy["en"] == np.mean([bool(answer) for answer in table["answer"]]) > 0
+    assert accuracy["de"] == np.mean(np.equal(pq.read_table(
+        tmp_path / "out/answers/StoryClozeDataset_local_template/de.parquet")["chosen"], table["label"]))
+    sample = json.loads(max((tmp_path / "out").glob("samples_*_en_*.jsonl")).read_text().splitlines()[0])
+    assert sample["resps"] == [[table["answer"][0]]] and sample["chosen"]["exact_match"] == table["chosen"][0]
+    again = evaluate(tmp_path, model, tmp_path / "own", *flags)
+    assert again.code == 0 and "2 of 2 files were done before" in again.err
+    same = compare(str(tmp_path / "out"), str(tmp_path / "out"))
+    assert [row.metric for row in same] == ["exact_match"] * 3 and same[0].first == accuracy["en"]
+
+
 def test_a_mistake_ends_with_one_line(tmp_path, model, tasks):
     ended = evaluate(tmp_path, model, tasks, "--gin.evaluate.few_shot=9")
     assert (ended.code, ended.out) == (1, "")
@@ -232,6 +271,7 @@ def test_a_mistake_ends_with_one_line(tmp_path, model, tasks):
     ({"tasks": ["absent/*.jsonl"]}, "absent"),
     ({"languages": ["en", "sw"]}, "no file for sw; there is de, en"),
     ({"limit": 0}, "limit = 0 must be positive"),
+    ({"generate": True, "template": "Q:"}, "must have {prompt} in it once"),
     ({"max_length": 97}, "max_length at most the model's 96"),
 ])
 def test_impossible_settings_are_refused(tmp_path, model, tasks, change, message):

@@ -4,8 +4,11 @@ import json
 import pathlib
 import re
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from evals.run import run_tasks
 from mlx_pretrain import checkpoints
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.store import TokenStore
@@ -24,9 +27,15 @@ VOCAB_SIZE = 600
 SEQUENCE_LENGTH = 64
 TEMPERATURE = 2.0
 """
-OWN_RUN = """
+OWN_RUN = f"""
 include 'gin/models/nano.gin'
+include 'gin/evals/during_training.gin'
 include 'own.gin'
+
+TASKS = ['{REPOSITORY}/samples/tasks/*/*_test.jsonl']
+task_evaluation.languages = ['en', 'fr']
+task_evaluation.limit = 5
+train.tasks_every = 4
 
 DecoderConfig.vocab_size = 608
 DecoderConfig.n_layers = 2
@@ -78,6 +87,27 @@ def test_the_run_is_the_one_the_gin_files_describe(folder):
     assert all(after[f"bits_per_byte/{language}"] < before[f"bits_per_byte/{language}"] for language in LANGUAGES)
 
 
+def test_tasks_give_the_same_figures_while_it_trains_afterwards_and_exported(folder, tmp_path):
+    during = lines(folder / "own/run", "tasks")
+    assert [line["step"] for line in during] == [4, 6]
+    export = ("mlx_pretrain.convert.export", "--gin.export_model.model=own/run",
+              f"--gin.export_model.output={tmp_path}/hf")
+    ended = run(*export, folder=folder)
+    assert (ended.code, ended.err) == (0, "") and "step 6" in ended.out
+    found = {}
+    for name, model in {"run": folder / "own/run", "exported": tmp_path / "hf"}.items():
+        (task,) = run_tasks(str(model), [f"{REPOSITORY}/samples/tasks/*/*_test.jsonl"], str(tmp_path / name),
+                            languages=["fr", "en"], limit=5, compilation_cache=None)
+        assert dict(zip(task.languages, task.accuracy)) == {
+            language: during[-1][f"{task.task.name}/acc_norm/{language}"] for language in ("en", "fr")}
+        assert task.consistency.mlc[0, 1] == during[-1][f"{task.task.name}/mlc"]
+        found[name] = pq.read_table(tmp_path / name / f"log_likelihoods/{task.task.name}/fr.parquet").to_pydict()
+    np.testing.assert_allclose(found["run"]["log_likelihood"], found["exported"]["log_likelihood"], atol=1e-4)
+    assert found["run"]["tokens"] == found["exported"]["tokens"]
+    again = run(*export, folder=folder)
+    assert again.code == 1 and "there is something already" in again.err
+
+
 def test_generates_and_reports(folder):
     generate = ("mlx_pretrain.generate", "--gin.generate.run_dir=own/run", "--gin.generate.max_new_tokens=8")
     prompts = ["مرحبا", "Η γλώσσα", "भारत"]
@@ -100,5 +130,5 @@ def test_generates_and_reports(folder):
     ended = run("mlx_pretrain.report", "--gin.report.run_dir=own/run", folder=folder)
     assert (ended.code, ended.err) == (0, "")
     page = (folder / "own/run/report.html").read_text()
-    for text in ("Arabic", "Greek", "Hindi", *prompts):
+    for text in ("Arabic", "Greek", "Hindi", "Multiple-choice tasks during training", *prompts):
         assert text in page

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import pathlib
 
 import numpy as np
 import pytest
@@ -142,3 +143,12 @@ def test_what_cannot_be_mixed_is_refused(cloze):
     code_switch(glob, str(cloze / "mixed"), most=1)
     with pytest.raises(InputError, match="only those not mixed can be"):
         code_switch([str(cloze / "mixed/*/*")], str(cloze / "again"), most=1)
+
+
+def test_the_shipped_tasks_are_those_of_the_sample_text(tmp_path):
+    """samples/tasks/README.md says how they were made."""
+    shipped = pathlib.Path(__file__).parents[2] / "samples"
+    completion(str(shipped / "text/heldout/*.jsonl.xz"), str(tmp_path),
+               languages=["en", "de", "nl", "fr", "es", "it", "pt", "pl", "cs", "id"])
+    made = {path.name: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    assert made == {path.name: path.read_bytes() for path in (shipped / "tasks").rglob("*.jsonl")}

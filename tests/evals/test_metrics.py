@@ -110,7 +110,15 @@ def test_items_in_several_languages_are_drawn_whole():
     assert copies.difference == pytest.approx(alone.difference)
 
 
-@pytest.mark.parametrize("answer, gold, same", [
-    (" The  Cat.", "the cat", True), ("猫。", "猫", True), ("cats", "cat", False), ("STRASSE", "straße", True)])
-def test_answers_match_apart_from_case_space_and_punctuation(answer, gold, same):
-    assert metrics.normalised_match(answer, gold) == same
+@pytest.mark.parametrize("answer, place", [
+    (" The  Cat.", 1), ("猫。", 2), ("cats", -1), ("STRASSE", 0), ("the cat sat", -1), ("", -1)])
+def test_answers_match_apart_from_case_space_and_punctuation(answer, place):
+    assert metrics.matching(answer, ("straße", "the cat", "猫", "The cat!")) == place
+
+
+def test_answers_that_are_no_option_agree_with_nothing():
+    choices, labels = np.array([[0, -1, 1, -1], [0, -1, 2, 1]]), np.array([0, 1, 1, 1])
+    assert metrics.consistency(choices, labels).mlc[0].tolist() == [0.5, 0.25]
+    assert metrics.consistency(choices, labels).chance[0, 1] == pytest.approx(1 / 16 + 1 / 16)
+    found = metrics.intervals(choices, labels)
+    assert found["mlc"].value == 0.25 and found["mlc"].high <= 1 and found["mean_accuracy"].value == 0.5

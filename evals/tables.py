@@ -1,6 +1,7 @@
-"""Log-likelihoods of every option of every item, in parquet files: what all metrics are computed from.
+"""What was measured of every item, in parquet files: all metrics are computed from them.
 
     OUTPUT/log_likelihoods/<task>/<language>.parquet     one row per option, items in order
+    OUTPUT/answers/<task>/<language>.parquet             generated answers, one row per item
 
 Written whole or not at all, with what they depend on in the metadata, so that a run that starts again computes only
 what is not there yet.
@@ -8,7 +9,7 @@ what is not there yet.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,14 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from etils import epath
 
-from evals.metrics import Options
-from evals.requests import encode_pairs, prompt_of
+from evals.metrics import EXACT_MATCH, NORMALISATIONS, Options, choose, matching
 from evals.tasks import Item, Task
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer
-from mlx_pretrain.inference.language_model import LanguageModel
-from mlx_pretrain.inference.scoring import Request, Score
+from mlx_pretrain.inference.scoring import Score
 
 _METADATA = b"evals"
-SCHEMA = pa.schema([
+LOG_LIKELIHOODS = pa.schema([
     ("id", pa.string()),
     ("label", pa.int32()),  # of the right option
     ("option", pa.int32()),
@@ -38,25 +37,23 @@ SCHEMA = pa.schema([
     ("unconditional", pa.float64()),
     ("dropped", pa.int32()),  # tokens left out at the beginning of the prompt
 ])
+ANSWERS = pa.schema([
+    ("id", pa.string()),
+    ("label", pa.int32()),
+    ("answer", pa.string()),
+    ("chosen", pa.int32()),  # the option that the answer is; -1: none
+    ("dropped", pa.int32()),
+])
+FOLDERS = {"log_likelihoods": LOG_LIKELIHOODS, "answers": ANSWERS}
 
 
-def path_of(output: epath.PathLike, task: Task, language: str) -> epath.Path:
-    """Where the options of one language are."""
-    return epath.Path(output) / "log_likelihoods" / task.name / f"{language}.parquet"
+def path_of(output: epath.PathLike, folder: str, task: Task, language: str) -> epath.Path:
+    """Where the table of one language is; `folder` is one of FOLDERS."""
+    return epath.Path(output) / folder / task.name / f"{language}.parquet"
 
 
-def requests_of(
-    model: LanguageModel, items: Sequence[Item], examples: Sequence[Item], unconditional: bool
-) -> list[Request]:
-    """One request per option; with `unconditional` as many again, without the prompt."""
-    pairs = [(prompt_of(item, examples), item.delimiter + choice) for item in items for choice in item.choices]
-    if unconditional:
-        pairs += [("", item.delimiter + choice) for item in items for choice in item.choices]
-    return encode_pairs(model, pairs)
-
-
-def table_of(items: Sequence[Item], scores: Sequence[Score], unconditional: bool) -> pa.Table:
-    """The options' table from the scores of `requests_of`."""
+def table_of_scores(items: Sequence[Item], scores: Sequence[Score], unconditional: bool) -> pa.Table:
+    """The options' table from the scores of `requests.requests_of`."""
     choices = [(item, option, choice) for item in items for option, choice in enumerate(item.choices)]
     scored = scores[: len(choices)]
     without = [score.log_likelihood for score in scores[len(choices) :]] if unconditional else [np.nan] * len(choices)
@@ -71,7 +68,18 @@ def table_of(items: Sequence[Item], scores: Sequence[Score], unconditional: bool
         [len(choice.encode()) for _, _, choice in choices],
         without,
         [score.dropped for score in scored],
-    ], schema=SCHEMA)
+    ], schema=LOG_LIKELIHOODS)
+
+
+def table_of_answers(items: Sequence[Item], answers: Sequence[str], dropped: Sequence[int]) -> pa.Table:
+    """The table of generated answers."""
+    return pa.table([
+        [item.id for item in items],
+        [item.label for item in items],
+        list(answers),
+        [matching(answer, item.choices) for answer, item in zip(answers, items)],
+        list(dropped),
+    ], schema=ANSWERS)
 
 
 def save(path: epath.Path, table: pa.Table, depends_on: Mapping[str, Any]) -> None:
@@ -95,7 +103,7 @@ def load(path: epath.Path, depends_on: Mapping[str, Any] | None = None) -> pa.Ta
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a parquet file ({error}); delete it to compute it again") from None
     found = (table.schema.metadata or {}).get(_METADATA)
-    if found is None or table.schema.names != SCHEMA.names:
+    if found is None or table.schema.names not in [schema.names for schema in FOLDERS.values()]:
         raise InputError(f"{path}: not written by evals.run; delete it to compute it again")
     if depends_on is not None and json.loads(found) != json.loads(json.dumps(depends_on)):
         return None
@@ -104,24 +112,24 @@ def load(path: epath.Path, depends_on: Mapping[str, Any] | None = None) -> pa.Ta
 
 def items_of(table: pa.Table) -> tuple[list[str], np.ndarray]:
     """Ids, and labels int `[items]`, of a table's items in order."""
-    first = table.filter(pa.compute.equal(table["option"], 0))
-    return first["id"].to_pylist(), first["label"].to_numpy()
+    if "option" in table.schema.names:
+        table = table.filter(pa.compute.equal(table["option"], 0))
+    return table["id"].to_pylist(), table["label"].to_numpy()
 
 
-def options_of(table: pa.Table) -> Iterator[tuple[str, Options]]:
-    """(id, what was measured of its options) of each item of a table, in order."""
-    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("id", "label", "greedy")}
-    ids, option = table["id"].to_pylist(), columns["option"]
-    starts = [*np.flatnonzero(option == 0).tolist(), len(option)]
+def options_of(table: pa.Table) -> Iterator[Options]:
+    """What was measured of the options of each item of a table, in order."""
+    columns = [table[name].to_numpy().astype(np.float64)
+               for name in ("log_likelihood", "tokens", "characters", "bytes", "unconditional")]
+    starts = [*np.flatnonzero(table["option"].to_numpy() == 0).tolist(), len(table)]
     for start, stop in itertools.pairwise(starts):
-        part = (columns[name][start:stop].astype(np.float64)
-                for name in ("log_likelihood", "tokens", "characters", "bytes", "unconditional"))
-        yield ids[start], Options(*part)
+        yield Options(*(column[start:stop] for column in columns))
 
 
-def windows(
-    model: LanguageModel, todo: Iterable[tuple[Any, Sequence[Item], Sequence[Item]]], unconditional: bool
-) -> Iterator[tuple[Any, list[Request]]]:
-    """What `Scorer` takes: (key, requests) of (key, items, examples)."""
-    for key, items, examples in todo:
-        yield key, requests_of(model, items, examples, unconditional)
+def choices_of(table: pa.Table) -> dict[str, np.ndarray]:
+    """Metric -> the option that each item's answer is by it, int `[items]`, -1 for none; metrics that were measured."""
+    if "answer" in table.schema.names:
+        return {EXACT_MATCH: table["chosen"].to_numpy()}
+    options = list(options_of(table))
+    found = {name: np.array([choose(measured, name) for measured in options]) for name in NORMALISATIONS}
+    return {name: chosen for name, chosen in found.items() if chosen.min() >= 0}

@@ -1,0 +1,87 @@
+"""MuBench's files from the Hugging Face Hub, through `datasets`:
+
+    python -m evals.mubench --gin.mubench.output=mubench --gin.mubench.languages='["en", "de", "sw"]'
+
+What is there already is not read again. Without a network, any folder with the same files does as `repository`.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import datasets
+import gin
+from etils import epath
+
+from evals.languages import LANGUAGES
+from evals.tasks import MODES, Task, file_of
+from mlx_pretrain.configuration import run
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import write_atomic
+
+REPOSITORY = "aialt/MuBench"
+DATASETS = ("ARCChallengeDataset", "ARCEasyDataset", "BMLAMADataset", "GPQADataset", "HellaswagDataset", "MMLUDataset",
+            "MMLUProDataset", "MNLIDataset", "SNLIDataset", "StoryClozeDataset", "TruthfulQADataset",
+            "WinoGrandeDataset")  # fmt: skip
+
+
+@gin.configurable
+def mubench(
+    output: str = gin.REQUIRED,
+    repository: str = REPOSITORY,
+    names: Sequence[str] = DATASETS,
+    modes: Sequence[str] = ("lighteval",),
+    languages: Sequence[str] | None = None,
+    splits: Sequence[str] = ("test",),
+    revision: str | None = None,
+) -> int:
+    """Writes OUTPUT/<dataset>/<mode>_<language>_<split>.jsonl, for `evals.run`.
+
+    Args:
+      output: folder.
+      repository: on the Hub, or a local folder.
+      names: of the datasets.
+      modes: e.g. "lighteval", "local_template", "mix_2" (code-switched, two other languages at most).
+      languages: None: all 61.
+      splits: "test", "dev".
+      revision: of the repository, for results that can be repeated; None: the newest.
+
+    Returns:
+      How many files were written.
+
+    Raises:
+      InputError: a name, mode or language that MuBench has not, or a file that is not there or cannot be read.
+    """
+    for what, given, known in (("names", names, DATASETS), ("languages", languages or (), LANGUAGES),
+                               ("modes", [Task("", mode).plain_mode for mode in modes], MODES)):
+        if unknown := [one for one in given if one not in known]:
+            raise InputError(f"mubench.{what}: {', '.join(unknown)}: not one of {', '.join(known)}")
+    datasets.disable_progress_bars()
+    written = 0
+    for name in names:
+        for mode in modes:
+            for language in languages or LANGUAGES:
+                for split in splits:
+                    file = file_of(Task(name, mode), language, split)
+                    path = epath.Path(output) / file
+                    if path.exists():
+                        continue
+                    rows = _read(repository, file, revision)
+                    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                    written += 1
+                    print(f"{path}: {len(rows):,} items", file=sys.stderr, flush=True)
+    print(f"{output}: {written} files written")
+    return written
+
+
+def _read(repository: str, file: str, revision: str | None) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(repository, data_files=file, split="train", revision=revision)
+    # Of the network, the Hub, files and their formats: the library has no type in common for them.
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{repository}/{file}: cannot be read through `datasets` ({cause[:300]})") from None
+
+
+if __name__ == "__main__":
+    run(mubench, "evals.mubench")
