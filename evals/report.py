@@ -15,7 +15,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from evals.languages import family
+from evals.languages import by_family, family
 from evals.metrics import EXACT_MATCH, NORMALISATIONS
 from evals.tasks import MODES
 from mlx_pretrain.configuration import run
@@ -144,6 +144,17 @@ def draw(task: TaskPage) -> Iterator[tuple[str, Figure, str]]:
         yield f"mlc_{task.name}", figure, f"Consistency of pairs of languages, {task.name}"
 
 
+def accuracies(tasks: Sequence[TaskPage]) -> list[dict[str, Any]]:
+    """Language by language: accuracy of every task, None where the language is not in it, and their mean."""
+    found = [{language: one["value"] for language, one in zip(task.languages, task.accuracy)} for task in tasks]
+    rows = []
+    for language in by_family(language for task in tasks for language in task.languages):
+        values = [accuracy.get(language) for accuracy in found]
+        rows.append({"language": language, "accuracy": values,
+                     "mean": float(np.mean([value for value in values if value is not None]))})
+    return rows
+
+
 def mixed_less_local(tasks: Sequence[TaskPage]) -> list[dict[str, Any]]:
     """Code-switched tasks beside the unmixed ones they come from: accuracy by language and the difference."""
     by_name = {task.name: task for task in tasks}
@@ -223,6 +234,7 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
     page = render_page(
         epath.Path(__file__).parent / "report.html.j2", name=folder.absolute().name, tasks=tasks, figures=figures,
         entries=entries, left_out=left_out, examples=shown, mixed=mixed_less_local(tasks), settings=settings,
+        by_language=accuracies(tasks),
         samples=results["n-samples"], languages=LANGUAGES, family=family, modes=MODES, right_to_left=RIGHT_TO_LEFT,
         model=results["config"]["model_args"]["path"], step=results["config"]["model_args"]["step"],
         few_shot=results["config"]["few_shot"], metrics=(*NORMALISATIONS, EXACT_MATCH))

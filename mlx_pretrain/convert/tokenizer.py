@@ -1,4 +1,8 @@
-"""Our SentencePiece tokenizers as Hugging Face's tokenizer.json, with the same ids for every text."""
+"""Our SentencePiece tokenizers as Hugging Face's tokenizer.json, with the same ids.
+
+Two exceptions: a special token spelt out in a text ("</s>") becomes that token; and in long texts SentencePiece, which
+adds up scores in float32, may take the second best of two segmentations that are equally likely to within 1e-3.
+"""
 
 from typing import Any
 

@@ -83,3 +83,10 @@ def test_evidence_on_raters_runs_on_the_sample(tmp_path):
     assert set(kept) == {"best half", "best half of each source", "random half", "worst half"}
     assert kept["worst half"] + kept["best half"] == pytest.approx(2 * kept["random half"], abs=0.2)
     assert all(len(values["loss"]) == 1 for values in result["pretraining"].values())
+
+
+@pytest.mark.slow
+def test_the_race_of_evaluations_without_a_rival_has_our_own_speed():
+    result = last_line("eval_race.py")
+    assert set(result["items_per_s"]) == {"7M 0-shot", "7M 5-shot"}
+    assert all(found["ours"] > 0 for found in result["items_per_s"].values()) and "ratio_0shot" not in result
