@@ -39,6 +39,7 @@ def test_train_step_alone_leaves_the_fields_of_the_peer_empty():
     assert result["ours_losses"][-1] < result["ours_losses"][0]
 
 
+@pytest.mark.slow
 def test_variants_of_the_gpu_step_are_sorted_and_a_failing_one_stops_nothing():
     result = last_line("train_gpu.py")
     assert result["paper_tokens_per_s"] == 43_400
@@ -55,6 +56,7 @@ def test_solver_reaches_optimality():
     assert result["languages"] == 12 and result["kkt"] < 1e-6 and 0 <= result["joint_gap"] < 0.1
 
 
+@pytest.mark.slow
 def test_every_law_is_scored_on_a_table_in_the_regmix_layout():
     result = last_line("climb_table.py")
     assert set(result["laws"]) == {"process", "ridge"}
@@ -62,6 +64,7 @@ def test_every_law_is_scored_on_a_table_in_the_regmix_layout():
         assert law["runs"] == result["runs"] and -1 <= law["spearman"] <= 1 and law["mae"] > 0 and law["r2"] <= 1
 
 
+@pytest.mark.slow
 def test_proxies_are_timed_alone_and_side_by_side():
     assert all(speed > 0 for speed in last_line("climb_proxies.py")["tokens_per_s"].values())
 
