@@ -26,6 +26,7 @@ LANGUAGES = tuple(language for family in FAMILIES.values() for language in famil
 # Written without spaces between words: an option follows its prompt without one.
 UNSPACED = frozenset({"zh", "ja", "th", "my", "km"})
 OTHER = "other"
+ENGLISH = "en"
 
 
 def family(language: str) -> str:

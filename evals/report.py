@@ -15,7 +15,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from evals.languages import by_family, family
+from evals.languages import ENGLISH, by_family, family
 from evals.metrics import EXACT_MATCH, NORMALISATIONS
 from evals.tasks import MODES
 from mlx_pretrain.configuration import run
@@ -36,7 +36,6 @@ from mlx_pretrain.figures import (
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic
 from mlx_pretrain.history import LANGUAGES
 
-ENGLISH = "en"
 RIGHT_TO_LEFT = ("ar", "fa", "he", "ur")
 SHOWN = 12  # items of each task in the browser
 _PAGE = 936.0  # CSS pixels

@@ -2,9 +2,8 @@
 
 import dataclasses
 import datetime
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ import pyarrow as pa
 from etils import epath
 
 from evals import metrics
-from evals.tables import choices_of
+from evals.languages import ENGLISH
+from evals.tables import choices_of, responses_of
 from evals.tasks import Aligned, Task
 from mlx_pretrain.files import atomic_writer, write_json
-
-ENGLISH = "en"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +128,7 @@ def write_samples(
     for place, language in enumerate(results.languages):
         path = folder / f"samples_{results.task.name}_{language}_{stamp}.jsonl"
         with atomic_writer(path) as file:
-            for number, (item, answers) in enumerate(zip(aligned.items[language], _answers(tables[language]))):
+            for number, (item, answers) in enumerate(zip(aligned.items[language], responses_of(tables[language]))):
                 chosen = {metric: int(choices[place, number]) for metric, choices in results.choices.items()}
                 record = {
                     "doc_id": number,
@@ -142,16 +140,6 @@ def write_samples(
                     "chosen": chosen,
                 } | {metric: float(choice == item.label) for metric, choice in chosen.items()}
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-
-
-def _answers(table: pa.Table) -> Iterator[list[Any]]:
-    """(log-likelihood, greedy) of every option, or the generated answer alone, item by item."""
-    if "answer" in table.schema.names:
-        yield from ([answer] for answer in table["answer"].to_pylist())
-        return
-    answers = list(zip(table["log_likelihood"].to_pylist(), table["greedy"].to_pylist()))
-    starts = [*np.flatnonzero(table["option"].to_numpy() == 0).tolist(), len(answers)]
-    yield from (answers[start:stop] for start, stop in itertools.pairwise(starts))
 
 
 def write_results(

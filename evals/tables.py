@@ -117,13 +117,27 @@ def items_of(table: pa.Table) -> tuple[list[str], np.ndarray]:
     return table["id"].to_pylist(), table["label"].to_numpy()
 
 
+def _rows(table: pa.Table) -> Iterator[slice]:
+    """Of the options of each item, in order."""
+    starts = [*np.flatnonzero(table["option"].to_numpy() == 0).tolist(), len(table)]
+    return itertools.starmap(slice, itertools.pairwise(starts))
+
+
 def options_of(table: pa.Table) -> Iterator[Options]:
     """What was measured of the options of each item of a table, in order."""
     columns = [table[name].to_numpy().astype(np.float64)
                for name in ("log_likelihood", "tokens", "characters", "bytes", "unconditional")]
-    starts = [*np.flatnonzero(table["option"].to_numpy() == 0).tolist(), len(table)]
-    for start, stop in itertools.pairwise(starts):
-        yield Options(*(column[start:stop] for column in columns))
+    for rows in _rows(table):
+        yield Options(*(column[rows] for column in columns))
+
+
+def responses_of(table: pa.Table) -> Iterator[list[Any]]:
+    """(log-likelihood, greedy) of every option, or the generated answer alone, item by item."""
+    if "answer" in table.schema.names:
+        yield from ([answer] for answer in table["answer"].to_pylist())
+        return
+    answers = list(zip(table["log_likelihood"].to_pylist(), table["greedy"].to_pylist()))
+    yield from (answers[rows] for rows in _rows(table))
 
 
 def choices_of(table: pa.Table) -> dict[str, np.ndarray]:

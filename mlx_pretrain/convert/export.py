@@ -1,4 +1,4 @@
-"""A decoder as a Hugging Face folder, which transformers, vLLM, llama.cpp's converter and our own commands read:
+"""A decoder as a Hugging Face folder, which transformers and our own commands read:
 
     python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo --gin.export_model.output=hf/demo
 """
