@@ -116,28 +116,33 @@ class Plots:
             legend(axes)
         return inline_svg(figure, "bits", "Bits per byte on held-out text over training tokens")
 
-    def tasks(self) -> list[Markup]:
-        """Of every task, mean accuracy over tokens, the range over languages, and how often two languages agree."""
-        found = []
-        names = dict.fromkeys(name for line in self._history.tasks for name in line
-                              if name.endswith(("/acc", "/acc_norm")))
-        x = self._summary.tokens_at(column(self._history.tasks, "step")) / self._divisor
-        for number, name in enumerate(names):
-            figure, axes = self._over_tokens(f"{name.replace('/', ', ')} (%)")
-            languages = [column(self._history.tasks, other) for other in dict.fromkeys(
-                other for line in self._history.tasks for other in line if other.startswith(f"{name}/"))]
+    def tasks(self) -> list[tuple[str, list[Markup]]]:
+        """Of every task over tokens: accuracy, and how often two languages agree: (name, plots)."""
+        lines, found = self._history.tasks, []
+        x = self._summary.tokens_at(column(lines, "step")) / self._divisor
+        every = dict.fromkeys(name for line in lines for name in line)
+        for name in every:
+            task, _, metric = name.rpartition("/")
+            if metric not in ("acc", "acc_norm"):
+                continue
+            languages = [column(lines, other) for other in every if other.startswith(f"{name}/")]
+            figure, axes = self._over_tokens("Accuracy (%)")
             if len(languages) > 1:
                 axes.fill_between(x, 100 * np.min(languages, axis=0), 100 * np.max(languages, axis=0), color=ACCENT,
                                   alpha=0.14, linewidth=0, label="range")
-            axes.plot(x, 100 * column(self._history.tasks, name), color=ACCENT, marker="o", markersize=4,
-                      label="mean of languages" if len(languages) > 1 else "accuracy", clip_on=False)
-            task = name.rpartition("/")[0]
-            for other, colour, label in (("mlc", WARM, "consistency (MLC)"), ("chance", MUTED, "MLC by chance")):
-                values = 100 * column(self._history.tasks, f"{task}/{other}")
-                if np.isfinite(values).any():
-                    axes.plot(x, values, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+            axes.plot(x, 100 * column(lines, name), color=ACCENT, marker="o", markersize=4,
+                      label="mean of languages" if len(languages) > 1 else metric, clip_on=False)
             legend(axes)
-            found.append(inline_svg(figure, f"task-{number}", f"{name} over training tokens"))
+            plots = [inline_svg(figure, f"accuracy-{len(found)}", f"Accuracy in {task} over training tokens")]
+            if f"{task}/mlc" in every:
+                figure, axes = self._over_tokens("Consistency, MLC (%)")
+                axes.plot(x, 100 * column(lines, f"{task}/mlc"), color=WARM, marker="o", markersize=4,
+                          label="pairs of languages", clip_on=False)
+                axes.plot(x, 100 * column(lines, f"{task}/chance"), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)),
+                          label="by chance")
+                legend(axes)
+                plots.append(inline_svg(figure, f"mlc-{len(found)}", f"Consistency in {task} over training tokens"))
+            found.append((name.replace("/", ", "), plots))
         return found
 
     def dumbbells(self) -> Markup | None:

@@ -42,7 +42,7 @@ class TrainConfig(LoopConfig):
       eval_sequences: held-out sequences per language; None: all.
       tasks: what else to evaluate: called with the model (a `LanguageModel` without parameters) before training, it
         returns a function of the parameters that returns scalars, e.g. @task_evaluation of `evals.during_training`.
-      tasks_every: steps between two such evaluations, besides the one after the last step.
+      tasks_every: steps between two such evaluations, besides those before the first and after the last step.
     """
 
     model: DecoderConfig = gin.REQUIRED

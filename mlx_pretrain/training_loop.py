@@ -116,7 +116,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       kind: of its lines in metrics.jsonl.
-      every: steps between two, besides the one after the last step.
+      every: steps between two, besides those before the first and after the last step.
       evaluate: params -> scalars.
     """
 
@@ -210,6 +210,8 @@ class TrainingLoop:
             self._compile()
             if self._step == 0:
                 self._evaluate()
+                for evaluation in self._evaluations:
+                    self._evaluate_more(evaluation)
             while self._step < config.steps:
                 self._train_step()
                 last = self._step == config.steps
