@@ -91,6 +91,8 @@ def accuracy_figure(task: TaskPage) -> Figure:
     axes.plot(value, rows, "o", color=ACCENT, markersize=4.5)
     if task.english is not None:
         axes.axvline(100 * task.english, color=WARM, linewidth=1, linestyle=(0, (4, 3)))
+    if not high.max() > 0:
+        axes.set_xlim(0, 100)
     return figure
 
 
@@ -190,7 +192,7 @@ def examples(folder: epath.Path, stamp: str, task: TaskPage) -> list[dict[str, A
         if right == len(chosen):
             continue
         found.append({"id": sample["doc"]["_id"], "label": sample["doc"]["label"], "share": right / len(chosen),
-                      "kinds": len(set(chosen.values())),
+                      "kinds": len(set(chosen.values()) - {-1}),
                       "languages": [{"language": language, "prompt": scored[language]["doc"]["prompt"],
                                      "choices": scored[language]["doc"]["choices"], "chosen": chosen[language],
                                      "answer": scored[language]["resps"][0][0] if task.generated else None,
