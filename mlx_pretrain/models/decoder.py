@@ -138,15 +138,17 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         forest: Forest | None = None,
+        features: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.
 
         Args:
-          tokens: int `[batch, length]`.
+          tokens: int `[batch, length]`; with `features`, id vocab_size + i stands for the i-th of them.
           positions: int `[batch, length]`, counted within each document.
           segment_ids: int `[batch, length]`, which document of the row a token is in; None: one document.
           cache: keys and values `[layers, batch, cache_length, kv_heads, head_dim]` to extend; None: training.
           forest: rows are trees, for `inference.scoring`; a cache is then the prefix they share, see `tree_attention`.
+          features: `[batch or 1, n, embed]`, what is read besides words: frames of a video; 1: the same for all rows.
 
         Returns:
           hidden: `[batch, length, embed]` after the final norm.
@@ -160,7 +162,13 @@ class Decoder(nn.Module):
             # Declared here so that one parameter tree holds it; used by `output_kernel`.
             _Output(config.vocab_size, embed, name="output")()
         # The lookup wants whole rows: sharded over embed as well, XLA would gather the table every time.
-        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0).astype(dtype)
+        words = tokens if features is None else jnp.minimum(tokens, config.vocab_size - 1)
+        x = jnp.take(constrain(table, "vocab", None), words, axis=0).astype(dtype)
+        if features is not None:
+            places = jnp.maximum(tokens - config.vocab_size, 0)
+            found = (jnp.take(features[0], places, axis=0) if features.shape[0] == 1
+                     else jnp.take_along_axis(features, places[..., None], axis=1))
+            x = jnp.where((tokens < config.vocab_size)[..., None], x, found.astype(dtype))
         x = constrain(x, "batch", "length", "act_embed")
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)
         block = Block

@@ -1,0 +1,79 @@
+"""Vision towers of SigLIP from Hugging Face folders: their config.json and tensors."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mlx_pretrain.convert.weights import Read, get_number, stack_layers
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.vision import VisionConfig
+
+
+def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None = None, **more: Any) -> VisionConfig:
+    """The configuration that the `vision_config` of a config.json describes.
+
+    Args:
+      path: of config.json, for errors.
+      raw: the object in it; what it leaves out has the values of google/siglip-base-patch16-224.
+      n_layers: layers to use, the first; None: all.
+      more: of `VisionConfig`.
+
+    Raises:
+      InputError: it is no SigLIP tower, or has no numbers where they belong.
+    """
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+            "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+            "num_channels": 3}
+    found = {**base, **raw}
+    for key, known in {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}.items():
+        if found.get(key) != known:
+            raise InputError(f"{path}: {key} of the vision tower is {found.get(key)!r}; a tower here has {known!r}")
+    get = functools.partial(get_number, path, found)
+    try:
+        return VisionConfig(
+            image_size=get("image_size"), patch_size=get("patch_size"), embed_dim=get("hidden_size"),
+            n_layers=get("num_hidden_layers") if n_layers is None else n_layers, n_heads=get("num_attention_heads"),
+            mlp_dim=get("intermediate_size"), norm_epsilon=float(get("layer_norm_eps", (int, float))), **more)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def vision_params(config: VisionConfig, read: Read, prefix: str = "vision_model.") -> dict[str, Any]:
+    """Parameters of `VisionTransformer` from tensors by Hugging Face's names behind `prefix`."""
+    embed, patch = config.embed_dim, config.patch_size
+    kernel = read(f"{prefix}embeddings.patch_embedding.weight", (embed, 3, patch, patch))
+    params = {
+        "patch": np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)).reshape(-1, embed),
+        "patch_bias": read(f"{prefix}embeddings.patch_embedding.bias", (embed,)),
+        "positions": read(f"{prefix}embeddings.position_embedding.weight", (config.side**2, embed)),
+        "layers": stack_layers([_layer(config, read, f"{prefix}encoder.layers.{n}") for n in range(config.n_layers)]),
+    }
+    if config.final_norm:
+        params["final_norm"] = _norm(read, f"{prefix}post_layernorm", embed)
+    return params
+
+
+def _norm(read: Read, name: str, size: int) -> dict[str, np.ndarray]:
+    return {"scale": read(f"{name}.weight", (size,)), "bias": read(f"{name}.bias", (size,))}
+
+
+def _layer(config: VisionConfig, read: Read, name: str) -> dict[str, Any]:
+    embed, mlp, heads = config.embed_dim, config.mlp_dim, (config.n_heads, config.embed_dim // config.n_heads)
+    parts = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+    return {
+        "attention_norm": _norm(read, f"{name}.layer_norm1", embed),
+        "attention": {
+            "qkv": np.stack([read(f"{p}.weight", (embed, embed)).T.reshape(embed, *heads) for p in parts], axis=1),
+            "qkv_bias": np.stack([read(f"{p}.bias", (embed,)).reshape(heads) for p in parts]),
+            "out": read(f"{name}.self_attn.out_proj.weight", (embed, embed)).T.reshape(*heads, embed),
+        },
+        "attention_bias": read(f"{name}.self_attn.out_proj.bias", (embed,)),
+        "mlp_norm": _norm(read, f"{name}.layer_norm2", embed),
+        "up": read(f"{name}.mlp.fc1.weight", (mlp, embed)).T,
+        "up_bias": read(f"{name}.mlp.fc1.bias", (mlp,)),
+        "down": read(f"{name}.mlp.fc2.weight", (embed, mlp)).T,
+        "mlp_bias": read(f"{name}.mlp.fc2.bias", (embed,)),
+    }

@@ -1,0 +1,84 @@
+"""Questions on videos, one JSON object a line:
+
+    {"id": "v0003-order", "video": "videos/v0003.mp4", "question": "Which appeared first, the star or the cross?",
+     "answer": "star", "options": ["star", "cross"], "type": "order", "evidence": [[3.2, 4.3], [9.0, 10.1]]}
+
+`video` is relative to the file's folder. `type` parts the questions in tables; `options` are what answers are chosen
+from; `evidence`, where it is known, are the seconds between which what matters is on screen.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import json
+import re
+
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import read_jsonl, write_atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question on a video; see the module.
+
+    Attributes:
+      id: unique in its file.
+      video: path relative to the file's folder.
+      question, answer: texts.
+      type: of question.
+      options: among which the answer is, or none.
+      evidence: (start, end) in seconds.
+    """
+
+    id: str
+    video: str
+    question: str
+    answer: str
+    type: str = ""
+    options: tuple[str, ...] = ()
+    evidence: tuple[tuple[float, float], ...] = ()
+
+
+def write_questions(path: epath.PathLike, questions: Iterable[Question]) -> None:
+    """Writes a file of questions, atomically."""
+    lines = (json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in questions)
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_questions(path: epath.PathLike) -> list[Question]:
+    """Reads a file of questions.
+
+    Raises:
+      InputError: it is missing or malformed, names a video outside its folder, or has an id twice.
+    """
+    found: dict[str, Question] = {}
+    for number, raw in read_jsonl(path):
+        question = _question(f"{path}:{number}", raw)
+        if question.id in found:
+            raise InputError(f"{path}:{number}: id {question.id!r} is there twice")
+        found[question.id] = question
+    if not found:
+        raise InputError(f"{path}: no questions in it")
+    return list(found.values())
+
+
+def _question(where: str, raw: dict[str, Any]) -> Question:
+    texts = {name: raw.get(name, "") for name in ("id", "video", "question", "answer", "type")}
+    for name, value in texts.items():
+        if not isinstance(value, str) or (not value and name != "type"):
+            raise InputError(f"{where}: {name} is {value!r}, not a text")
+    if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.([/\\]|$)|://", texts["video"]):
+        raise InputError(f"{where}: video {texts['video']!r} is not a path inside the file's folder")
+    options = raw.get("options") or ()
+    if not all(isinstance(option, str) and option for option in options):
+        raise InputError(f"{where}: options must be texts")
+    if options and texts["answer"] not in options:
+        raise InputError(f"{where}: the answer {texts['answer']!r} is not among the options")
+    try:
+        evidence = tuple((float(start), float(end)) for start, end in raw.get("evidence") or ())
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: evidence must be pairs of seconds") from None
+    return Question(**texts, options=tuple(options), evidence=evidence)

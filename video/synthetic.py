@@ -1,0 +1,72 @@
+"""Renders videos with questions on them: `python -m video.synthetic --gin_file=gin/video/synthetic.gin`.
+
+Grey shapes drift over a shaded ground all the time; now and then a coloured shape is there for about a second. Every
+question is about such moments: on one of them (what colour, where), on two and their order (which came first), on
+several that have to be told apart (how often), on two that have to be compared (the same colour). So a frame is worth
+what the question makes of it, and for half of the questions one frame is worth little without another.
+
+    FOLDER/videos/v00000.mp4 ...
+    FOLDER/train.jsonl, FOLDER/test.jsonl     see `video.questions`; no video is in both
+"""
+
+import functools
+
+import gin
+from etils import epath
+from tqdm import tqdm
+
+from mlx_pretrain import configuration
+from mlx_pretrain.data.workers import Workers
+from mlx_pretrain.errors import InputError
+from video.questions import write_questions
+from video.rendering import make_video
+
+
+@gin.configurable("synthetic")
+def synthesize(
+    output: epath.PathLike = gin.REQUIRED,
+    train_videos: int = 600,
+    test_videos: int = 100,
+    seconds: float = 16.0,
+    fps: int = 8,
+    size: int = 64,
+    shown: float = 1.0,
+    seed: int = 0,
+    processes: int = 2,
+) -> None:
+    """Renders the videos of both splits and writes their questions; videos that are there are kept.
+
+    Args:
+      output: folder.
+      train_videos, test_videos: how many.
+      seconds, fps: of a video.
+      size: pixels of a side.
+      shown: shortest time that a coloured shape is there, seconds.
+      seed: a video follows from it and its number alone.
+      processes: that render.
+
+    Raises:
+      InputError: a number that is not positive, or a video that is too short for what happens in it.
+    """
+    if min(train_videos, test_videos, seconds, fps, size, shown, processes) <= 0:
+        raise InputError("synthetic: all numbers must be positive")
+    if seconds < 12 * shown:
+        raise InputError(f"synthetic.seconds = {seconds}: must be at least 12 times synthetic.shown")
+    output, total = epath.Path(output), train_videos + test_videos
+    (output / "videos").mkdir(parents=True, exist_ok=True)
+    make = functools.partial(make_video, folder=str(output), seed=seed, seconds=seconds, fps=fps, size=size, shown=shown)
+    with Workers(make, processes) as workers:
+        made = workers.map((number, number) for number in range(total))
+        questions = [found for _, found in tqdm(made, "videos", total, disable=None)]
+    for split, part in (("train", questions[:train_videos]), ("test", questions[train_videos:])):
+        write_questions(output / f"{split}.jsonl", [question for found in part for question in found])
+        print(f"{output / split}.jsonl: {sum(map(len, part)):,} questions on {len(part):,} videos")
+
+
+def main() -> None:
+    """Renders a set of videos with questions. Parameters: synthetic.* (see video/synthetic.py)."""
+    synthesize()
+
+
+if __name__ == "__main__":
+    configuration.run(main, "video.synthetic")
