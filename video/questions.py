@@ -8,11 +8,10 @@ from; `evidence`, where it is known, are the seconds between which what matters 
 """
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
-
 import json
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from etils import epath
 

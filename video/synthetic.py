@@ -7,17 +7,22 @@ what the question makes of it, and for half of the questions one frame is worth 
 
     FOLDER/videos/v00000.mp4 ...
     FOLDER/train.jsonl, FOLDER/test.jsonl     see `video.questions`; no video is in both
+    FOLDER/tokenizer.model                    SentencePiece, trained on the training questions and answers
 """
 
 import functools
+import io
 
 import gin
+import sentencepiece
 from etils import epath
 from tqdm import tqdm
 
 from mlx_pretrain import configuration
 from mlx_pretrain.data.workers import Workers
+from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import write_atomic
 from video.questions import write_questions
 from video.rendering import make_video
 
@@ -54,13 +59,25 @@ def synthesize(
         raise InputError(f"synthetic.seconds = {seconds}: must be at least 12 times synthetic.shown")
     output, total = epath.Path(output), train_videos + test_videos
     (output / "videos").mkdir(parents=True, exist_ok=True)
-    make = functools.partial(make_video, folder=str(output), seed=seed, seconds=seconds, fps=fps, size=size, shown=shown)
-    with Workers(make, processes) as workers:
+    settings = {"folder": str(output), "seed": seed, "seconds": seconds, "fps": fps, "size": size, "shown": shown}
+    with Workers(functools.partial(make_video, **settings), processes) as workers:
         made = workers.map((number, number) for number in range(total))
         questions = [found for _, found in tqdm(made, "videos", total, disable=None)]
     for split, part in (("train", questions[:train_videos]), ("test", questions[train_videos:])):
         write_questions(output / f"{split}.jsonl", [question for found in part for question in found])
         print(f"{output / split}.jsonl: {sum(map(len, part)):,} questions on {len(part):,} videos")
+    asked = [question for found in questions[:train_videos] for question in found]
+    tokenizer = train_tokenizer([text for question in asked for text in (question.question, question.answer)])
+    write_atomic(output / "tokenizer.model", tokenizer)
+
+
+def train_tokenizer(texts: list[str]) -> bytes:
+    """A small SentencePiece model: the words of the texts, and all bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=384, hard_vocab_limit=False,
+        byte_fallback=True, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, bos_id=BOS_ID, minloglevel=2)  # fmt: skip
+    return model.getvalue()
 
 
 def main() -> None:

@@ -121,6 +121,7 @@ class Scorer:
         self._sharding, self._everywhere = partitioning.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
         self._programs: dict[tuple, Callable] = {}
         self._prefixes: collections.OrderedDict[bytes, tuple[Cache, int]] = collections.OrderedDict()
+        self._features: jax.Array | None = None
         self.naive_tokens = self.fed_tokens = self.computed_tokens = self.scored = self.truncated = 0
 
     def update(self, params: Any) -> None:
@@ -137,13 +138,16 @@ class Scorer:
         """One window."""
         return next(iter(self([(None, requests)])))[1]
 
-    def __call__(self, windows: Iterable[tuple[Key, Sequence[Request]]]) -> Iterator[tuple[Key, list[Score]]]:
+    def __call__(
+        self, windows: Iterable[tuple[Key, Sequence[Request]] | tuple[Key, Sequence[Request], jax.Array]]
+    ) -> Iterator[tuple[Key, list[Score]]]:
         """Scores windows of requests, in order; tokens are shared within a window, and the last few prefixes beyond.
 
         A context that is too long loses its first tokens, as in lm-evaluation-harness.
 
         Args:
-          windows: (key, requests) pairs; the next is asked for while the last is computed.
+          windows: (key, requests), or (key, requests, features) where ids from the vocabulary's size on stand for
+            `features`, `[n, embed]`, see `Decoder`; the next is asked for while the last is computed.
 
         Yields:
           key, scores of its requests, once all of them are there.
@@ -152,7 +156,10 @@ class Scorer:
           InputError: a request without context or continuation, or a continuation longer than the model.
         """
         waiting: collections.deque[tuple] = collections.deque()
-        for key, requests in windows:
+        for key, requests, *features in windows:
+            if features or self._features is not None:
+                self._prefixes.clear()  # the same ids stand for other features
+                self._features = jax.device_put(features[0][None], self._everywhere) if features else None
             sequences, starts, dropped = self._sequences(requests)
             found: list[Score | None] = [None] * len(requests)
             for group in plant(sequences, starts, self._lengths):
@@ -221,8 +228,8 @@ class Scorer:
         by_row = (x.reshape(shards * per_shard, length) for x in (tokens, positions, ends))
         given = [self._put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
         scalars = [self._put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
-        arguments = (cache, *given, *scalars)
-        key = ("rows", per_shard, length, 0 if cache is None else cache.keys.shape[2])
+        arguments = (cache, *given, *scalars, self._features)
+        key = ("rows", per_shard, length, 0 if cache is None else cache.keys.shape[2], self._feature_shape())
         result = self._program(key, _score, self._everywhere, *arguments)(self._params, *arguments)
         for array in result:
             array.copy_to_host_async()
@@ -240,14 +247,18 @@ class Scorer:
             tokens[:, : len(prefix)] = prefix
             given = self._put(tokens, self._sharding)
             sharding = NamedSharding(self._mesh, PartitionSpec(None, partitioning.BATCH_AXES))
-            program = self._program(("prefix", length), _prefix, sharding, given)
-            self._prefixes[key] = program(self._params, given), len(prefix)
+            arguments = (given, self._features)
+            program = self._program(("prefix", length, self._feature_shape()), _prefix, sharding, *arguments)
+            self._prefixes[key] = program(self._params, *arguments), len(prefix)
             if len(self._prefixes) > KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
             self.fed_tokens += len(prefix)
             self.computed_tokens += length
         self._prefixes.move_to_end(key)
         return self._prefixes[key]
+
+    def _feature_shape(self) -> tuple[int, ...] | None:
+        return None if self._features is None else self._features.shape
 
     def _program(self, key: tuple, function: Callable, sharding: NamedSharding, *arguments) -> Callable:
         """The program of a shape; compiled ahead of time, it refuses others instead of compiling anew."""
@@ -282,10 +293,11 @@ def _chunks(tokens: int) -> int:
     return -(-tokens // CHUNK_TOKENS)
 
 
-def _prefix(config: DecoderConfig, params: Any, tokens: jax.Array) -> Cache:
+def _prefix(config: DecoderConfig, params: Any, tokens: jax.Array, features: jax.Array | None) -> Cache:
     """Keys and values of tokens `[copies, length]`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return Decoder(config).apply({"params": params}, tokens, positions, cache=empty_cache(config, *tokens.shape))[1]
+    cache = empty_cache(config, *tokens.shape)
+    return Decoder(config).apply({"params": params}, tokens, positions, cache=cache, features=features)[1]
 
 
 def _score(
@@ -300,6 +312,7 @@ def _score(
     targets: jax.Array,
     n_chunks: jax.Array,
     prefix_length: jax.Array,
+    features: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One batch.
 
@@ -310,12 +323,13 @@ def _score(
       places, targets: int `[shards, pairs]`, see `forest.Row`.
       n_chunks: so many chunks of `nodes` are filled, on the fullest shard.
       prefix_length: of it, without padding.
+      features: `[1, n, embed]`, see `Decoder`, or None.
 
     Returns:
       log-probabilities float32 and whether it is the most likely token, `[shards, pairs]`.
     """
     hidden, _ = Decoder(config).apply(
-        {"params": params}, tokens, positions, cache=cache, forest=Forest(ends, prefix_length)
+        {"params": params}, tokens, positions, cache=cache, forest=Forest(ends, prefix_length), features=features
     )
     shards = nodes.shape[0]
     hidden = hidden.reshape(shards, -1, hidden.shape[-1])

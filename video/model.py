@@ -1,0 +1,137 @@
+"""A Video-LLM: frames through a vision tower and a projector into the embedding space of a LLaMA decoder.
+
+As in LLaVA (arXiv 2304.08485), with a frame's patches averaged to a few before the two-layer projector maps them to
+embeddings, which the decoder reads among words.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.decoder import Decoder, DecoderConfig
+from mlx_pretrain.models.encoder import gelu, vector
+from mlx_pretrain.models.layers import matrix, project
+from mlx_pretrain.models.vision import VisionConfig, VisionTransformer
+
+# Words around frames and question; the answer follows.
+PROMPT = "{question}{frames}"
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class VideoLLMConfig:
+    """Shape of a Video-LLM.
+
+    Attributes:
+      vision: the vision tower, @VisionConfig().
+      decoder: the language model, @DecoderConfig().
+      pooled_side: a frame's patches are averaged to so many a side; None: all patches stay.
+      prompt: what the decoder reads before the answer: {question} and {frames}, each once. With the question first,
+        combinations of frames share it, see `video.label`.
+    """
+
+    vision: VisionConfig = gin.REQUIRED
+    decoder: DecoderConfig = gin.REQUIRED
+    pooled_side: int | None = None
+    prompt: str = PROMPT
+
+    def __post_init__(self):
+        for name, kind in (("vision", VisionConfig), ("decoder", DecoderConfig)):
+            if isinstance(value := getattr(self, name), dict):  # from JSON
+                object.__setattr__(self, name, kind(**value))
+            elif not isinstance(value, kind):
+                raise InputError(f"VideoLLMConfig.{name} = {value!r}: must be @{kind.__name__}()")
+        if self.pooled_side is not None and not 1 <= self.pooled_side <= self.vision.side:
+            raise InputError(f"VideoLLMConfig.pooled_side = {self.pooled_side!r}: must be from 1 to the tower's "
+                             f"{self.vision.side}")
+        if any(self.prompt.count(part) != 1 for part in ("{question}", "{frames}")):
+            raise InputError(f"VideoLLMConfig.prompt = {self.prompt!r}: must have {{question}} and {{frames}} once each")
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype of the decoder."""
+        return self.decoder.dtype
+
+    @property
+    def frame_tokens(self) -> int:
+        """What a frame takes of the decoder's positions."""
+        return (self.pooled_side or self.vision.side) ** 2
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters `{"frames": {"vision", "projector"}, "decoder"}` in boxes that carry their axis names."""
+        of_frames, of_decoder = jax.random.split(key)
+        images = jnp.zeros((1, self.vision.image_size, self.vision.image_size, 3), jnp.uint8)
+        return {"frames": FrameEncoder(self).init(of_frames, images)["params"], "decoder": self.decoder.init(of_decoder)}
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        embed = self.decoder.embed_dim
+        projector = (self.vision.embed_dim + 1) * embed + (embed + 1) * embed
+        return self.vision.parameters() + projector + self.decoder.parameters()
+
+
+class FrameEncoder(nn.Module):
+    """Frames to embeddings that the decoder reads."""
+
+    config: VideoLLMConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[frames, frame_tokens, embed]` of uint8 `[frames, size, size, 3]`."""
+        config = self.config
+        x = VisionTransformer(config.vision, name="vision")(images)
+        if config.pooled_side is not None:
+            pooling = jnp.asarray(average_pooling(config.vision.side, config.pooled_side), x.dtype)
+            grid = x.reshape(x.shape[0], config.vision.side, config.vision.side, x.shape[-1])
+            x = jnp.einsum("BYXD,PY,QX->BPQD", grid, pooling, pooling).reshape(x.shape[0], -1, x.shape[-1])
+        return _Projector(config.decoder.embed_dim, name="projector")(x).astype(config.decoder.dtype)
+
+
+class _Projector(nn.Module):
+    """LLaVA's: two layers with a GELU between them."""
+
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        into, embed = x.shape[-1], self.embed_dim
+        first = matrix(self, "first", (into, embed), ("embed", None), into)
+        bias = vector(self, "first_bias", (embed,), ("norm",))
+        second = matrix(self, "second", (embed, embed), (None, "embed"), embed)
+        second_bias = vector(self, "second_bias", (embed,), ("norm",))
+        hidden = gelu(project("BTD,DE->BTE", x, first).astype(jnp.float32) + bias).astype(x.dtype)
+        return project("BTD,DE->BTE", hidden, second) + second_bias.astype(x.dtype)
+
+
+def average_pooling(size: int, parts: int) -> np.ndarray:
+    """float32 `[parts, size]`: the mean over each of nearly equal parts, as PyTorch's adaptive average pooling."""
+    starts = np.arange(parts) * size // parts
+    stops = -(-(np.arange(parts) + 1) * size // parts)
+    places = np.arange(size)
+    inside = (places >= starts[:, None]) & (places < stops[:, None])
+    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def encode_frames(config: VideoLLMConfig, params: Any, images: jax.Array) -> jax.Array:
+    """Embeddings `[..., frame_tokens, embed]` of frames uint8 `[..., size, size, 3]`."""
+    shape = images.shape[:-3]
+    found = FrameEncoder(config).apply({"params": params["frames"]}, images.reshape(-1, *images.shape[-3:]))
+    return found.reshape(*shape, *found.shape[1:])
+
+
+def hidden_states(config: VideoLLMConfig, params: Any, features: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Final hidden states `[batch, length, embed]` of the decoder.
+
+    Args:
+      config, params: of the Video-LLM.
+      features: `[batch or 1, n, embed]`, tokens of frames one after the other.
+      tokens: int `[batch, length]`, id vocab_size + i stands for the i-th of `features`, see `prompts`.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return Decoder(config.decoder).apply({"params": params["decoder"]}, tokens, positions, features=features)[0]

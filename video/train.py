@@ -1,0 +1,230 @@
+"""Trains a Video-LLM on questions about videos: `python -m video.train --gin_file=gin/video/train.gin`.
+
+It is a run of the one trainer (`mlx_pretrain.training_loop`): checkpoints, resuming, sharding and metrics are those of
+pretraining. The decoder may start from a pretrained one; vision tower and projector start from scratch or with a whole
+LLaVA folder.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlx_pretrain import checkpoints, configuration, losses
+from mlx_pretrain.data.loader import Batch
+from mlx_pretrain.data.store import BOS_ID, EOS_ID
+from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+from mlx_pretrain.models.decoder import output_kernel
+from mlx_pretrain.trainer import LossParts
+from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from video.answering import Answering
+from video.clips import ClipSource, showing
+from video.decode import FrameStore
+from video.frames import moments
+from video.model import VideoLLMConfig, encode_frames, hidden_states
+from video.prompts import Prompts
+from video.questions import Question, read_questions
+
+
+@gin.configurable("train_video")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainVideoConfig(LoopConfig):
+    """One training run of a Video-LLM; see `LoopConfig` for the rest of its attributes. A sequence is a video.
+
+    Attributes:
+      model: @VideoLLMConfig().
+      tokenizer: tokenizer.model, a SentencePiece model of this framework.
+      frame_store: folder that `video.decode` made.
+      questions: file of `video.questions` to learn from.
+      validation: such a file on other videos.
+      frames: of each video in a batch.
+      questions_per_video: of each video in a batch, each on a random subset of the frames.
+      informed: share of these subsets that contain what they can of a question's evidence.
+      length: of a sequence: question, frames and answer.
+      eval_frames: that held-out questions are answered with, spread evenly.
+      eval_questions: of the validation file are used, spread evenly; None: all.
+    """
+
+    name: ClassVar[str] = "train_video"
+    module: ClassVar[str] = "video.train"
+
+    model: VideoLLMConfig = gin.REQUIRED
+    tokenizer: str = gin.REQUIRED
+    frame_store: str = gin.REQUIRED
+    questions: str = gin.REQUIRED
+    validation: str = gin.REQUIRED
+    frames: int = 8
+    questions_per_video: int = 4
+    informed: float = 0.5
+    length: int = 64
+    eval_frames: int = 4
+    eval_questions: int | None = 200
+
+    def __post_init__(self):
+        super().__post_init__()
+        optional = [] if self.eval_questions is None else ["eval_questions"]
+        self.check_counts("frames", "questions_per_video", "length", "eval_frames", *optional)
+        if not isinstance(self.model, VideoLLMConfig):
+            raise self.wrong("model", "must be a model, e.g. @VideoLLMConfig()")
+        if not 0 <= self.informed <= 1:
+            raise self.wrong("informed", "must be a share, 0 to 1")
+
+
+class VideoTraining:
+    """A Video-LLM on questions: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainVideoConfig):
+        """Opens and checks all inputs; nothing is written yet.
+
+        Raises:
+          InputError: frames, questions, tokenizer and model do not fit each other, or a file is damaged.
+        """
+        self._config, self.model = config, config.model
+        self._tokenizer = Tokenizer(config.tokenizer)
+        vocabulary, decoder = self._tokenizer.vocab_size, config.model.decoder
+        if vocabulary > decoder.vocab_size:
+            raise InputError(f"{config.tokenizer}: {vocabulary} token ids, the model has vocab_size="
+                             f"{decoder.vocab_size}")
+        if config.length > decoder.max_length:
+            raise config.wrong("length", f"the decoder has max_length={decoder.max_length}")
+        self._store = FrameStore(config.frame_store)
+        if self._store.size != config.model.vision.image_size:
+            raise InputError(f"{config.frame_store}: frames of {self._store.size} pixels, the vision tower takes "
+                             f"{config.model.vision.image_size}")
+        self._questions = read_questions(config.questions)
+        self._validation = read_questions(config.validation)
+        self._prompts = Prompts(config.model, (BOS_ID,), EOS_ID, self._tokenizer.encode_batch)
+        self._videos = self.source(0, np.arange(1)).videos  # checks lengths and frames
+        size, per_row = self._store.size, config.questions_per_video
+        self.batch_row = {
+            "frames": jax.ShapeDtypeStruct((config.frames, size, size, 3), np.uint8),
+            "tokens": jax.ShapeDtypeStruct((per_row, config.length + 1), np.int32),
+            "answers": jax.ShapeDtypeStruct((per_row, 2), np.int32),
+        }
+        self.tokens_per_sequence = per_row * config.length
+        vision = 3 * config.frames * config.model.vision.flops_per_image() / self.tokens_per_sequence
+        self.flops_per_token = decoder.flops_per_token(config.length) + vision
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
+        rows, per_row, _ = batch["tokens"].shape
+        features = encode_frames(self.model, params, batch["frames"])
+        features = features.reshape(rows, -1, features.shape[-1])
+        features = jnp.repeat(features, per_row, axis=0)
+        tokens = batch["tokens"].reshape(rows * per_row, -1)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        first, stop = jnp.split(batch["answers"].reshape(-1, 2), 2, axis=1)
+        places = jnp.arange(1, tokens.shape[1])
+        weights = ((places >= first) & (places < stop)).astype(jnp.float32)
+        # Frames are never predicted; their ids are beyond the vocabulary.
+        targets = jnp.where(weights > 0, targets, 0)
+        hidden = hidden_states(self.model, params, features, inputs)
+        total, sums = losses.cross_entropy(hidden, output_kernel(params["decoder"]), targets, weights)
+        return total, LossParts(sums.weight, {"loss": (sums.nll, sums.weight)})
+
+    def source(self, first_sequence: int, rows: np.ndarray) -> ClipSource:
+        config = self._config
+        return ClipSource(self._store, self._questions, self._prompts, frames=config.frames,
+                          questions_per_row=config.questions_per_video, informed=config.informed, length=config.length,
+                          batch_size=config.batch_size, seed=config.seed, first_sequence=first_sequence, rows=rows)
+
+    def tokens(self, batch: Batch) -> collections.Counter[str]:
+        return collections.Counter({"answers": int((batch["answers"][..., 1] - batch["answers"][..., 0]).sum())})
+
+    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+        config = self._config
+        usable = [question for question in self._validation if question.video not in self._store.rejected]
+        count = min(config.eval_questions or len(usable), len(usable))
+        return _Validation(self.model, mesh, self._store, self._prompts,
+                           [usable[i * len(usable) // count] for i in range(count)], config.eval_frames)
+
+    def headline(self, evaluation: Mapping[str, float]) -> str:
+        accuracy = f", accuracy {evaluation['accuracy']:.1%}" if "accuracy" in evaluation else ""
+        clips = (f"; {evaluation['informed_accuracy']:.1%} with the frames that matter"
+                 if "informed_accuracy" in evaluation else "")
+        return f"validation loss {evaluation['loss']:.4f}{accuracy} with {self._config.eval_frames} even frames{clips}"
+
+    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
+        return []
+
+    def save_model(self, run_dir: epath.Path) -> None:
+        checkpoints.save_model(run_dir, self.model, self._config.tokenizer)
+
+    def initial_params(self) -> Any | None:
+        return None
+
+    def summary(self) -> str:
+        config = self._config
+        return (f"{len(self._questions):,} questions on {self._videos:,} videos, {config.batch_size} x {config.frames} "
+                f"frames and {config.batch_size * config.questions_per_video} questions a step")
+
+    def description(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "questions": {"path": str(config.questions), "sha256": sha256(config.questions)},
+            "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
+            "frame_store": str(config.frame_store),
+            "tokenizer_sha256": self._tokenizer.sha256,
+        }
+
+
+class _Validation:
+    """Answers held-out questions with evenly spread frames, and, where evidence is known, with frames that show it."""
+
+    def __init__(self, model, mesh, store: FrameStore, prompts: Prompts, questions: list[Question], frames: int):
+        self._answering: Answering | None = None
+        self._make = lambda params: Answering(model, params, mesh, prompts)
+        self._store, self._questions = store, questions
+        rows = [store.row(question.video) for question in questions]
+        self._even, self._informed = [], []
+        for question, row in zip(questions, rows):
+            times = store.times[row]
+            even = np.unique([np.argmin(np.abs(times - t)) for t in moments(store.durations[row], frames)])
+            self._even.append(even)
+            shown = [int(places[len(places) // 2]) for places in showing(question, times)][:frames]
+            rest = [place for place in even if place not in shown][: frames - len(set(shown))]
+            self._informed.append(np.unique([*shown, *rest]))
+        self._has_evidence = any(question.evidence for question in questions)
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        if self._answering is None:
+            self._answering = self._make(params)
+        self._answering.update(params)
+        found = {}
+        for name, choice in {"": self._even, "informed_": self._informed if self._has_evidence else None}.items():
+            if choice is None:
+                continue
+            answers = list(self._answering(self._store, self._questions, [[places] for places in choice]))
+            found[f"{name}loss"] = float(np.mean([answer.losses[0] for answer in answers]))
+            right = {}
+            for question, answer in zip(self._questions, answers):
+                if question.options:
+                    right.setdefault(question.type, []).append(answer.right[0])
+            if right:
+                found[f"{name}accuracy"] = float(np.mean(np.concatenate(list(right.values()))))
+                found |= {f"{name}accuracy/{kind}": float(np.mean(x)) for kind, x in sorted(right.items()) if kind}
+        return found
+
+
+def train(config: TrainVideoConfig) -> dict[str, float]:
+    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
+    return TrainingLoop(config, VideoTraining(config)).run()
+
+
+def main() -> None:
+    """Trains a Video-LLM on questions. Parameters: train_video.* (see video/train.py and
+    mlx_pretrain/training_loop.py), VideoLLMConfig.*, VisionConfig.*, DecoderConfig.*, make_mesh.*, the schedule's and
+    the optimizer's."""
+    train(TrainVideoConfig())
+
+
+if __name__ == "__main__":
+    configuration.run(main, "video.train")
