@@ -3,6 +3,7 @@ them."""
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -46,7 +47,11 @@ def load_decoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Decode
 def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig:
     """The configuration that a folder's config.json describes; errors as in `load_decoder`."""
     path = epath.Path(folder) / CONFIG
-    raw = read_object(path)
+    return decoder_config(path, read_object(path), dtype)
+
+
+def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
+    """The configuration that an object of the config.json at `path` describes; errors as in `load_decoder`."""
     # Since transformers 5 the rotary settings are a dictionary of their own.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):

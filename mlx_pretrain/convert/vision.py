@@ -41,7 +41,7 @@ def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None
         raise InputError(f"{path}: {error}") from None
 
 
-def vision_params(config: VisionConfig, read: Read, prefix: str = "vision_model.") -> dict[str, Any]:
+def vision_params(config: VisionConfig, read: Read, prefix: str) -> dict[str, Any]:
     """Parameters of `VisionTransformer` from tensors by Hugging Face's names behind `prefix`."""
     embed, patch = config.embed_dim, config.patch_size
     kernel = read(f"{prefix}embeddings.patch_embedding.weight", (embed, 3, patch, patch))
