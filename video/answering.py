@@ -5,7 +5,7 @@ computes the question and each beginning of a combination once.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlx_pretrain import partitioning
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.scoring import Request, Scorer
-from video.decode import FrameStore
 from video.model import VideoLLMConfig, encode_frames
 from video.prompts import Prompts
 from video.questions import Question
@@ -62,7 +61,7 @@ class Answering:
 
     def __call__(
         self,
-        store: FrameStore,
+        features: Callable[[str], np.ndarray | jax.Array],
         questions: Sequence[Question],
         combinations: Iterable[Sequence[Sequence[int]]],
         options: bool = True,
@@ -70,8 +69,9 @@ class Answering:
         """Answers of questions, in order.
 
         Args:
-          store: frames of their videos.
-          questions: those of one video together are computed faster.
+          features: video -> embeddings of its frames, `[frames, frame_tokens, embed]`; asked for once for the questions
+            on one video that follow each other.
+          questions: to answer.
           combinations: for each question, combinations of its video's frames, each ascending.
           options: whether to score the options too.
 
@@ -79,34 +79,27 @@ class Answering:
           InputError: a question that is too long for the model.
         """
         words = self.prompts.words([question.question for question in questions])
-        texts = [[question.answer, *(question.options if options else ())] for question in questions]
+        texts = [question.options if options and question.options else (question.answer,) for question in questions]
         flat = iter(self.prompts.answers([text for some in texts for text in some]))
         answers = [[next(flat) for _ in some] for some in texts]
+        longest = self.config.decoder.max_length
 
         def windows():
-            video, features = None, None
+            video, found = None, None
             for number, (question, chosen) in enumerate(zip(questions, combinations)):
                 if question.video != video:
-                    video = question.video
-                    found = self.features(store.frames([store.row(video)])[0])
-                    features = found.reshape(-1, found.shape[-1])
+                    video, found = question.video, features(question.video)
                 requests = [Request(self.prompts.context(words[number], places), answer)
-                            for places in chosen for answer in self._distinct(questions[number], answers[number])]
-                longest = max((len(r.context) + len(r.continuation) - 1 for r in requests), default=0)
-                if longest > self.config.decoder.max_length:
-                    raise InputError(f"question {question.id}: {longest} tokens with its frames, the decoder has "
-                                     f"max_length={self.config.decoder.max_length}")
-                yield number, requests, features
+                            for places in chosen for answer in answers[number]]
+                length = max((len(request.context) + len(request.continuation) - 1 for request in requests), default=0)
+                if length > longest:
+                    raise InputError(f"question {question.id}: {length} tokens with its frames, the decoder has "
+                                     f"max_length={longest}")
+                yield number, requests, found.reshape(-1, found.shape[-1])
 
         for number, scores in self.scorer(windows()):
-            question, of_answers = questions[number], self._distinct(questions[number], answers[number])
-            table = np.array([score.log_likelihood for score in scores]).reshape(-1, len(of_answers))
-            right = question.options.index(question.answer) if options and question.options else 0
-            lengths = np.array([len(answer) for answer in of_answers])
-            best = table.argmax(axis=1) == right if options and question.options else np.zeros(len(table), bool)
-            yield Answers((-table[:, right] / lengths[right]).astype(np.float32), best)
-
-    @staticmethod
-    def _distinct(question: Question, answers: list[np.ndarray]) -> list[np.ndarray]:
-        """The options where they are scored, else the answer."""
-        return answers[1:] or answers[:1]
+            question = questions[number]
+            table = np.array([score.log_likelihood for score in scores]).reshape(-1, len(answers[number]))
+            right = texts[number].index(question.answer)
+            yield Answers((-table[:, right] / len(answers[number][right])).astype(np.float32),
+                          (table.argmax(axis=1) == right) & (len(texts[number]) > 1))

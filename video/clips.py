@@ -22,9 +22,9 @@ class ClipPosition:
 
 
 def showing(question: Question, times: np.ndarray) -> list[np.ndarray]:
-    """For each span of a question's evidence, the candidates that lie in it; spans between two have the nearest."""
+    """For each span of a question's evidence, and its clip, the candidates in it; spans between two have the nearest."""
     found = []
-    for start, end in question.evidence:
+    for start, end in (*question.evidence, *([question.clip] if question.clip else [])):
         inside = np.flatnonzero((times >= start) & (times < end))
         found.append(inside if len(inside) else np.argmin(np.abs(times - (start + end) / 2))[None])
     return found
@@ -126,7 +126,7 @@ class ClipSource:
         picked = [members[i] for i in rng.choice(len(members), self._per_row, replace=len(members) < self._per_row)]
         # One frame of every moment that matters to some question, as far as there is room; the rest at random.
         wanted = {int(rng.choice(places)) for question, _, _ in picked for places in showing(question, times)}
-        wanted = rng.permutation(sorted(wanted))[: self._frames] if self._informed else np.zeros(0, int)
+        wanted = rng.permutation(sorted(wanted))[: self._frames]
         others = rng.permutation(np.setdiff1d(np.arange(self._store.candidates), wanted))
         places = np.sort(np.concatenate([wanted, others[: self._frames - len(wanted)]]).astype(int))
         sequences = np.full((self._per_row, self._length + 1), PAD_ID, np.int32)
@@ -137,8 +137,14 @@ class ClipSource:
             if rng.random() < self._informed:
                 needed = [int(rng.choice(here)) for span in showing(question, times)
                           if len(here := np.flatnonzero(np.isin(places, span)))]
-            rest = rng.permutation(np.setdiff1d(np.arange(self._frames), needed))
-            subset = np.sort(np.concatenate([needed, rest[: max(size - len(needed), 0)]]).astype(int))
+            rest = np.arange(self._frames)
+            if question.clip:
+                (span,) = showing(question, times)
+                rest = np.flatnonzero(np.isin(places, span))
+                # Where others took all the room, the nearest that is there.
+                rest = rest if len(rest) else np.argmin(np.abs(places - span.mean()))[None]
+            rest = rng.permutation(np.setdiff1d(rest, needed))
+            subset = np.unique(np.concatenate([needed, rest[: max(size - len(needed), 0)]]).astype(int))
             context = self._prompts.context(words, subset)
             sequence[: len(context) + len(answer)] = np.concatenate([context, answer])
             spans.append((len(context), len(context) + len(answer)))

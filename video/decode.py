@@ -6,6 +6,8 @@ with an array "frames" uint8 `[videos, candidates, size, size, 3]`; the id of a 
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Iterable
 
 import gin
@@ -105,6 +107,16 @@ class FrameStore:
             why = self.rejected.get(video, "not in the questions it was decoded for")
             raise InputError(f"{self._rows.path}: no frames of {video} ({why})")
         return self._row[video]
+
+    def check_size(self, size: int) -> None:
+        """Raises InputError where a vision tower takes frames of another size, in pixels."""
+        if size != self.size:
+            raise InputError(f"{self._rows.path}: frames of {self.size} pixels, the vision tower takes {size}")
+
+    def fingerprint(self) -> str:
+        """Of how the frames were made and of which videos, not of their pixels."""
+        content = [self.size, self.candidates, self.fit, self.videos, self.durations]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def frames(self, rows: Iterable[int] | None = None) -> np.ndarray:
         """uint8 `[rows, candidates, size, size, 3]`; None: all."""

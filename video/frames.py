@@ -72,13 +72,14 @@ def read_frames(
         if len(wanted) and (np.diff(wanted) < 0).any() | (wanted[0] < 0) | (wanted[-1] > duration):
             raise InputError(f"{path}: times must ascend from 0 to the duration, {duration:.3f} s")
         found = np.zeros((len(wanted), size, size, 3), np.uint8)
-        done, end = 0, 0.0
+        done, reached = 0, 0.0
         for frame, shown, end in _shown(container, stream, wanted):
             if shown.stop > shown.start:
                 found[shown] = _picture(frame, size, fit, stream.sample_aspect_ratio)
                 done = shown.stop
-        if done < len(wanted) or (times is None and end < (1 - _MISSING) * duration):
-            raise InputError(f"{path}: ends after {end:.2f} of {duration:.2f} s; truncated?")
+            reached = end
+        if done < len(wanted) or (times is None and reached < (1 - _MISSING) * duration):
+            raise InputError(f"{path}: ends after {reached:.2f} of {duration:.2f} s; truncated?")
         return Candidates(found, wanted, duration)
 
 

@@ -51,7 +51,7 @@ class VideoLLMConfig:
             raise InputError(f"VideoLLMConfig.pooled_side = {self.pooled_side!r}: must be from 1 to the tower's "
                              f"{self.vision.side}")
         if any(self.prompt.count(part) != 1 for part in ("{question}", "{frames}")):
-            raise InputError(f"VideoLLMConfig.prompt = {self.prompt!r}: must have {{question}} and {{frames}} once each")
+            raise InputError(f"VideoLLMConfig.prompt = {self.prompt!r}: needs {{question}} and {{frames}}, once each")
 
     @property
     def dtype(self) -> str:
@@ -67,7 +67,8 @@ class VideoLLMConfig:
         """Fresh parameters `{"frames": {"vision", "projector"}, "decoder"}` in boxes that carry their axis names."""
         of_frames, of_decoder = jax.random.split(key)
         images = jnp.zeros((1, self.vision.image_size, self.vision.image_size, 3), jnp.uint8)
-        return {"frames": FrameEncoder(self).init(of_frames, images)["params"], "decoder": self.decoder.init(of_decoder)}
+        frames = FrameEncoder(self).init(of_frames, images)["params"]
+        return {"frames": frames, "decoder": self.decoder.init(of_decoder)}
 
     def parameters(self) -> int:
         """Number of parameters."""

@@ -4,7 +4,8 @@
      "answer": "star", "options": ["star", "cross"], "type": "order", "evidence": [[3.2, 4.3], [9.0, 10.1]]}
 
 `video` is relative to the file's folder. `type` parts the questions in tables; `options` are what answers are chosen
-from; `evidence`, where it is known, are the seconds between which what matters is on screen.
+from; `evidence`, where it is known, are the seconds between which what matters is on screen; with "clip": [2.0, 3.1] the
+question is about this part of the video alone, as captions are.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ class Question:
       type: of question.
       options: among which the answer is, or none.
       evidence: (start, end) in seconds.
+      clip: (start, end) in seconds, or None for the whole video.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Question:
     type: str = ""
     options: tuple[str, ...] = ()
     evidence: tuple[tuple[float, float], ...] = ()
+    clip: tuple[float, float] | None = None
 
 
 def write_questions(path: epath.PathLike, questions: Iterable[Question]) -> None:
@@ -77,7 +80,8 @@ def _question(where: str, raw: dict[str, Any]) -> Question:
     if options and texts["answer"] not in options:
         raise InputError(f"{where}: the answer {texts['answer']!r} is not among the options")
     try:
-        evidence = tuple((float(start), float(end)) for start, end in raw.get("evidence") or ())
+        spans = [(float(start), float(end)) for start, end in (*(raw.get("evidence") or ()), raw.get("clip") or (0, 0))]
     except (TypeError, ValueError):
-        raise InputError(f"{where}: evidence must be pairs of seconds") from None
-    return Question(**texts, options=tuple(options), evidence=evidence)
+        raise InputError(f"{where}: evidence and clip must be pairs of seconds") from None
+    clip = spans[-1] if raw.get("clip") else None
+    return Question(**texts, options=tuple(options), evidence=tuple(spans[:-1]), clip=clip)

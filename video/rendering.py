@@ -62,7 +62,8 @@ def draw_events(rng: np.random.Generator, seconds: float, shown: float) -> list[
             elif colour == first:
                 colour = str(rng.choice([name for name in COLOURS if name != first]))
         x = rng.uniform(0.2, 0.38) + (0.42 if rng.random() < 0.5 else 0.0)
-        events.append(Event(shape, colour, float(start), float(start + length), float(x), float(rng.uniform(0.25, 0.75))))
+        y = rng.uniform(0.25, 0.75)
+        events.append(Event(shape, colour, float(start), float(start + length), float(x), float(y)))
     return events
 
 
@@ -81,13 +82,25 @@ def ask(events: list[Event], video: str, name: str, rng: np.random.Generator) ->
 
     add("colour", f"What colour was the {one.shape}?", one.colour, COLOURS, [one])
     add("side", f"On which side was the {two.shape}?", two.side, SIDES, [two])
-    add("order", f"Which came first, the {one.shape} or the {two.shape}?", min(one, two, key=lambda e: e.start).shape,
-        (one.shape, two.shape), sorted([one, two], key=lambda e: e.start))
+    first, second = sorted([one, two], key=lambda event: event.start)
+    add("order", f"Which came first, the {one.shape} or the {two.shape}?", first.shape, (one.shape, two.shape),
+        [first, second])
     add("count", f"How many times was there a {which}?", NUMBERS[len(several) - 1], NUMBERS, several)
     if len(several) == 2:
         same = several[0].colour == several[1].colour
         add("same", f"Did the {which} have the same colour both times?", "yes" if same else "no", ("yes", "no"), several)
     return found
+
+
+def describe(events: list[Event], video: str, name: str, seconds: float) -> list[Question]:
+    """Captions of the parts of a video: of every moment, and of the longest time in which nothing happens."""
+    ends = [0.0, *(event.end for event in events)]
+    starts = [*(event.start for event in events), seconds]
+    quiet = max(zip(ends, starts), key=lambda span: span[1] - span[0])
+    said = [(f"{event.colour} {event.shape} {event.side}", (event.start, event.end)) for event in events]
+    return [Question(f"{name}-caption{n}", video, "What is there?", answer, "caption",
+                     clip=(round(start, 3), round(end, 3)))
+            for n, (answer, (start, end)) in enumerate([*said, ("nothing", quiet)])]
 
 
 def render(events: list[Event], rng: np.random.Generator, seconds: float, fps: int, size: int) -> np.ndarray:
@@ -154,11 +167,12 @@ def write_video(path: epath.PathLike, frames: np.ndarray, fps: int) -> None:
 def make_video(
     number: int, *, folder: str, seed: int, seconds: float, fps: int, size: int, shown: float
 ) -> list[Question]:
-    """Renders the video of a number, unless it is there; returns its questions."""
+    """Renders the video of a number, unless it is there; returns its questions, captions among them."""
     rng = np.random.default_rng([seed, number])
     events, name = draw_events(rng, seconds, shown), f"v{number:05d}"
     path = epath.Path(folder) / "videos" / f"{name}.mp4"
-    found = ask(events, f"videos/{name}.mp4", name, rng)
+    video = f"videos/{name}.mp4"
+    found = ask(events, video, name, rng) + describe(events, video, name, seconds)
     if not path.exists():
         scratch = path.parent / f".{name}.{os.getpid()}.mp4"
         write_video(scratch, render(events, rng, seconds, fps, size), fps)

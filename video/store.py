@@ -1,7 +1,7 @@
 """What is computed for every item of a list, in TensorStore arrays with a row for each; it can be killed at any time.
 
     FOLDER/settings.json   what the rows depend on, so that no store ever mixes two kinds
-    FOLDER/rows.jsonl      {"id", "row", ...} of every row that is whole; without "row" and with "rejected": why it has none
+    FOLDER/rows.jsonl      {"id", "row", ...} of every row that is whole; {"id", "rejected"} of what has none, and why
     FOLDER/<array>/        zarr3, [items, ...], a row in every chunk
     FOLDER/manifest.json   written last: counts; its presence means "complete"
 """
@@ -86,7 +86,8 @@ class RowWriter:
 
     def complete(self, **more: Any) -> None:
         """All items have been added or rejected; `more` goes into the manifest."""
-        write_json(self.path / MANIFEST, {"rows": self._next, "rejected": self._rejected, "version": __version__, **more})
+        counts = {"rows": self._next, "rejected": self._rejected}
+        write_json(self.path / MANIFEST, {**counts, "version": __version__, **more})
 
 
 class RowStore:

@@ -7,6 +7,7 @@ what the question makes of it, and for half of the questions one frame is worth 
 
     FOLDER/videos/v00000.mp4 ...
     FOLDER/train.jsonl, FOLDER/test.jsonl     see `video.questions`; no video is in both
+    FOLDER/train_captions.jsonl, ...          what is to be seen in parts of the videos
     FOLDER/tokenizer.model                    SentencePiece, trained on the training questions and answers
 """
 
@@ -19,8 +20,8 @@ from etils import epath
 from tqdm import tqdm
 
 from mlx_pretrain import configuration
-from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from video.questions import write_questions
@@ -64,8 +65,11 @@ def synthesize(
         made = workers.map((number, number) for number in range(total))
         questions = [found for _, found in tqdm(made, "videos", total, disable=None)]
     for split, part in (("train", questions[:train_videos]), ("test", questions[train_videos:])):
-        write_questions(output / f"{split}.jsonl", [question for found in part for question in found])
-        print(f"{output / split}.jsonl: {sum(map(len, part)):,} questions on {len(part):,} videos")
+        everything = [question for found in part for question in found]
+        for name, captions in ((split, False), (f"{split}_captions", True)):
+            kept = [question for question in everything if (question.clip is not None) == captions]
+            write_questions(output / f"{name}.jsonl", kept)
+            print(f"{output / name}.jsonl: {len(kept):,} questions on {len(part):,} videos")
     asked = [question for found in questions[:train_videos] for question in found]
     tokenizer = train_tokenizer([text for question in asked for text in (question.question, question.answer)])
     write_atomic(output / "tokenizer.model", tokenizer)

@@ -7,7 +7,7 @@ LLaVA folder.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gin
@@ -44,7 +44,7 @@ class TrainVideoConfig(LoopConfig):
       model: @VideoLLMConfig().
       tokenizer: tokenizer.model, a SentencePiece model of this framework.
       frame_store: folder that `video.decode` made.
-      questions: file of `video.questions` to learn from.
+      questions: files of `video.questions` to learn from.
       validation: such a file on other videos.
       frames: of each video in a batch.
       questions_per_video: of each video in a batch, each on a random subset of the frames.
@@ -60,7 +60,7 @@ class TrainVideoConfig(LoopConfig):
     model: VideoLLMConfig = gin.REQUIRED
     tokenizer: str = gin.REQUIRED
     frame_store: str = gin.REQUIRED
-    questions: str = gin.REQUIRED
+    questions: Sequence[str] = gin.REQUIRED
     validation: str = gin.REQUIRED
     frames: int = 8
     questions_per_video: int = 4
@@ -72,6 +72,8 @@ class TrainVideoConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         optional = [] if self.eval_questions is None else ["eval_questions"]
+        if isinstance(self.questions, str):
+            raise self.wrong("questions", "must be a list of files")
         self.check_counts("frames", "questions_per_video", "length", "eval_frames", *optional)
         if not isinstance(self.model, VideoLLMConfig):
             raise self.wrong("model", "must be a model, e.g. @VideoLLMConfig()")
@@ -97,10 +99,8 @@ class VideoTraining:
         if config.length > decoder.max_length:
             raise config.wrong("length", f"the decoder has max_length={decoder.max_length}")
         self._store = FrameStore(config.frame_store)
-        if self._store.size != config.model.vision.image_size:
-            raise InputError(f"{config.frame_store}: frames of {self._store.size} pixels, the vision tower takes "
-                             f"{config.model.vision.image_size}")
-        self._questions = read_questions(config.questions)
+        self._store.check_size(config.model.vision.image_size)
+        self._questions = [question for path in config.questions for question in read_questions(path)]
         self._validation = read_questions(config.validation)
         self._prompts = Prompts(config.model, (BOS_ID,), EOS_ID, self._tokenizer.encode_batch)
         self._videos = self.source(0, np.arange(1)).videos  # checks lengths and frames
@@ -169,7 +169,7 @@ class VideoTraining:
     def description(self) -> dict[str, Any]:
         config = self._config
         return {
-            "questions": {"path": str(config.questions), "sha256": sha256(config.questions)},
+            "questions": [{"path": str(path), "sha256": sha256(path)} for path in config.questions],
             "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
             "frame_store": str(config.frame_store),
             "tokenizer_sha256": self._tokenizer.sha256,
@@ -194,6 +194,9 @@ class _Validation:
             self._informed.append(np.unique([*shown, *rest]))
         self._has_evidence = any(question.evidence for question in questions)
 
+    def _features(self, video: str) -> jax.Array:
+        return self._answering.features(self._store.frames([self._store.row(video)])[0])
+
     def __call__(self, params: Any) -> dict[str, float]:
         if self._answering is None:
             self._answering = self._make(params)
@@ -202,7 +205,7 @@ class _Validation:
         for name, choice in {"": self._even, "informed_": self._informed if self._has_evidence else None}.items():
             if choice is None:
                 continue
-            answers = list(self._answering(self._store, self._questions, [[places] for places in choice]))
+            answers = list(self._answering(self._features, self._questions, [[places] for places in choice]))
             found[f"{name}loss"] = float(np.mean([answer.losses[0] for answer in answers]))
             right = {}
             for question, answer in zip(self._questions, answers):

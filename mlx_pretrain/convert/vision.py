@@ -28,7 +28,8 @@ def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None
             "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
             "num_channels": 3}
     found = {**base, **raw}
-    for key, known in {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}.items():
+    needed = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    for key, known in needed.items():
         if found.get(key) != known:
             raise InputError(f"{path}: {key} of the vision tower is {found.get(key)!r}; a tower here has {known!r}")
     get = functools.partial(get_number, path, found)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,11 @@ from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.checkpoints import COMPUTE_FIELDS
 from mlx_pretrain.convert.decoders import CONFIG, load_decoder
 from mlx_pretrain.convert.gguf import GGUF
+from mlx_pretrain.convert.weights import read_object
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, TOKENIZER, UNK_ID
 from mlx_pretrain.data.subword import SubwordTokenizer
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json
 from mlx_pretrain.inference.generation import generate
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import abstract_params
@@ -57,11 +57,8 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Of configuration, tokenizer and parameters (through their sums), the same on any mesh up to rounding."""
-        sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_sums, params))(self.params))
-        rounded = [f"{x:.4g}" for leaf in jax.tree.leaves(sums) for x in leaf]
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
-        content = json.dumps([config, self.tokenizer.sha256, rounded], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return fingerprint(self.params, config, self.tokenizer.sha256)
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
         """Continuations of texts; `settings` as in `generation.generate`, which does it."""
@@ -76,6 +73,13 @@ class LanguageModel:
                 vocab_size=self.tokenizer.vocab_size, **settings,
             )
         return [self.tokenizer.decode(tokens) for tokens in new]
+
+
+def fingerprint(params: Any, *facts: Any) -> str:
+    """Of parameters (through their sums) and facts in JSON, the same on any mesh up to rounding."""
+    sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_sums, params))(params))
+    rounded = [f"{x:.4g}" for leaf in jax.tree.leaves(sums) for x in leaf]
+    return hashlib.sha256(json.dumps([*facts, rounded], sort_keys=True).encode()).hexdigest()
 
 
 def _sums(x: jax.Array) -> jax.Array:
@@ -109,12 +113,29 @@ def load_language_model(
     if path.suffix == ".gguf":
         file = GGUF(path)
         config, params = file.load_decoder(dtype or "float32")
-        tokenizer, (bos, eos) = SubwordTokenizer(path, file.tokenizer()), file.special_ids()
+        tokenizer, ids = SubwordTokenizer(path, file.tokenizer()), file.special_ids()
     else:
         config, params = load_decoder(path, dtype or "float32")
-        tokenizer, (bos, eos) = SubwordTokenizer(path / HF_TOKENIZER), _special_ids(path)
+        tokenizer, ids = SubwordTokenizer(path / HF_TOKENIZER), special_ids(path / CONFIG, read_object(path / CONFIG))
+    return foreign_model(path, config, params, mesh, tokenizer, ids)
+
+
+def foreign_model(
+    path: epath.PathLike,
+    config: DecoderConfig,
+    params: Any,
+    mesh: Mesh,
+    tokenizer: SubwordTokenizer,
+    ids: tuple[int | None, int | None],
+) -> LanguageModel:
+    """A model with somebody else's tokenizer; `params` are put on `mesh`, `ids` begin and end a document.
+
+    Raises:
+      InputError: the tokenizer's ids exceed the vocabulary, or no id ends a document.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    bos, eos = ids
     start, end = bos if bos is not None else eos, eos if eos is not None else bos
     if start is None:
         raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
@@ -132,12 +153,11 @@ def own_model(
                          (PAD_ID, UNK_ID, BOS_ID))
 
 
-def _special_ids(folder: epath.Path) -> tuple[int | None, int | None]:
-    """Ids that begin and end a document; where config.json names several ends, the first."""
-    raw = read_json(folder / CONFIG, "configuration")
+def special_ids(path: epath.Path, raw: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Ids that begin and end a document in an object of the config.json at `path`; of several ends, the first."""
     ids = [raw.get(f"{name}_token_id") for name in ("bos", "eos")]
     ids = [found[0] if isinstance(found, list) and found else found for found in ids]
     for found in ids:
         if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
-            raise InputError(f"{folder / CONFIG}: bos_token_id and eos_token_id must be numbers")
+            raise InputError(f"{path}: bos_token_id and eos_token_id must be numbers")
     return tuple(ids)

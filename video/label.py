@@ -1,0 +1,133 @@
+"""Losses of combinations of frames under a Video-LLM: `python -m video.label --gin_file=gin/video/label.gin`.
+
+The data of Frame-Voyager (arXiv 2410.03226): for every question, the loss that a frozen Video-LLM has on the right
+answer given T of M candidate frames, for all combinations or a sample. Each frame goes through the vision tower once;
+question and beginnings of combinations are computed once (`video.answering`). Two stores (`video.store`) result:
+
+    OUT/losses      a row for every question: "losses" float32 [K], "combinations" uint16 [K, T], ascending frames
+    OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], what the decoder reads of a frame
+
+so whoever learns from them needs no Video-LLM. A run that was killed goes on with the first question that has no row.
+"""
+
+import time
+
+import gin
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from mlx_pretrain import configuration, hardware
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+from video.answering import Answering
+from video.combinations import combinations
+from video.decode import FrameStore
+from video.llm import load_video_llm
+from video.questions import read_questions
+from video.store import RowStore, RowWriter
+
+LOSSES, FEATURES = "losses", "features"
+
+
+@gin.configurable
+def label(
+    model: epath.PathLike = gin.REQUIRED,
+    questions: epath.PathLike = gin.REQUIRED,
+    frame_store: epath.PathLike = gin.REQUIRED,
+    output: epath.PathLike = gin.REQUIRED,
+    candidates: int = 16,
+    frames: int = 4,
+    most: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    compilation_cache: str | None = hardware.COMPILED,
+) -> None:
+    """Computes and stores the losses.
+
+    Args:
+      model: Video-LLM, see `load_video_llm`, which has more settings.
+      questions: file of `video.questions`.
+      frame_store: folder that `video.decode` made.
+      output: folder of both stores.
+      candidates: M; spread evenly over those of the frame store.
+      frames: T.
+      most: K, a sample of so many combinations for each question; None: all.
+      limit: of the questions, the first so many; None: all.
+      seed: of the samples.
+      compilation_cache: where compiled programs are kept; None: nowhere.
+
+    Raises:
+      InputError: the inputs do not fit each other, or the folder holds losses of other inputs.
+    """
+    store, asked = FrameStore(frame_store), read_questions(questions)[:limit]
+    if not 1 <= frames <= candidates <= store.candidates:
+        raise InputError(f"label: frames = {frames} out of candidates = {candidates} out of the store's "
+                         f"{store.candidates}: each must be at most the next")
+    hardware.keep_compiled(compilation_cache)
+    llm = load_video_llm(model)
+    store.check_size(llm.config.vision.image_size)
+    usable = [question for question in asked if question.video not in store.rejected]
+    videos = list(dict.fromkeys(question.video for question in usable))
+    places = (np.arange(candidates) * 2 + 1) * store.candidates // (2 * candidates)  # of the candidates in the store
+    settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(), "candidates": places.tolist(),
+                "prompt": llm.config.prompt}
+    size = len(combinations(candidates, frames, most, seed))
+    tokens, embed = llm.config.frame_tokens, llm.config.decoder.embed_dim
+    features = RowWriter(epath.Path(output) / FEATURES, FEATURES, settings, len(videos), {
+        "features": ((candidates, tokens, embed), np.dtype(np.float32)),
+        "times": ((candidates,), np.dtype(np.float64))})
+    losses = RowWriter(
+        epath.Path(output) / LOSSES, LOSSES,
+        {**settings, "questions": sha256(questions), "frames": frames, "most": most, "seed": seed}, len(asked), {
+            "losses": ((size,), np.dtype(np.float32)), "combinations": ((size, frames), np.dtype(np.uint16))})
+    for question in asked:
+        if question.video in store.rejected and question.id not in losses.done:
+            losses.reject(question.id, store.rejected[question.video])
+    todo = [question for question in usable if question.id not in losses.done]
+    if len(todo) < len(usable):
+        print(f"{len(usable) - len(todo):,} of {len(usable):,} questions were done before")
+    answering, started = Answering(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
+    for video in tqdm([video for video in videos if video not in features.done], "frames", disable=None):
+        row = store.row(video)
+        found = np.asarray(answering.features(store.frames([row])[0][places]), np.float32)
+        features.add(video, {"features": found, "times": store.times[row][places]})
+    features.complete()
+    encoded = FeatureStore(features.path)
+    drawn = [combinations(candidates, frames, most, seed, question.id) for question in todo]
+    answered = answering(encoded.features, todo, drawn, options=False)
+    for question, chosen, answers in tqdm(zip(todo, drawn, answered), "questions", len(todo), disable=None):
+        losses.add(question.id, {"losses": answers.losses, "combinations": chosen.astype(np.uint16)},
+                   video=question.video)
+    losses.complete()
+    if todo:
+        seconds, scorer = time.monotonic() - started, answering.scorer
+        print(f"{len(todo):,} questions, {len(todo) * size:,} combinations of {frames} out of {candidates} frames in "
+              f"{seconds:.0f} s; fed {scorer.fed_tokens:,} tokens ({scorer.naive_tokens:,} if nothing were shared)")
+
+
+class FeatureStore:
+    """A complete store of features.
+
+    Attributes:
+      settings: what they depend on.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Raises InputError when there is none."""
+        self._rows = RowStore(path, FEATURES)
+        self.settings = self._rows.settings
+        self._row = {line["id"]: line["row"] for line in self._rows.rows}
+
+    def features(self, video: str) -> np.ndarray:
+        """float32 `[M, frame_tokens, embed]` of a video."""
+        return self._rows.read("features", [self._row[video]])[0]
+
+
+def main() -> None:
+    """Computes losses of combinations of frames. Parameters: label.* (see video/label.py) and load_video_llm.*."""
+    label()
+
+
+if __name__ == "__main__":
+    configuration.run(main, "video.label")
