@@ -79,7 +79,7 @@ def train_tokenizer(texts: list[str]) -> bytes:
     """A small SentencePiece model: the words of the texts, and all bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=384, hard_vocab_limit=False,
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
         byte_fallback=True, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, bos_id=BOS_ID, minloglevel=2)  # fmt: skip
     return model.getvalue()
 
