@@ -22,7 +22,7 @@ class ClipPosition:
 
 
 def showing(question: Question, times: np.ndarray) -> list[np.ndarray]:
-    """For each span of a question's evidence, and its clip, the candidates in it; spans between two have the nearest."""
+    """For each span of a question's evidence, and its clip, the candidates in it, or the nearest one."""
     found = []
     for start, end in (*question.evidence, *([question.clip] if question.clip else [])):
         inside = np.flatnonzero((times >= start) & (times < end))

@@ -5,7 +5,7 @@ answer given T of M candidate frames, for all combinations or a sample. Each fra
 question and beginnings of combinations are computed once (`video.answering`). Two stores (`video.store`) result:
 
     OUT/losses      a row for every question: "losses" float32 [K], "combinations" uint16 [K, T], ascending frames
-    OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], what the decoder reads of a frame
+    OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], what the decoder reads of them
 
 so whoever learns from them needs no Video-LLM. A run that was killed goes on with the first question that has no row.
 """
@@ -23,11 +23,10 @@ from mlx_pretrain.files import sha256
 from video.answering import Answering
 from video.combinations import combinations
 from video.decode import FrameStore
+from video.labels import FEATURES, LOSSES, FeatureStore
 from video.llm import load_video_llm
 from video.questions import read_questions
-from video.store import RowStore, RowWriter
-
-LOSSES, FEATURES = "losses", "features"
+from video.store import RowWriter
 
 
 @gin.configurable
@@ -104,24 +103,6 @@ def label(
         seconds, scorer = time.monotonic() - started, answering.scorer
         print(f"{len(todo):,} questions, {len(todo) * size:,} combinations of {frames} out of {candidates} frames in "
               f"{seconds:.0f} s; fed {scorer.fed_tokens:,} tokens ({scorer.naive_tokens:,} if nothing were shared)")
-
-
-class FeatureStore:
-    """A complete store of features.
-
-    Attributes:
-      settings: what they depend on.
-    """
-
-    def __init__(self, path: epath.PathLike):
-        """Raises InputError when there is none."""
-        self._rows = RowStore(path, FEATURES)
-        self.settings = self._rows.settings
-        self._row = {line["id"]: line["row"] for line in self._rows.rows}
-
-    def features(self, video: str) -> np.ndarray:
-        """float32 `[M, frame_tokens, embed]` of a video."""
-        return self._rows.read("features", [self._row[video]])[0]
 
 
 def main() -> None:

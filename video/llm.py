@@ -49,6 +49,11 @@ class VideoLLM:
     language_model: LanguageModel
 
     @property
+    def tokenizer_path(self) -> epath.Path:
+        """File of its tokenizer."""
+        return epath.Path(self.path) / (TOKENIZER if self.step is not None else HF_TOKENIZER)
+
+    @property
     def prompts(self) -> Prompts:
         """Builds its sequences."""
         return Prompts.of(self.config, self.language_model)

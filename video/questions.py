@@ -4,8 +4,8 @@
      "answer": "star", "options": ["star", "cross"], "type": "order", "evidence": [[3.2, 4.3], [9.0, 10.1]]}
 
 `video` is relative to the file's folder. `type` parts the questions in tables; `options` are what answers are chosen
-from; `evidence`, where it is known, are the seconds between which what matters is on screen; with "clip": [2.0, 3.1] the
-question is about this part of the video alone, as captions are.
+from; `evidence`, where it is known, are the seconds between which what matters is on screen; with "clip": [2.0, 3.1]
+the question is about this part of the video alone, as captions are.
 """
 
 import dataclasses

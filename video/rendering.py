@@ -88,7 +88,8 @@ def ask(events: list[Event], video: str, name: str, rng: np.random.Generator) ->
     add("count", f"How many times was there a {which}?", NUMBERS[len(several) - 1], NUMBERS, several)
     if len(several) == 2:
         same = several[0].colour == several[1].colour
-        add("same", f"Did the {which} have the same colour both times?", "yes" if same else "no", ("yes", "no"), several)
+        add("same", f"Did the {which} have the same colour both times?", "yes" if same else "no", ("yes", "no"),
+            several)
     return found
 
 

@@ -1,0 +1,253 @@
+"""Trains Frame-Voyager on stored losses: `python -m video.train_voyager --gin_file=gin/video/train_voyager.gin`.
+
+It is a run of the one trainer (`mlx_pretrain.training_loop`), on the two stores that `video.label` made; of the
+Video-LLM only the parameters to start from are read.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import gin
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlx_pretrain import checkpoints, configuration, partitioning
+from mlx_pretrain.data.loader import Batch, Stream
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+from mlx_pretrain.trainer import LossParts
+from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from video.labels import Labels, read_labels
+from video.llm import load_video_llm
+from video.prompts import PaddedPrompts
+from video.ranking import ranking
+from video.voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
+
+
+@gin.configurable("train_voyager")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainVoyagerConfig(LoopConfig):
+    """One training run of Frame-Voyager; see `LoopConfig` for the rest of its attributes. A sequence is a question.
+
+    Attributes:
+      labels: folder that `video.label` made.
+      questions: file of `video.questions` that was labelled.
+      validation: such a folder of other videos, from the same Video-LLM.
+      validation_questions: what was labelled in it.
+      video_llm: the Video-LLM, whose bottom layers are reused.
+      layers: how many of them.
+      frame_tokens, head_dim: see `VoyagerConfig`; frame_tokens None: as many as the Video-LLM has.
+      tune_layers: whether the layers are trained too, or the head alone.
+      combinations: of a question in a batch, drawn from those that were labelled; None: all.
+      max_mean_loss, min_deviation: which questions are left out of training, see `read_labels`.
+      eval_batch_size: questions per evaluation step.
+    """
+
+    name: ClassVar[str] = "train_voyager"
+    module: ClassVar[str] = "video.train_voyager"
+
+    labels: str = gin.REQUIRED
+    questions: str = gin.REQUIRED
+    validation: str = gin.REQUIRED
+    validation_questions: str = gin.REQUIRED
+    video_llm: str = gin.REQUIRED
+    layers: int = 2
+    frame_tokens: int | None = 1
+    head_dim: int = 128
+    tune_layers: bool = True
+    combinations: int | None = 64
+    max_mean_loss: float | None = None
+    min_deviation: float | None = None
+    eval_batch_size: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        optional = [name for name in ("combinations", "frame_tokens") if getattr(self, name) is not None]
+        self.check_counts("layers", "head_dim", "eval_batch_size", *optional)
+
+
+class VoyagerTraining:
+    """Frame-Voyager on stored losses: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainVoyagerConfig):
+        """Reads all losses and features; nothing is written yet.
+
+        Raises:
+          InputError: losses, questions and Video-LLM do not fit each other, or a file is damaged.
+        """
+        self._config = config
+        llm = load_video_llm(config.video_llm, partitioning.make_mesh(devices=jax.local_devices()[:1]))
+        self._train = read_labels(config.labels, config.questions, config.max_mean_loss, config.min_deviation)
+        self._validation = read_labels(config.validation, config.validation_questions)
+        fingerprint = llm.fingerprint()
+        for labels in (self._train, self._validation):
+            if labels.settings["model"] != fingerprint:
+                raise InputError(f"{labels.path}: losses of another Video-LLM than {config.video_llm}")
+        tokens = config.frame_tokens or llm.config.frame_tokens
+        if tokens not in (1, llm.config.frame_tokens):
+            raise config.wrong("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
+        decoder, params = bottom_layers(llm.config, llm.params, config.layers)
+        self._params = {"decoder": jax.device_get(params), "head": None}
+        self.model = VoyagerConfig(decoder, tokens, config.head_dim)
+        self._tokenizer_path = llm.tokenizer_path
+        self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
+            question.question for labels in (self._train, self._validation) for question in labels.questions])
+        candidates = self._train.features.shape[1]
+        self._chosen = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
+        length = self._prompts.length(candidates)
+        if length > decoder.max_length:
+            raise InputError(f"{config.labels}: {length} tokens with {candidates} candidates, the decoder has max_length="
+                             f"{decoder.max_length}")
+        float32, int32 = np.float32, np.int32
+        self.batch_row = {
+            "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
+            "tokens": jax.ShapeDtypeStruct((length,), int32),
+            "places": jax.ShapeDtypeStruct((candidates, tokens), int32),
+            "combinations": jax.ShapeDtypeStruct((self._chosen, self._train.combinations.shape[2]), int32),
+            "losses": jax.ShapeDtypeStruct((self._chosen,), float32),
+        }
+        self.tokens_per_sequence = length
+        self.flops_per_token = decoder.flops_per_token(length)
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
+        if not self._config.tune_layers:
+            params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
+        of_frames = rewards(self.model, params, batch["features"], batch["tokens"], batch["places"])
+        losses, right, usable = ranking_loss(combination_rewards(of_frames, batch["combinations"]), batch["losses"])
+        total, weight = (losses * usable).sum(), usable.sum()
+        means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
+        return total, LossParts(weight, means)
+
+    def source(self, first_sequence: int, rows: np.ndarray) -> "LabelSource":
+        config = self._config
+        return LabelSource(self._train, self._prompts, self._chosen, batch_size=config.batch_size, seed=config.seed,
+                           first_sequence=first_sequence, rows=rows)
+
+    def tokens(self, batch: Batch) -> collections.Counter[str]:
+        return collections.Counter({"questions": len(batch["tokens"])})
+
+    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+        predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
+        labels = self._validation
+
+        def evaluate(params: Any) -> dict[str, float]:
+            of_frames = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
+            return ranking(of_frames, labels)
+
+        return evaluate
+
+    def headline(self, evaluation: Mapping[str, float]) -> str:
+        return (f"validation loss {evaluation['loss']:.4f}, pairs in order {evaluation['ranking_accuracy']:.1%}, "
+                f"Kendall {evaluation['kendall']:.3f}, loss above the best {evaluation['regret']:.3f} "
+                f"(at random {evaluation['random_regret']:.3f})")
+
+    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
+        return []
+
+    def save_model(self, run_dir: epath.Path) -> None:
+        checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
+
+    def initial_params(self) -> Any:
+        return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
+
+    def summary(self) -> str:
+        labels, config = self._train, self._config
+        dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {labels.combinations.shape[2]}"
+                f" out of {labels.features.shape[1]} frames{f' (left out: {dropped})' if dropped else ''}, "
+                f"{config.batch_size} a step")
+
+    def description(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "labels": {"path": str(config.labels), **self._train.settings, "left_out": self._train.dropped},
+            "validation": {"path": str(config.validation), **self._validation.settings},
+            "questions_sha256": [sha256(config.questions), sha256(config.validation_questions)],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelPosition:
+    """Where a row comes from."""
+
+    question: str
+    epoch: int
+
+
+class LabelSource:
+    """Batches by number: a random-access data source for Grain."""
+
+    def __init__(self, labels: Labels, prompts: PaddedPrompts, chosen: int, *, batch_size: int, seed: int,
+                 first_sequence: int = 0, rows: np.ndarray | None = None):
+        """`chosen`: combinations of a row; the rest as in `loader.BatchSource`."""
+        self._labels, self._chosen, self._batch_size, self._seed = labels, chosen, batch_size, seed
+        self._stream = Stream([len(labels)], [1.0], batch_size, seed, first_sequence)
+        self._rows = np.arange(batch_size) if rows is None else rows
+        self._tokens, self._places = prompts([question.question for question in labels.questions],
+                                             labels.features.shape[1])
+
+    def __len__(self) -> int:
+        # Grain wants a length; no run reads this many batches.
+        return 1 << 48
+
+    def __repr__(self) -> str:
+        return f"LabelSource({len(self._labels)} questions, batch_size={self._batch_size}, seed={self._seed})"
+
+    def __getitem__(self, batch: int) -> Batch:
+        """This host's rows of a batch: see `VoyagerTraining.batch_row`."""
+        labels = self._labels
+        _, rows, epochs = self._stream.locate(batch, self._rows)
+        drawn = np.stack([np.random.default_rng([self._seed, int(row), int(epoch)]).permutation(
+            labels.losses.shape[1])[: self._chosen] for row, epoch in zip(rows, epochs)])
+        return {
+            "features": labels.features[labels.video[rows]],
+            "tokens": self._tokens[rows],
+            "places": self._places[rows],
+            "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
+            "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
+        }
+
+    def positions(self, batch: int) -> list[LabelPosition]:
+        """Where every row of the global batch comes from, for error reports."""
+        _, rows, epochs = self._stream.locate(batch, np.arange(self._batch_size))
+        return [LabelPosition(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
+
+
+class RewardPredictor:
+    """Rewards of the candidates of many questions, a batch at a time."""
+
+    def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
+        """`batch_size`: questions, over all devices."""
+        self._prompts, self._batch_size = prompts, batch_size
+        self._sharding = partitioning.batch_sharding(mesh)
+        self._step = jax.jit(lambda *arguments: rewards(config, *arguments))
+
+    def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
+        """float32 `[questions, candidates]`; `features` `[videos, candidates, tokens, embed]`, `video` `[questions]`."""
+        found = []
+        tokens, places = self._prompts(questions, features.shape[1])
+        for start in range(0, len(questions), self._batch_size):
+            # The last batch repeats a question to keep its shape.
+            rows = np.minimum(np.arange(start, start + self._batch_size), len(questions) - 1)
+            given = jax.device_put((features[video[rows]], tokens[rows], places[rows]), self._sharding)
+            found.append(self._step(params, *given))
+        return np.concatenate(jax.device_get(found))[: len(questions)]
+
+
+def train(config: TrainVoyagerConfig) -> dict[str, float]:
+    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
+    return TrainingLoop(config, VoyagerTraining(config)).run()
+
+
+def main() -> None:
+    """Trains Frame-Voyager. Parameters: train_voyager.* (see video/train_voyager.py and mlx_pretrain/training_loop.py),
+    load_video_llm.*, make_mesh.*, the schedule's and the optimizer's."""
+    train(TrainVoyagerConfig())
+
+
+if __name__ == "__main__":
+    configuration.run(main, "video.train_voyager")
