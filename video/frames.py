@@ -28,11 +28,18 @@ class Candidates(NamedTuple):
       frames: uint8 `[frames, size, size, 3]`, red, green, blue.
       times: float64 `[frames]`, seconds from the beginning.
       duration: of the video, seconds.
+      rate: frames per second of the video, on average.
     """
 
     frames: np.ndarray
     times: np.ndarray
     duration: float
+    rate: float
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Number of each frame in the video, as far as its rate is constant: int64 `[frames]`."""
+        return np.floor(self.times * self.rate + 1e-6).astype(np.int64)
 
 
 def moments(duration: float, count: int) -> np.ndarray:
@@ -80,7 +87,7 @@ def read_frames(
             reached = end
         if done < len(wanted) or (times is None and reached < (1 - _MISSING) * duration):
             raise InputError(f"{path}: ends after {reached:.2f} of {duration:.2f} s; truncated?")
-        return Candidates(found, wanted, duration)
+        return Candidates(found, wanted, duration, float(stream.average_rate or 0))
 
 
 def try_frames(path: str, *, size: int, count: int, fit: str) -> Candidates | str:

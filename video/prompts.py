@@ -56,7 +56,7 @@ class Prompts:
 
 
 class PaddedPrompts:
-    """Questions with all candidates as rows of one length, for Frame-Voyager; causal layers need no mask for padding."""
+    """Questions with all candidates as rows of one length, for Frame-Voyager; causal layers need no padding mask."""
 
     def __init__(self, prompt: str, frame_tokens: int, model: LanguageModel, questions: Sequence[str]):
         """`questions`: whose longest sets the length."""

@@ -100,8 +100,8 @@ class VoyagerTraining:
         self._chosen = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
         length = self._prompts.length(candidates)
         if length > decoder.max_length:
-            raise InputError(f"{config.labels}: {length} tokens with {candidates} candidates, the decoder has max_length="
-                             f"{decoder.max_length}")
+            raise InputError(f"{config.labels}: {length} tokens with {candidates} candidates, the decoder has "
+                             f"max_length={decoder.max_length}")
         float32, int32 = np.float32, np.int32
         self.batch_row = {
             "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
@@ -157,8 +157,9 @@ class VoyagerTraining:
     def summary(self) -> str:
         labels, config = self._train, self._config
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
-        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {labels.combinations.shape[2]}"
-                f" out of {labels.features.shape[1]} frames{f' (left out: {dropped})' if dropped else ''}, "
+        chosen, candidates = labels.combinations.shape[2], labels.features.shape[1]
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {chosen} out of {candidates} "
+                f"frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
     def description(self) -> dict[str, Any]:
@@ -227,7 +228,7 @@ class RewardPredictor:
         self._step = jax.jit(lambda *arguments: rewards(config, *arguments))
 
     def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
-        """float32 `[questions, candidates]`; `features` `[videos, candidates, tokens, embed]`, `video` `[questions]`."""
+        """float32 `[questions, candidates]`; features `[videos, candidates, tokens, embed]`, video `[questions]`."""
         found = []
         tokens, places = self._prompts(questions, features.shape[1])
         for start in range(0, len(questions), self._batch_size):

@@ -1,0 +1,230 @@
+"""Chooses the frames that a Video-LLM should see: `python -m video.select --gin_file=gin/video/select.gin`.
+
+For every question T of M candidates are chosen by Frame-Voyager or one of its rivals, and written in the two forms that
+are in use, for there is no common interface of selectors:
+
+    OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}
+    OUT/selected_frames.json  AKS's: a list of frame numbers for each question, in the order of the questions
+    OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and the rewards
+    OUT/rejects.jsonl         {"id", "reason"} of questions whose video cannot be decoded
+
+Python: `Selector(...).select(video, question)` returns the numbers of the frames.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+import time
+from typing import Protocol
+
+import gin
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from mlx_pretrain import checkpoints, configuration, hardware, partitioning
+from mlx_pretrain.data.workers import Workers
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.figures import save_figure
+from mlx_pretrain.files import write_atomic, write_json
+from mlx_pretrain.train_state import abstract_params
+from video import selectors
+from video.contact_sheet import contact_sheet
+from video.frames import Candidates, read_frames, try_frames
+from video.llm import load_video_llm
+from video.model import encode_frames
+from video.prompts import PaddedPrompts
+from video.questions import Question, read_questions
+from video.voyager import VoyagerConfig, rewards
+
+
+class Scorer(Protocol):
+    """Scores candidates for a question.
+
+    Attributes:
+      size: pixels of a side of the frames it takes.
+      fit: see `read_frames`.
+    """
+
+    size: int
+    fit: str
+
+    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+        """float32 `[candidates]`; frames uint8 `[candidates, size, size, 3]` of a video."""
+
+
+@gin.configurable
+class Voyager:
+    """Rewards of Frame-Voyager."""
+
+    fit = "stretch"
+
+    def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
+                 step: int | None = None):
+        """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
+
+        Raises:
+          InputError: one of them is not there, or they do not fit each other.
+        """
+        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+        llm, self._config = load_video_llm(video_llm, mesh), checkpoints.load_model(run_dir, VoyagerConfig)
+        trained_for = json.loads((epath.Path(run_dir) / "run.json").read_text())["labels"]["model"]
+        if trained_for != llm.fingerprint():
+            raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
+        self.size = llm.config.vision.image_size
+        self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
+        self._encode = functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params)
+        self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
+        self._rewards = jax.jit(functools.partial(rewards, self._config))
+        self._video: tuple[str, jax.Array] | None = None
+
+    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+        if self._video is None or self._video[0] != video:
+            self._video = video, self._encode(frames)
+        tokens, places = self._prompts([question], len(frames))
+        if tokens.shape[1] > self._config.decoder.max_length:
+            raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
+                             f"{self._config.decoder.max_length}")
+        return np.asarray(self._rewards(self._params, self._video[1][None], tokens, places))[0]
+
+
+CHOICES = {
+    "top": lambda scores, chosen: selectors.top(scores, chosen),
+    "bolt": lambda scores, chosen: selectors.bolt(scores, chosen),
+    "aks": lambda scores, chosen: selectors.aks(scores, chosen),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What was chosen for a question.
+
+    Attributes:
+      places: among the candidates, ascending: int64 `[chosen]`.
+      numbers: of the frames in the video.
+      seconds: their times.
+      scores: of all candidates, or None.
+      candidates: the frames it was chosen from.
+    """
+
+    places: np.ndarray
+    numbers: np.ndarray
+    seconds: np.ndarray
+    scores: np.ndarray | None
+    candidates: Candidates
+
+
+@gin.configurable
+class Selector:
+    """Chooses frames."""
+
+    def __init__(self, scorer: Scorer | None = None, choice: str = "top", candidates: int = 128, frames: int = 8):
+        """`scorer`: None: evenly; `choice`: how by the scores, "top", "bolt" or "aks"; `candidates`: M; `frames`: T."""
+        if choice not in CHOICES or not 1 <= frames <= candidates:
+            raise InputError(f"Selector: choice must be one of {', '.join(CHOICES)}; frames, from 1 to candidates")
+        self.scorer, self.choice, self.candidates, self.frames = scorer, choice, candidates, frames
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side of the frames it looks at."""
+        return self.scorer.size if self.scorer else 64
+
+    @property
+    def fit(self) -> str:
+        """See `read_frames`."""
+        return self.scorer.fit if self.scorer else "stretch"
+
+    def choose(self, video: str, candidates: Candidates, question: str) -> Selection:
+        """From frames that were decoded before."""
+        scores = None if self.scorer is None else self.scorer(video, candidates.frames, question)
+        count = len(candidates.frames)
+        places = (selectors.even(count, self.frames) if scores is None
+                  else CHOICES[self.choice](scores, self.frames))
+        return Selection(places, candidates.numbers[places], candidates.times[places], scores, candidates)
+
+    def select(self, video: epath.PathLike, question: str) -> list[int]:
+        """Numbers of the frames of a video file to be seen for a question; raises InputError as `read_frames`."""
+        found = read_frames(video, self.size, count=self.candidates, fit=self.fit)
+        return self.choose(str(video), found, question).numbers.tolist()
+
+
+@gin.configurable("select")
+def select_all(
+    questions: epath.PathLike = gin.REQUIRED,
+    output: epath.PathLike = gin.REQUIRED,
+    selector: Selector = gin.REQUIRED,
+    limit: int | None = None,
+    sheets: int = 0,
+    processes: int = 2,
+    compilation_cache: str | None = hardware.COMPILED,
+) -> None:
+    """Chooses frames for all questions of a file.
+
+    Args:
+      questions: file of `video.questions`.
+      output: folder; files in it are replaced.
+      selector: @Selector().
+      limit: of the questions, the first so many; None: all.
+      sheets: so many questions get a picture, spread evenly.
+      processes: that decode.
+      compilation_cache: where compiled programs are kept; None: nowhere.
+
+    Raises:
+      InputError: questions or models are wrong, or no video can be decoded.
+    """
+    hardware.keep_compiled(compilation_cache)
+    asked, folder, output = read_questions(questions)[:limit], epath.Path(questions).parent, epath.Path(output)
+    by_video: dict[str, list[Question]] = collections.defaultdict(list)
+    for question in asked:
+        by_video[question.video].append(question)
+    pictured = {asked[n * len(asked) // sheets].id for n in range(min(sheets, len(asked)))} if sheets else set()
+    read = functools.partial(try_frames, size=selector.size, count=selector.candidates, fit=selector.fit)
+    found: dict[str, Selection] = {}
+    rejects, spent = [], 0.0
+    with Workers(read, processes) as workers:
+        items = ((video, str(folder / video)) for video in by_video)
+        for video, candidates in tqdm(workers.map(items), "videos", len(by_video), disable=None):
+            for question in by_video[video]:
+                if isinstance(candidates, str):
+                    rejects.append({"id": question.id, "reason": candidates})
+                    continue
+                started = time.perf_counter()
+                selection = selector.choose(video, candidates, question.question)
+                spent += time.perf_counter() - started
+                found[question.id] = dataclasses.replace(selection, candidates=None)
+                if question.id in pictured:
+                    _draw(output / "sheets", question, selection)
+    if not found:
+        raise InputError(f"{questions}: no video can be decoded; the first: {rejects[0]['reason']}")
+    shaped = {video: [{"question_id": question.id, "question": question.question,
+                       "frames": [round(float(t), 4) for t in found[question.id].seconds]}
+                      for question in members if question.id in found] for video, members in by_video.items()}
+    write_json(output / "selected.json", {video: members for video, members in shaped.items() if members})
+    write_json(output / "selected_frames.json",
+               [found[question.id].numbers.tolist() if question.id in found else [] for question in asked])
+    write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
+    configuration.save_effective(output / "config.gin")
+    print(f"{output}: {selector.frames} of {selector.candidates} frames for {len(found):,} questions on "
+          f"{len(by_video):,} videos, {1000 * spent / len(found):.1f} ms a question without decoding; "
+          f"{len(rejects):,} rejected")
+
+
+def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:
+    scores = {} if selection.scores is None else {"reward": selection.scores}
+    said = [f"answer: {question.answer}", question.video, f"{len(selection.places)} of {len(selection.scores)} frames"
+            if selection.scores is not None else f"{len(selection.places)} frames"]
+    figure = contact_sheet(selection.candidates.frames, selection.candidates.times, selection.places,
+                           question.question, " · ".join(said), scores, question.evidence)
+    save_figure(figure, folder, re.sub(r"[^\w.-]", "_", question.id))
+
+
+def main() -> None:
+    """Chooses frames for questions. Parameters: select.*, Selector.*, Voyager.* (see video/select.py)."""
+    select_all()
+
+
+if __name__ == "__main__":
+    configuration.run(main, "video.select")
