@@ -63,7 +63,8 @@ def contact_sheet(
                 axes.plot(times, curve, color=colour, label=name, marker="o", markersize=2.5, linewidth=1.3)
             curve = next(iter(curves.values()))
             places = sorted(picked)
-            axes.plot(times[places], curve[places], "o", color=WARM, markersize=7, markeredgecolor=PAPER, label="chosen")
+            axes.plot(times[places], curve[places], "o", color=WARM, markersize=7, markeredgecolor=PAPER,
+                      label="chosen")
             axes.set_xlim(0, times[-1] + times[0])
             axes.set_xlabel("Seconds")
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, fontsize=9.5)

@@ -158,8 +158,8 @@ class VoyagerTraining:
         labels, config = self._train, self._config
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
         chosen, candidates = labels.combinations.shape[2], labels.features.shape[1]
-        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {chosen} out of {candidates} "
-                f"frames{f' (left out: {dropped})' if dropped else ''}, "
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {chosen} out of "
+                f"{candidates} frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
     def description(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_other_versions_names(folder, rename):
 ])
 def test_other_models_are_refused(folder, changes, message):
     configure(folder, **changes)
-    with pytest.raises(InputError, match="config.json: ") as error:
+    with pytest.raises(InputError, match=r"config\.json: ") as error:
         load_llava(folder)
     assert message in str(error.value)
 
@@ -90,5 +90,5 @@ def test_a_missing_tensor_is_named(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["multi_modal_projector.linear_2.bias"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match="no tensor projector.linear_2.bias"):
+    with pytest.raises(InputError, match=r"no tensor projector\.linear_2\.bias"):
         load_llava(folder)
