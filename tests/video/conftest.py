@@ -1,0 +1,82 @@
+"""Small videos, a small Video-LLM on drawn weights, and frames of noise."""
+
+import fractions
+import pathlib
+
+import av
+import jax
+import numpy as np
+import pytest
+
+from mlx_pretrain import partitioning
+from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.models.vision import VisionConfig
+from mlx_pretrain.train_state import abstract_params
+from video.model import VideoLLMConfig
+from video.prompts import Prompts
+
+
+def write_video(path, codec, times, *, width=96, height=64, key_frames=12, rotation=0, audio=False):
+    """Frame i, shown from times[i] on, has red 3 i and, in its upper half, green 200."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", key_frames
+        stream.codec_context.time_base = fractions.Fraction(1, 30 if codec == "mpeg4" else 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        sound = container.add_stream("aac", rate=8000) if audio else None
+        for number, time in enumerate(times):
+            picture = np.zeros((height, width, 3), np.uint8)
+            picture[..., 0] = 3 * number % 256
+            picture[: height // 2, :, 1] = 200
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.time_base = stream.codec_context.time_base
+            frame.pts = round(float(time) / frame.time_base)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+            samples.rate = 8000
+            container.mux(sound.encode(samples))
+            container.mux(sound.encode())
+    return pathlib.Path(path)
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Seven by seven patches averaged to two by two; the question stands before the frames."""
+    vision = VisionConfig(image_size=29, patch_size=4, embed_dim=16, n_layers=2, n_heads=2, mlp_dim=24)
+    decoder = DecoderConfig(vocab_size=270, embed_dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, mlp_dim=48,
+                            max_length=96)
+    return VideoLLMConfig(vision, decoder, pooled_side=2)
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return partitioning.make_mesh(devices=jax.devices()[:2])
+
+
+@pytest.fixture(scope="session")
+def params(config, mesh):
+    """Drawn wide, so that frames and words matter."""
+    layout = abstract_params(config, mesh)
+    rng = np.random.default_rng(0)
+    draw = lambda like: jax.device_put(  # noqa: E731
+        rng.normal(0, 0.25, like.shape).astype(np.float32) + (like.ndim == 1), like.sharding)
+    return jax.tree.map(draw, layout)
+
+
+def encode(texts):
+    """Bytes."""
+    return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 4 for text in texts]
+
+
+@pytest.fixture(scope="session")
+def prompts(config):
+    return Prompts(config, (3,), 1, encode)
+
+
+@pytest.fixture(scope="session")
+def frames():
+    """uint8 `[7, 29, 29, 3]`."""
+    return np.random.default_rng(1).integers(0, 256, (7, 29, 29, 3)).astype(np.uint8)
