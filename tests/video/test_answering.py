@@ -66,7 +66,7 @@ def test_another_video_behind_the_same_question(config, params, mesh, prompts, v
 def test_a_question_too_long_is_named(config, params, mesh, prompts, videos):
     answering = Answering(config, params, mesh, prompts)
     long = Question("long", "one.mp4", "x" * 80, "yes")
-    with pytest.raises(InputError, match="question long: .* max_length=96"):
+    with pytest.raises(InputError, match=r"question long: .* max_length=96"):
         list(answering(lambda video: answering.features(videos[video]), [long], [[[0, 1, 2, 3]]]))
 
 
