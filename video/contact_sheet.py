@@ -40,7 +40,7 @@ def contact_sheet(
     total = top + rows * height + below
     with plot_style():
         figure = Figure(figsize=(_WIDTH / 72, total / 72))
-        figure.text(14 / _WIDTH, 1 - 24 / total, title, fontsize=13, color=INK, weight="semibold")
+        figure.text(14 / _WIDTH, 1 - 24 / total, title, fontsize=13, color=INK, weight="bold")
         figure.text(14 / _WIDTH, 1 - 43 / total, subtitle, fontsize=10.5, color=MUTED)
         picked = set(np.asarray(chosen).tolist())
         for place, frame in enumerate(frames):

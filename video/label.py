@@ -40,7 +40,7 @@ def label(
     most: int | None = None,
     limit: int | None = None,
     seed: int = 0,
-    compilation_cache: str | None = hardware.COMPILED,
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
 ) -> None:
     """Computes and stores the losses.
 
@@ -54,7 +54,7 @@ def label(
       most: K, a sample of so many combinations for each question; None: all.
       limit: of the questions, the first so many; None: all.
       seed: of the samples.
-      compilation_cache: where compiled programs are kept; None: nowhere.
+      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
 
     Raises:
       InputError: the inputs do not fit each other, or the folder holds losses of other inputs.

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import re
+import statistics
 import time
 from typing import Protocol
 
@@ -159,7 +160,7 @@ def select_all(
     limit: int | None = None,
     sheets: int = 0,
     processes: int = 2,
-    compilation_cache: str | None = hardware.COMPILED,
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
 ) -> None:
     """Chooses frames for all questions of a file.
 
@@ -170,7 +171,7 @@ def select_all(
       limit: of the questions, the first so many; None: all.
       sheets: so many questions get a picture, spread evenly.
       processes: that decode.
-      compilation_cache: where compiled programs are kept; None: nowhere.
+      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
 
     Raises:
       InputError: questions or models are wrong, or no video can be decoded.
@@ -183,7 +184,7 @@ def select_all(
     pictured = {asked[n * len(asked) // sheets].id for n in range(min(sheets, len(asked)))} if sheets else set()
     read = functools.partial(try_frames, size=selector.size, count=selector.candidates, fit=selector.fit)
     found: dict[str, Selection] = {}
-    rejects, spent = [], 0.0
+    rejects, spent = [], []
     with Workers(read, processes) as workers:
         items = ((video, str(folder / video)) for video in by_video)
         for video, candidates in tqdm(workers.map(items), "videos", len(by_video), disable=None):
@@ -193,7 +194,7 @@ def select_all(
                     continue
                 started = time.perf_counter()
                 selection = selector.choose(video, candidates, question.question)
-                spent += time.perf_counter() - started
+                spent.append(time.perf_counter() - started)
                 found[question.id] = dataclasses.replace(selection, candidates=None)
                 if question.id in pictured:
                     _draw(output / "sheets", question, selection)
@@ -208,7 +209,7 @@ def select_all(
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
     configuration.save_effective(output / "config.gin")
     print(f"{output}: {selector.frames} of {selector.candidates} frames for {len(found):,} questions on "
-          f"{len(by_video):,} videos, {1000 * spent / len(found):.1f} ms a question without decoding; "
+          f"{len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without decoding); "
           f"{len(rejects):,} rejected")
 
 

@@ -1,0 +1,182 @@
+"""Frame-Voyager from rendering to selection, as a user runs it: a broken video, kill -9, wrong inputs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.e2e.conftest import REPOSITORY, run, started
+from video.labels import read_labels
+from video.store import RowStore
+
+# Over the files in gin/video: paths, and sizes for seconds instead of minutes.
+PATHS = """
+VIDEOS = 'videos'
+QUESTIONS = 'videos/train.jsonl'
+CAPTIONS = 'videos/train_captions.jsonl'
+TEST = 'videos/test.jsonl'
+TOKENIZER = 'videos/tokenizer.model'
+FRAMES = 'frames'
+VIDEO_LLM = 'llm'
+LABELS = 'labels'
+TEST_LABELS = 'test_labels'
+VOYAGER = 'voyager'
+SELECTED = 'selected'
+"""
+SMALL = {
+    "synthetic": """
+synthetic.train_videos = 8
+synthetic.test_videos = 3
+synthetic.seconds = 6
+synthetic.shown = 0.5
+synthetic.fps = 6
+synthetic.size = 32
+""",
+    "decode": "decode.size = 24\ndecode.candidates = 12\n",
+    "train": """
+STEPS = 6
+train_video.batch_size = 2
+train_video.frames = 4
+train_video.eval_questions = 6
+train_video.eval_every = 3
+train_video.checkpoint_every = 3
+train_video.compilation_cache = '{cache}'
+warmup_cosine.warmup_steps = 2
+VisionConfig.image_size = 24
+VisionConfig.embed_dim = 24
+VisionConfig.n_layers = 1
+VisionConfig.mlp_dim = 48
+DecoderConfig.embed_dim = 32
+DecoderConfig.n_layers = 3
+DecoderConfig.n_heads = 2
+DecoderConfig.n_kv_heads = 2
+DecoderConfig.head_dim = 16
+DecoderConfig.mlp_dim = 48
+DecoderConfig.unroll = 1
+VisionConfig.unroll = 1
+""",
+    "label": "label.candidates = 6\nlabel.frames = 2\nlabel.compilation_cache = '{cache}'\n",
+    "train_voyager": """
+STEPS = 6
+train_voyager.batch_size = 4
+train_voyager.eval_every = 3
+train_voyager.checkpoint_every = 3
+train_voyager.compilation_cache = '{cache}'
+warmup_cosine.warmup_steps = 2
+""",
+    "select": """
+Selector.candidates = 10
+Selector.frames = 3
+select.sheets = 1
+select.compilation_cache = '{cache}'
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Runs a stage in the folder of this module's runs."""
+    folder = tmp_path_factory.mktemp("video")
+    for name, text in SMALL.items():
+        (folder / f"{name}.gin").write_text(
+            f"include 'gin/video/{name}.gin'\n{PATHS}{text.format(cache=folder / 'cache')}")
+
+    def stage(name, *flags):
+        return run(f"video.{name}", f"--gin_file={name}.gin", *flags, folder=folder)
+
+    stage.folder = folder
+    return stage
+
+
+def good(ended):
+    assert (ended.code, ended.err) == (0, ""), ended
+    return ended.out
+
+
+@pytest.fixture(scope="module")
+def trained(command):
+    """Videos, one of them broken, their frames, and a Video-LLM."""
+    good(command("synthetic"))
+    path = command.folder / "videos/videos/v00002.mp4"
+    path.write_bytes(path.read_bytes()[:500])
+    said = good(command("decode"))
+    assert "rejected: " in said and "of 10 videos, 1 rejected" in said
+    assert "10 of 11 videos" not in said and "11 of 11 videos were done before" in good(command("decode"))
+    assert "done: 6 steps" in good(command("train"))
+    return command.folder
+
+
+@pytest.fixture(scope="module")
+def labelled(command, trained):
+    test = ("--gin.LABELS=test_labels", "--gin.QUESTIONS=videos/test.jsonl")
+    assert "combinations of 2 out of 6 frames" in good(command("label"))
+    good(command("label", *test))
+    return trained
+
+
+def test_labels_are_whole(labelled):
+    found = read_labels(labelled / "labels", labelled / "videos/train.jsonl")
+    assert found.losses.shape == (len(found), 15) and found.combinations.shape == (len(found), 15, 2)
+    assert found.features.shape == (7, 6, 4, 32)
+    assert found.dropped["rejected"] > 0 and np.isfinite(found.losses).all()
+    strict = read_labels(labelled / "labels", labelled / "videos/train.jsonl",
+                         max_mean_loss=float(np.median(found.losses.mean(axis=1))))
+    assert strict.dropped["mean loss too high"] == len(found) - len(strict) > 0
+
+
+def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled):
+    flags = ("--gin_file=label.gin", "--gin.LABELS=killed")
+    rows = labelled / "killed/losses/rows.jsonl"
+    with started("video.label", *flags, folder=labelled, devices=2) as process:
+        process.wait_for(lambda: rows.exists() and rows.read_text().count('"row"') >= 3)
+    kept = rows.read_text().count('"row"')
+    assert f"{kept} of " in good(run("video.label", *flags, folder=labelled))
+    whole, killed = (RowStore(labelled / name / "losses", "losses") for name in ("labels", "killed"))
+    assert whole.rows == killed.rows
+    np.testing.assert_allclose(killed.read("losses"), whole.read("losses"), atol=1e-4)
+    np.testing.assert_array_equal(killed.read("combinations"), whole.read("combinations"))
+
+
+def test_other_inputs_into_the_same_folder_are_refused(command, labelled):
+    ended = command("label", "--gin.label.frames=3")
+    assert ended.code == 1 and "settings.json: made with" in ended.err and ended.err.count("\n") == 1
+
+
+def test_from_losses_to_selected_frames(command, labelled):
+    said = good(command("train_voyager"))
+    assert "combinations of 2 out of 6 frames" in said and "pairs in order" in said
+    assert "selected: 3 of 10 frames for " in good(command("select"))
+    selected = json.loads((labelled / "selected/selected.json").read_text())
+    numbers = json.loads((labelled / "selected/selected_frames.json").read_text())
+    asked = [json.loads(line) for line in (labelled / "videos/test.jsonl").read_text().splitlines()]
+    assert len(numbers) == len(asked)
+    for question, own in zip(asked, numbers):
+        (entry,) = [entry for entry in selected[question["video"]] if entry["question_id"] == question["id"]]
+        assert entry["question"] == question["question"]
+        assert len(own) == 3 and own == sorted(set(own)) and own[0] >= 0 and own[-1] < 36
+        np.testing.assert_array_equal(np.floor(np.array(entry["frames"]) * 6 + 1e-3), own)
+    (sheet,) = (labelled / "selected/sheets").glob("*.png")
+    assert sheet.stat().st_size > 10_000
+    good(command("select", "--gin.Selector.scorer=None", "--gin.SELECTED=even"))
+    assert {tuple(own) for own in json.loads((labelled / "even/selected_frames.json").read_text())} == {(5, 18, 30)}
+
+
+@pytest.mark.parametrize("stage, flags, message", [
+    ("train", ["--gin.VisionConfig.image_size=32", "--gin.VIDEO_LLM=other"], "frames of 24 pixels"),
+    ("train", ["--gin.train_video.length=20", "--gin.VIDEO_LLM=other"], "sequences have 20"),
+    ("label", ["--gin.label.candidates=40"], "each must be at most the next"),
+    ("label", ["--gin.VIDEO_LLM=nowhere"], "nowhere/model.json: no such"),
+    ("select", ["--gin.VIDEO_LLM=nowhere"], "nowhere/model.json: no such"),
+    ("decode", ["--gin.TEST=nowhere.jsonl"], "files in one folder"),
+])
+def test_wrong_inputs_are_one_line(command, labelled, stage, flags, message):
+    ended = command(stage, *flags)
+    assert ended.code == 1 and message in ended.err and ended.err.count("\n") == 1
+    assert not (labelled / "other").exists()
+
+
+def test_the_gin_files_name_the_same_paths():
+    """A path that gin/video/paths.gin gained has to be redirected here too."""
+    names = [line.split(" =")[0] for line in (REPOSITORY / "gin/video/paths.gin").read_text().splitlines()
+             if " = " in line]
+    assert sorted(names) == sorted(line.split(" =")[0] for line in PATHS.strip().splitlines())
