@@ -113,6 +113,15 @@ class _Block(nn.Module):
         return add(x, project("BTF,FD->BTD", hidden, down), "mlp_bias"), None
 
 
+def layers(config: VisionConfig, name: str) -> nn.Module:
+    """The tower's layers: called with `[batch, tokens, embed]` and int segments `[batch, tokens]`, (output, None)."""
+    scanned = nn.scan(
+        _Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+        length=config.n_layers, unroll=config.unroll, metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(config, name=name)
+
+
 class VisionTransformer(nn.Module):
     """Images to one vector for every patch, row by row from the top."""
 
@@ -130,10 +139,6 @@ class VisionTransformer(nn.Module):
         bias = vector(self, "patch_bias", (embed,), ("norm",))
         positions = vector(self, "positions", (side**2, embed), (None, "embed"), nn.initializers.normal(embed**-0.5))
         x = (project("BTP,PD->BTD", patches, kernel) + bias + positions).astype(dtype)
-        layers = nn.scan(
-            _Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-            length=config.n_layers, unroll=config.unroll, metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         x, _ = layers(config, name="layers")(x, jnp.ones(x.shape[:2], jnp.int32))
         if config.final_norm:
             x = LayerNorm(config.norm_epsilon, name="final_norm")(x.astype(jnp.float32)).astype(dtype)

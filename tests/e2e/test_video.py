@@ -14,6 +14,7 @@ PATHS = """
 VIDEOS = 'videos'
 QUESTIONS = 'videos/train.jsonl'
 CAPTIONS = 'videos/train_captions.jsonl'
+TEST_CAPTIONS = 'videos/test_captions.jsonl'
 TEST = 'videos/test.jsonl'
 TOKENIZER = 'videos/tokenizer.model'
 FRAMES = 'frames'
@@ -21,6 +22,7 @@ VIDEO_LLM = 'llm'
 LABELS = 'labels'
 TEST_LABELS = 'test_labels'
 VOYAGER = 'voyager'
+TOWERS = 'towers'
 SELECTED = 'selected'
 """
 SMALL = {

@@ -1,0 +1,216 @@
+"""Trains frame and text towers on captions: `python -m video.train_towers --gin_file=gin/video/train_towers.gin`.
+
+It is a run of the one trainer (`mlx_pretrain.training_loop`). A pair is a frame of a captioned part of a video, and the
+caption; where texts are few, as here, some of the caption's words among words of questions stand for all the ways in
+which people say things.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlx_pretrain import checkpoints, configuration, partitioning
+from mlx_pretrain.data.loader import Batch, Stream
+from mlx_pretrain.data.store import PAD_ID
+from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+from mlx_pretrain.trainer import LossParts
+from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from video.clips import ClipPosition, showing
+from video.decode import FrameStore
+from video.questions import Question, read_questions
+from video.towers import TowersConfig, embed_frames, embed_texts, sigmoid_loss
+
+
+@gin.configurable("train_towers")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainTowersConfig(LoopConfig):
+    """One training run of towers; see `LoopConfig` for the rest of its attributes. A sequence is a pair.
+
+    Attributes:
+      model: @TowersConfig().
+      tokenizer: tokenizer.model, a SentencePiece model of this framework.
+      frame_store: folder that `video.decode` made.
+      captions: file of `video.questions` with clips: their answers are the captions.
+      validation: such a file on other videos.
+      questions: file of `video.questions`; words of it that are in no caption stand among the caption's. Or None.
+    """
+
+    name: ClassVar[str] = "train_towers"
+    module: ClassVar[str] = "video.train_towers"
+
+    model: TowersConfig = gin.REQUIRED
+    tokenizer: str = gin.REQUIRED
+    frame_store: str = gin.REQUIRED
+    captions: str = gin.REQUIRED
+    validation: str = gin.REQUIRED
+    questions: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.model, TowersConfig):
+            raise self.wrong("model", "must be a model, e.g. @TowersConfig()")
+
+
+class TowersTraining:
+    """Towers on captions: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainTowersConfig):
+        """Opens and checks all inputs; nothing is written yet.
+
+        Raises:
+          InputError: frames, captions, tokenizer and model do not fit each other, or a file is damaged.
+        """
+        self._config, self.model = config, config.model
+        self._tokenizer = Tokenizer(config.tokenizer)
+        if self._tokenizer.vocab_size > config.model.vocab_size:
+            raise InputError(f"{config.tokenizer}: {self._tokenizer.vocab_size} token ids, the model has vocab_size="
+                             f"{config.model.vocab_size}")
+        self._store = FrameStore(config.frame_store)
+        self._store.check_size(config.model.vision.image_size)
+        self._captions, self._validation = (
+            [caption for caption in read_questions(path) if caption.clip and caption.video in self._store]
+            for path in (config.captions, config.validation))
+        for path, found in ((config.captions, self._captions), (config.validation, self._validation)):
+            if not found:
+                raise InputError(f"{path}: no captions: answers with a clip, of a video in {config.frame_store}")
+        said = {word for caption in self._captions for word in caption.answer.split()}
+        asked = read_questions(config.questions) if config.questions else []
+        self._others = sorted({word for question in asked for word in question.question.split()} - said)
+        size, length = self._store.size, config.model.max_length
+        self.batch_row = {
+            "frame": jax.ShapeDtypeStruct((size, size, 3), np.uint8),
+            "tokens": jax.ShapeDtypeStruct((length,), np.int32),
+            "caption": jax.ShapeDtypeStruct((), np.int32),
+        }
+        self.tokens_per_sequence = length
+        self.flops_per_token = 3 * config.model.vision.flops_per_image() / length  # of the vision tower
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
+        frames = embed_frames(self.model, params, batch["frame"])
+        texts = embed_texts(self.model, params, batch["tokens"])
+        same = batch["caption"][:, None] == batch["caption"][None]
+        loss, weight = sigmoid_loss(params, frames, texts, same), jnp.float32(len(frames))
+        right = jnp.take_along_axis(same, jnp.argmax(frames @ texts.T, axis=1)[:, None], axis=1).mean()
+        return loss * weight, LossParts(weight, {"loss": (loss * weight, weight),
+                                                 "retrieval_accuracy": (right * weight, weight)})
+
+    def source(self, first_sequence: int, rows: np.ndarray) -> "CaptionSource":
+        config = self._config
+        return CaptionSource(self._store, self._captions, self._tokenizer, self._others, config.model.max_length,
+                             batch_size=config.batch_size, seed=config.seed, first_sequence=first_sequence, rows=rows)
+
+    def tokens(self, batch: Batch) -> collections.Counter[str]:
+        return collections.Counter({"captions": int((batch["tokens"] != PAD_ID).sum())})
+
+    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+        source = CaptionSource(self._store, self._validation, self._tokenizer, [], self.model.max_length,
+                               batch_size=self._config.batch_size, seed=0)
+        batches = [source[number] for number in range(max(len(self._validation) // self._config.batch_size, 1))]
+        step = jax.jit(self.loss)
+        sharding = partitioning.batch_sharding(mesh)
+
+        def evaluate(params: Any) -> dict[str, float]:
+            parts = [step(params, jax.device_put(batch, sharding))[1].means for batch in batches]
+            return {name: float(np.mean([part[name][0] / part[name][1] for part in parts])) for name in parts[0]}
+
+        return evaluate
+
+    def headline(self, evaluation: Mapping[str, float]) -> str:
+        return (f"validation loss {evaluation['loss']:.4f}, right caption of {self._config.batch_size} "
+                f"{evaluation['retrieval_accuracy']:.1%}")
+
+    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
+        return []
+
+    def save_model(self, run_dir: epath.Path) -> None:
+        checkpoints.save_model(run_dir, self.model, self._config.tokenizer)
+
+    def initial_params(self) -> Any | None:
+        return None
+
+    def summary(self) -> str:
+        return f"{len(self._captions):,} captions, {self._config.batch_size} pairs a step"
+
+    def description(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "captions": {"path": str(config.captions), "sha256": sha256(config.captions)},
+            "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
+            "frame_store": str(config.frame_store),
+            "tokenizer_sha256": self._tokenizer.sha256,
+        }
+
+
+class CaptionSource:
+    """Batches by number: a random-access data source for Grain."""
+
+    def __init__(self, store: FrameStore, captions: Sequence[Question], tokenizer: Tokenizer, others: Sequence[str],
+                 length: int, *, batch_size: int, seed: int, first_sequence: int = 0, rows: np.ndarray | None = None):
+        """`others`: words to stand among those of captions; none: captions as they are. See `loader.BatchSource`."""
+        self._store, self._captions, self._tokenizer = store, list(captions), tokenizer
+        self._others, self._length, self._batch_size, self._seed = list(others), length, batch_size, seed
+        numbers = {answer: n for n, answer in enumerate(dict.fromkeys(caption.answer for caption in captions))}
+        self._numbers = [numbers[caption.answer] for caption in captions]
+        self._stream = Stream([len(self._captions)], [1.0], batch_size, seed, first_sequence)
+        self._rows = np.arange(batch_size) if rows is None else rows
+
+    def __len__(self) -> int:
+        # Grain wants a length; no run reads this many batches.
+        return 1 << 48
+
+    def __repr__(self) -> str:
+        return f"CaptionSource({len(self._captions)} captions, batch_size={self._batch_size}, seed={self._seed})"
+
+    def __getitem__(self, batch: int) -> Batch:
+        """This host's rows of a batch: see `TowersTraining.batch_row`; equal captions have one number."""
+        _, rows, epochs = self._stream.locate(batch, self._rows)
+        videos, places, texts = [], [], []
+        for row, epoch in zip(rows, epochs):
+            caption, rng = self._captions[row], np.random.default_rng([self._seed, int(row), int(epoch)])
+            video = self._store.row(caption.video)
+            (inside,) = showing(dataclasses.replace(caption, evidence=()), self._store.times[video])
+            videos.append(video)
+            places.append(int(rng.choice(inside)))
+            texts.append(self._text(caption.answer, rng))
+        frames = self._store.frames(videos)[np.arange(len(rows)), places]
+        tokens = np.full((len(rows), self._length), PAD_ID, np.int32)
+        for row, ids in zip(tokens, self._tokenizer.encode_batch(texts)):
+            row[: min(len(ids), self._length)] = ids[: self._length]
+        return {"frame": frames, "tokens": tokens, "caption": np.array([self._numbers[row] for row in rows], np.int32)}
+
+    def _text(self, caption: str, rng: np.random.Generator) -> str:
+        words = caption.split()
+        if not self._others:
+            return caption
+        kept = rng.permutation(words)[: rng.integers(1, len(words) + 1)].tolist()
+        return " ".join(rng.permutation(kept + rng.choice(self._others, rng.integers(0, 7)).tolist()))
+
+    def positions(self, batch: int) -> list[ClipPosition]:
+        """Where every row of the global batch comes from, for error reports."""
+        _, rows, epochs = self._stream.locate(batch, np.arange(self._batch_size))
+        return [ClipPosition(self._captions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
+
+
+def train(config: TrainTowersConfig) -> dict[str, float]:
+    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
+    return TrainingLoop(config, TowersTraining(config)).run()
+
+
+def main() -> None:
+    """Trains frame and text towers. Parameters: train_towers.* (see video/train_towers.py and
+    mlx_pretrain/training_loop.py), TowersConfig.*, VisionConfig.*, make_mesh.*, the schedule's and the optimizer's."""
+    train(TrainTowersConfig())
+
+
+if __name__ == "__main__":
+    configuration.run(main, "video.train_towers")
