@@ -1,6 +1,7 @@
 """Losses of all combinations of frames: prefix trees against each combination by itself.
 
     python benchmarks/video_label.py [--model=RUN --frame_store=DIR --questions=FILE] [--candidates=16] [--frames=4]
+        [--quick]
 
 Both compute the loss of the answers to the same questions for all combinations of T of M frames. The naive loop encodes
 the T frames and runs the whole sequence for each combination, so many combinations in a batch as fill the same number
@@ -92,7 +93,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, help="questions")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, help="combinations in a batch of the naive loop; 1: one by one")
+    parser.add_argument("--quick", action="store_true", help="a question, 8 candidates, one round: does it run?")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.count, arguments.candidates, arguments.rounds = 1, 8, 1
     if arguments.model:
         llm = load_video_llm(arguments.model)
         config, params, mesh, prompts = llm.config, llm.params, llm.mesh, llm.prompts
