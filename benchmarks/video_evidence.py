@@ -13,18 +13,12 @@ the first. The last line is JSON.
 
 import argparse
 import collections
-import functools
 import json
 import time
 
-import jax
 import numpy as np
 import scipy.stats
 
-from mlx_pretrain import checkpoints, partitioning
-from mlx_pretrain.data.store import PAD_ID
-from mlx_pretrain.data.tokenizer import Tokenizer
-from mlx_pretrain.train_state import abstract_params
 from video import selectors
 from video.answering import Answering
 from video.clips import showing
@@ -32,26 +26,7 @@ from video.decode import FrameStore
 from video.labels import read_labels
 from video.llm import load_video_llm
 from video.questions import read_questions
-from video.select import Voyager
-from video.towers import TowersConfig, embed_frames, embed_texts
-
-
-class Similarity:
-    """Cosines of a question and frames, by towers of ours."""
-
-    def __init__(self, run_dir):
-        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
-        config = checkpoints.load_model(run_dir, TowersConfig)
-        params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh))
-        self._frames = functools.partial(jax.jit(functools.partial(embed_frames, config)), params)
-        self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), params)
-        self._tokenizer, self._length = Tokenizer(f"{run_dir}/tokenizer.model"), config.max_length
-
-    def __call__(self, video, frames, question):
-        tokens = np.full((1, self._length), PAD_ID, np.int32)
-        ids = self._tokenizer.encode(question)[: self._length]
-        tokens[0, : len(ids)] = ids
-        return np.asarray(self._frames(frames) @ self._texts(tokens)[0])
+from video.scorers import Similarity, Voyager
 
 
 def mcnemar(a, b) -> float:

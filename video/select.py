@@ -18,79 +18,22 @@ import json
 import re
 import statistics
 import time
-from typing import Protocol
 
 import gin
-import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from mlx_pretrain import checkpoints, configuration, hardware, partitioning
+from mlx_pretrain import configuration, hardware
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.figures import save_figure
 from mlx_pretrain.files import write_atomic, write_json
-from mlx_pretrain.train_state import abstract_params
 from video import selectors
 from video.contact_sheet import contact_sheet
 from video.frames import Candidates, read_frames, try_frames
-from video.llm import load_video_llm
-from video.model import encode_frames
-from video.prompts import PaddedPrompts
 from video.questions import Question, read_questions
-from video.voyager import VoyagerConfig, rewards
-
-
-class Scorer(Protocol):
-    """Scores candidates for a question.
-
-    Attributes:
-      size: pixels of a side of the frames it takes.
-      fit: see `read_frames`.
-    """
-
-    size: int
-    fit: str
-
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        """float32 `[candidates]`; frames uint8 `[candidates, size, size, 3]` of a video."""
-
-
-@gin.configurable
-class Voyager:
-    """Rewards of Frame-Voyager."""
-
-    fit = "stretch"
-
-    def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
-                 step: int | None = None):
-        """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
-
-        Raises:
-          InputError: one of them is not there, or they do not fit each other.
-        """
-        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
-        llm, self._config = load_video_llm(video_llm, mesh), checkpoints.load_model(run_dir, VoyagerConfig)
-        trained_for = json.loads((epath.Path(run_dir) / "run.json").read_text())["labels"]["model"]
-        if trained_for != llm.fingerprint():
-            raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
-        self.size = llm.config.vision.image_size
-        self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
-        self._encode = functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params)
-        self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
-        self._rewards = jax.jit(functools.partial(rewards, self._config))
-        self._video: tuple[str, jax.Array] | None = None
-
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        if self._video is None or self._video[0] != video:
-            self._video = video, self._encode(frames)
-        tokens, places = self._prompts([question], len(frames))
-        if tokens.shape[1] > self._config.decoder.max_length:
-            raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
-                             f"{self._config.decoder.max_length}")
-        return np.asarray(self._rewards(self._params, self._video[1][None], tokens, places))[0]
-
+from video.scorers import Scorer
 
 CHOICES = {
     "top": lambda scores, chosen: selectors.top(scores, chosen),
@@ -223,7 +166,8 @@ def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:
 
 
 def main() -> None:
-    """Chooses frames for questions. Parameters: select.*, Selector.*, Voyager.* (see video/select.py)."""
+    """Chooses frames for questions. Parameters: select.* and Selector.* (see video/select.py), Voyager.*,
+    Similarity.*, Embeddings.* (see video/scorers.py)."""
     select_all()
 
 

@@ -66,6 +66,19 @@ train_voyager.checkpoint_every = 3
 train_voyager.compilation_cache = '{cache}'
 warmup_cosine.warmup_steps = 2
 """,
+    "train_towers": """
+STEPS = 4
+train_towers.batch_size = 8
+train_towers.eval_every = 2
+train_towers.checkpoint_every = 2
+train_towers.compilation_cache = '{cache}'
+warmup_cosine.warmup_steps = 2
+VisionConfig.image_size = 24
+VisionConfig.embed_dim = 24
+VisionConfig.n_layers = 1
+VisionConfig.mlp_dim = 48
+VisionConfig.unroll = 1
+""",
     "select": """
 Selector.candidates = 10
 Selector.frames = 3
@@ -159,8 +172,16 @@ def test_from_losses_to_selected_frames(command, labelled):
         np.testing.assert_array_equal(np.floor(np.array(entry["frames"]) * 6 + 1e-3), own)
     (sheet,) = (labelled / "selected/sheets").glob("*.png")
     assert sheet.stat().st_size > 10_000
-    good(command("select", "--gin.Selector.scorer=None", "--gin.SELECTED=even"))
-    assert {tuple(own) for own in json.loads((labelled / "even/selected_frames.json").read_text())} == {(5, 18, 30)}
+    good(command("select", "--gin.Selector.scorer=None", "--gin.SELECTED=even", "--gin.select.sheets=0"))
+    assert {tuple(own) for own in json.loads((labelled / "even/selected_frames.json").read_text())} == {(5, 19, 30)}
+
+
+def test_similarity_of_own_towers(command, labelled):
+    assert "right caption of 8" in good(command("train_towers"))
+    good(command("select", "--gin.Selector.scorer=@Similarity()", "--gin.Similarity.run_dir=towers",
+                 "--gin.Selector.choice=aks", "--gin.SELECTED=aks", "--gin.select.limit=4", "--gin.select.sheets=0"))
+    found = json.loads((labelled / "aks/selected_frames.json").read_text())
+    assert [len(own) for own in found] == [3] * 4
 
 
 @pytest.mark.parametrize("stage, flags, message", [

@@ -1,0 +1,29 @@
+"""Scores out of a file of embeddings."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mlx_pretrain.errors import InputError
+from video.scorers import Embeddings
+
+
+def test_cosines_of_a_file(tmp_path):
+    rng = np.random.default_rng(0)
+    frames, question = rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=8).astype(np.float32)
+    save_file({"video:a.mp4": frames, "question:Who?": question}, tmp_path / "e.safetensors")
+    scores = Embeddings(tmp_path / "e.safetensors")
+    expected = [f @ question / np.sqrt((f @ f) * (question @ question)) for f in frames]
+    np.testing.assert_allclose(scores("a.mp4", np.zeros((5, 64, 64, 3)), "Who?"), expected, rtol=1e-5)
+    with pytest.raises(InputError, match=r"e\.safetensors: no tensor 'question:What\?'"):
+        scores("a.mp4", np.zeros((5, 64, 64, 3)), "What?")
+    with pytest.raises(InputError, match=r"shape \[5, 8\].*with 4 candidates"):
+        scores("a.mp4", np.zeros((4, 64, 64, 3)), "Who?")
+
+
+def test_no_such_file_or_another_kind(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        Embeddings(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        Embeddings(tmp_path / "text")
