@@ -93,3 +93,9 @@ def test_the_race_of_evaluations_without_a_rival_has_our_own_speed():
     result = last_line("eval_race.py")
     assert set(result["items_per_s"]) == {"7M 0-shot", "7M 5-shot"}
     assert all(found["ours"] > 0 for found in result["items_per_s"].values()) and "ratio_0shot" not in result
+
+
+@pytest.mark.slow
+def test_losses_of_combinations_are_those_of_the_naive_loop():
+    result = last_line("video_label.py")
+    assert result["max_abs_diff"] < 1e-4 and result["ratio"] > 0 and result["combinations"] == 70
