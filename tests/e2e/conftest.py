@@ -78,17 +78,21 @@ class Process:
         return Ended(self._popen.returncode, out, err)
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+    """Of a command on simulated CPU devices; programs that run for moments are not worth LLVM's optimisations."""
+    return {
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    }
+
+
 @contextlib.contextmanager
 def started(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Iterator[Process]:
     """`python -m module flags` in `folder`, with simulated CPU devices; killed at the end of the block if need be."""
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     with subprocess.Popen(
         [sys.executable, "-m", module, *flags],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder, env=os.environ | environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as popen:
         try:
             yield Process(popen)

@@ -12,7 +12,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, Process, run, started
+from tests.e2e.conftest import Process, environment, run, started
 from tests.raters.test_score import make_run, outputs, records, write_jsonl
 
 SCORE = "raters.score"
@@ -111,9 +111,9 @@ def test_hosts_share_the_files(score_gin, undisturbed, tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, "-c", HOST, address]
-    environment = {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
-    hosts = [Process(subprocess.Popen([*command, str(i), score_gin], cwd=tmp_path, env=environment, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)) for i in range(2)]
+    hosts = [Process(subprocess.Popen(
+        [*command, str(i), score_gin], cwd=tmp_path, env=environment() | {"HOME": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)) for i in range(2)]
     ended = [host.end() for host in hosts]
     assert [host.code for host in ended] == [0, 0], ended
     assert [json.loads(host.out.splitlines()[-1])["scored"] for host in ended] == [3, 3]

@@ -112,6 +112,7 @@ def test_pairwise_training_learns_and_loads(settings, tmp_path):
     assert rater_training.train(TrainRaterConfig(**settings, run_dir=run_dir)) == {}
 
 
+@pytest.mark.slow
 def test_pointwise_training_learns_too(settings, tmp_path):
     found = rater_training.train(TrainRaterConfig(**settings, run_dir=str(tmp_path), objective="pointwise"))
     assert found["accuracy"] > 0.9

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,14 +23,19 @@ def videos(frames):
     return {"one.mp4": frames, "two.mp4": frames[::-1]}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, frames, tokens):
+    features = encode_frames(config, params, frames)
+    hidden = hidden_states(config, params, features.reshape(1, -1, features.shape[-1]), tokens)
+    return logits(params["decoder"], hidden)
+
+
 def alone(config, params, prompts, frames, question, places, answer):
     """Mean loss of an answer's tokens, in NumPy from the logits of one sequence."""
-    features = encode_frames(config, params, frames[list(places)])
     context = prompts.context(prompts.words([question])[0], range(len(places)))
     (answer,) = prompts.answers([answer])
     tokens = np.concatenate([context, answer])[None]
-    hidden = hidden_states(config, params, features.reshape(1, -1, features.shape[-1]), tokens[:, :-1])
-    found = np.asarray(logits(params["decoder"], hidden), np.float64)[0, len(context) - 1 :]
+    found = np.asarray(run(config, params, frames[list(places)], tokens[:, :-1]), np.float64)[0, len(context) - 1 :]
     return np.mean(np.log(np.exp(found).sum(axis=1)) - found[np.arange(len(answer)), answer])
 
 

@@ -105,6 +105,7 @@ def test_tokens_are_a_feature_where_they_vary():
     assert any("tokens" in note for note in fitted.notes) and not any("parameters" in note for note in fitted.notes)
 
 
+@pytest.mark.slow
 def test_large_tables_get_fewer_draws():
     fitted = StructuredProcess(full_rows=20).fit(table(60, 7))
     assert len(fitted.draws["noise"]) == 5
