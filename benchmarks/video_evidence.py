@@ -48,7 +48,7 @@ def main() -> None:
     store, llm = FrameStore(arguments.frame_store), load_video_llm(arguments.video_llm)
     questions = [q for q in read_questions(arguments.questions)[: arguments.limit] if q.video in store]
     count, chosen = arguments.candidates, arguments.frames
-    places = (np.arange(count) * 2 + 1) * store.candidates // (2 * count)
+    places = selectors.even(store.candidates, count)
     frames = {q.video: store.frames([store.row(q.video)])[0][places] for q in questions}
     rng = np.random.default_rng(0)
 

@@ -30,6 +30,7 @@ from video.llm import load_video_llm
 from video.model import VideoLLMConfig, encode_frames, hidden_states
 from video.prompts import Prompts
 from video.questions import Question, read_questions
+from video.selectors import even
 
 TOKENS = {"cpu": 1024}  # in a batch of the naive loop
 
@@ -101,7 +102,7 @@ def main() -> None:
         llm = load_video_llm(arguments.model)
         config, params, mesh, prompts = llm.config, llm.params, llm.mesh, llm.prompts
         store, questions = FrameStore(arguments.frame_store), read_questions(arguments.questions)[: arguments.count]
-        places = (np.arange(arguments.candidates) * 2 + 1) * store.candidates // (2 * arguments.candidates)
+        places = even(store.candidates, arguments.candidates)
         videos = {q.video: store.frames([store.row(q.video)])[0][places] for q in questions}
     else:
         config, params, mesh, prompts = drawn(arguments.size)

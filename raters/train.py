@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from mlx_pretrain import checkpoints, configuration, partitioning
 from mlx_pretrain.convert.encoders import load_encoder
 from mlx_pretrain.data.loader import Batch
-from mlx_pretrain.data.subword import load_tokenizer
+from mlx_pretrain.data.subword import check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.trainer import LossParts
@@ -100,9 +100,7 @@ class RaterTraining:
         else:
             self.model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)
         self._tokenizer = load_tokenizer(self._tokenizer_path)
-        if self._tokenizer.vocab_size > self.model.vocab_size:
-            raise InputError(f"{self._tokenizer_path}: {self._tokenizer.vocab_size} token ids, the model has "
-                             f"vocab_size={self.model.vocab_size}")
+        check_vocabulary(self._tokenizer_path, self._tokenizer, self.model.vocab_size)
         self._length = config.length or self.model.max_length
         if self._length > self.model.max_length:
             raise config.wrong("length", f"the encoder takes up to {self.model.max_length}")

@@ -60,20 +60,19 @@ def decode(
     todo = [video for video in videos if video not in writer.done]
     if len(todo) < len(videos):
         print(f"{len(videos) - len(todo):,} of {len(videos):,} videos were done before")
-    rejects = 0
     with Workers(functools.partial(try_frames, size=size, count=candidates, fit=fit), processes) as workers:
         items = ((video, str(folder / video)) for video in todo)
         for video, found in tqdm(workers.map(items), "videos", len(todo), disable=None):
             if isinstance(found, str):
                 writer.reject(video, found)
-                rejects += 1
                 print(f"rejected: {found}")
             else:
                 writer.add(video, {"frames": found.frames, "times": found.times}, duration=found.duration)
-    if len(writer.done) == rejects:
+    if len(writer.done) == writer.rejected:
         raise InputError(f"{folder}: none of {len(videos):,} videos can be decoded")
     writer.complete(folder=str(folder))
-    print(f"{output}: {candidates} frames of {size} x {size} of {len(videos) - rejects:,} videos, {rejects:,} rejected")
+    print(f"{output}: {candidates} frames of {size} x {size} of {len(videos) - writer.rejected:,} videos, "
+          f"{writer.rejected:,} rejected")
 
 
 class FrameStore:

@@ -26,6 +26,7 @@ from video.decode import FrameStore
 from video.labels import FEATURES, LOSSES, FeatureStore
 from video.llm import load_video_llm
 from video.questions import read_questions
+from video.selectors import even
 from video.store import RowWriter
 
 
@@ -68,7 +69,7 @@ def label(
     store.check_size(llm.config.vision.image_size)
     usable = [question for question in asked if question.video not in store.rejected]
     videos = list(dict.fromkeys(question.video for question in usable))
-    places = (np.arange(candidates) * 2 + 1) * store.candidates // (2 * candidates)  # of the candidates in the store
+    places = even(store.candidates, candidates)
     settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(), "candidates": places.tolist(),
                 "prompt": llm.config.prompt}
     size = len(combinations(candidates, frames, most, seed))

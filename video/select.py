@@ -35,11 +35,7 @@ from video.frames import Candidates, read_frames, try_frames
 from video.questions import Question, read_questions
 from video.scorers import Scorer
 
-CHOICES = {
-    "top": lambda scores, chosen: selectors.top(scores, chosen),
-    "bolt": lambda scores, chosen: selectors.bolt(scores, chosen),
-    "aks": lambda scores, chosen: selectors.aks(scores, chosen),
-}
+CHOICES = {"top": selectors.top, "bolt": selectors.bolt, "aks": selectors.aks}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import tensorstore as ts
 from etils import epath
 
 from mlx_pretrain import __version__
+from mlx_pretrain.data.store import zarr3_spec
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic, write_json
 
@@ -28,6 +29,7 @@ class RowWriter:
     Attributes:
       path: the folder.
       done: ids that have a row or were rejected.
+      rejected: how many of these were.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class RowWriter:
         write_atomic(self.path / ROWS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self.done = {line["id"] for line in lines}
         self._next = sum("row" in line for line in lines)
-        self._rejected = len(lines) - self._next
+        self.rejected = len(lines) - self._next
 
     def add(self, id: str, arrays: Mapping[str, np.ndarray], **more: Any) -> None:
         """A row; `more` goes into rows.jsonl."""
@@ -77,7 +79,7 @@ class RowWriter:
     def reject(self, id: str, reason: str) -> None:
         """An item without a row."""
         self._line({"id": id, "rejected": reason})
-        self._rejected += 1
+        self.rejected += 1
 
     def _line(self, line: Mapping[str, Any]) -> None:
         with open(self.path / ROWS, "a") as file:
@@ -86,7 +88,7 @@ class RowWriter:
 
     def complete(self, **more: Any) -> None:
         """All items have been added or rejected; `more` goes into the manifest."""
-        counts = {"rows": self._next, "rejected": self._rejected}
+        counts = {"rows": self._next, "rejected": self.rejected}
         write_json(self.path / MANIFEST, {**counts, "version": __version__, **more})
 
 
@@ -125,7 +127,7 @@ class RowStore:
         """
         index = np.arange(len(self.rows)) if rows is None else np.asarray(list(rows), np.int64)
         try:
-            return ts.open(_spec(self.path / name), open=True, read=True).result()[index].read().result()
+            return ts.open(zarr3_spec(self.path / name), open=True, read=True).result()[index].read().result()
         except (ValueError, OSError) as error:
             raise InputError(f"{self.path / name}: cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -143,11 +145,6 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
-def _spec(path: epath.Path) -> dict[str, Any]:
-    place = str(path) if "://" in str(path) else f"file://{path.absolute()}/"
-    return {"driver": "zarr3", "kvstore": place}
-
-
 def _open(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
     metadata = {
         "shape": shape,
@@ -157,4 +154,4 @@ def _open(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.Tenso
                    {"name": "zstd", "configuration": {"level": 1}}],
         "fill_value": 0,
     }
-    return ts.open({**_spec(path), "metadata": metadata}, open=True, create=True).result()
+    return ts.open({**zarr3_spec(path), "metadata": metadata}, open=True, create=True).result()

@@ -1,8 +1,7 @@
 """Trains a Video-LLM on questions about videos: `python -m video.train --gin_file=gin/video/train.gin`.
 
 It is a run of the one trainer (`mlx_pretrain.training_loop`): checkpoints, resuming, sharding and metrics are those of
-pretraining. The decoder may start from a pretrained one; vision tower and projector start from scratch or with a whole
-LLaVA folder.
+pretraining. All parameters start from scratch.
 """
 
 import collections
@@ -20,8 +19,8 @@ from jax.sharding import Mesh
 from mlx_pretrain import checkpoints, configuration, losses
 from mlx_pretrain.data.loader import Batch
 from mlx_pretrain.data.store import BOS_ID, EOS_ID
+from mlx_pretrain.data.subword import check_vocabulary
 from mlx_pretrain.data.tokenizer import Tokenizer
-from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import output_kernel
 from mlx_pretrain.trainer import LossParts
@@ -92,10 +91,8 @@ class VideoTraining:
         """
         self._config, self.model = config, config.model
         self._tokenizer = Tokenizer(config.tokenizer)
-        vocabulary, decoder = self._tokenizer.vocab_size, config.model.decoder
-        if vocabulary > decoder.vocab_size:
-            raise InputError(f"{config.tokenizer}: {vocabulary} token ids, the model has vocab_size="
-                             f"{decoder.vocab_size}")
+        decoder = config.model.decoder
+        check_vocabulary(config.tokenizer, self._tokenizer, decoder.vocab_size)
         if config.length > decoder.max_length:
             raise config.wrong("length", f"the decoder has max_length={decoder.max_length}")
         self._store = FrameStore(config.frame_store)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from mlx_pretrain import checkpoints, configuration, partitioning
 from mlx_pretrain.data.loader import Batch, Stream
 from mlx_pretrain.data.store import PAD_ID
+from mlx_pretrain.data.subword import check_vocabulary
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
@@ -72,9 +73,7 @@ class TowersTraining:
         """
         self._config, self.model = config, config.model
         self._tokenizer = Tokenizer(config.tokenizer)
-        if self._tokenizer.vocab_size > config.model.vocab_size:
-            raise InputError(f"{config.tokenizer}: {self._tokenizer.vocab_size} token ids, the model has vocab_size="
-                             f"{config.model.vocab_size}")
+        check_vocabulary(config.tokenizer, self._tokenizer, config.model.vocab_size)
         self._store = FrameStore(config.frame_store)
         self._store.check_size(config.model.vision.image_size)
         self._captions, self._validation = (

@@ -102,7 +102,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
     return manifest
 
 
-def _spec(path: epath.PathLike) -> dict[str, Any]:
+def zarr3_spec(path: epath.PathLike) -> dict[str, Any]:
+    """TensorStore's description of a zarr3 array in a folder, local or on an object store."""
     path = str(path)
     return {"driver": "zarr3", "kvstore": path if "://" in path else f"file://{epath.Path(path).absolute()}/"}
 
@@ -128,7 +129,7 @@ class PartWriter:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS_PER_SHARD, sequence_length]}},
             "codecs": codecs,
         }
-        self._array = ts.open({**_spec(path), "metadata": metadata}, create=True).result()
+        self._array = ts.open({**zarr3_spec(path), "metadata": metadata}, create=True).result()
 
     def append(self, rows: np.ndarray) -> None:
         """Adds rows: unsigned integers [n, sequence_length]."""
@@ -211,7 +212,7 @@ class TokenStore:
             if (found := file.stat().length) != size:
                 raise InputError(f"{file}: {found} bytes where the manifest says {size}; export the token store again")
         try:
-            array = ts.open(_spec(folder), read=True, open=True).result()
+            array = ts.open(zarr3_spec(folder), read=True, open=True).result()
         except ValueError as error:
             raise InputError(f"{folder}: cannot be opened as zarr3: {str(error).splitlines()[0]}") from None
         if array.shape != (part.sequences, self.manifest.sequence_length):

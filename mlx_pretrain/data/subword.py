@@ -79,6 +79,12 @@ class SubwordTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+def check_vocabulary(path: epath.PathLike, tokenizer: Tokenizer | SubwordTokenizer, vocab_size: int) -> None:
+    """Raises InputError when the tokenizer at `path` has ids beyond a model's vocabulary."""
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(f"{path}: {tokenizer.vocab_size} token ids, the model has vocab_size={vocab_size}")
+
+
 def load_tokenizer(path: epath.PathLike) -> Tokenizer | SubwordTokenizer:
     """A SentencePiece model (.model) of this framework's, or a tokenizer.json of Hugging Face's.
 
