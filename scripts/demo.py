@@ -17,6 +17,14 @@ ALLOCATION = "runs/sample/climb"
 EVALS = "runs/sample/evals"
 RATER, SELECTED = "runs/sample/rater", "runs/sample/selected"
 DOCUMENTS = "samples/text/train/*.jsonl.xz"
+
+
+def of_video(stage: str, *flags: str) -> list[str]:
+    """A command of Frame-Voyager at the demo's size."""
+    return [f"video.{stage}", f"--gin_file=gin/video/{stage}.gin", "--gin_file=gin/video/demo.gin", *flags]
+
+
+FRAMES = "runs/sample/video/selected"
 PREPARE = ["--gin_file=gin/mixtures/sample.gin", "--gin_file=gin/mixtures/prepare.gin"]
 STAGES = [
     ("Train a tokenizer on the sample text", ["data_mixtures.tokenizer", *PREPARE]),
@@ -40,6 +48,18 @@ STAGES = [
                               "--gin.SCORES=runs/sample/scores", f"--gin.SELECTED={SELECTED}",
                               "--gin.select.fraction=0.5"]),
     ("Report on what was kept", ["raters.selection_report", f"--gin.selection_report.folder={SELECTED}"]),
+    ("Render short videos with questions", of_video(
+        "synthetic", "--gin.synthetic.train_videos=120", "--gin.synthetic.test_videos=16")),
+    ("Decode their frames", of_video("decode")),
+    ("Train a small Video-LLM", of_video("train", "--gin.STEPS=90", "--gin.warmup_cosine.warmup_steps=10",
+                                         "--gin.train_video.eval_questions=40")),
+    ("Its losses on combinations of frames", of_video("label", "--gin.label.most=64", "--gin.label.limit=300")),
+    ("The same on held-out videos", of_video("label", "--gin.label.most=256", "--gin.label.limit=60",
+                                             "--gin.QUESTIONS=%TEST", "--gin.LABELS=%TEST_LABELS")),
+    ("Train Frame-Voyager on these losses", of_video("train_voyager", "--gin.STEPS=60",
+                                                     "--gin.warmup_cosine.warmup_steps=10")),
+    ("Choose 4 of 32 frames for every question", of_video("select", "--gin.Selector.candidates=32",
+                                                          "--gin.Selector.frames=4", "--gin.select.sheets=4")),
 ]
 
 
@@ -87,7 +107,8 @@ def main() -> int:
     before, after = last_evaluations()
     print(f"\nDone in {time.monotonic() - started:.0f} s: held-out text of {len(after) // 2 - 2} languages went from "
           f"{before['bits_per_byte']:.2f} to {after['bits_per_byte']:.2f} bits per byte.\n"
-          f"Open report.html in {RUN_DIR}, {EVALS}, {ALLOCATION} and {SELECTED} in a browser.")
+          f"Open report.html in {RUN_DIR}, {EVALS}, {ALLOCATION} and {SELECTED} in a browser, and the pictures in "
+          f"{FRAMES}/sheets.")
     return 0
 
 
