@@ -361,6 +361,7 @@ class TrainingLoop:
             sequences = self._progress.sequences + (self._step - self._first_step) * self._config.batch_size
             fresh = self._evaluation if self._evaluated_at == self._step else {}
             metrics = {f"eval/{name}": value for name, value in fresh.items()}
+            self._writer.flush()
             self._saver.save(self._step, self._state, Progress(sequences, dict(self._tokens)), metrics)
 
     def _leave(self) -> None:
