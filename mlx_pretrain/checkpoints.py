@@ -17,7 +17,7 @@ from etils import epath
 
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import absolute, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import TrainState
 
@@ -67,7 +67,7 @@ class Checkpoints:
                 get_metric_fn=metric, n=keep_best, reverse=True, keep_checkpoints_without_metrics=False
             ))
         self._manager = ocp.CheckpointManager(
-            epath.Path(run_dir).absolute() / "checkpoints",
+            absolute(run_dir) / "checkpoints",
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
@@ -208,7 +208,7 @@ def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = No
     Raises:
       InputError: no checkpoint, not that one, or it does not fit or cannot be read.
     """
-    directory = epath.Path(run_dir).absolute() / "checkpoints"
+    directory = absolute(run_dir) / "checkpoints"
     if not directory.exists():
         raise InputError(f"{directory}: no checkpoints")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:

@@ -101,6 +101,12 @@ def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The absolute path; gs:// paths are, though `epath.Path.absolute` puts them below the working folder."""
+    path = epath.Path(path)
+    return path if gcs.is_gs(path) else path.absolute()
+
+
 def kvstore(folder: epath.PathLike) -> dict[str, Any]:
     """TensorStore's description of a folder, local or gs://, as a key-value store: names of files are the keys.
 
@@ -110,7 +116,7 @@ def kvstore(folder: epath.PathLike) -> dict[str, Any]:
     if gcs.is_gs(folder):
         bucket, name = gcs.split(folder)
         return {"driver": "gcs", "bucket": bucket, "path": f"{name}/" if name else ""}
-    return {"driver": "file", "path": f"{epath.Path(folder).absolute()}/"}
+    return {"driver": "file", "path": f"{absolute(folder)}/"}
 
 
 def file_sizes(folder: epath.PathLike) -> dict[str, int]:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import pathlib
 import re
 import threading
 import urllib.parse
@@ -78,6 +79,13 @@ class GcsServer:
     def __exit__(self, *_) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+    def put_folder(self, folder: pathlib.Path, bucket: str, name: str) -> None:
+        """Puts the files of a local folder into `name`/ of a bucket."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                made = Object(path.read_bytes(), next(self._generations))
+                self.buckets[bucket][f"{name}/{path.relative_to(folder)}"] = made
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[list[tuple[str, str]]]:
