@@ -28,8 +28,8 @@ class _EventFiles:
     """TensorBoard files on gs://; tensorboardX's own writer uploads the whole file again at every flush."""
 
     def open(self, path: str) -> gcs.Appender:
-        # tensorboardX flushes by itself. It names files by the second, in which a run may start again; TensorBoard reads
-        # them in the order of their names.
+        # tensorboardX flushes by itself. It names files by the second, in which a run may start again; TensorBoard
+        # reads them in the order of their names.
         return gcs.Appender(f"{path}.{time.time_ns()}", every=None)
 
     def directory_check(self, path: str) -> None:
