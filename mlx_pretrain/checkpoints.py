@@ -188,7 +188,8 @@ class Checkpoints:
             damage = _agree(changed_arrays(saved, checksums(restored.state)))
             if damage is not None:
                 return None, damage
-        return (restored.state, Progress(meta["sequences"], meta["tokens"])), None
+        known = {field.name for field in dataclasses.fields(Progress)}
+        return (restored.state, Progress(**{name: value for name, value in meta.items() if name in known})), None
 
     def _move_aside(self, steps: Sequence[int]) -> None:
         if not steps:

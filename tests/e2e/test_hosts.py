@@ -84,10 +84,10 @@ def test_killed_on_one_host(tiny_gin, pair, tmp_path):
     assert re.fullmatch(
         r"error: process 1 \(\S+, pid \d+\) is gone; process 0 ends too; start the job again to go on after the last "
         r"checkpoint\n", without_waiting(ended[0].err)), ended[0].err
-    saved = saved_steps(run_dir)[-1]
+    saved, restarted = saved_steps(run_dir)[-1], time.time()
 
     with started_job(TRAIN, tiny_gin, folder=tmp_path) as job:
-        job[0].wait_for(lambda: last_step(run_dir) > saved + 3)
+        job[0].wait_for(lambda: last_step(run_dir, restarted) > saved)
         job[0].signal(signal.SIGSTOP)  # so that it is not done before the second job looks
         second = run(TRAIN, tiny_gin, folder=tmp_path)
         job[0].signal(signal.SIGCONT)
