@@ -25,7 +25,7 @@ from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import absolute, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState
@@ -90,7 +90,7 @@ class Checkpoints:
             evaluated count, so let train.checkpoint_every be a multiple of train.eval_every.
           best_metric: key of the metrics given to `save`.
         """
-        self._folder = epath.Path(run_dir).absolute() / _CHECKPOINTS
+        self._folder = absolute(run_dir) / _CHECKPOINTS
         self._best_metric = best_metric
         policies, self._values = ocp.checkpoint_managers, {}
         self._manager = ocp.CheckpointManager(
@@ -337,7 +337,7 @@ def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = No
       InputError: no checkpoint, not that one, or it does not fit or is damaged.
       Exception: of Orbax, TensorStore or the file system, which does not mean damage.
     """
-    directory = epath.Path(run_dir).absolute() / _CHECKPOINTS
+    directory = absolute(run_dir) / _CHECKPOINTS
     if not directory.exists():
         raise InputError(f"{directory}: no checkpoints")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
