@@ -1,0 +1,1 @@
+"""Many devices and many hosts: joining a cluster, reaching agreement between processes, owning a run folder."""
