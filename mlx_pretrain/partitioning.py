@@ -68,6 +68,18 @@ def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         yield
 
 
+def platform() -> str:
+    """Platform that programs traced now are compiled for: "tpu", "gpu" or "cpu".
+
+    That of the current mesh's devices, which need not be present (ahead-of-time compilation); without a mesh that of
+    the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
 def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     """Logical axis names -> PartitionSpec. A name that is not in the table is an error, never "unsharded"."""
     unknown = [axis for axis in axes if axis is not None and axis not in rules]
