@@ -17,7 +17,7 @@ from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
-from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel import backend, cluster
 
 _USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]{more}
   --gin_file=FILE       gin configuration; several are read in order
@@ -185,6 +185,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
     with errors_as_one_line():
         flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
         parse_gin(flags.files, flags.bindings, flags.search)
+        backend.prepare()
         with _hosts(flags, joins, shards):
             try:
                 main()
