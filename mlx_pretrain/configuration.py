@@ -1,12 +1,15 @@
 """Command lines: gin files and `--gin.X=Y` overrides in, one clear line out when something is wrong."""
 
 import contextlib
+import dataclasses
 import importlib.util  # noqa: F401  gin 0.5.0 uses it without importing it
 import logging
 import os
 import re
 import sys
+import time
 import tokenize
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import gin
@@ -14,37 +17,86 @@ from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
+from mlx_pretrain.parallel import cluster
 
-_USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]
+_USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]{more}
   --gin_file=FILE       gin configuration; several are read in order
   --gin.NAME=VALUE      overrides one binding or macro, e.g. --gin.train.steps=100 or --gin.RUN_DIR='"runs/a"'
                         (a value that is not a Python literal is taken as a string)
-  --gin_search_path=DIR where relative files and includes are looked for besides the current folder"""
+  --gin_search_path=DIR where relative files and includes are looked for besides the current folder{flags}"""
+
+_JOIN_FLAGS = """
+  --coordinator=HOST:PORT --processes=N --process=I
+                        this is process I (from 0) of N that work as one job; process 0 listens at HOST:PORT. Not needed
+                        on TPU VMs, GKE, SLURM and Open MPI, which tell; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+                        JAX_PROCESS_ID may tell as well
+  --join_timeout=SECONDS
+                        how long the processes wait for one another at the start (300)"""
+_SHARD_FLAGS = """
+  --shard=I/N           does the I-th (from 0) of N parts of the work, without a connection to the processes that do the
+                        others; a SLURM array tells by itself"""
+
+PEER_SECONDS = 20  # a host that vanishes is noticed within this time
 
 # Included gin files are named relative to the repository root, from wherever the command is started.
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Splits a command line into gin files, gin bindings and search paths.
+@dataclasses.dataclass
+class Flags:
+    """A command line.
+
+    Attributes:
+      files, bindings, search: gin files, gin bindings, folders in which relative gin files are looked for.
+      coordinator, processes, process, join_timeout: see `parallel.cluster.find` and `parallel.cluster.join`.
+      shard: "I/N", see `parallel.cluster.find_shard`.
+    """
+
+    files: list[str] = dataclasses.field(default_factory=list)
+    bindings: list[str] = dataclasses.field(default_factory=list)
+    search: list[str] = dataclasses.field(default_factory=list)
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    join_timeout: float = cluster.TIMEOUT
+    shard: str | None = None
+
+
+def parse_flags(arguments: Sequence[str], *, joins: bool = False, shards: bool = False) -> Flags:
+    """Splits a command line.
+
+    Args:
+      arguments: without the command.
+      joins: allow the flags that make one job of several processes.
+      shards: allow --shard.
 
     Raises:
-      InputError: an argument is none of the three.
+      InputError: an argument is none of the known ones, or its value is malformed.
     """
-    files, bindings, search = [], [], []
+    flags = Flags()
+    known = ["gin_file", "gin_search_path"]
+    known += ["coordinator", "processes", "process", "join_timeout"] if joins else []
+    known += ["shard"] if shards else []
     for argument in arguments:
         name, separator, value = argument.removeprefix("--").removeprefix("-").partition("=")
         if not argument.startswith("-") or not separator:
             raise InputError(f"{argument}: arguments look like --gin_file=FILE or --gin.NAME=VALUE")
-        if name == "gin_file":
-            files.append(value)
+        if name.startswith("gin."):
+            flags.bindings.append(f"{name.removeprefix('gin.')} = {_literal(value)}")
+        elif name not in known:
+            raise InputError(f"{argument}: unknown flag; known are --{', --'.join(known)} and --gin.NAME")
+        elif name == "gin_file":
+            flags.files.append(value)
         elif name == "gin_search_path":
-            search.append(value)
-        elif name.startswith("gin."):
-            bindings.append(f"{name.removeprefix('gin.')} = {_literal(value)}")
+            flags.search.append(value)
+        elif name in ("processes", "process", "join_timeout"):
+            try:
+                setattr(flags, name, float(value) if name == "join_timeout" else int(value))
+            except ValueError:
+                raise InputError(f"{argument}: not a number") from None
         else:
-            raise InputError(f"{argument}: unknown flag; known are --gin_file, --gin_search_path and --gin.NAME")
-    return files, bindings, search
+            setattr(flags, name, value)
+    return flags
 
 
 class _AnyName(gin.config_parser.ParserDelegate):
@@ -110,23 +162,72 @@ def errors_as_one_line() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def run(main: Callable[[], object], module: str) -> None:
-    """Runs a gin-configured `main` as the command `python -m module`."""
+def run(main: Callable[[], object], module: str, *, joins: bool = False, shards: bool = False) -> None:
+    """Runs a gin-configured `main` as the command `python -m module`.
+
+    Args:
+      main: the command.
+      module: its name.
+      joins: several processes started with it become one job, see `parallel.cluster`.
+      shards: it takes `parallel.cluster.shard` of its work.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # gin says so of every place where it looks for a file, and then finds it in the next.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Path not found: "))
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
-        print(_USAGE.format(module=module), (main.__doc__ or "").strip(), sep="\n\n")
+        usage = _USAGE.format(module=module, more=" [HOSTS]" if joins or shards else "",
+                              flags=_JOIN_FLAGS * joins + _SHARD_FLAGS * shards)
+        print(usage, (main.__doc__ or "").strip(), sep="\n\n")
         return
     # Under its own name too, so that gin files that import it do not run, and register, a second copy.
     sys.modules[module] = sys.modules["__main__"]
     with errors_as_one_line():
-        parse_gin(*parse_flags(sys.argv[1:]))
-        try:
-            main()
-        except (RuntimeError, TypeError) as error:
-            # gin's words for a parameter that has no value.
-            if not any(words in str(error) for words in ("Required bindings", "No values supplied by Gin")):
-                raise
-            raise InputError(_first_line(error)) from None
+        flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
+        parse_gin(flags.files, flags.bindings, flags.search)
+        with _hosts(flags, joins, shards):
+            try:
+                main()
+            except (RuntimeError, TypeError) as error:
+                # gin's words for a parameter that has no value.
+                if not any(words in str(error) for words in ("Required bindings", "No values supplied by Gin")):
+                    raise
+                raise InputError(_first_line(error)) from None
+
+
+@contextlib.contextmanager
+def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
+    """Joins the job, or takes the shard, that the flags or the platform tell; a failure ends the whole job."""
+    shard = cluster.find_shard(flags.shard) if shards else None
+    if shard is not None and flags.coordinator is not None:
+        raise InputError(f"--shard={flags.shard}: processes with a shard of their own do not join a job")
+    cluster.take_shard(shard)
+    if joins and shard is None:
+        cluster.join(cluster.find(flags.coordinator, flags.processes, flags.process), flags.join_timeout)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if cluster.size() > 1:
+            _end_job(error)
+        raise
+    except SystemExit:
+        cluster.leave()
+        raise
+    cluster.leave()
+
+
+def _end_job(error: BaseException) -> None:
+    """Ends this process at once: the usual way out would wait for processes that are gone or wait for this one."""
+    if isinstance(error, InputError):
+        text, code = _first_line(error), 1
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted", 130
+    else:
+        # A collective operation fails when a peer dies; who it was is known a moment later, and ends this process.
+        time.sleep(PEER_SECONDS)
+        traceback.print_exc()
+        text, code = f"{type(error).__name__}: {_first_line(error)}", 1
+    print(text if code == 130 else f"error: {text}", file=sys.stderr, flush=True)
+    cluster.fail(text)
+    sys.stdout.flush()
+    os._exit(code)

@@ -161,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "mlx_pretrain.train")
+    configuration.run(main, "mlx_pretrain.train", joins=True)

@@ -244,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "raters.train")
+    configuration.run(main, "raters.train", joins=True)

@@ -227,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.train")
+    configuration.run(main, "video.train", joins=True)

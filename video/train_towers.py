@@ -212,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.train_towers")
+    configuration.run(main, "video.train_towers", joins=True)

@@ -251,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.train_voyager")
+    configuration.run(main, "video.train_voyager", joins=True)
