@@ -91,6 +91,18 @@ def use(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def platform() -> str:
+    """Platform that programs traced now are compiled for: "tpu", "gpu" or "cpu".
+
+    That of the current mesh's devices, which need not be present (ahead-of-time compilation); without a mesh that of
+    the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """Mesh axes that a logical axis is split over, () for none: ("data", "fsdp") for "batch"."""
     (axes,) = spec(axis)
