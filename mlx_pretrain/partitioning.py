@@ -133,6 +133,13 @@ def shards(mesh: Mesh, axis: str) -> int:
     return int(np.prod([mesh.shape[name] for name in mesh_axes(axis)], dtype=int))
 
 
+def check_rows(mesh: Mesh, rows: int, name: str) -> None:
+    """Raises InputError, with `name` for the setting, unless a batch of so many rows divides over the mesh."""
+    n = shards(mesh, "batch")
+    if rows % n:
+        raise InputError(f"{name}: {rows} rows do not divide over the {n} shards of the mesh {dict(mesh.shape)}")
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation by logical names; without a current mesh it returns `x` as it is."""
     if len(axes) != x.ndim:

@@ -24,7 +24,7 @@ from mlx_pretrain.files import write_json
 from mlx_pretrain.interrupts import Profiler, StopRequest
 from mlx_pretrain.meter import Meter
 from mlx_pretrain.metrics import MetricWriter
-from mlx_pretrain.train_state import ModelConfig, abstract_state, initial_state
+from mlx_pretrain.train_state import ModelConfig, TrainState, abstract_state, initial_state
 from mlx_pretrain.trainer import LossParts, make_train_step
 
 
@@ -125,8 +125,8 @@ class Evaluation(NamedTuple):
     evaluate: Callable[[Any], dict[str, float]]
 
 
-class Task(Protocol):
-    """What is trained, on what.
+class Computation(Protocol):
+    """Model, loss and shapes of the data: what the compiled step depends on besides the LoopConfig. Needs no data.
 
     Attributes:
       model: a frozen dataclass with `init(key)`, `parameters()` and `dtype`.
@@ -142,6 +142,10 @@ class Task(Protocol):
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         """The loss of a batch, see `trainer.Loss`."""
+
+
+class Task(Computation, Protocol):
+    """What is trained, on what."""
 
     def source(self, first_sequence: int, rows: np.ndarray) -> Source:
         """The batches after the first so many sequences of the stream, these rows of each."""
@@ -169,6 +173,31 @@ class Task(Protocol):
 
     def description(self) -> dict[str, Any]:
         """What run.json says of the task."""
+
+
+def lower_step(
+    config: LoopConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Traces the training step for the devices of `mesh`, which is current; they may be absent.
+
+    Args:
+      config: the run.
+      computation: what it trains.
+      optimizer: the optax optimizer.
+      abstract: the state's shapes and shardings, see `train_state.abstract_state`.
+      mesh: the mesh.
+
+    Raises:
+      InputError: the batch, or a slice of it, does not divide over the mesh.
+    """
+    for rows in (config.batch_size, config.batch_size // config.microbatches):
+        partitioning.check_rows(mesh, rows, f"{config.name}.batch_size={config.batch_size} in "
+                                            f"{config.microbatches} microbatches")
+    step = make_train_step(computation.loss, optimizer, config.learning_rate, microbatches=config.microbatches)
+    sharding = partitioning.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
+             for name, row in computation.batch_row.items()}
+    return jax.jit(step, donate_argnums=0).lower(abstract, batch)
 
 
 class TrainingLoop:
@@ -282,14 +311,8 @@ class TrainingLoop:
         )
 
     def _compile(self) -> None:
-        config = self._config
-        step = make_train_step(
-            self._task.loss, self._optimizer, config.learning_rate, microbatches=config.microbatches
-        )
-        batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=self._sharding)
-                 for name, row in self._task.batch_row.items()}
         with self._meter.timed("compile"):
-            self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, batch).compile()
+            self._train = lower_step(self._config, self._task, self._optimizer, self._abstract, self._mesh).compile()
 
     def _train_step(self) -> None:
         config = self._config
