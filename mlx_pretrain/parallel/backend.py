@@ -70,7 +70,7 @@ def _platforms() -> str | None:
 
     With libtpu installed and no TPU in the machine, JAX would try to start one: 0.3 s and a screen of messages.
     """
-    if _named() or importlib.util.find_spec("libtpu") is None:
+    if _named() or not is_installed("libtpu"):
         return None
     if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
         return None
@@ -78,11 +78,12 @@ def _platforms() -> str | None:
 
 
 def _has_gpu() -> bool:
-    installed = any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    installed = any(is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
     return installed and bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """True if the module can be imported; also False, where `find_spec` raises, without the package around it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of its package

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import re
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from mlx_pretrain import hardware, partitioning
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel import backend
 
 # What libtpu calls a device's two cores that work as one; only v4 has to be told.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}
@@ -54,7 +54,7 @@ class Topology:
     """Slices of TPU chips, or nodes of GPUs.
 
     Attributes:
-      name: e.g. "2*v5e:16x16".
+      name: e.g. "2*v5e:16x16" or "h100:8x8".
       platform: "tpu" or "gpu".
       slices: number of slices or nodes.
       devices: all devices.
@@ -111,8 +111,11 @@ def describe(name: str, slices: int = 1) -> Topology:
       InputError: no such topology, or the compiler for its platform is not installed.
     """
     chip, slices, shape = parse(name, slices)
-    label = f"{slices}*{chip}" if slices > 1 else chip
-    label += ":" + "x".join(str(size) for size in shape)
+    sizes = "x".join(str(size) for size in shape)
+    if slices == 1:
+        label = f"{chip}:{sizes}"
+    else:
+        label = f"h100:{slices}x{sizes}" if chip == "h100" else f"{slices}*{chip}:{sizes}"
     build = _gpus if chip == "h100" else _tpus
     try:
         devices = build(name, chip, slices, shape)
@@ -123,7 +126,7 @@ def describe(name: str, slices: int = 1) -> Topology:
 
 
 def _tpus(name: str, chip: str, slices: int, shape: tuple[int, ...]) -> list[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
+    if not backend.is_installed("libtpu"):
         wanted = [line.split(";")[0].strip() for line in importlib.metadata.requires("jax") or ()
                   if line.startswith("libtpu")]
         raise InputError(f"--topology={name}: compiling for TPUs needs libtpu: "
@@ -134,7 +137,7 @@ def _tpus(name: str, chip: str, slices: int, shape: tuple[int, ...]) -> list[jax
     options = dict(_TPU_OPTIONS[chip])
     if slices > 1:
         options["num_slices"] = slices
-    if len(shape) == 2 and max(shape) == 1:  # a host of one chip; otherwise libtpu takes four
+    if max(shape) == 1:  # a host of one chip; otherwise libtpu takes four
         options["chips_per_host_bounds"] = (1, 1, 1)
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{chip}:{'x'.join(str(size) for size in shape)}", **options
@@ -143,7 +146,7 @@ def _tpus(name: str, chip: str, slices: int, shape: tuple[int, ...]) -> list[jax
 
 
 def _gpus(name: str, chip: str, slices: int, shape: tuple[int, ...]) -> list[jax.Device]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if not backend.is_installed("jax_plugins.xla_cuda12"):
         version = jax.__version__
         raise InputError(f"--topology={name}: compiling for H100 needs JAX's CUDA plugin: pip install --no-deps "
                          f"'jax-cuda12-plugin=={version}' 'jax-cuda12-pjrt=={version}'")
