@@ -25,7 +25,7 @@ from mlx_pretrain.inference.language_model import LanguageModel, own_model
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import abstract_state
 from mlx_pretrain.trainer import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, lower_step
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
 
 
 @gin.configurable("train")
@@ -179,10 +179,10 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     language = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
     return [
         programs.Program(
-            name="training step",
+            "training step",
+            *jitted_step(config, computation, optimizer, state, mesh),
             batch=f"{config.batch_size} x {length} tokens" + (
                 f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
-            lower=lambda: lower_step(config, computation, optimizer, state, mesh),
             mesh=mesh,
             parameters=model.parameters(),
             tokens=config.batch_size * length,
@@ -190,10 +190,10 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             remedies=programs.remedies_for_training(config, model, mesh),
         ),
         programs.Program(
-            name="evaluation step",
+            "evaluation step",
+            jax.jit(make_eval_step(model, 64, config.chunk_tokens)),  # the number of languages costs nothing
+            (state.params, tokens, language),
             batch=f"{rows} x {length} tokens",
-            # The number of languages is that of the sums it returns.
-            lower=lambda: jax.jit(make_eval_step(model, 64, config.chunk_tokens)).lower(state.params, tokens, language),
             mesh=mesh,
             parameters=model.parameters(),
             tokens=rows * length,

@@ -202,10 +202,12 @@ class Task(Computation, Protocol):
         """What run.json says of the task."""
 
 
-def lower_step(
+def jitted_step(
     config: LoopConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
-) -> jax.stages.Lowered:
-    """Traces the training step for the devices of `mesh`, which is current; they may be absent.
+) -> tuple[Any, tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]]:
+    """The training step, jitted, and the abstract arguments to `lower` it with for the devices of `mesh`.
+
+    The devices may be absent.
 
     Args:
       config: the run.
@@ -224,7 +226,7 @@ def lower_step(
     sharding = partitioning.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
              for name, row in computation.batch_row.items()}
-    return jax.jit(step, donate_argnums=0).lower(abstract, batch)
+    return jax.jit(step, donate_argnums=0), (abstract, batch)
 
 
 class _Stopped(Exception):
@@ -373,7 +375,8 @@ class TrainingLoop:
 
     def _compile(self) -> None:
         with self._clock.timed("compile"):
-            self._train = lower_step(self._config, self._task, self._optimizer, self._abstract, self._mesh).compile()
+            step, arguments = jitted_step(self._config, self._task, self._optimizer, self._abstract, self._mesh)
+            self._train = step.lower(*arguments).compile()
 
     def _train_step(self) -> None:
         config = self._config
