@@ -39,6 +39,12 @@ class _EventFiles:
 tensorboardX.record_writer.register_writer_factory("gs", _EventFiles())
 
 
+def kinds_at(run_dir: epath.PathLike, step: int) -> set[str]:
+    """Returns the kinds of lines that a run has written for `step`."""
+    path = epath.Path(run_dir) / METRICS
+    return {record["kind"] for _, record in read_jsonl(path) if record["step"] == step} if path.exists() else set()
+
+
 class MetricWriter:
     """Appends scalars of a run; used by one process of a job."""
 

@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.label")
+    configuration.run(main, "video.label", joins=True)

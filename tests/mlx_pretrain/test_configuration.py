@@ -18,14 +18,13 @@ def clean_gin():
 
 
 def test_overrides_may_be_strings_without_quotes():
-    assert configuration.parse_flags(["--gin_file=a.gin", "--gin.A.b=3", "--gin.A.c=runs/x", "--gin.M='y'"]) == (
-        ["a.gin"], ["A.b = 3", "A.c = 'runs/x'", "M = 'y'"], []
-    )
+    flags = configuration.parse_flags(["--gin_file=a.gin", "--gin.A.b=3", "--gin.A.c=runs/x", "--gin.M='y'"])
+    assert (flags.files, flags.bindings) == (["a.gin"], ["A.b = 3", "A.c = 'runs/x'", "M = 'y'"])
 
 
 def test_references_to_what_a_file_imports_later_stay_references():
     flags = ["--gin.A.raters=[@Later(), @Other]", "--gin.A.path=%LATER", "--gin.A.text=[@oops"]
-    assert configuration.parse_flags(flags)[1] == ["A.raters = [@Later(), @Other]", "A.path = %LATER",
+    assert configuration.parse_flags(flags).bindings == ["A.raters = [@Later(), @Other]", "A.path = %LATER",
                                                    "A.text = '[@oops'"]
 
 
@@ -55,7 +54,7 @@ def test_gin_typos_name_file_and_cause(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("argument", ["steps=3", "--steps=3", "--gin_file"])
+@pytest.mark.parametrize("argument", ["steps=3", "--steps=3", "--gin_file", "--shard=0/2", "--processes=2"])
 def test_unknown_flags_are_refused(argument):
     with pytest.raises(InputError, match=argument):
         configuration.parse_flags([argument])
