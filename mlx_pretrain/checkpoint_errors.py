@@ -21,7 +21,9 @@ def is_damage(error: BaseException) -> bool:
     """
     errors = list(_chain(error))
     passing = MemoryError | OSError | jax.errors.JaxRuntimeError
-    if any(isinstance(e, passing) and not isinstance(e, FileNotFoundError) or _PASSING.search(str(e)) for e in errors):
+    if any(isinstance(e, passing) and not isinstance(e, FileNotFoundError) for e in errors):
+        return False
+    if any(_PASSING.search(str(e)) for e in errors):
         return False
     damaged = FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError
     return any(isinstance(e, damaged) or _DAMAGE.search(str(e)) for e in errors)
