@@ -21,11 +21,12 @@ import gin
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import absolute, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState
@@ -52,6 +53,9 @@ class Progress:
     sequences: int
     tokens: Mapping[str, int]
     unfinished: Sequence[str] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "unfinished", tuple(self.unfinished))  # JSON has no tuples
 
 
 @dataclasses.dataclass
@@ -90,7 +94,7 @@ class Checkpoints:
             evaluated count, so let train.checkpoint_every be a multiple of train.eval_every.
           best_metric: key of the metrics given to `save`.
         """
-        self._folder = epath.Path(run_dir).absolute() / _CHECKPOINTS
+        self._folder = absolute(run_dir) / _CHECKPOINTS
         self._best_metric = best_metric
         policies, self._values = ocp.checkpoint_managers, {}
         self._manager = ocp.CheckpointManager(
@@ -125,7 +129,7 @@ class Checkpoints:
         names = (str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}")  # on object stores: without the suffix
         for folder in self._folder.iterdir():
             if folder.name == names[0] or folder.name.startswith(names[1]):
-                write_digests(folder, _SMALL if _on_object_store(folder) else None)
+                write_digests(folder, _SMALL if gcs.is_gs(folder) else None)
 
     def _metric(self, step: int) -> float | None:
         """The best metric of a checkpoint of an earlier process; None: it has none, or cannot be read."""
@@ -177,7 +181,7 @@ class Checkpoints:
             )
         except Exception as error:
             # Files that were just compared byte by byte are not damaged.
-            compared = (folder / DIGESTS).exists() and not _on_object_store(folder)
+            compared = (folder / DIGESTS).exists() and not gcs.is_gs(folder)
             if compared or cluster.size() > 1 or not is_damage(error):
                 raise
             return None, first_line(error)
@@ -189,8 +193,8 @@ class Checkpoints:
             damage = _agree(changed_arrays(saved, checksums(restored.state)))
             if damage is not None:
                 return None, damage
-        progress = Progress(meta["sequences"], meta["tokens"], tuple(meta.get("unfinished", ())))
-        return (restored.state, progress), None
+        known = {field.name for field in dataclasses.fields(Progress)}
+        return (restored.state, Progress(**{name: value for name, value in meta.items() if name in known})), None
 
     def _move_aside(self, steps: Sequence[int]) -> None:
         if steps:
@@ -216,10 +220,6 @@ class Checkpoints:
 def _agree(damage: str | None) -> str | None:
     """The first damage that a process found; None: no process found any."""
     return next((found for found in cluster.gather(damage) if found is not None), None)
-
-
-def _on_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def check_fits(folder: epath.Path, abstract: Any) -> None:
@@ -333,7 +333,7 @@ def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = No
       InputError: no checkpoint, not that one, or it does not fit or is damaged.
       Exception: of Orbax, TensorStore or the file system, which does not mean damage.
     """
-    directory = epath.Path(run_dir).absolute() / _CHECKPOINTS
+    directory = absolute(run_dir) / _CHECKPOINTS
     if not directory.exists():
         raise InputError(f"{directory}: no checkpoints")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:

@@ -23,12 +23,12 @@ from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.data import loader
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
-from mlx_pretrain.goodput import GOODPUT, Clock, read_goodput
+from mlx_pretrain.goodput import GOODPUT, Clock, open_record, read_goodput
 from mlx_pretrain.interrupts import STOP_CODES, Profiler, StopRequest
 from mlx_pretrain.meter import Meter
 from mlx_pretrain.metrics import MetricWriter, kinds_at
-from mlx_pretrain.parallel import cluster, lease
-from mlx_pretrain.train_state import ModelConfig, abstract_state, initial_state
+from mlx_pretrain.parallel import backend, cluster, lease
+from mlx_pretrain.train_state import ModelConfig, TrainState, abstract_state, initial_state
 from mlx_pretrain.trainer import LossParts, make_train_step
 
 
@@ -151,8 +151,8 @@ class Evaluation(NamedTuple):
     evaluate: Evaluator
 
 
-class Task(Protocol):
-    """What is trained, on what.
+class Computation(Protocol):
+    """Model, loss and shapes of the data: what the compiled step depends on besides the LoopConfig. Needs no data.
 
     Attributes:
       model: a frozen dataclass with `init(key)`, `parameters()` and `dtype`.
@@ -168,6 +168,10 @@ class Task(Protocol):
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         """The loss of a batch, see `trainer.Loss`."""
+
+
+class Task(Computation, Protocol):
+    """What is trained, on what."""
 
     def source(self, first_sequence: int, rows: np.ndarray) -> Source:
         """The batches after the first so many sequences of the stream, these rows of each."""
@@ -196,6 +200,33 @@ class Task(Protocol):
 
     def description(self) -> dict[str, Any]:
         """What run.json says of the task."""
+
+
+def jitted_step(
+    config: LoopConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
+) -> tuple[Any, tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]]:
+    """The training step, jitted, and the abstract arguments to `lower` it with for the devices of `mesh`.
+
+    The devices may be absent.
+
+    Args:
+      config: the run.
+      computation: what it trains.
+      optimizer: the optax optimizer.
+      abstract: the state's shapes and shardings, see `train_state.abstract_state`.
+      mesh: the mesh.
+
+    Raises:
+      InputError: the batch, or a slice of it, does not divide over the mesh.
+    """
+    for rows in (config.batch_size, config.batch_size // config.microbatches):
+        partitioning.check_rows(mesh, rows, f"{config.name}.batch_size={config.batch_size} in "
+                                            f"{config.microbatches} microbatches")
+    step = make_train_step(computation.loss, optimizer, config.learning_rate, microbatches=config.microbatches)
+    sharding = partitioning.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
+             for name, row in computation.batch_row.items()}
+    return jax.jit(step, donate_argnums=0), (abstract, batch)
 
 
 class _Stopped(Exception):
@@ -319,9 +350,10 @@ class TrainingLoop:
         peak = self._peak_flops()
         cluster.on_main(lambda: write_json(self._run_dir / "run.json", self._description(peak)))
         cluster.on_main(lambda: configuration.save_effective(self._run_dir / "config.gin"))
-        self._writer = None
+        self._writer = self._goodput_file = None
         if cluster.is_main():
             self._writer = stack.enter_context(contextlib.closing(MetricWriter(self._run_dir, self._step or -1)))
+            self._goodput_file = stack.enter_context(contextlib.closing(open_record(self._run_dir / GOODPUT)))
         self._profiler = stack.enter_context(Profiler(self._run_dir / "profile", config.profile_at))
         self._clock.switch("step")
         self._meter = stack.enter_context(
@@ -343,14 +375,9 @@ class TrainingLoop:
         self._record()
 
     def _compile(self) -> None:
-        config = self._config
-        step = make_train_step(
-            self._task.loss, self._optimizer, config.learning_rate, microbatches=config.microbatches
-        )
-        batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=self._sharding)
-                 for name, row in self._task.batch_row.items()}
         with self._clock.timed("compile"):
-            self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, batch).compile()
+            step, arguments = jitted_step(self._config, self._task, self._optimizer, self._abstract, self._mesh)
+            self._train = step.lower(*arguments).compile()
 
     def _train_step(self) -> None:
         config = self._config
@@ -407,8 +434,8 @@ class TrainingLoop:
             self._writer.write(self._step, kind, scalars)
 
     def _record(self) -> None:
-        if cluster.is_main():
-            self._clock.record(self._run_dir / GOODPUT, self._step, self._first_step)
+        if self._goodput_file is not None:
+            self._clock.record(self._goodput_file, self._step, self._first_step)
 
     def _log(self) -> None:
         self._settle(leave=0)
@@ -463,6 +490,8 @@ class TrainingLoop:
             fresh = self._evaluation if self._evaluated_at == self._step else {}
             metrics = {f"eval/{name}": value for name, value in fresh.items()}
             progress = Progress(sequences, self._total_tokens(), list(self._unfinished))
+            if self._writer is not None:
+                self._writer.flush()
             self._saver.save(self._step, self._state, progress, metrics)
         self._saved_at, self._checkpoint_asked = time.monotonic(), False
         self._record()
@@ -481,8 +510,10 @@ class TrainingLoop:
         raise SystemExit(STOP_CODES[self._stop])
 
     def _goodput(self) -> str:
-        record = read_goodput(self._run_dir / GOODPUT) if cluster.is_main() else None
-        return record.text() if record else ""
+        if self._goodput_file is None:
+            return ""
+        self._goodput_file.flush()
+        return read_goodput(self._run_dir / GOODPUT).text()
 
     def _peak_flops(self) -> float | None:
         """FLOP/s of all devices together; None: unknown, or not asked for in this process."""
@@ -497,6 +528,7 @@ class TrainingLoop:
             "version": mlx_pretrain.__version__,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": hardware.describe_devices(),
+            "xla_flags": backend.flags_in_effect(),
             "mesh": dict(self._mesh.shape),
             "processes": cluster.size(),
             "peak_flops": peak_flops,

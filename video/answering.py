@@ -42,7 +42,7 @@ class Answering:
         self.scorer = Scorer(config.decoder, params["decoder"], mesh, **settings)
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._encode = jax.jit(functools.partial(encode_frames, config), out_shardings=everywhere)
-        self._shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
+        self._shards = partitioning.shards(mesh, "batch")
 
     def update(self, params: Any) -> None:
         """Goes on with other parameters, laid out as the first ones."""

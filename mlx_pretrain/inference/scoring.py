@@ -115,7 +115,7 @@ class Scorer:
                              f"{tokens_per_batch}, in_flight = {in_flight}: all must be positive, and max_length at "
                              f"most the model's {config.max_length}")
         self._config, self._params, self._mesh, self._in_flight = config, params, mesh, in_flight
-        self._shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
+        self._shards = partitioning.shards(mesh, "batch")
         self._lengths = row_lengths(min(row_length, self.max_length), self.max_length)
         self._rows = {length: max(tokens_per_batch // length // self._shards, 1) for length in self._lengths}
         self._sharding, self._everywhere = partitioning.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -246,7 +246,7 @@ class Scorer:
             tokens = np.full((self._shards, length), PAD_ID, np.int32)
             tokens[:, : len(prefix)] = prefix
             given = self._put(tokens, self._sharding)
-            sharding = NamedSharding(self._mesh, PartitionSpec(None, partitioning.BATCH_AXES))
+            sharding = NamedSharding(self._mesh, partitioning.spec(None, "batch"))
             arguments = (given, self._features)
             program = self._program(("prefix", length, self._feature_shape()), _prefix, sharding, *arguments)
             self._prefixes[key] = program(self._params, *arguments), len(prefix)
