@@ -3,8 +3,12 @@
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,6 +21,7 @@ from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import TrainState, abstract_params, abstract_state, initial_state
+from tests.mlx_pretrain import checkpoint_job
 
 OPTIMIZER = optimizers.adamw(optimizers.constant(1e-3))
 
@@ -197,7 +202,7 @@ def caused(error: Exception) -> Exception:
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 16 bytes."),
     caused(ValueError('UNAVAILABLE: Error opening "zarr" driver: HTTP response code: 503')),
     caused(ValueError("DEADLINE_EXCEEDED: Error reading \"params/0.0\"")),
-    caused(ValueError('Error opening "zarr" driver: Error reading local file "d/0": Input/output error [os_error_code=\\'5\\']')),
+    caused(ValueError("UNKNOWN: Error decoding the reply of local file: Input/output error [os_error_code='5']")),
     TypeError("a bug"),
 ], ids=lambda error: type(error).__name__ if isinstance(error, Exception) else None)
 def test_other_errors_move_nothing(tmp_path, small_state, monkeypatch, error, old):
@@ -316,3 +321,36 @@ def test_fields_come_and_go(tmp_path, tiny_config, monkeypatch, nested):
     changed = dataclasses.replace(tiny_config, rope_theta=1e6)
     with pytest.raises(InputError, match=r"rope_theta=10000\.0, the configuration 1000000\.0"):
         checkpoints.save_model(run, Nested(changed) if nested else changed, tokenizer)
+
+
+def test_two_processes_save_restore_and_notice_together(tmp_path):
+    """1 -> 2 and 2 -> 1 processes bit for bit; both pass over what either finds damaged, and one moves it."""
+    saver = Checkpoints(tmp_path / "single")
+    single = checkpoint_job.state(3, jax.devices()[:4])
+    saver.save(3, single, Progress(48, {"aa": 3}), {})
+    saver.close()
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu",
+                                "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    job = [subprocess.Popen(
+        [sys.executable, "-m", checkpoint_job.__name__, str(port), str(process), str(tmp_path)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for process in range(2)]
+    try:
+        ended = [process.communicate(timeout=120) for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    for (out, err), process in zip(ended, job):
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1]) == [["0", [1, 2]], ["1", [1, 2]]]
+    for step in (2, 3):
+        assert f"checkpoint {step} cannot be restored, it is damaged: state/" in ended[0][1]
+        assert (tmp_path / f"job/damaged_checkpoints/{step}").exists()
+    assert "cannot be restored" not in ended[1][1]
+    saver = Checkpoints(tmp_path / "job")
+    expected = checkpoint_job.state(2, jax.devices()[:1])
+    restored, progress = saver.restore(checkpoint_job.layout(expected))
+    saver.close()
+    checkpoint_job.assert_same(restored, expected)
+    assert progress == Progress(32, {"aa": 2})
