@@ -25,7 +25,7 @@ from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import absolute, read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import absolute, move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState
@@ -196,11 +196,10 @@ class Checkpoints:
             return
         if cluster.is_main():
             aside = self._folder.parent / "damaged_checkpoints"
-            aside.mkdir(parents=True, exist_ok=True)
             for step in steps:
                 if (aside / str(step)).exists():
                     (aside / str(step)).rmtree()
-                (self._folder / str(step)).rename(aside / str(step))
+                move_folder(self._folder / str(step), aside / str(step))
         cluster.barrier()
         for step in steps:
             self._values.pop(step, None)
