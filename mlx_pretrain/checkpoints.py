@@ -21,6 +21,7 @@ import gin
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
 from mlx_pretrain.data.store import TOKENIZER
@@ -52,6 +53,9 @@ class Progress:
     sequences: int
     tokens: Mapping[str, int]
     unfinished: Sequence[str] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "unfinished", tuple(self.unfinished))  # JSON has no tuples
 
 
 @dataclasses.dataclass
@@ -112,8 +116,9 @@ class Checkpoints:
         self._manager.wait_until_finished()  # an earlier save may still need the step's number
         self._step = step
         known = {name: value for name, value in metrics.items() if name == self._best_metric and math.isfinite(value)}
-        for value in known.values():
-            self._values[step] = value
+        self._values.pop(step, None)  # of a damaged checkpoint of this step
+        if known:
+            self._values[step] = known[self._best_metric]
         meta = dataclasses.asdict(progress) | {"metrics": known, "checksums": checksums(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -124,7 +129,7 @@ class Checkpoints:
         names = (str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}")  # on object stores: without the suffix
         for folder in self._folder.iterdir():
             if folder.name == names[0] or folder.name.startswith(names[1]):
-                write_digests(folder, _SMALL if _on_object_store(folder) else None)
+                write_digests(folder, _SMALL if gcs.is_gs(folder) else None)
 
     def _metric(self, step: int) -> float | None:
         """The best metric of a checkpoint of an earlier process; None: it has none, or cannot be read."""
@@ -158,8 +163,8 @@ class Checkpoints:
                 _log.warning("%s: checkpoint %d cannot be restored, it is damaged: %s", self._folder, step, damage)
             damaged.append(step)
         if steps:
-            raise InputError(f"{self._folder}: none of the checkpoints {steps} can be read, all are damaged; the first: "
-                             f"{damage}")
+            raise InputError(f"{self._folder}: none of the checkpoints {steps} can be read, all are damaged; "
+                             f"{steps[0]}: {damage}")
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, Progress] | None, str | None]:
@@ -176,12 +181,12 @@ class Checkpoints:
             )
         except Exception as error:
             # Files that were just compared byte by byte are not damaged.
-            compared = (folder / DIGESTS).exists() and not _on_object_store(folder)
+            compared = (folder / DIGESTS).exists() and not gcs.is_gs(folder)
             if compared or cluster.size() > 1 or not is_damage(error):
                 raise
             return None, first_line(error)
-        meta = dict(restored.meta)
-        saved = meta.pop("checksums", None)
+        meta = restored.meta
+        saved = meta.get("checksums")
         if saved is None:
             _log.warning("%s: checkpoint %d has no checksums; it is restored as it is", self._folder, step)
         else:
@@ -192,18 +197,15 @@ class Checkpoints:
         return (restored.state, Progress(**{name: value for name, value in meta.items() if name in known})), None
 
     def _move_aside(self, steps: Sequence[int]) -> None:
-        if not steps:
-            return
-        if cluster.is_main():
-            aside = self._folder.parent / "damaged_checkpoints"
-            for step in steps:
-                if (aside / str(step)).exists():
-                    (aside / str(step)).rmtree()
-                move_folder(self._folder / str(step), aside / str(step))
-        cluster.barrier()
-        for step in steps:
-            self._values.pop(step, None)
-        self._manager.reload()
+        if steps:
+            cluster.on_main(lambda: [self._move(step) for step in steps])
+            self._manager.reload()
+
+    def _move(self, step: int) -> None:
+        aside = self._folder.parent / "damaged_checkpoints" / str(step)
+        if aside.exists():
+            aside.rmtree()
+        move_folder(self._folder / str(step), aside)
 
     def wait(self) -> None:
         """Blocks until saves under way are complete."""
@@ -217,10 +219,6 @@ class Checkpoints:
 def _agree(damage: str | None) -> str | None:
     """The first damage that a process found; None: no process found any."""
     return next((found for found in cluster.gather(damage) if found is not None), None)
-
-
-def _on_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def check_fits(folder: epath.Path, abstract: Any) -> None:
@@ -244,13 +242,11 @@ def _describe(leaf: Any) -> str:
 
 def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) -> None:
     """Writes what other commands need to use the run's checkpoints: the model's configuration, a dataclass, and the
-    tokenizer, a file .model or .json. Process 0 alone does it.
+    tokenizer, a file .model or .json. Process 0 alone calls it.
 
     Raises:
       InputError: the folder holds a run of another model or another tokenizer.
     """
-    if not cluster.is_main():
-        return
     path, fingerprint = epath.Path(run_dir) / MODEL, sha256(tokenizer)
     if path.exists():
         check_same_model(run_dir, config, fingerprint)
@@ -268,7 +264,7 @@ COMPUTE_FIELDS = ("dtype", "remat", "unroll", "attention", "max_length", "segmen
 RETIRED_FIELDS: Mapping[str, Any] = {}
 
 
-def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str, *, told: str = "the run") -> None:
+def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str) -> None:
     """Raises InputError, naming a field, unless a run's model has the parameters of `config` and that tokenizer."""
     path = epath.Path(run_dir) / MODEL
     found = read_json(path, "model description").get("tokenizer_sha256")
@@ -313,7 +309,7 @@ def load_model(run_dir: epath.PathLike, kind: type[Config] = DecoderConfig) -> C
 
 
 def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's fields but for those that a later version retired, and that have the value which all models have now."""
+    """A model's fields, without those that a later version retired and that have the value all models have now."""
     kept = {name: value for name, value in model.items()
             if name not in RETIRED_FIELDS or value != RETIRED_FIELDS[name]}
     return {name: _without_retired(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
