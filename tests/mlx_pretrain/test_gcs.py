@@ -6,6 +6,8 @@ import logging
 import math
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,12 +15,22 @@ import pytest
 import tensorstore as ts
 from etils import epath
 
+from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.configuration import errors_as_one_line
 from mlx_pretrain.data import store as token_store
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.data.loader import BatchSource
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import absolute, atomic_writer, file_sizes, kvstore, read_json, read_jsonl, write_json
+from mlx_pretrain.files import (
+    absolute,
+    atomic_writer,
+    file_sizes,
+    kvstore,
+    move_folder,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from mlx_pretrain.gcs import Appender
 from mlx_pretrain.history import read_history
 from mlx_pretrain.metrics import METRICS, MetricWriter
@@ -77,6 +89,44 @@ def test_conditional_writes_for_leases(folder, tmp_path):
         assert (place / "lease").read_text() == "mine, later"
         store.write("lease", None, if_equal=later.generation).result()
         assert not (place / "lease").exists()
+
+
+def test_listings_see_what_other_clients_write(folder):
+    (folder / "a").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    ts.KvStore.open(kvstore(folder)).result().write("b", b"").result()
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"] and (folder / "b").exists()
+
+
+def test_folders_are_moved(gcs, folder, tmp_path):
+    for place in (folder, tmp_path):
+        for name in ("c/0", "c/1", "report.json", "b"):
+            write_json(place / "old" / name, name)
+        with gcs.counted() as requests:
+            move_folder(place / "old", place / "new" / "deep", last="report.json")
+        assert file_sizes(place) == {f"new/deep/{name}": len(name) + 3 for name in ("c/0", "c/1", "report.json", "b")}
+        moved = [path for _, path in requests if "/moveTo/" in path]
+        assert len(moved) == (4 if place == folder else 0)
+        assert not moved or "report.json" in moved[-1]
+
+
+def test_a_damaged_checkpoint_on_gcs_is_moved_aside(gcs, folder):
+    state = {"params": jnp.arange(8.0)}
+    checkpoints = Checkpoints(folder)
+    for step in (1, 2):
+        checkpoints.save(step, state, Progress(step, {}), {})
+    checkpoints.close()
+    damaged = {path for path in file_sizes(folder / "checkpoints") if path.startswith("2/state/ocdbt.process_0/d/")}
+    assert damaged
+    for path in damaged:
+        (folder / "checkpoints" / path).write_bytes(b"")
+    checkpoints = Checkpoints(folder)
+    _, progress = checkpoints.restore(jax.eval_shape(lambda: state))
+    assert progress.sequences == 1 and checkpoints.steps() == [1]
+    checkpoints.close()
+    names = file_sizes(folder)
+    assert not any(name.startswith("checkpoints/2/") for name in names)
+    assert {f"damaged_checkpoints/{path}" for path in damaged} < names.keys()
 
 
 @pytest.mark.parametrize("what", ["object", "bucket", "permission", "write", "write-bucket", "store-bucket"])
