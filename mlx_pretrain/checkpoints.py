@@ -33,10 +33,12 @@ class Progress:
     Attributes:
       sequences: consumed from the training stream: the loader's state.
       tokens: language -> tokens delivered, padding not counted.
+      unfinished: kinds of the evaluations that were due after this step and that a stop cut short.
     """
 
     sequences: int
     tokens: Mapping[str, int]
+    unfinished: Sequence[str] = ()
 
 
 @gin.configurable(denylist=["run_dir"])

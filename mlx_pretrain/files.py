@@ -74,6 +74,19 @@ def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
+def kvstore(folder: epath.PathLike) -> dict[str, Any]:
+    """TensorStore's description of a folder, local or gs://, as a key-value store: names of files are the keys.
+
+    `ts.KvStore.open(kvstore(folder)).result()` gives writes under a condition (`if_equal=` the generation that was
+    read), which epath has not.
+    """
+    path = str(folder)
+    if path.startswith("gs://"):
+        bucket, _, inside = path.removeprefix("gs://").rstrip("/").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{inside}/" if inside else ""}
+    return {"driver": "file", "path": f"{epath.Path(path).absolute()}/"}
+
+
 def sha256(path: epath.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -18,6 +18,12 @@ from mlx_pretrain.files import read_jsonl, write_atomic
 METRICS = "metrics.jsonl"
 
 
+def kinds_at(run_dir: epath.PathLike, step: int) -> set[str]:
+    """Returns the kinds of lines that a run has written for `step`."""
+    path = epath.Path(run_dir) / METRICS
+    return {record["kind"] for _, record in read_jsonl(path) if record["step"] == step} if path.exists() else set()
+
+
 class MetricWriter:
     """Appends scalars of a run; used by one process of a job."""
 

@@ -1,7 +1,7 @@
 """Pretraining: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The run goes on where its folder's last checkpoint is: the same command starts, resumes and, when all steps are done,
-only evaluates.
+The run goes on where its folder's last checkpoint is: the same command starts and resumes it, and says so when all
+steps are done.
 """
 
 import collections
@@ -24,7 +24,7 @@ from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.inference.language_model import LanguageModel, own_model
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.trainer import LossParts, make_decoder_loss
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop
 
 
 @gin.configurable("train")
@@ -41,7 +41,7 @@ class TrainConfig(LoopConfig):
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
       tasks: what else to evaluate: called with the model (a `LanguageModel` without parameters) before training, it
-        returns a function of the parameters that returns scalars, e.g. @task_evaluation of `evals.during_training`.
+        returns an `Evaluator`, e.g. @task_evaluation of `evals.during_training`.
       tasks_every: steps between two such evaluations, besides those before the first and after the last step.
     """
 
@@ -52,7 +52,7 @@ class TrainConfig(LoopConfig):
     chunk_tokens: int = 1024
     eval_batch_size: int = 16
     eval_sequences: int | None = None
-    tasks: Callable[[LanguageModel], Callable[[Any], dict[str, float]]] | None = None
+    tasks: Callable[[LanguageModel], Evaluator] | None = None
     tasks_every: int | None = None
 
     def __post_init__(self):
@@ -105,7 +105,7 @@ class Pretraining:
         counts = np.bincount(batch["source"], weights=real, minlength=len(self._languages))
         return collections.Counter(dict(zip(self._languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, mesh: Mesh) -> HeldOut:
         config = self._config
         return HeldOut(
             self._store,

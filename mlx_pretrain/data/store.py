@@ -17,7 +17,7 @@ import tensorstore as ts
 from etils import epath
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_json
+from mlx_pretrain.files import kvstore, read_json, sha256, write_json
 
 FORMAT = "mlx-token-store"
 VERSION = 1
@@ -103,9 +103,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
 
 
 def zarr3_spec(path: epath.PathLike) -> dict[str, Any]:
-    """TensorStore's description of a zarr3 array in a folder, local or on an object store."""
-    path = str(path)
-    return {"driver": "zarr3", "kvstore": path if "://" in path else f"file://{epath.Path(path).absolute()}/"}
+    """TensorStore's description of a zarr3 array in a folder, local or gs://."""
+    return {"driver": "zarr3", "kvstore": kvstore(path)}
 
 
 class PartWriter:
