@@ -17,7 +17,7 @@ from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
-from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel import backend, cluster
 
 _USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]{more}
   --gin_file=FILE       gin configuration; several are read in order
@@ -118,8 +118,18 @@ def _literal(value: str) -> str:
         return repr(value)
 
 
-def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[str] = ()) -> None:
+def parse_gin(
+    files: Sequence[str], bindings: Sequence[str], search: Sequence[str] = (), *, fill_macros: bool = False
+) -> list[str]:
     """Reads gin files and bindings into gin's global configuration.
+
+    Args:
+      files, bindings: see `Flags`.
+      search: folders in which relative files are looked for besides the current one.
+      fill_macros: give macros without a value their name in angle brackets, instead of failing.
+
+    Returns:
+      The names of the macros that were filled.
 
     Raises:
       InputError: a file is missing, or a name or value in it is wrong; the message names file and cause.
@@ -129,13 +139,25 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[st
     for file in files:
         if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", REPOSITORY)):
             raise InputError(f"{file}: no such gin file")
+    filled = []
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
+        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=not fill_macros)
+        while fill_macros:
+            try:
+                gin.finalize()
+                break
+            except ValueError as error:
+                missing = re.search(r"No bindings specified for '(\w+)/gin\.macro'", str(error))
+                if not missing or missing[1] in filled:
+                    raise
+                filled.append(missing[1])
+                gin.parse_config(f"{missing[1]} = '<{missing[1]}>'")
     except (ValueError, SyntaxError, AttributeError, TypeError, LookupError, NameError, OSError, ImportError) as error:
         # gin's own message ends with the file and line; its first line states the cause.
         place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
         where = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
         raise InputError(f"{where}: {_first_line(error)}") from None
+    return filled
 
 
 def _first_line(error: BaseException) -> str:
@@ -185,6 +207,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
     with errors_as_one_line():
         flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
         parse_gin(flags.files, flags.bindings, flags.search)
+        backend.prepare()
         with _hosts(flags, joins, shards):
             try:
                 main()

@@ -6,7 +6,7 @@ MLP width and vocabulary split within a layer). The same code runs on one CPU de
 
 import collections
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import gin
@@ -39,14 +39,23 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 BATCH_AXES = RULES["batch"]
 
 
-@gin.configurable
+@gin.configurable(denylist=["devices", "slice_of"])
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    slice_of: Callable[[jax.Device], int] | None = None,
 ) -> Mesh:
     """Arranges devices as a mesh (data, fsdp, tensor); -1 for one axis takes all devices that are left.
 
     Devices of several TPU slices or GPU nodes (JAX takes each node for a slice) are laid out so that only `data`
     crosses from one to the next: `fsdp` and `tensor` stay within a slice's fast links.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes.
+      devices: the devices; None: all.
+      slice_of: tells a device's slice; None: its `slice_index`.
 
     Raises:
       InputError: the sizes don't multiply to the number of devices, or `data` does not divide over the slices.
@@ -60,27 +69,25 @@ def make_mesh(
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices) or min(sizes.values()) < 1:
         raise InputError(f"{asked} does not fit {len(devices)} devices")
-    return Mesh(_arrange(devices, tuple(sizes.values()), asked), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int], asked: str) -> np.ndarray:
-    """Devices as an array of `shape`, neighbours near each other; `asked` names the mesh in errors."""
-    # A TPU's links form a torus whose sides an axis may share, as in 2 x 8 of 4 x 4; elsewhere this changes nothing.
-    split = {"allow_split_physical_axes": devices[0].platform == "tpu"}
-    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
-    if len(slices) == 1:
-        return mesh_utils.create_device_mesh(shape, devices, **split)
-    if len(set(slices.values())) > 1:
-        raise InputError(f"{asked}: slices of unequal size, {sorted(slices.values())} devices")
-    data, fsdp, tensor = shape
-    n = len(slices)
-    if data % n:
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[slice_of(device) if slice_of else getattr(device, "slice_index", 0)].append(device)
+    n, sides = len(slices), sorted({len(members) for members in slices.values()})
+    if len(sides) > 1:
+        raise InputError(f"{asked}: the {n} slices (or nodes) have unequal numbers of devices, {sides}")
+    if sizes["data"] % n:
         raise InputError(
-            f"{asked}: the devices are {n} slices (or nodes) of {slices.most_common(1)[0][1]}, over which data={data} "
-            f"does not divide; set make_mesh.data={n} (or a multiple) and make_mesh.fsdp=-1, as "
-            "gin/topologies/multi_slice.gin does"
+            f"{asked}: the devices are {n} slices (or nodes) of {sides[0]}, over which data={sizes['data']} does not "
+            f"divide; set make_mesh.data={n} (or a multiple) and make_mesh.fsdp=-1, as gin/topologies/multi_slice.gin "
+            "does"
         )
-    return mesh_utils.create_hybrid_device_mesh((data // n, fsdp, tensor), (n, 1, 1), devices, **split)
+    shape = sizes["data"] // n, sizes["fsdp"], sizes["tensor"]
+    # Within a slice, neighbours in the mesh are neighbours in the torus of a TPU's links, whose sides axes may share.
+    blocks = [
+        mesh_utils.create_device_mesh(shape, slices[key], allow_split_physical_axes=devices[0].platform == "tpu")
+        for key in sorted(slices)
+    ]
+    return Mesh(np.concatenate(blocks), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @contextlib.contextmanager
@@ -124,6 +131,13 @@ def spec(*axes: str | None) -> PartitionSpec:
 def shards(mesh: Mesh, axis: str) -> int:
     """Number of parts that a logical axis is split into on a mesh."""
     return int(np.prod([mesh.shape[name] for name in mesh_axes(axis)], dtype=int))
+
+
+def check_rows(mesh: Mesh, rows: int, name: str) -> None:
+    """Raises InputError, with `name` for the setting, unless a batch of so many rows divides over the mesh."""
+    n = shards(mesh, "batch")
+    if rows % n:
+        raise InputError(f"{name}: {rows} rows do not divide over the {n} shards of the mesh {dict(mesh.shape)}")
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

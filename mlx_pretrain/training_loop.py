@@ -27,8 +27,8 @@ from mlx_pretrain.goodput import GOODPUT, Clock, read_goodput
 from mlx_pretrain.interrupts import STOP_CODES, Profiler, StopRequest
 from mlx_pretrain.meter import Meter
 from mlx_pretrain.metrics import MetricWriter, kinds_at
-from mlx_pretrain.parallel import cluster, lease
-from mlx_pretrain.train_state import ModelConfig, abstract_state, initial_state
+from mlx_pretrain.parallel import backend, cluster, lease
+from mlx_pretrain.train_state import ModelConfig, TrainState, abstract_state, initial_state
 from mlx_pretrain.trainer import LossParts, make_train_step
 
 
@@ -151,8 +151,8 @@ class Evaluation(NamedTuple):
     evaluate: Evaluator
 
 
-class Task(Protocol):
-    """What is trained, on what.
+class Computation(Protocol):
+    """Model, loss and shapes of the data: what the compiled step depends on besides the LoopConfig. Needs no data.
 
     Attributes:
       model: a frozen dataclass with `init(key)`, `parameters()` and `dtype`.
@@ -168,6 +168,10 @@ class Task(Protocol):
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         """The loss of a batch, see `trainer.Loss`."""
+
+
+class Task(Computation, Protocol):
+    """What is trained, on what."""
 
     def source(self, first_sequence: int, rows: np.ndarray) -> Source:
         """The batches after the first so many sequences of the stream, these rows of each."""
@@ -196,6 +200,31 @@ class Task(Protocol):
 
     def description(self) -> dict[str, Any]:
         """What run.json says of the task."""
+
+
+def lower_step(
+    config: LoopConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Traces the training step for the devices of `mesh`, which is current; they may be absent.
+
+    Args:
+      config: the run.
+      computation: what it trains.
+      optimizer: the optax optimizer.
+      abstract: the state's shapes and shardings, see `train_state.abstract_state`.
+      mesh: the mesh.
+
+    Raises:
+      InputError: the batch, or a slice of it, does not divide over the mesh.
+    """
+    for rows in (config.batch_size, config.batch_size // config.microbatches):
+        partitioning.check_rows(mesh, rows, f"{config.name}.batch_size={config.batch_size} in "
+                                            f"{config.microbatches} microbatches")
+    step = make_train_step(computation.loss, optimizer, config.learning_rate, microbatches=config.microbatches)
+    sharding = partitioning.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
+             for name, row in computation.batch_row.items()}
+    return jax.jit(step, donate_argnums=0).lower(abstract, batch)
 
 
 class _Stopped(Exception):
@@ -343,14 +372,8 @@ class TrainingLoop:
         self._record()
 
     def _compile(self) -> None:
-        config = self._config
-        step = make_train_step(
-            self._task.loss, self._optimizer, config.learning_rate, microbatches=config.microbatches
-        )
-        batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=self._sharding)
-                 for name, row in self._task.batch_row.items()}
         with self._clock.timed("compile"):
-            self._train = jax.jit(step, donate_argnums=0).lower(self._abstract, batch).compile()
+            self._train = lower_step(self._config, self._task, self._optimizer, self._abstract, self._mesh).compile()
 
     def _train_step(self) -> None:
         config = self._config
@@ -497,6 +520,7 @@ class TrainingLoop:
             "version": mlx_pretrain.__version__,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": hardware.describe_devices(),
+            "xla_flags": backend.flags_in_effect(),
             "mesh": dict(self._mesh.shape),
             "processes": cluster.size(),
             "peak_flops": peak_flops,

@@ -73,7 +73,7 @@ def test_neighbours_on_a_slices_tensor_axis_share_a_link():
     (tpu_slices(2, 4), (1, -1, 1), r"data=1, fsdp=-1, tensor=1: .* 2 slices .* of 16.*make_mesh.data=2"),
     (gpu_nodes(8), (4, -1, 1), r"8 slices \(or nodes\) of 8, over which data=4 does not divide"),
     (gpu_nodes(3), (2, 12, 1), "3 slices"),
-    ([*gpu_nodes(2), *gpu_nodes(3)[16:18]], (3, -1, 1), r"unequal size, \[2, 8, 8\]"),
+    ([*gpu_nodes(2), *gpu_nodes(3)[16:18]], (3, -1, 1), r"3 slices .* unequal numbers of devices, \[2, 8\]"),
     (gpu_nodes(2), (3, -1, 1), "does not fit 16 devices"),
 ])
 def test_what_does_not_divide_over_the_slices_is_refused(devices, sizes, message):
