@@ -143,8 +143,8 @@ def _describe_program(program: dict) -> list[str]:
     if program["refusal"] is None:
         share = memory["peak"] / memory["limit"]
         verdict = "fits" if program["fits"] else "DOES NOT FIT"
-        lines.append(f"{arguments}, temporaries {_size(memory['temporaries'])}, peak {_size(memory['peak'])} of {limit} "
-                     f"({share:.0%}): {verdict}")
+        lines.append(f"{arguments}, temporaries {_size(memory['temporaries'])}, peak {_size(memory['peak'])} of "
+                     f"{limit} ({share:.0%}): {verdict}")
     else:
         lines += [f"{arguments} of {limit}: DOES NOT FIT", f"  compiler     {program['refusal']}"]
     if not program["fits"]:
