@@ -120,6 +120,7 @@ def _measured(program, topology) -> dict:
         "mfu": seconds and model_flops / topology.chip.flops / seconds["least"],
         "compile_seconds": result.compile_seconds,
         "unknown_loops": list(result.unknown_loops),
+        "opaque_kernels": dict(result.opaque_kernels),
         "remedies": list(program.remedies),
     }
 
@@ -151,8 +152,9 @@ def _describe_program(program: dict) -> list[str]:
         lines += [f"  {'try' if i == 0 else '':<12} {remedy}" for i, remedy in enumerate(program["remedies"])]
     if program["refusal"] is not None:
         return lines
+    kernels = ", ".join(f"{name} x {count}" for name, count in program["opaque_kernels"].items())
     lines.append(f"  FLOPs        {program['flops']:.3e}, {program['flops'] / program['model_flops']:.2f} times the "
-                 "model's")
+                 f"model's" + (f"; without those of {kernels}" if kernels else ""))
     for i, traffic in enumerate(program["collectives"] or [None]):
         name = "collectives" if i == 0 else ""
         text = "none" if traffic is None else (
