@@ -180,8 +180,7 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
         programs.Program(
             "training step",
             *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} x {length} tokens" + (
-                f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
+            batch=f"{config.batch_size} x {length} tokens" + programs.in_microbatches(config.microbatches),
             mesh=mesh,
             parameters=model.parameters(),
             tokens=config.batch_size * length,

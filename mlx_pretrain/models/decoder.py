@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
+from mlx_pretrain.models.products import lookup
 from mlx_pretrain.models.tree_attention import Forest
 from mlx_pretrain.partitioning import constrain
 
@@ -164,9 +165,8 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             # Declared here so that one parameter tree holds it; used by `output_kernel`.
             _Output(config.vocab_size, embed, name="output")()
-        # The lookup wants whole rows: sharded over embed as well, XLA would gather the table every time.
         words = tokens if features is None else jnp.minimum(tokens, config.vocab_size - 1)
-        x = jnp.take(constrain(table, "vocab", None), words, axis=0).astype(dtype)
+        x = lookup(table, words, dtype)
         if features is not None:
             places = jnp.maximum(tokens - config.vocab_size, 0)
             found = (jnp.take(features[0], places, axis=0) if features.shape[0] == 1

@@ -8,7 +8,6 @@ partitioner: under a mesh it runs in `shard_map`, every device on its rows and h
 import functools
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,8 +108,7 @@ def _per_shard(function: Callable, query, key, value, segment_ids) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(query, key, value, segment_ids)
-    rules = dict(nn.get_logical_axis_rules())
-    batch, length, heads = partitioning.spec(("batch", "length", "act_heads"), rules)
+    batch, length, heads = partitioning.spec("batch", "length", "act_heads")
     if length is not None:
         raise ValueError(f"attention kernels need whole rows, the rule table shards their length over {length}")
 
