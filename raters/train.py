@@ -198,7 +198,7 @@ class RaterTraining(RaterComputation):
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         if self._params is None:
             return None
         return {"encoder": self._params, "head": {"kernel": None, "bias": None}}

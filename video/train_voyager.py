@@ -152,7 +152,7 @@ class VoyagerTraining:
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
-    def initial_params(self) -> Any:
+    def initial_params(self, mesh: Mesh) -> Any:
         return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
 
     def summary(self) -> str:
