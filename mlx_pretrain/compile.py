@@ -121,8 +121,14 @@ def _measured(program, topology) -> dict:
         "compile_seconds": result.compile_seconds,
         "unknown_loops": list(result.unknown_loops),
         "opaque_kernels": dict(result.opaque_kernels),
-        "remedies": list(program.remedies),
+        "remedies": [] if result.fits else list(program.remedies(_excess(result.memory, needed))),
     }
+
+
+def _excess(memory, needed: int | None) -> float:
+    """Memory asked for besides the arguments over that which they leave."""
+    room = memory.limit - memory.arguments
+    return (needed or memory.limit) / room if room > 0 else 2.0
 
 
 def describe(report: dict) -> str:
