@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import gin
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.parallel import backend, cluster
@@ -183,6 +184,11 @@ def errors_as_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if not gcs.is_client_error(error):
+            raise
+        print(f"error: gs://: {gcs.cause(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def quiet_logging() -> None:

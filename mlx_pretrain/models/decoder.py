@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import Attention, Cache, check_name
+from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
 from mlx_pretrain.models.products import lookup
 from mlx_pretrain.models.tree_attention import Forest
@@ -20,7 +20,7 @@ REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "attended"),
+    "attention": keep_attention,
 }
 
 
