@@ -15,12 +15,15 @@ from mlx_pretrain.models.products import lookup
 from mlx_pretrain.models.tree_attention import Forest
 from mlx_pretrain.partitioning import constrain
 
-# What the backward pass keeps of each layer; the rest is computed again.
+# What the backward pass keeps of each layer; the rest is computed again. Products, rotated queries and keys and the
+# results of attention carry these names where they are made (`products`, `attention`): policies that look for matrix
+# products do not see into functions with a gradient of their own.
+_ATTENDED = ("attended", "log_sum")
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "attended"),
+    "dots": jax.checkpoint_policies.save_only_these_names("product", *_ATTENDED),
+    "attention": jax.checkpoint_policies.save_only_these_names("query", "key", "value", *_ATTENDED),
 }
 
 
