@@ -20,21 +20,21 @@ from typing import Any
 from etils import epath
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_jsonl
+from mlx_pretrain.files import open_to_append, read_jsonl, write_atomic
 
 GOODPUT = "goodput.jsonl"
 
-# Part -> meaning, in the order in which reports show them.
+# Part -> its name in reports, in their order.
 PARTS = {
-    "step": "training steps that count",
+    "step": "training steps",
     "data": "waiting for data",
     "evaluation": "evaluation",
     "checkpoint": "checkpoints",
     "compile": "compilation",
-    "restore": "restoring or initialising the state",
-    "start": "starting: imports, joining, opening the inputs",
-    "repeated": "steps done again after a crash",
-    "between": "no process running",
+    "restore": "restoring the state",
+    "start": "starting",  # imports, joining the others, opening the inputs
+    "repeated": "steps done again",  # lost in a crash
+    "between": "no process",
 }
 
 
@@ -78,13 +78,21 @@ class Clock:
         self.switch(self._part)
         return dict(self.seconds)
 
-    def record(self, path: epath.PathLike, step: int, first_step: int) -> None:
-        """Appends a line to a file that describes the process so far."""
+    def record(self, file: Any, step: int, first_step: int) -> None:
+        """Adds a line that describes the process so far to a file of `open_record`."""
         seconds = {part: round(value, 3) for part, value in self.now().items()}
         line = {"process": round(self.started, 3), "time": round(self._since, 3), "step": step,
                 "first_step": first_step, "seconds": seconds}
-        with epath.Path(path).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        file.write(f"{json.dumps(line)}\n".encode())
+
+
+def open_record(path: epath.PathLike) -> Any:
+    """Opens goodput.jsonl to append to, see `files.open_to_append`; half a line of a killed process is removed."""
+    path = epath.Path(path)
+    content = path.read_bytes() if path.exists() else b""
+    if not content.endswith(b"\n"):
+        write_atomic(path, content[: content.rfind(b"\n") + 1])
+    return open_to_append(path)
 
 
 def _process_age() -> float:

@@ -6,11 +6,13 @@ A command registers a function that lists its programs; it is asked when the gin
     def train_programs(mesh, length):
         config = TrainConfig()
         ...
-        return [programs.Program(name="training step", lower=lambda: lower_step(...), ...)]
+        return [programs.Program("training step", *jitted_step(...), mesh=mesh, ...)]
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gin
 import jax
@@ -20,15 +22,16 @@ from mlx_pretrain import partitioning
 from mlx_pretrain.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Program:
     """One program of a command.
 
     Attributes:
       name: e.g. "training step".
+      function: jitted.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings, to call it with.
+      mesh: the mesh it runs on.
       batch: its batch in words, e.g. "3072 x 4096 tokens".
-      lower: traces it for the devices of its mesh; called with that mesh current.
-      mesh: the mesh.
       parameters: number of the model's parameters.
       tokens: of one batch, over all devices.
       model_flops: FLOPs that the model asks for, without recomputation, over all devices.
@@ -36,13 +39,25 @@ class Program:
     """
 
     name: str
-    batch: str
-    lower: Callable[[], jax.stages.Lowered]
+    function: Any
+    arguments: Sequence[Any]
+    _: dataclasses.KW_ONLY
     mesh: Mesh
+    batch: str
     parameters: int
     tokens: int
     model_flops: float
     remedies: Sequence[str] = ()
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces it for the devices of its mesh, which may be absent."""
+        with partitioning.use(self.mesh):
+            return self.function.lower(*self.arguments)
+
+    def argument_bytes(self) -> int:
+        """Bytes of the arguments on one device."""
+        leaves = jax.tree.leaves(self.arguments)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 Lister = Callable[[Mesh, int | None], list[Program]]
@@ -68,18 +83,24 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
     Raises:
       InputError: there is none, or its settings are wrong.
     """
-    listers = [lister for parameter, lister in _LISTERS.items() if _is_bound(parameter)]
+    listers = [lister for parameter, lister in _LISTERS.items() if is_bound(parameter)]
     if not listers:
         raise InputError(f"the gin files configure no program: none of {', '.join(_LISTERS)} is set")
     return [program for lister in listers for program in lister(mesh, length)]
 
 
-def _is_bound(parameter: str) -> bool:
+def is_bound(parameter: str) -> bool:
+    """True if the gin files read so far set a parameter such as "train.steps"."""
     try:
         gin.query_parameter(parameter)
     except ValueError:
         return False
     return True
+
+
+def in_microbatches(n: int) -> str:
+    """What to say of a batch in slices."""
+    return f" in {n} microbatches" if n > 1 else ""
 
 
 def remedies_for_training(config, model, mesh: Mesh) -> list[str]:

@@ -25,7 +25,7 @@ from mlx_pretrain.inference.language_model import LanguageModel, own_model
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import abstract_state
 from mlx_pretrain.trainer import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, lower_step
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
 
 
 @gin.configurable("train")
@@ -99,8 +99,7 @@ class Pretraining(DecoderComputation):
         self._store = TokenStore(config.token_store)
         self._rates = load_rates(config.rates, known=self._store.parts("train"))
         self._languages = used_languages(self._store, "train", self._rates)
-        for language in self._languages:
-            self._store.array("train", language)  # checks the files
+        self._store.arrays("train", self._languages)  # checks the files
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         super().__init__(config, self._store.manifest.sequence_length)
 
@@ -179,10 +178,9 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     language = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
     return [
         programs.Program(
-            name="training step",
-            batch=f"{config.batch_size} x {length} tokens" + (
-                f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
-            lower=lambda: lower_step(config, computation, optimizer, state, mesh),
+            "training step",
+            *jitted_step(config, computation, optimizer, state, mesh),
+            batch=f"{config.batch_size} x {length} tokens" + programs.in_microbatches(config.microbatches),
             mesh=mesh,
             parameters=model.parameters(),
             tokens=config.batch_size * length,
@@ -190,10 +188,10 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             remedies=programs.remedies_for_training(config, model, mesh),
         ),
         programs.Program(
-            name="evaluation step",
+            "evaluation step",
+            jax.jit(make_eval_step(model, 64, config.chunk_tokens)),  # the number of languages costs nothing
+            (state.params, tokens, language),
             batch=f"{rows} x {length} tokens",
-            # The number of languages is that of the sums it returns.
-            lower=lambda: jax.jit(make_eval_step(model, 64, config.chunk_tokens)).lower(state.params, tokens, language),
             mesh=mesh,
             parameters=model.parameters(),
             tokens=rows * length,

@@ -23,7 +23,7 @@ from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.data import loader
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
-from mlx_pretrain.goodput import GOODPUT, Clock, read_goodput
+from mlx_pretrain.goodput import GOODPUT, Clock, open_record, read_goodput
 from mlx_pretrain.interrupts import STOP_CODES, Profiler, StopRequest
 from mlx_pretrain.meter import Meter
 from mlx_pretrain.metrics import MetricWriter, kinds_at
@@ -202,10 +202,12 @@ class Task(Computation, Protocol):
         """What run.json says of the task."""
 
 
-def lower_step(
+def jitted_step(
     config: LoopConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
-) -> jax.stages.Lowered:
-    """Traces the training step for the devices of `mesh`, which is current; they may be absent.
+) -> tuple[Any, tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]]:
+    """The training step, jitted, and the abstract arguments to `lower` it with for the devices of `mesh`.
+
+    The devices may be absent.
 
     Args:
       config: the run.
@@ -224,7 +226,9 @@ def lower_step(
     sharding = partitioning.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
              for name, row in computation.batch_row.items()}
-    return jax.jit(step, donate_argnums=0).lower(abstract, batch)
+    # Said, not left to the compiler: for GPUs it returned the whole state to every device, which donates nothing.
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), (abstract, batch)
 
 
 class _Stopped(Exception):
@@ -348,9 +352,10 @@ class TrainingLoop:
         peak = self._peak_flops()
         cluster.on_main(lambda: write_json(self._run_dir / "run.json", self._description(peak)))
         cluster.on_main(lambda: configuration.save_effective(self._run_dir / "config.gin"))
-        self._writer = None
+        self._writer = self._goodput_file = None
         if cluster.is_main():
             self._writer = stack.enter_context(contextlib.closing(MetricWriter(self._run_dir, self._step or -1)))
+            self._goodput_file = stack.enter_context(contextlib.closing(open_record(self._run_dir / GOODPUT)))
         self._profiler = stack.enter_context(Profiler(self._run_dir / "profile", config.profile_at))
         self._clock.switch("step")
         self._meter = stack.enter_context(
@@ -373,7 +378,8 @@ class TrainingLoop:
 
     def _compile(self) -> None:
         with self._clock.timed("compile"):
-            self._train = lower_step(self._config, self._task, self._optimizer, self._abstract, self._mesh).compile()
+            step, arguments = jitted_step(self._config, self._task, self._optimizer, self._abstract, self._mesh)
+            self._train = step.lower(*arguments).compile()
 
     def _train_step(self) -> None:
         config = self._config
@@ -430,8 +436,8 @@ class TrainingLoop:
             self._writer.write(self._step, kind, scalars)
 
     def _record(self) -> None:
-        if cluster.is_main():
-            self._clock.record(self._run_dir / GOODPUT, self._step, self._first_step)
+        if self._goodput_file is not None:
+            self._clock.record(self._goodput_file, self._step, self._first_step)
 
     def _log(self) -> None:
         self._settle(leave=0)
@@ -486,6 +492,8 @@ class TrainingLoop:
             fresh = self._evaluation if self._evaluated_at == self._step else {}
             metrics = {f"eval/{name}": value for name, value in fresh.items()}
             progress = Progress(sequences, self._total_tokens(), list(self._unfinished))
+            if self._writer is not None:
+                self._writer.flush()
             self._saver.save(self._step, self._state, progress, metrics)
         self._saved_at, self._checkpoint_asked = time.monotonic(), False
         self._record()
@@ -504,8 +512,10 @@ class TrainingLoop:
         raise SystemExit(STOP_CODES[self._stop])
 
     def _goodput(self) -> str:
-        record = read_goodput(self._run_dir / GOODPUT) if cluster.is_main() else None
-        return record.text() if record else ""
+        if self._goodput_file is None:
+            return ""
+        self._goodput_file.flush()
+        return read_goodput(self._run_dir / GOODPUT).text()
 
     def _peak_flops(self) -> float | None:
         """FLOP/s of all devices together; None: unknown, or not asked for in this process."""

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import pathlib
 import re
 import threading
 import urllib.parse
@@ -34,6 +35,11 @@ class Object:
     content: bytes
     generation: int
     content_type: str = "application/octet-stream"
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def resource(self) -> dict:
+        """What copies take over."""
+        return {"contentType": self.content_type, "metadata": self.metadata}
 
 
 class _Refused(Exception):
@@ -50,15 +56,15 @@ class GcsServer:
       buckets: bucket -> name -> Object.
       requests: (method, path with query) of all requests so far.
       forbidden: prefixes of object names that nobody may read or write.
-      down: answer 503 to everything.
+      lose_answer_of: the end of a path; the next request for such a one is done, and answered 503.
     """
 
     def __init__(self):
         self.buckets: dict[str, dict[str, Object]] = {}
         self.requests: list[tuple[str, str]] = []
         self.forbidden: list[str] = []
-        self.down = False
-        self._uploads: dict[str, tuple[str, str, str, dict[str, str], bytearray]] = {}
+        self.lose_answer_of: str | None = None
+        self._uploads: dict[str, tuple[str, str, dict, dict[str, str], bytearray]] = {}
         self._generations = itertools.count(1_700_000_000_000_000)
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"gcs": self})
@@ -73,6 +79,13 @@ class GcsServer:
     def __exit__(self, *_) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+    def put_folder(self, folder: pathlib.Path, bucket: str, name: str) -> None:
+        """Puts the files of a local folder into `name`/ of a bucket."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                made = Object(path.read_bytes(), next(self._generations))
+                self.buckets[bucket][f"{name}/{path.relative_to(folder)}"] = made
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[list[tuple[str, str]]]:
@@ -91,8 +104,6 @@ class GcsServer:
 
     def handle(self, method: str, path: str, query: dict[str, str], headers, body: bytes):
         with self._lock:
-            if self.down:
-                raise _Refused(503, "backend error")
             for pattern, methods in _ROUTES.items():
                 if (match := re.fullmatch(pattern, path)) and method in methods:
                     arguments = [urllib.parse.unquote(group) for group in match.groups()]
@@ -118,17 +129,18 @@ class GcsServer:
             raise _Refused(404, f"No such object: {bucket}/{name}")
         return found
 
-    def _put(self, bucket: str, name: str, content: bytes, query: dict[str, str], content_type: str | None):
+    def _put(self, bucket: str, name: str, content: bytes, query: dict[str, str], about: dict):
         self._checked(bucket, name, query, exist=False)
-        made = Object(bytes(content), next(self._generations), content_type or "application/octet-stream")
+        content_type = about.get("contentType") or "application/octet-stream"
+        made = Object(bytes(content), next(self._generations), content_type, about.get("metadata", {}))
         self.buckets[bucket][name] = made
         return _json(self._resource(bucket, name, made))
 
     def _resource(self, bucket: str, name: str, found: Object) -> dict[str, str]:
         crc = base64.b64encode(google_crc32c.value(found.content).to_bytes(4, "big")).decode()
         return {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(found.content)),
-                "generation": str(found.generation), "metageneration": "1", "contentType": found.content_type,
-                "crc32c": crc, "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z"}
+                "generation": str(found.generation), "metageneration": "1", "crc32c": crc,
+                "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z", **found.resource()}
 
     def create_bucket(self, query, headers, body):
         name = json.loads(body)["name"]
@@ -194,15 +206,17 @@ class GcsServer:
     def upload(self, bucket, query, headers, body):
         kind = query["uploadType"]
         if kind == "media":
-            return self._put(bucket, query["name"], body, query, headers.get("Content-Type"))
+            return self._put(bucket, query["name"], body, query, {"contentType": headers.get("Content-Type")})
         if kind == "multipart":
             about, (part_type, content) = _parts(headers["Content-Type"], body)
-            return self._put(bucket, json.loads(about[1])["name"], content, query, part_type)
+            resource = {"contentType": part_type} | json.loads(about[1])
+            return self._put(bucket, resource["name"], content, query, resource)
         self._objects(bucket, query.get("name", ""))
         about = json.loads(body) if body else {}
         session = uuid.uuid4().hex
         name = about.get("name") or query["name"]
-        self._uploads[session] = (bucket, name, headers.get("X-Upload-Content-Type"), query, bytearray())
+        about = {"contentType": headers.get("X-Upload-Content-Type")} | about
+        self._uploads[session] = (bucket, name, about, query, bytearray())
         location = f"{self.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={session}"
         return 200, {"Location": location}, b""
 
@@ -211,7 +225,7 @@ class GcsServer:
             return self.upload(bucket, query=query, headers=headers, body=body)
         if query["upload_id"] not in self._uploads:
             raise _Refused(404, "no such upload")
-        bucket, name, content_type, conditions, content = self._uploads[query["upload_id"]]
+        bucket, name, about, conditions, content = self._uploads[query["upload_id"]]
         sent = headers.get("Content-Range", f"bytes 0-0/{len(body)}")
         match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", sent)
         start, total = int(match[1] or len(content)), match[3]
@@ -222,7 +236,7 @@ class GcsServer:
         content[start:] = body
         if total != "*" and len(content) == int(total):
             del self._uploads[query["upload_id"]]
-            return self._put(bucket, name, content, conditions, content_type)
+            return self._put(bucket, name, content, conditions, about)
         return 308, {"Range": f"bytes=0-{len(content) - 1}"} if content else {}, b""
 
     def cancel(self, bucket, query, headers, body):
@@ -231,14 +245,14 @@ class GcsServer:
 
     def rewrite(self, bucket, name, to_bucket, to_name, query, headers, body):
         source = self._checked(bucket, name, _only(query, "ifSource"), "ifSource")
-        _, _, resource = self._put(to_bucket, to_name, source.content, query, source.content_type)
+        _, _, resource = self._put(to_bucket, to_name, source.content, query, source.resource())
         size = str(len(source.content))
         return _json({"kind": "storage#rewriteResponse", "done": True, "totalBytesRewritten": size, "objectSize": size,
                       "resource": json.loads(resource)})
 
     def move(self, bucket, name, to_name, query, headers, body):
         source = self._checked(bucket, name, _only(query, "ifSource"), "ifSource")
-        answer = self._put(bucket, to_name, source.content, query, source.content_type)
+        answer = self._put(bucket, to_name, source.content, query, source.resource())
         del self.buckets[bucket][name]
         return answer
 
@@ -248,7 +262,7 @@ class GcsServer:
             raise _Refused(400, "1 to 32 sources")
         parts = [self._checked(bucket, part["name"], part.get("objectPreconditions", {})).content
                  for part in asked["sourceObjects"]]
-        return self._put(bucket, name, b"".join(parts), query, asked.get("destination", {}).get("contentType"))
+        return self._put(bucket, name, b"".join(parts), query, asked.get("destination", {}))
 
     def batch(self, query, headers, body):
         boundary = re.search('boundary="?([^";]+)"?', headers["Content-Type"])[1]
@@ -323,6 +337,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         try:
             status, headers, content = self.gcs.handle(self.command, path, _query(text), self.headers, body)
+            if self.gcs.lose_answer_of and path.endswith(self.gcs.lose_answer_of):
+                self.gcs.lose_answer_of = None
+                raise _Refused(503, "backend error")
         except _Refused as error:
             status, headers, content = error.status, {"Content-Type": "application/json"}, _error(error)
             if status == 304:

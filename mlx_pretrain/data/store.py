@@ -16,8 +16,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import kvstore, read_json, sha256, write_json
+from mlx_pretrain.files import file_sizes, kvstore, read_json, sha256, write_json
 
 FORMAT = "mlx-token-store"
 VERSION = 1
@@ -85,7 +86,10 @@ def read_manifest(store: epath.PathLike) -> Manifest:
         not the one the tokens were made with.
     """
     path = epath.Path(store) / MANIFEST
-    if not path.exists():
+    with gcs.named_errors(path):
+        complete = path.exists()
+    if not complete:
+        gcs.check_bucket(path)
         raise InputError(f"{store}: no token store here (no {MANIFEST}; was its export interrupted? run it again)")
     content = read_json(path, "token store manifest")
     found = (content.pop("format", None), content.pop("version", None)) if isinstance(content, dict) else None
@@ -158,14 +162,7 @@ class PartWriter:
 
 def _data_files(path: epath.Path) -> dict[str, int]:
     """Data files of an array, relative to its folder, with their sizes."""
-    found, folders = {}, [path]
-    while folders:
-        for child in folders.pop().iterdir():
-            if child.is_dir():
-                folders.append(child)
-            elif child.name != "zarr.json":
-                found[str(child.relative_to(path))] = child.stat().length
-    return dict(sorted(found.items()))
+    return {name: size for name, size in sorted(file_sizes(path).items()) if name != "zarr.json"}
 
 
 class TokenStore:
@@ -175,6 +172,8 @@ class TokenStore:
         """Raises InputError when there is no complete, readable store at `path`."""
         self.path = epath.Path(path)
         self.manifest = read_manifest(path)
+        self._sizes: dict[str, Mapping[str, int]] = {}  # of the files of a split
+        self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
 
     def part(self, split: str, language: str) -> Part:
         """Raises InputError when the store lacks the split or the language."""
@@ -197,27 +196,49 @@ class TokenStore:
         if max_length < length:
             raise InputError(f"{self.path}: sequences of {length} tokens, the model has max_length={max_length}")
 
-    def array(self, split: str, language: str) -> ts.TensorStore:
-        """The rows of one language: [sequences, sequence_length].
+    def arrays(self, split: str, languages: Iterable[str]) -> list[ts.TensorStore]:
+        """The rows of languages: [sequences, sequence_length] each; all are opened at once, and once.
 
         Raises:
-          InputError: a data file is missing or truncated, or the array is not what the manifest says.
+          InputError: a data file is missing or truncated, or an array is not what the manifest says.
         """
+        languages = list(languages)
+        opening = {}
+        for language in languages:
+            if (split, language) not in self._arrays:
+                self._check_files(split, language)
+                opening[language] = ts.open(zarr3_spec(self.path / split / language), read=True, open=True)
+        for language, array in opening.items():
+            self._arrays[split, language] = self._checked(split, language, array)
+        return [self._arrays[split, language] for language in languages]
+
+    def _check_files(self, split: str, language: str) -> None:
         part, folder = self.part(split, language), self.path / split / language
+        if split not in self._sizes:  # one listing for all languages
+            self._sizes[split] = file_sizes(self.path / split)
         for name, size in part.files.items():
-            file = folder / name
-            if not file.exists():
-                raise InputError(f"{file}: missing from the token store; export it again")
-            if (found := file.stat().length) != size:
-                raise InputError(f"{file}: {found} bytes where the manifest says {size}; export the token store again")
+            found = self._sizes[split].get(f"{language}/{name}")
+            if found is None:
+                raise InputError(f"{folder / name}: missing from the token store; export it again")
+            if found != size:
+                raise InputError(
+                    f"{folder / name}: {found} bytes where the manifest says {size}; export the token store again"
+                )
+
+    def _checked(self, split: str, language: str, opening: ts.Future) -> ts.TensorStore:
+        part, folder = self.part(split, language), self.path / split / language
         try:
-            array = ts.open(zarr3_spec(folder), read=True, open=True).result()
+            array = opening.result()
         except ValueError as error:
             raise InputError(f"{folder}: cannot be opened as zarr3: {str(error).splitlines()[0]}") from None
         if array.shape != (part.sequences, self.manifest.sequence_length):
             raise InputError(f"{folder}: shape {array.shape} where the manifest says "
                              f"{(part.sequences, self.manifest.sequence_length)}; export the token store again")
         return array
+
+    def array(self, split: str, language: str) -> ts.TensorStore:
+        """The rows of one language; see `arrays`."""
+        return self.arrays(split, [language])[0]
 
     def read(self, split: str, language: str) -> np.ndarray:
         """All rows of one language in memory: [sequences, sequence_length]."""

@@ -151,9 +151,9 @@ def by_speed(request: Request) -> tuple[str, ...]:
     if request.platform == "tpu":
         return "splash", "blockwise", "xla"
     if request.platform == "gpu":
-        # JAX's cuDNN attention takes documents as a dense bias of [batch, 1, length, length], which every head reads
-        # and whose gradient it computes as well; the Triton kernel skips what lies between documents. Argued from the
-        # sources of jax 0.10 and 0.12, not measured.
+        # JAX's cuDNN attention takes documents as a dense bias of [batch, 1, length, length] that every head reads and
+        # (before jax 0.12) whose gradient it writes; it computes the whole triangle, where the Triton kernel skips
+        # what lies between documents. Argued from their sources, not measured.
         return ("triton", "cudnn", "blockwise", "xla") if request.segments else ("cudnn", "triton", "blockwise", "xla")
     return "blockwise", "xla"
 
@@ -172,6 +172,18 @@ def choose(name: str | None, request: Request) -> str:
 @functools.cache
 def _warn(message: str) -> None:
     _log.warning(message)
+
+
+_is_named = jax.checkpoint_policies.save_only_these_names("query", "key", "value", "attended", "log_sum")
+
+
+def keep_attention(primitive, *avals, **params) -> bool:
+    """Remat policy that keeps whatever attention's backward pass reads, so that attention does not run twice.
+
+    Implementations name their output "attended" and the logarithm of the softmax's sums "log_sum" where those become
+    residuals. cuDNN's are named by nobody: its forward operation is known by name.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper" or _is_named(primitive, *avals, **params)
 
 
 def check_name(config: str, name: str | None, dtype: str, head_dim: int) -> None:

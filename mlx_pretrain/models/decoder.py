@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import Attention, Cache, check_name
+from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
 from mlx_pretrain.models.products import lookup
 from mlx_pretrain.models.tree_attention import Forest
 from mlx_pretrain.partitioning import constrain
 
-# What the backward pass keeps of each layer; the rest is computed again. Products, rotated queries and keys and the
-# results of attention carry these names where they are made (`products`, `attention`): policies that look for matrix
-# products do not see into functions with a gradient of their own.
-_ATTENDED = ("attended", "log_sum")
+# What the backward pass keeps of each layer; the rest is computed again. Products are known by the name that `project`
+# gives them: policies that look for matrix products do not see into functions with a gradient of their own.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("product", *_ATTENDED),
-    "attention": jax.checkpoint_policies.save_only_these_names("query", "key", "value", *_ATTENDED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        keep_attention, jax.checkpoint_policies.save_only_these_names("product")
+    ),
+    "attention": keep_attention,
 }
 
 

@@ -22,8 +22,9 @@ MASKED = -1e30  # finite: a block that is masked for a query is forgotten once i
 
 
 def splash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, causal: bool, *, interpret: bool = False
-) -> jax.Array:
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, causal: bool, *,
+    max_block: int = 512, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """Attention in JAX's Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`).
 
     Args:
@@ -31,15 +32,18 @@ def splash_attention(
       key, value: `[batch, length, kv_heads, head_dim]`; kv_heads divides heads.
       segment_ids: int32 `[batch, length]`.
       causal: tokens do not attend to later ones.
+      max_block: most queries and keys of a block, a multiple of 128. 512 is MaxText's choice; of a head_dim of 128,
+        1,024 still fit a v5e's scoped vector memory, 2,048 do not.
       interpret: run on any platform, slowly.
 
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `query`.
     """
-    return _per_shard(functools.partial(_splash, causal=causal, interpret=interpret), query, key, value, segment_ids)
+    function = functools.partial(_splash, causal=causal, max_block=max_block, interpret=interpret)
+    return _per_shard(function, query, key, value, segment_ids)
 
 
-def _splash(query, key, value, segment_ids, *, causal, interpret):
+def _splash(query, key, value, segment_ids, *, causal, max_block, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -47,8 +51,7 @@ def _splash(query, key, value, segment_ids, *, causal, interpret):
     query = (query * query.shape[-1] ** -0.5).astype(query.dtype)  # the kernel does not scale
     query, key, value, segment_ids = _pad(128, query, key, value, segment_ids)
     padded = query.shape[1]
-    # Up to 512, MaxText's choice for all of these.
-    block = max(size for size in (128, 256, 384, 512) if padded % size == 0)
+    block = max(size for size in range(128, max_block + 1, 128) if padded % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     blocks = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))

@@ -33,8 +33,8 @@ class Collective:
       kind: one of COLLECTIVES. An all-reduce fused with the slice of its result is a reduce-scatter.
       dtype: of the largest operand, in HLO's spelling: "bf16", "f32".
       operand_bytes, result_bytes: on one device, of one execution.
-      groups: partition numbers (places in `mesh.devices.flat`) that exchange data among themselves; of a
-        collective-permute the (source, target) pairs.
+      groups: partition numbers (places in `mesh.devices.flat`, slice after slice) that exchange data among themselves;
+        of a collective-permute the (source, target) pairs.
       times: executions in one run of the program.
       op_name: where the operation comes from in the JAX program, for messages.
     """
@@ -96,12 +96,16 @@ class Program:
       flops: of dots and convolutions, 2 per multiply-add; positions that padding or dilation fills are not counted.
       collectives: in no particular order; those that move nothing (groups of one device) included.
       custom_calls: kernels, without the compiler's own markers and allocations.
+      memory_bytes: read from and written to the device's memory (HBM), an estimate: operands and results of every
+        operation that is not part of a fusion, of slices and updates in place only what they touch. What the compiler
+        keeps in a TPU's vector memory is left out.
       unknown_loops: names of loops whose trip count is not in the program; their bodies are counted once.
     """
 
     flops: float
     collectives: tuple[Collective, ...]
     custom_calls: tuple[CustomCall, ...]
+    memory_bytes: float
     unknown_loops: tuple[str, ...]
 
     def sent_bytes(self, *kinds: str) -> int:
@@ -127,8 +131,9 @@ def read_program(text: str) -> Program:
 class _Shape:
     """An array type such as `bf16[2,128]{1,0:T(8,128)}`."""
 
-    def __init__(self, dtype: str, dims: str):
+    def __init__(self, dtype: str, dims: str, layout: str | None = None):
         self.dtype = dtype
+        self.in_memory = layout is None or "S(" not in layout  # S(n): other memory than HBM
         self.dims = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
 
     @property
@@ -137,7 +142,7 @@ class _Shape:
         return (math.prod(self.dims) * bits + 7) // 8
 
 
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass
@@ -243,11 +248,13 @@ def _split(text: str) -> Iterator[str]:
 @dataclasses.dataclass
 class _Counts:
     flops: float = 0.0
+    memory_bytes: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
 
     def add(self, other: "_Counts", times: int = 1) -> None:
         self.flops += times * other.flops
+        self.memory_bytes += times * other.memory_bytes
         self.collectives += [dataclasses.replace(c, times=c.times * times) for c in other.collectives]
         self.custom_calls += [dataclasses.replace(c, times=c.times * times) for c in other.custom_calls]
 
@@ -262,7 +269,11 @@ class _Reader:
     def program(self, entry: str) -> Program:
         counts = self._count(entry, fused=False)
         return Program(
-            counts.flops, tuple(counts.collectives), tuple(counts.custom_calls), tuple(self._unknown_loops)
+            counts.flops,
+            tuple(counts.collectives),
+            tuple(counts.custom_calls),
+            counts.memory_bytes,
+            tuple(self._unknown_loops),
         )
 
     def _count(self, name: str, fused: bool) -> _Counts:
@@ -270,11 +281,15 @@ class _Reader:
             return self._counts[name, fused]
         computation, counts = self._computations[name], _Counts()
         for op in computation.ops.values():
+            if not fused:
+                counts.memory_bytes += _memory_bytes(self._computations, computation, op)
             kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 # TPUs spread an asynchronous collective over a chain of fusions; it counts where it starts.
                 if "chain_id=" not in op.attributes or _starts_chain(computation):
                     counts.collectives.append(self._collective(computation, op, kind, fused))
+            elif op.opcode == "send" and "_xla_megascale_transfer_type" in op.attributes:
+                counts.collectives.append(self._between_slices(computation, op))
             elif op.opcode in ("dot", "convolution"):
                 counts.flops += (_dot_flops if op.opcode == "dot" else _convolution_flops)(computation, op)
             elif op.opcode == "while":
@@ -304,6 +319,20 @@ class _Reader:
         sizes = (sum(s.bytes for s in shapes) for shapes in (operands, results))
         return Collective(kind, largest.dtype, *sizes, groups, op_name=op.op_name)
 
+    def _between_slices(self, computation: _Computation, op: _Op) -> Collective:
+        """A program for several TPU slices is that of one; hosts exchange data between them, in sends and receives."""
+        shapes = computation.ops[op.operands[0]].shapes
+        kind = _MEGASCALE[re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)[1]]
+        # "{1,2}x{0:15}": device i of slice 1 and device i of slice 2.
+        target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', op.attributes)
+        n_slices = len(_ints(target[1])) if target else 2
+        groups = tuple(
+            tuple(partition + number * self._n_devices for number in range(n_slices))
+            for partition in range(self._n_devices)
+        )
+        size = sum(shape.bytes for shape in shapes)
+        return Collective(kind, shapes[0].dtype, size, size, groups, op_name=op.op_name)
+
     def _custom_call(self, computation: _Computation, op: _Op, counts: _Counts) -> None:
         target = op.attribute("custom_call_target").strip('"')
         if target.startswith("__cublas"):
@@ -325,11 +354,70 @@ class _Reader:
             return 1
 
 
+_MEGASCALE = {
+    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+
 _MARKERS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
     "LayoutConstraint", "MoveToDevice", "MoveToHost", "SPMDFullToShardShape", "SPMDShardToFullShape", "Sharding",
     "annotate_device_placement",
 })  # fmt: skip
+
+
+# They move nothing by themselves, or what they call is counted.
+_STILL = frozenset({
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "after-all", "while", "conditional",
+    "call", "partition-id", "replica-id", "iota", "optimization-barrier",
+})  # fmt: skip
+
+
+def _memory_bytes(computations: dict[str, _Computation], computation: _Computation, op: _Op) -> float:
+    """HBM traffic of one operation, the collectives' buffers included."""
+    if op.opcode in _STILL or op.opcode.endswith(("-done", "-update")):
+        return 0.0
+    operands = [computation.ops[name] for name in op.operands if name in computation.ops]
+    if op.opcode == "fusion" and op.called:
+        inside = computations[op.called[0]]
+        parameters = {int(o.literal): o.name for o in inside.ops.values() if o.opcode == "parameter"}
+        read = sum(_read_bytes(inside, parameters.get(i), operand) for i, operand in enumerate(operands))
+        return read + _written_bytes(inside, inside.ops[inside.root], op)
+    if op.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * _size(op)
+    if op.opcode == "dynamic-update-slice":
+        return 2.0 * _size(operands[1])
+    results = _size(op)
+    if op.opcode.endswith("-start"):  # its type repeats the operands
+        results = max(results - sum(map(_size, operands)), 0.0)
+    return sum(map(_size, operands)) + results
+
+
+def _size(op: _Op) -> float:
+    return float(sum(shape.bytes for shape in op.shapes if shape.in_memory))
+
+
+def _read_bytes(inside: _Computation, parameter: str | None, operand: _Op) -> float:
+    """What a fusion reads of an operand: slices of it, if that is all it uses, nothing where it is updated in place."""
+    if parameter is None or not _size(operand):
+        return _size(operand)
+    total = 0.0
+    for user in inside.users(parameter):
+        if user.opcode in ("dynamic-slice", "slice") and user.operands[0] == parameter:
+            total += _size(user)
+        elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == parameter):
+            return _size(operand)
+    return min(total, _size(operand))
+
+
+def _written_bytes(inside: _Computation, root: _Op, result: _Op) -> float:
+    if root.opcode == "tuple":
+        return sum(_written_bytes(inside, inside.ops[name], inside.ops[name]) for name in root.operands)
+    if root.opcode == "bitcast":
+        return _written_bytes(inside, inside.ops[root.operands[0]], result)
+    if root.opcode == "dynamic-update-slice":
+        return _size(inside.ops[root.operands[1]])
+    return _size(result)
 
 
 def _called(op: _Op, role: str) -> str:
