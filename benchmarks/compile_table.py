@@ -2,10 +2,10 @@
 
     python benchmarks/compile_table.py [--quick] [--output docs/compile_table.md]
 
-Needs libtpu and, for H100, JAX's CUDA plugin (docs/compile.md); no accelerator. The batch is the paper's, 3072 sequences
-of 4096 tokens (MuBench, arXiv 2506.19468, table 10). Each target is compiled in a process of its own, one after the
-other, by `python -m mlx_pretrain.compile`; its numbers are kept in --work, so that the same command goes on after an
-interruption, and are compiled anew with --fresh. The table is written after every target.
+Needs libtpu and, for H100, JAX's CUDA plugin (docs/compile.md); no accelerator. The batch is the paper's, 3072
+sequences of 4096 tokens (MuBench, arXiv 2506.19468, table 10). Each target is compiled in a process of its own, one
+after the other, by `python -m mlx_pretrain.compile`; its numbers are kept in --work, so that the same command goes on
+after an interruption, and are compiled anew with --fresh. The table is written after every target.
 
 `--quick` compiles one target, with half the compiler's effort (JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1.0): memory and
 collectives are nearly the same, HBM traffic and so the estimate of the time is not.
@@ -13,12 +13,14 @@ collectives are nearly the same, HBM traffic and so the estimate of the time is 
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 BATCH = 3072
@@ -57,9 +59,10 @@ One training step of 3072 sequences of 4096 tokens ({parameters:,} parameters, g
 Made by `python benchmarks/compile_table.py` on {date}, jax {jax}. Memory and bytes are the compiler's; **times are
 estimates**, lower bounds from the chips' data sheets (`mlx_pretrain/hardware.py`), nothing was run.
 
-| devices | mesh (data, fsdp, tensor) | microbatches | peak of memory, GiB | FLOPs, times the model's | sent within slices, GiB | sent between, GiB | step at least, s | bound by | MFU at most | compiled in, s |
-|---|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = ("devices", "mesh (data, fsdp, tensor)", "microbatches", "peak of memory, GiB", "FLOPs, times the model's",
+           "sent within slices, GiB", "sent between, GiB", "step at least, s", "bound by", "MFU at most",
+           "compiled in, s")
 
 
 def compile_target(target: Target, quick: bool) -> dict:
@@ -67,8 +70,9 @@ def compile_target(target: Target, quick: bool) -> dict:
     shards = target.data * target.fsdp
     command = [
         sys.executable, "-m", "mlx_pretrain.compile", "--gin_file=gin/runs/pretrain_1p2b.gin",
-        "--gin_file=gin/topologies/multi_slice.gin", f"--gin.SLICES={target.data}", f"--gin.make_mesh.fsdp={target.fsdp}",
-        f"--gin.make_mesh.tensor={target.tensor}", f"--gin.train.batch_size={BATCH}",
+        "--gin_file=gin/topologies/multi_slice.gin", f"--gin.SLICES={target.data}",
+        f"--gin.make_mesh.fsdp={target.fsdp}", f"--gin.make_mesh.tensor={target.tensor}",
+        f"--gin.train.batch_size={BATCH}",
         f"--gin.train.microbatches={target.microbatches}", f"--gin.train.eval_batch_size={shards}",
         f"--topology={target.topology}", "--program=training", "--json=-",
     ]  # fmt: skip
@@ -83,30 +87,39 @@ def compile_target(target: Target, quick: bool) -> dict:
 
 def row(target: Target, report: dict) -> str:
     """A line of the table."""
-    start = f"| {target.topology} | {target.data}, {target.fsdp}, {target.tensor} | {target.microbatches} |"
+    cells = [target.topology, f"{target.data}, {target.fsdp}, {target.tensor}", target.microbatches]
     if "error" in report:
-        return f"{start} {report['error']} | | | | | | | |"
+        return _line([*cells, report["error"]])
     program = report["programs"][0]
-    memory = program["memory"]
+    memory, seconds = program["memory"], program["seconds"]
     limit = f"{memory['limit'] / 2**30:.2f}"
     if program["refusal"]:
-        return f"{start} does not fit {limit}: {program['refusal']} | | | | | | | {program['compile_seconds']:.0f} |"
-    sent = [sum(t["sent_bytes"] for t in program["collectives"] if t["network"] is network) / 2**30
-            for network in (False, True)]
-    seconds = program["seconds"]
-    return (f"{start} {memory['peak'] / 2**30:.2f} of {limit}{'' if program['fits'] else ', does not fit'} | "
-            f"{program['flops'] / program['model_flops']:.2f}{'*' if program['opaque_kernels'] else ''} | {sent[0]:.1f} | "
-            f"{sent[1]:.2f} | {seconds['least']:.2f} | {seconds['bound']} | {program['mfu']:.0%} | "
-            f"{program['compile_seconds']:.0f} |")
+        return _line([*cells, f"does not fit {limit}: {program['refusal']}"])
+    within, between = (sum(t["sent_bytes"] for t in program["collectives"] if t["network"] is network) / 2**30
+                       for network in (False, True))
+    return _line([
+        *cells,
+        f"{memory['peak'] / 2**30:.2f} of {limit}" + ("" if program["fits"] else ", does not fit"),
+        f"{program['flops'] / program['model_flops']:.2f}" + "*" * bool(program["opaque_kernels"]),
+        f"{within:.1f}",
+        f"{between:.2f}",
+        f"{seconds['least']:.2f}",
+        seconds["bound"],
+        f"{program['mfu']:.0%}",
+        f"{program['compile_seconds']:.0f}",
+    ])
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in [*cells, *[""] * (len(COLUMNS) - len(cells))]) + " |"
 
 
 def write_table(path: pathlib.Path, reports: list[tuple[Target, dict]]) -> None:
     """Writes the targets compiled so far."""
-    import jax
-
     parameters = next((report["programs"][0]["parameters"] for _, report in reports if "programs" in report), 0)
-    text = HEADER.format(parameters=parameters, date=datetime.date.today().isoformat(), jax=jax.__version__)
-    text += "".join(row(target, report) + "\n" for target, report in reports)
+    text = HEADER.format(parameters=parameters, date=datetime.date.today().isoformat(), jax=importlib.metadata.version("jax"))
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *(row(target, report) for target, report in reports)]
+    text += "".join(f"{line}\n" for line in lines)
     text += "\n`*`: without the FLOPs of attention kernels, which do not say how many they are.\n"
     path.write_text(text)
 
