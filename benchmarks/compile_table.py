@@ -117,7 +117,8 @@ def _line(cells: Sequence[object]) -> str:
 def write_table(path: pathlib.Path, reports: list[tuple[Target, dict]]) -> None:
     """Writes the targets compiled so far."""
     parameters = next((report["programs"][0]["parameters"] for _, report in reports if "programs" in report), 0)
-    text = HEADER.format(parameters=parameters, date=datetime.date.today().isoformat(), jax=importlib.metadata.version("jax"))
+    today, jax = datetime.date.today().isoformat(), importlib.metadata.version("jax")
+    text = HEADER.format(parameters=parameters, date=today, jax=jax)
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *(row(target, report) for target, report in reports)]
     text += "".join(f"{line}\n" for line in lines)
     text += "\n`*`: without the FLOPs of attention kernels, which do not say how many they are.\n"
