@@ -202,7 +202,7 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=config.batch_size * length,
             model_flops=config.batch_size * length * computation.flops_per_token,
-            remedies=programs.remedies_for_training(config, model, mesh),
+            remedies=programs.training_remedies(config, model, mesh),
         ),
         programs.Program(
             "evaluation step",
@@ -213,7 +213,7 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=rows * length,
             model_flops=rows * length * computation.flops_per_token / 3,  # the forward pass
-            remedies=[f"train.eval_batch_size={max(partitioning.shards(mesh, 'batch'), rows // 2)}"],
+            remedies=lambda excess: [f"train.eval_batch_size={programs.smaller(rows, mesh, excess)}"],
         ),
     ]
 

@@ -154,7 +154,7 @@ def score_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
         parameters=model.parameters(),
         tokens=rows * longest,
         model_flops=rows * longest * model.flops_per_token(longest),
-        remedies=[f"QualityScorer.tokens_per_batch={bulk.tokens_per_batch // 2}"],
+        remedies=lambda excess: [f"QualityScorer.tokens_per_batch={int(bulk.tokens_per_batch / max(excess, 2))}"],
     )]
 
 

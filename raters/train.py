@@ -286,7 +286,7 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=pair_tokens,
             model_flops=pair_tokens * computation.flops_per_token,
-            remedies=programs.remedies_for_training(config, model, mesh),
+            remedies=programs.training_remedies(config, model, mesh),
         ),
         programs.Program(
             "validation step",
@@ -297,7 +297,7 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=rows * length,
             model_flops=rows * length * model.flops_per_token(length),
-            remedies=[f"train_rater.eval_batch_size={max(partitioning.shards(mesh, 'batch'), rows // 2)}"],
+            remedies=lambda excess: [f"train_rater.eval_batch_size={programs.smaller(rows, mesh, excess)}"],
         ),
     ]
 

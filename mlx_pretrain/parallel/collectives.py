@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mlx_pretrain import partitioning
 
 # A reduce-scatter of rows longer than this becomes an all-reduce unless they are a multiple of _ALIGNMENT long.
-_LONG_ROW, _ALIGNMENT = 65536, 4096
+_LONG_ROW, _ALIGNMENT = 16384, 4096
 
 
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
