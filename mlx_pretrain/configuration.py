@@ -18,6 +18,7 @@ from etils import epath
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parameter_types import check_types
 
 _USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]{more}
   --gin_file=FILE       gin configuration; several are read in order
@@ -122,7 +123,8 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[st
     """Reads gin files and bindings into gin's global configuration.
 
     Raises:
-      InputError: a file is missing, or a name or value in it is wrong; the message names file and cause.
+      InputError: a file is missing, or a name or value in it is wrong; the message names file and cause, or the
+        parameter and the type it must have.
     """
     for path in (*search, REPOSITORY):  # the current folder comes first of itself
         gin.add_config_file_search_path(path)
@@ -136,6 +138,7 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[st
         place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
         where = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
         raise InputError(f"{where}: {_first_line(error)}") from None
+    check_types()
 
 
 def _first_line(error: BaseException) -> str:
