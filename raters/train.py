@@ -215,7 +215,8 @@ class Validation:
         self._sharding = partitioning.batch_sharding(mesh)
         self._batch_size = batch_size
         segments = lambda tokens: (tokens != model.pad_id).astype(jnp.int32)  # noqa: E731
-        self._step = jax.jit(lambda params, tokens: quality(model, params, tokens, segments(tokens)))
+        self._step = jax.jit(lambda params, tokens: quality(model, params, tokens, segments(tokens)),
+                             out_shardings=partitioning.replicated(mesh))
 
     def scores(self, params: Any) -> np.ndarray:
         """Of the table's documents: float32 `[documents]`."""
@@ -224,7 +225,7 @@ class Validation:
             # The last batch repeats a document to keep its shape.
             documents = np.minimum(np.arange(start, start + self._batch_size), n - 1)
             rows = self.table.rows(documents, self._length, self._model.pad_id)
-            found.append(self._step(params, jax.device_put(rows, self._sharding)))
+            found.append(self._step(params, partitioning.put(rows, self._sharding)))
         return np.concatenate(jax.device_get(found))[:n]
 
     def __call__(self, params: Any) -> dict[str, float]:

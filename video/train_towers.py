@@ -119,7 +119,8 @@ class TowersTraining:
         sharding = partitioning.batch_sharding(mesh)
 
         def evaluate(params: Any) -> dict[str, float]:
-            parts = [step(params, jax.device_put(batch, sharding))[1].means for batch in batches]
+            parts = [step(params, {name: partitioning.put(rows, sharding) for name, rows in batch.items()})[1].means
+                     for batch in batches]
             return {name: float(np.mean([part[name][0] / part[name][1] for part in parts])) for name in parts[0]}
 
         return evaluate

@@ -118,7 +118,7 @@ class Scorer:
         self._shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
         self._lengths = row_lengths(min(row_length, self.max_length), self.max_length)
         self._rows = {length: max(tokens_per_batch // length // self._shards, 1) for length in self._lengths}
-        self._sharding, self._everywhere = partitioning.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+        self._sharding, self._everywhere = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
         self._programs: dict[tuple, Callable] = {}
         self._prefixes: collections.OrderedDict[bytes, tuple[Cache, int]] = collections.OrderedDict()
         self._features: jax.Array | None = None
@@ -159,7 +159,7 @@ class Scorer:
         for key, requests, *features in windows:
             if features or self._features is not None:
                 self._prefixes.clear()  # the same ids stand for other features
-                self._features = jax.device_put(features[0][None], self._everywhere) if features else None
+                self._features = self._spread(features[0]) if features else None
             sequences, starts, dropped = self._sequences(requests)
             found: list[Score | None] = [None] * len(requests)
             for group in plant(sequences, starts, self._lengths):
@@ -226,8 +226,8 @@ class Scorer:
             most = max(most, n_nodes)
         self.computed_tokens += tokens.size
         by_row = (x.reshape(shards * per_shard, length) for x in (tokens, positions, ends))
-        given = [self._put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
-        scalars = [self._put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
+        given = [partitioning.put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
+        scalars = [partitioning.put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
         arguments = (cache, *given, *scalars, self._features)
         key = ("rows", per_shard, length, 0 if cache is None else cache.keys.shape[2], self._feature_shape())
         result = self._program(key, _score, self._everywhere, *arguments)(self._params, *arguments)
@@ -245,7 +245,7 @@ class Scorer:
             length = min(next(length for length in lengths if length >= len(prefix)), self._config.max_length)
             tokens = np.full((self._shards, length), PAD_ID, np.int32)
             tokens[:, : len(prefix)] = prefix
-            given = self._put(tokens, self._sharding)
+            given = partitioning.put(tokens, self._sharding)
             sharding = NamedSharding(self._mesh, PartitionSpec(None, partitioning.BATCH_AXES))
             arguments = (given, self._features)
             program = self._program(("prefix", length, self._feature_shape()), _prefix, sharding, *arguments)
@@ -268,9 +268,11 @@ class Scorer:
                 self._programs[key] = jitted.lower(self._params, *arguments).compile()
         return self._programs[key]
 
-    def _put(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """To the devices of all hosts, each of which has the whole array."""
-        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+    def _spread(self, features: np.ndarray | jax.Array) -> jax.Array:
+        """`[1, n, embed]` on every device, of features `[n, embed]` in host memory or on the devices already."""
+        if isinstance(features, jax.Array):
+            return jax.device_put(features[None], self._everywhere)
+        return partitioning.put(features[None], self._everywhere)
 
     def _collect(self, waiting: collections.deque[tuple], allowed: int) -> Iterator[tuple[Any, list[Score]]]:
         """Takes results off the queue until at most `allowed` batches wait there; yields windows that are whole."""

@@ -72,7 +72,7 @@ def test_gin_typos_name_file_and_cause(tmp_path, text, message):
     ("other/warmup_cosine.peak = 'high'", "other/warmup_cosine.peak = 'high': must be a number"),
     ("warmup_cosine.warmup_steps = %STEPS", "warmup_cosine.warmup_steps = 1.5: must be an integer"),
     ("train.eval_every = 'often'", "train.eval_every = 'often': must be an integer or None"),
-    ("train.run_dir = @adamw", "train.run_dir = @adamw: must be a string or a path"),
+    ("train.run_dir = @adamw", "train.run_dir = @adamw: must be a string"),
     ("train.model = 'small'", r"train.model = 'small': must be a DecoderConfig, e.g. @DecoderConfig\(\)"),
     ("train.model = @QualityConfig()", "train.model = @QualityConfig.*: must be a DecoderConfig"),
     ("make_mesh.fsdp = '8'", "make_mesh.fsdp = '8': must be an integer"),
