@@ -16,6 +16,7 @@ from evals.tables import choices_of, table_of_scores
 from evals.tasks import align, find_tasks, read_examples
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Scorer
+from mlx_pretrain.training_loop import Evaluator, checked
 
 
 @gin.configurable(denylist=["model"])
@@ -25,7 +26,7 @@ def task_evaluation(
     languages: Sequence[str] | None = None,
     few_shot: int = 0,
     limit: int | None = None,
-) -> Callable[[Any], dict[str, float]]:
+) -> Evaluator:
     """Reads the tasks.
 
     Args:
@@ -33,7 +34,7 @@ def task_evaluation(
       tasks, languages, few_shot, limit: see `evals.run.run_tasks`.
 
     Returns:
-      A function of the parameters that returns, for each task and its own metric: `<task>/<metric>` (mean over the
+      An evaluator whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over the
       languages), `<task>/<metric>/<language>`; with several languages `<task>/mlc` over all pairs, `<task>/chance`,
       and `<task>/mlc_vs_english`.
 
@@ -51,13 +52,13 @@ def task_evaluation(
             check_lengths(found.items[language], requests, model.config.max_length)
             windows.append(((task, language), requests))
 
-    def evaluate(params: Any) -> dict[str, float]:
+    def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
         nonlocal scorer
         if scorer is None:
             scorer = Scorer(model.config, params, model.mesh)
         scorer.update(params)
         chosen = {key: choices_of(table_of_scores(aligned[key[0]].items[key[1]], scores, False))[key[0].metric]
-                  for key, scores in scorer(windows)}
+                  for key, scores in checked(scorer(windows), check)}
         scalars: dict[str, float] = {}
         for task, found in aligned.items():
             labels = np.array([item.label for item in found.items[found.languages[0]]])

@@ -1,3 +1,8 @@
 """Pretraining of LLaMA-type language models on JAX: train, score, generate, convert."""
 
+import os
+
+# Where TensorFlow is installed epath would take its client for gs://, and seconds to import it.
+os.environ.setdefault("EPATH_USE_TF", "0")
+
 __version__ = "0.1.0"

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 import gin
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
-from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel import backend, cluster
 from mlx_pretrain.parameter_types import check_types
 
 _USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]{more}
@@ -119,8 +120,18 @@ def _literal(value: str) -> str:
         return repr(value)
 
 
-def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[str] = ()) -> None:
+def parse_gin(
+    files: Sequence[str], bindings: Sequence[str], search: Sequence[str] = (), *, fill_macros: bool = False
+) -> list[str]:
     """Reads gin files and bindings into gin's global configuration.
+
+    Args:
+      files, bindings: see `Flags`.
+      search: folders in which relative files are looked for besides the current one.
+      fill_macros: give macros without a value their name in angle brackets, instead of failing.
+
+    Returns:
+      The names of the macros that were filled.
 
     Raises:
       InputError: a file is missing, or a name or value in it is wrong; the message names file and cause, or the
@@ -131,17 +142,31 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str], search: Sequence[st
     for file in files:
         if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", REPOSITORY)):
             raise InputError(f"{file}: no such gin file")
+    filled = []
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
+        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=not fill_macros)
+        while fill_macros:
+            try:
+                gin.finalize()
+                break
+            except ValueError as error:
+                missing = re.search(r"No bindings specified for '(\w+)/gin\.macro'", str(error))
+                if not missing or missing[1] in filled:
+                    raise
+                filled.append(missing[1])
+                gin.parse_config(f"{missing[1]} = '<{missing[1]}>'")
     except (ValueError, SyntaxError, AttributeError, TypeError, LookupError, NameError, OSError, ImportError) as error:
         # gin's own message ends with the file and line; its first line states the cause.
         place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
         where = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
-        raise InputError(f"{where}: {_first_line(error)}") from None
-    check_types()
+        raise InputError(f"{where}: {first_line(error)}") from None
+    if not filled:  # a name stands for a value of any type
+        check_types()
+    return filled
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The message's first line, or the name of an exception without a message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -158,11 +183,24 @@ def errors_as_one_line() -> Iterator[None]:
         yield
     except InputError as error:
         # gin appends the call it happened in to every exception that passes through it.
-        print(f"error: {_first_line(error)}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if not gcs.is_client_error(error):
+            raise
+        print(f"error: gs://: {gcs.cause(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def quiet_logging() -> None:
+    """Shows warnings, but for those of libraries about what is as it should be."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # gin says so of every place where it looks for a file, and then finds it in the next.
+    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Path not found: "))
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
 
 
 def run(main: Callable[[], object], module: str, *, joins: bool = False, shards: bool = False) -> None:
@@ -174,10 +212,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
       joins: several processes started with it become one job, see `parallel.cluster`.
       shards: it takes `parallel.cluster.shard` of its work.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # gin says so of every place where it looks for a file, and then finds it in the next.
-    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Path not found: "))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be
+    quiet_logging()
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
         usage = _USAGE.format(module=module, more=" [HOSTS]" if joins or shards else "",
                               flags=_JOIN_FLAGS * joins + _SHARD_FLAGS * shards)
@@ -188,6 +223,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
     with errors_as_one_line():
         flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
         parse_gin(flags.files, flags.bindings, flags.search)
+        backend.prepare()
         with _hosts(flags, joins, shards):
             try:
                 main()
@@ -195,7 +231,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
                 # gin's words for a parameter that has no value.
                 if not any(words in str(error) for words in ("Required bindings", "No values supplied by Gin")):
                     raise
-                raise InputError(_first_line(error)) from None
+                raise InputError(first_line(error)) from None
 
 
 @contextlib.contextmanager
@@ -222,14 +258,14 @@ def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
 def _end_job(error: BaseException) -> None:
     """Ends this process at once: the usual way out would wait for processes that are gone or wait for this one."""
     if isinstance(error, InputError):
-        text, code = _first_line(error), 1
+        text, code = first_line(error), 1
     elif isinstance(error, KeyboardInterrupt):
         text, code = "interrupted", 130
     else:
         # A collective operation fails when a peer dies; who it was is known a moment later, and ends this process.
         time.sleep(PEER_SECONDS)
         traceback.print_exc()
-        text, code = f"{type(error).__name__}: {_first_line(error)}", 1
+        text, code = f"{type(error).__name__}: {first_line(error)}", 1
     print(text if code == 130 else f"error: {text}", file=sys.stderr, flush=True)
     cluster.fail(text)
     sys.stdout.flush()

@@ -1,7 +1,7 @@
 """Held-out loss and bits per byte of every language, with the compiled step the trainer and others share."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ class HeldOut:
         self._rows = local_rows(self._sharding, batch_size)
         self._step = jax.jit(make_eval_step(config, len(self.languages), chunk_tokens))
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Scalars: `loss` (nats per token, all languages' tokens together), `bits_per_byte` (mean over languages),
         and both per language as `loss/<language>`, `bits_per_byte/<language>`.
 
@@ -70,6 +70,7 @@ class HeldOut:
         """
         totals = np.zeros((2, len(self.languages)))
         for start in range(0, len(self._tokens), self._batch_size):
+            check()
             rows = start + self._rows
             batch = {"tokens": self._tokens[rows], "source": self._source[rows]}
             batch = to_devices(batch, self._sharding, self._batch_size, self._rows)

@@ -4,19 +4,30 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
 
 
 @contextlib.contextmanager
 def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to; a killed run, or an error in the block, leaves the old file, the block's end the new one."""
+    """A file to write to; a killed run, or an error in the block, leaves the old file, the block's end the new one.
+
+    On gs:// the file is a local temporary one, uploaded at the block's end: an object appears when it is complete.
+    """
     path = epath.Path(path)
+    if gcs.is_gs(path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            gcs.upload(file.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
@@ -26,6 +37,18 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def open_to_append(path: epath.PathLike) -> Any:
+    """A file whose `write` takes whole lines, bytes, to add at its end.
+
+    On local disks each is written at once. On gs:// they are appended every 30 seconds and by `flush` and `close`, see
+    `gcs.Appender`.
+    """
+    if gcs.is_gs(path):
+        return gcs.Appender(path)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "ab", buffering=0)
 
 
 def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
@@ -43,7 +66,9 @@ def read_json(path: epath.PathLike, what: str = "file") -> Any:
     """Reads JSON; raises InputError naming the file (a `what`) when it is missing or malformed."""
     path = epath.Path(path)
     try:
-        return json.loads(path.read_text())
+        with gcs.named_errors(path):
+            content = path.read_bytes()
+        return json.loads(content)
     except FileNotFoundError:
         raise InputError(f"{path}: no such {what}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -57,9 +82,11 @@ def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
       InputError: the file is missing, or a line before the last is not a JSON object.
     """
     try:
-        lines = [(n, line) for n, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), 1) if line.strip()]
+        with gcs.named_errors(path):
+            content = epath.Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     found = []
     for number, line in lines:
         try:
@@ -74,10 +101,42 @@ def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The absolute path; gs:// paths are, though `epath.Path.absolute` puts them below the working folder."""
+    path = epath.Path(path)
+    return path if gcs.is_gs(path) else path.absolute()
+
+
+def kvstore(folder: epath.PathLike) -> dict[str, Any]:
+    """TensorStore's description of a folder, local or gs://, as a key-value store: names of files are the keys.
+
+    `ts.KvStore.open(kvstore(folder)).result()` gives writes under a condition (`if_equal=` the generation that was
+    read), which epath has not.
+    """
+    if gcs.is_gs(folder):
+        bucket, name = gcs.split(folder)
+        return {"driver": "gcs", "bucket": bucket, "path": f"{name}/" if name else ""}
+    return {"driver": "file", "path": f"{absolute(folder)}/"}
+
+
+def file_sizes(folder: epath.PathLike) -> dict[str, int]:
+    """Names, relative to a folder, of the files below it -> sizes in bytes; empty without the folder.
+
+    This is one listing on gs:// (a request for every 1,000 files) where asking for each file would be one request each.
+    """
+    if gcs.is_gs(folder):
+        with gcs.named_errors(folder):
+            found = gcs.filesystem().find(str(folder), detail=True)
+        root = f"{'/'.join(gcs.split(folder))}/"
+        return {name.removeprefix(root): about["size"] for name, about in found.items()}
+    files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(file, folder): os.stat(file).st_size for file in files}
+
+
 def sha256(path: epath.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
+    with gcs.named_errors(path), epath.Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

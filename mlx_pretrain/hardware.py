@@ -1,5 +1,6 @@
 """The devices: what they could do at best, their names, and where programs compiled for them are kept."""
 
+import dataclasses
 import functools
 import os
 import time
@@ -7,28 +8,67 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s per jax device, from the makers' data sheets. Longest matching prefix of device_kind wins.
-PEAK_FLOPS = {
-    "TPU v3": 61.5e12,  # a jax device is one of two cores
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device could do at best; None where nothing here needs it.
+
+    Attributes:
+      flops: dense bfloat16 FLOP/s.
+      memory: bytes of HBM that XLA gives to programs.
+      memory_bandwidth: bytes/s of HBM.
+      link_bandwidth: bytes/s in one direction of one link between neighbours of a slice (ICI); NVLink goes through a
+        switch, and is one link with the bandwidth of all.
+      network_bandwidth: bytes/s in one direction and per device between slices (data center network) or nodes
+        (InfiniBand).
+    """
+
+    flops: float
+    memory: float | None = None
+    memory_bandwidth: float | None = None
+    link_bandwidth: float | None = None
+    network_bandwidth: float | None = None
+
+
+# Sources. TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; a page's ICI bandwidth of a chip, both directions together,
+# is divided by two directions and the number of ports (4 for a 2D torus, 6 for 3D). v4's links: arXiv 2304.01433,
+# table 4. DCN: v5p 50 Gbit/s a chip, v5e 6.4 Tbit/s and v6e 25.6 Tbit/s a pod of 256; v4's is not published, v5p's is
+# assumed. Memory: the limit that libtpu's compiler names when it refuses a program. GPUs: NVIDIA's data sheets (SXM
+# models); memory as cudaMemGetInfo reports it; one 400 Gbit/s port a GPU, as in a DGX H100.
+_V5E = Chip(197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9)
+_V5P = Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9)
+_V6E = Chip(918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9)
+
+# device_kind -> Chip; the longest matching prefix wins.
+CHIPS = {
+    "TPU v3": Chip(61.5e12),  # a jax device is one of two cores
+    "TPU v4": Chip(275e12, 30.75 * GIB, 1200e9, 50e9, 6.25e9),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "NVIDIA A100": Chip(312e12),
+    "NVIDIA H100": Chip(989e12, 79.1 * GIB, 3352e9, 450e9, 50e9),
+    "NVIDIA H200": Chip(989e12),
 }
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The entry of CHIPS for a device kind; None when there is none."""
+    matches = [kind for kind in CHIPS if device_kind.startswith(kind)]
+    return CHIPS[max(matches, key=len)] if matches else None
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """Peak FLOP/s of one device: the table's bfloat16 number, a measured one on CPU, None when unknown."""
     if device.platform == "cpu":
         return measured_matmul_flops(dtype)
-    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    known = chip(device.device_kind)
+    return known and known.flops
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from mlx_pretrain.parallel import cluster
+
 
 class _Handlers(contextlib.AbstractContextManager):
     """Signal handlers for the time of a `with` block."""
@@ -25,10 +27,10 @@ class _Handlers(contextlib.AbstractContextManager):
 
 
 class StopRequest(_Handlers):
-    """Notes SIGTERM and Ctrl-C, so that the loop stops at a step boundary; a second Ctrl-C interrupts at once.
+    """Passes SIGTERM and Ctrl-C on as requests to `parallel.cluster`; a second Ctrl-C interrupts at once.
 
     Attributes:
-      requested: name of the signal, or None.
+      requested: name of the signal that came to this process, or None.
     """
 
     def __init__(self):
@@ -39,6 +41,11 @@ class StopRequest(_Handlers):
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        cluster.request(self.requested)
+
+
+# Exit codes after a stop at which the state was saved: 128 + the signal, so that schedulers start the job again.
+STOP_CODES = {"SIGTERM": 143, "SIGINT": 130}
 
 
 class Profiler(_Handlers):

@@ -1,41 +1,45 @@
 """Where the time of a run goes, and what is said about it: a progress bar on a terminal, plain lines otherwise."""
 
-import collections
 import contextlib
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from tqdm import tqdm
+
+from mlx_pretrain.goodput import Clock, duration
 
 
 class Meter(contextlib.AbstractContextManager):
     """Measures the wall time of steps and of what interrupts them."""
 
     def __init__(
-        self, step: int, steps: int, tokens_per_step: int, flops_per_token: float, peak_flops: float | None
+        self,
+        clock: Clock,
+        step: int,
+        steps: int,
+        *,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        quiet: bool = False,
     ):
-        """Starts after `step` of `steps`; `peak_flops` of all devices together, None when unknown."""
-        self._steps, self._tokens, self._flops, self._peak = steps, tokens_per_step, flops_per_token, peak_flops
-        self._started = self._logged_at = time.perf_counter()
-        self._logged_step = step
-        self._seconds: collections.Counter[str] = collections.Counter()
+        """Starts after `step` of `steps`.
+
+        Args:
+          clock: of this process; its part under way is "step" whenever no other is.
+          step, steps: steps done, steps in all.
+          tokens_per_step: of the global batch, padding included.
+          flops_per_token: to train on one of them.
+          peak_flops: FLOP/s of all devices together; None: unknown.
+          quiet: print nothing.
+        """
+        self._clock, self._steps, self._tokens = clock, steps, tokens_per_step
+        self._flops, self._peak, self._quiet = flops_per_token, peak_flops, quiet
+        self._logged_step, self._logged = step, clock.now()
         self._bar = tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty(), smoothing=0.05
+            total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
+            disable=quiet or not sys.stderr.isatty(),
         )
-
-    def wall_seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._started
-
-    @contextlib.contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Adds a block's wall time to `part`: data, checkpoint, eval or compile."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] += time.perf_counter() - start
 
     def step_done(self, step: int) -> None:
         """Moves the progress bar."""
@@ -49,45 +53,39 @@ class Meter(contextlib.AbstractContextManager):
           waiting for data; seconds/compute the rest; seconds/checkpoint and seconds/eval are per step too, beside it.
           tokens_per_s and mfu (model FLOPs over peak) follow from seconds/step.
         """
-        now = time.perf_counter()
-        n = step - self._logged_step
-        per_step = {part: self._seconds[part] / n for part in ("data", "checkpoint", "eval")}
-        interruptions = sum(self._seconds[part] for part in ("checkpoint", "eval", "compile"))
-        seconds = (now - self._logged_at - interruptions) / n
+        now, n = self._clock.now(), step - self._logged_step
+        spent = {part: seconds - self._logged.get(part, 0.0) for part, seconds in now.items()}
+        data = spent.get("data", 0.0) / n
+        seconds = spent.get("step", 0.0) / n + data
         speed = self._tokens / seconds
         line = {
             **scalars,
             "tokens_per_s": speed,
             "seconds/step": seconds,
-            "seconds/compute": seconds - per_step["data"],
-            **{f"seconds/{part}": value for part, value in per_step.items()},
+            "seconds/compute": seconds - data,
+            "seconds/data": data,
+            "seconds/checkpoint": spent.get("checkpoint", 0.0) / n,
+            "seconds/eval": spent.get("evaluation", 0.0) / n,
         }
-        if self._seconds["compile"]:
-            line["seconds/compile"] = self._seconds["compile"]
+        if spent.get("compile"):
+            line["seconds/compile"] = spent["compile"]
         if self._peak:
             line["mfu"] = speed * self._flops / self._peak
-        self._logged_at, self._logged_step = now, step
-        self._seconds.clear()
+        self._logged_step, self._logged = step, now
         text = f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {speed:,.0f} tok/s"
-        if self._bar.disable:
-            left = (self._steps - step) * seconds
-            print(f"step {step}/{self._steps}  {text}  {_clock(left)} left", flush=True)
-        else:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text)
+        elif not self._quiet:
+            left = (self._steps - step) * seconds
+            print(f"step {step}/{self._steps}  {text}  {duration(left)} left", flush=True)
         return line
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
-        if self._bar.disable:
-            print(text, flush=True)
-        else:
+        if not self._bar.disable:
             self._bar.write(text)
+        elif not self._quiet:
+            print(text, flush=True)
 
     def __exit__(self, *_):
         self._bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

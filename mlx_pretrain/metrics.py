@@ -3,6 +3,9 @@
 A line of metrics.jsonl is one JSON object with "step", "kind" ("train", "eval" or "tasks"), "time" (Unix seconds) and
 scalars.
 clu's metric writers import TensorFlow wherever it is installed, so TensorBoard files come from tensorboardX.
+
+On gs://, where files cannot grow, both are appended to every 30 seconds (`gcs.Appender`): a killed run loses the lines
+since.
 """
 
 import json
@@ -11,11 +14,33 @@ import time
 from collections.abc import Mapping
 
 import tensorboardX
+import tensorboardX.record_writer
 from etils import epath
 
-from mlx_pretrain.files import read_jsonl, write_atomic
+from mlx_pretrain import gcs
+from mlx_pretrain.files import open_to_append, read_jsonl, write_atomic
 
 METRICS = "metrics.jsonl"
+_FLUSH_S = 30
+
+
+class _EventFiles:
+    """TensorBoard files on gs://; tensorboardX's own writer uploads the whole file again at every flush."""
+
+    def open(self, path: str) -> gcs.Appender:
+        return gcs.Appender(path, every=None)  # tensorboardX flushes by itself
+
+    def directory_check(self, path: str) -> None:
+        """Folders need not exist there."""
+
+
+tensorboardX.record_writer.register_writer_factory("gs", _EventFiles())
+
+
+def kinds_at(run_dir: epath.PathLike, step: int) -> set[str]:
+    """Returns the kinds of lines that a run has written for `step`."""
+    path = epath.Path(run_dir) / METRICS
+    return {record["kind"] for _, record in read_jsonl(path) if record["step"] == step} if path.exists() else set()
 
 
 class MetricWriter:
@@ -30,10 +55,9 @@ class MetricWriter:
         if path.exists():
             kept = [json.dumps(record) + "\n" for _, record in read_jsonl(path) if record["step"] <= step]
             write_atomic(path, "".join(kept))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a")
+        self._file = open_to_append(path)
         self._board = tensorboardX.SummaryWriter(
-            str(epath.Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=30
+            str(epath.Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=_FLUSH_S
         )
 
     def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
@@ -42,11 +66,15 @@ class MetricWriter:
         Non-finite ones are null in metrics.jsonl, for JSON has no NaN, and left out of TensorBoard.
         """
         clean = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **clean}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **clean})
+        self._file.write(f"{line}\n".encode())
         for name, value in clean.items():
             if value is not None:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Makes the lines so far durable: to be called before a checkpoint, after which they are not written again."""
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -4,24 +4,23 @@ Mesh axes: `data` (replicas), `fsdp` (parameters and optimizer state sharded, ga
 MLP width and vocabulary split within a layer). The same code runs on one CPU device and on a pod.
 """
 
+import collections
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import gin
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlx_pretrain.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-
-Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Logical axis -> mesh axes. The first group names parameter axes, the second activation axes.
-DEFAULT_RULES: Rules = {
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -30,50 +29,115 @@ DEFAULT_RULES: Rules = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
-    "batch": BATCH_AXES,
+    "batch": ("data", "fsdp"),
     "length": None,
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
     "act_mlp": "tensor",
 }
+BATCH_AXES = RULES["batch"]
 
 
-@gin.configurable
+@gin.configurable(denylist=["devices", "slice_of"])
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    slice_of: Callable[[jax.Device], int] | None = None,
 ) -> Mesh:
     """Arranges devices as a mesh (data, fsdp, tensor); -1 for one axis takes all devices that are left.
 
+    Devices of several TPU slices or GPU nodes (JAX takes each node for a slice) are laid out so that only `data`
+    crosses from one to the next: `fsdp` and `tensor` stay within a slice's fast links.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes.
+      devices: the devices; None: all.
+      slice_of: tells a device's slice; None: its `slice_index`.
+
     Raises:
-      InputError: the sizes don't multiply to the number of devices.
+      InputError: the sizes don't multiply to the number of devices, or `data` does not divide over the slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    asked = f"make_mesh: data={data}, fsdp={fsdp}, tensor={tensor}"
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices) or min(sizes.values()) < 1:
-        raise InputError(f"make_mesh: data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices")
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+        raise InputError(f"{asked} does not fit {len(devices)} devices")
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[slice_of(device) if slice_of else getattr(device, "slice_index", 0)].append(device)
+    n, sides = len(slices), sorted({len(members) for members in slices.values()})
+    if len(sides) > 1:
+        raise InputError(f"{asked}: the {n} slices (or nodes) have unequal numbers of devices, {sides}")
+    if sizes["data"] % n:
+        raise InputError(
+            f"{asked}: the devices are {n} slices (or nodes) of {sides[0]}, over which data={sizes['data']} does not "
+            f"divide; set make_mesh.data={n} (or a multiple) and make_mesh.fsdp=-1, as gin/topologies/multi_slice.gin "
+            "does"
+        )
+    shape = sizes["data"] // n, sizes["fsdp"], sizes["tensor"]
+    # Within a slice, neighbours in the mesh are neighbours in the torus of a TPU's links, whose sides axes may share.
+    blocks = [
+        mesh_utils.create_device_mesh(shape, slices[key], allow_split_physical_axes=devices[0].platform == "tpu")
+        for key in sorted(slices)
+    ]
+    return Mesh(np.concatenate(blocks), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """Makes `mesh` and `rules` current for tracing: `constrain` and the loss take effect inside."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules.items())):
+def use(mesh: Mesh) -> Iterator[None]:
+    """Makes `mesh` current for tracing: `constrain` and the loss take effect inside."""
+    # Flax lays out the parameters that it draws by its own copy of the rules.
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
         yield
 
 
-def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
-    """Logical axis names -> PartitionSpec. A name that is not in the table is an error, never "unsharded"."""
-    unknown = [axis for axis in axes if axis is not None and axis not in rules]
+def platform() -> str:
+    """Platform that programs traced now are compiled for: "tpu", "gpu" or "cpu".
+
+    That of the current mesh's devices, which need not be present (ahead-of-time compilation); without a mesh that of
+    the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """Mesh axes that a logical axis is split over, () for none: ("data", "fsdp") for "batch"."""
+    (axes,) = spec(axis)
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions have these logical names; None: not split.
+
+    `spec("batch", "length")` is `PartitionSpec(("data", "fsdp"), None)`. A name that is not in the table is a
+    ValueError, never "unsharded".
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
-        raise ValueError(f"unknown logical axes {unknown}; the rule table has {sorted(rules)}")
-    return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
+        raise ValueError(f"unknown logical axes {unknown}; the rule table has {sorted(RULES)}")
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def shards(mesh: Mesh, axis: str) -> int:
+    """Number of parts that a logical axis is split into on a mesh."""
+    return int(np.prod([mesh.shape[name] for name in mesh_axes(axis)], dtype=int))
+
+
+def check_rows(mesh: Mesh, rows: int, name: str) -> None:
+    """Raises InputError, with `name` for the setting, unless a batch of so many rows divides over the mesh."""
+    n = shards(mesh, "batch")
+    if rows % n:
+        raise InputError(f"{name}: {rows} rows do not divide over the {n} shards of the mesh {dict(mesh.shape)}")
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -82,7 +146,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         raise ValueError(f"{len(axes)} axis names for an array of shape {x.shape}")
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, dict(nn.get_logical_axis_rules())))
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def constrain_replicated(x: jax.Array) -> jax.Array:
@@ -91,8 +155,8 @@ def constrain_replicated(x: jax.Array) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch `[batch, ...]` over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """The layout of a batch `[batch, ...]`: rows over the data and fsdp axes."""
+    return NamedSharding(mesh, spec("batch"))
 
 
 def put(array, sharding: NamedSharding) -> jax.Array:
@@ -108,7 +172,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(boxed, mesh: Mesh, rules: Rules = DEFAULT_RULES):
+def shardings(boxed, mesh: Mesh):
     """NamedShardings of a tree whose leaves are flax `Partitioned` boxes or plain (replicated) arrays.
 
     Raises:
@@ -117,7 +181,7 @@ def shardings(boxed, mesh: Mesh, rules: Rules = DEFAULT_RULES):
 
     def leaf(path, x):
         names = x.names if isinstance(x, nn.Partitioned) else (None,) * x.ndim
-        sharding = NamedSharding(mesh, spec(names, rules))
+        sharding = NamedSharding(mesh, spec(*names))
         shape = x.value.shape if isinstance(x, nn.Partitioned) else x.shape
         try:
             sharding.shard_shape(shape)

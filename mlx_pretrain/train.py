@@ -1,7 +1,7 @@
 """Pretraining: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The run goes on where its folder's last checkpoint is: the same command starts, resumes and, when all steps are done,
-only evaluates.
+The run goes on where its folder's last checkpoint is: the same command starts and resumes it, and says so when all
+steps are done.
 """
 
 import collections
@@ -15,16 +15,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration
+from mlx_pretrain import checkpoints, configuration, partitioning, programs
 from mlx_pretrain.data.loader import Batch, BatchSource
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import PAD_ID, TOKENIZER, TokenStore, used_languages
+from mlx_pretrain.data.store import MANIFEST, PAD_ID, TOKENIZER, TokenStore, used_languages
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.inference.language_model import LanguageModel, own_model
 from mlx_pretrain.models.decoder import DecoderConfig
-from mlx_pretrain.trainer import LossParts, make_decoder_loss
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from mlx_pretrain.train_state import abstract_state
+from mlx_pretrain.trainer import LossParts, make_decoder_loss, make_eval_step
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
 
 
 @gin.configurable("train")
@@ -41,7 +42,7 @@ class TrainConfig(LoopConfig):
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
       tasks: what else to evaluate: called with the model (a `LanguageModel` without parameters) before training, it
-        returns a function of the parameters that returns scalars, e.g. @task_evaluation of `evals.during_training`.
+        returns an `Evaluator`, e.g. @task_evaluation of `evals.during_training`.
       tasks_every: steps between two such evaluations, besides those before the first and after the last step.
     """
 
@@ -52,7 +53,7 @@ class TrainConfig(LoopConfig):
     chunk_tokens: int = 1024
     eval_batch_size: int = 16
     eval_sequences: int | None = None
-    tasks: Callable[[LanguageModel], Callable[[Any], dict[str, float]]] | None = None
+    tasks: Callable[[LanguageModel], Evaluator] | None = None
     tasks_every: int | None = None
 
     def __post_init__(self):
@@ -67,24 +68,12 @@ class TrainConfig(LoopConfig):
             raise self.wrong("tasks_every", "there are no train.tasks to evaluate")
 
 
-class Pretraining:
-    """A decoder on a mixture of languages: the `training_loop.Task` of this command."""
+class DecoderComputation:
+    """A decoder on packed sequences: the `training_loop.Computation` of this command."""
 
-    def __init__(self, config: TrainConfig):
-        """Opens and checks all inputs; nothing is written yet.
-
-        Raises:
-          InputError: rates, token store and model do not fit each other, or data are damaged.
-        """
+    def __init__(self, config: TrainConfig, length: int):
+        """`length`: tokens of a sequence."""
         self.model = config.model
-        self._config = config
-        self._store = TokenStore(config.token_store)
-        self._rates = load_rates(config.rates, known=self._store.parts("train"))
-        self._languages = used_languages(self._store, "train", self._rates)
-        for language in self._languages:
-            self._store.array("train", language)  # checks the files
-        self._store.check_fits(config.model.vocab_size, config.model.max_length)
-        length = self._store.manifest.sequence_length
         self.batch_row = {"tokens": jax.ShapeDtypeStruct((length,), np.int32),
                           "source": jax.ShapeDtypeStruct((), np.int32)}
         self.tokens_per_sequence = length
@@ -96,6 +85,25 @@ class Pretraining:
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         return self._loss(params, batch["tokens"])
 
+
+class Pretraining(DecoderComputation):
+    """A decoder on a mixture of languages: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainConfig):
+        """Opens and checks all inputs; nothing is written yet.
+
+        Raises:
+          InputError: rates, token store and model do not fit each other, or data are damaged.
+        """
+        self._config = config
+        self._store = TokenStore(config.token_store)
+        self._rates = load_rates(config.rates, known=self._store.parts("train"))
+        self._languages = used_languages(self._store, "train", self._rates)
+        for language in self._languages:
+            self._store.array("train", language)  # checks the files
+        self._store.check_fits(config.model.vocab_size, config.model.max_length)
+        super().__init__(config, self._store.manifest.sequence_length)
+
     def source(self, first_sequence: int, rows: np.ndarray) -> BatchSource:
         config = self._config
         return BatchSource(self._store, self._rates, config.batch_size, config.seed, first_sequence, rows)
@@ -105,7 +113,7 @@ class Pretraining:
         counts = np.bincount(batch["source"], weights=real, minlength=len(self._languages))
         return collections.Counter(dict(zip(self._languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, mesh: Mesh) -> HeldOut:
         config = self._config
         return HeldOut(
             self._store,
@@ -152,6 +160,47 @@ class Pretraining:
 def train(config: TrainConfig) -> dict[str, float]:
     """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
     return TrainingLoop(config, Pretraining(config)).run()
+
+
+@programs.register("train.steps")
+def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
+    """The training step and the step of the evaluation on held-out data."""
+    config = TrainConfig()
+    model = config.model
+    if length is None and (epath.Path(config.token_store) / MANIFEST).exists():
+        length = TokenStore(config.token_store).manifest.sequence_length
+    length = length or model.max_length
+    computation, rows = DecoderComputation(config, length), config.eval_batch_size
+    partitioning.check_rows(mesh, rows, "train.eval_batch_size")
+    optimizer = config.optimizer(config.learning_rate)
+    state = abstract_state(model, optimizer, mesh)
+    sharding = partitioning.batch_sharding(mesh)
+    tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
+    language = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
+    return [
+        programs.Program(
+            "training step",
+            *jitted_step(config, computation, optimizer, state, mesh),
+            batch=f"{config.batch_size} x {length} tokens" + (
+                f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
+            mesh=mesh,
+            parameters=model.parameters(),
+            tokens=config.batch_size * length,
+            model_flops=config.batch_size * length * computation.flops_per_token,
+            remedies=programs.remedies_for_training(config, model, mesh),
+        ),
+        programs.Program(
+            "evaluation step",
+            jax.jit(make_eval_step(model, 64, config.chunk_tokens)),  # the number of languages costs nothing
+            (state.params, tokens, language),
+            batch=f"{rows} x {length} tokens",
+            mesh=mesh,
+            parameters=model.parameters(),
+            tokens=rows * length,
+            model_flops=rows * length * computation.flops_per_token / 3,  # the forward pass
+            remedies=[f"train.eval_batch_size={max(partitioning.shards(mesh, 'batch'), rows // 2)}"],
+        ),
+    ]
 
 
 def main() -> None:

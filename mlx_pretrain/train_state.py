@@ -41,29 +41,24 @@ def _state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: i
     return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract_params(
-    config: ModelConfig, mesh: Mesh, rules: partitioning.Rules = partitioning.DEFAULT_RULES
-) -> Any:
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters."""
     boxed = jax.eval_shape(lambda: config.init(jax.random.key(0)))
     # Not nn.unbox: it would apply the sharding to a shape that holds no array.
     values = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    return _with_shardings(values, partitioning.shardings(boxed, mesh, rules))
+    return _with_shardings(values, partitioning.shardings(boxed, mesh))
 
 
-def abstract_state(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without computing anything; works for meshes of absent devices."""
-    params = abstract_params(config, mesh, rules)
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without computing anything; `mesh` may be of absent devices, and may be
+    current (`partitioning.use`) or not."""
+    params = abstract_params(config, mesh)
     state = jax.eval_shape(lambda: _state(config, optimizer, 0))
     replicated = NamedSharding(mesh, PartitionSpec())
     # Moments are laid out as their parameters, everything else (counts) is replicated.
     opt_shardings = optax.tree.map_params(
-        optimizer,
+        # Nothing may be computed, not even a counter's zero: the current mesh may be of absent devices.
+        lambda placeholder: jax.eval_shape(optimizer.init, placeholder),
         lambda moment, param: moment if isinstance(moment, optax.MaskedNode) else param.sharding,
         state.opt_state,
         params,

@@ -171,7 +171,7 @@ class RaterTraining:
         counts = np.bincount(batch["language"].ravel(), weights=real.ravel(), minlength=len(self._train.languages))
         return collections.Counter(dict(zip(self._train.languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, mesh: Mesh) -> "Validation":
         return Validation(self._validation, self.model, mesh, self._length, self._config.eval_batch_size)
 
     def headline(self, evaluation: Mapping[str, float]) -> str:
@@ -218,19 +218,20 @@ class Validation:
         self._step = jax.jit(lambda params, tokens: quality(model, params, tokens, segments(tokens)),
                              out_shardings=partitioning.replicated(mesh))
 
-    def scores(self, params: Any) -> np.ndarray:
-        """Of the table's documents: float32 `[documents]`."""
+    def scores(self, params: Any, check: Callable[[], None] = lambda: None) -> np.ndarray:
+        """Returns the scores of the table's documents, float32 `[documents]`; calls `check` before each batch."""
         n, found = len(self.table.language), []
         for start in range(0, n, self._batch_size):
+            check()
             # The last batch repeats a document to keep its shape.
             documents = np.minimum(np.arange(start, start + self._batch_size), n - 1)
             rows = self.table.rows(documents, self._length, self._model.pad_id)
             found.append(self._step(params, partitioning.put(rows, self._sharding)))
         return np.concatenate(jax.device_get(found))[:n]
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """The scalars of `agreement`."""
-        return agreement(self.table, self.scores(params))
+    def __call__(self, params: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Returns the scalars of `agreement`; calls `check` before each batch."""
+        return agreement(self.table, self.scores(params, check))
 
 
 def train(config: TrainRaterConfig) -> dict[str, float]:

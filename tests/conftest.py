@@ -63,6 +63,17 @@ def store_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def gcs():
+    """A server of Google Cloud Storage with an empty `bucket`, to which all clients in and below this process go."""
+    from tests.gcs_server import GcsServer
+
+    with GcsServer() as server:
+        os.environ.update(server.environment())  # TensorStore reads them once
+        server.buckets["bucket"] = {}
+        yield server
+
+
+@pytest.fixture(scope="session")
 def tiny_params(tiny_config):
     """Initial parameters of the small model, unboxed, on one device."""
     import flax.linen as nn

@@ -41,7 +41,7 @@ class Answering:
         self.config, self._params, self._mesh, self.prompts = config, params, mesh, prompts
         self.scorer = Scorer(config.decoder, params["decoder"], mesh, **settings)
         self._encode = jax.jit(functools.partial(encode_frames, config), out_shardings=partitioning.replicated(mesh))
-        self._shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
+        self._shards = partitioning.shards(mesh, "batch")
 
     def update(self, params: Any) -> None:
         """Goes on with other parameters, laid out as the first ones."""

@@ -24,7 +24,7 @@ from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import output_kernel
 from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, checked
 from video.answering import Answering
 from video.clips import ClipSource, showing
 from video.decode import FrameStore
@@ -136,7 +136,7 @@ class VideoTraining:
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"answers": int((batch["answers"][..., 1] - batch["answers"][..., 0]).sum())})
 
-    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, mesh: Mesh) -> Evaluator:
         config = self._config
         usable = [question for question in self._validation if question.video not in self._store.rejected]
         count = min(config.eval_questions or len(usable), len(usable))
@@ -194,7 +194,7 @@ class _Validation:
     def _features(self, video: str) -> jax.Array:
         return self._answering.features(self._store.frames([self._store.row(video)])[0])
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Any, check: Callable[[], None]) -> dict[str, float]:
         if self._answering is None:
             self._answering = self._make(params)
         self._answering.update(params)
@@ -202,7 +202,8 @@ class _Validation:
         for name, choice in {"": self._even, "informed_": self._informed if self._has_evidence else None}.items():
             if choice is None:
                 continue
-            answers = list(self._answering(self._features, self._questions, [[places] for places in choice]))
+            choices = [[places] for places in choice]
+            answers = list(checked(self._answering(self._features, self._questions, choices), check))
             found[f"{name}loss"] = float(np.mean([answer.losses[0] for answer in answers]))
             right = {}
             for question, answer in zip(self._questions, answers):

@@ -25,7 +25,7 @@ from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop
 from video.clips import ClipPosition, showing
 from video.decode import FrameStore
 from video.questions import Question, read_questions
@@ -111,16 +111,19 @@ class TowersTraining:
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"captions": int((batch["tokens"] != PAD_ID).sum())})
 
-    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, mesh: Mesh) -> Evaluator:
         source = CaptionSource(self._store, self._validation, self._tokenizer, [], self.model.max_length,
                                batch_size=self._config.batch_size, seed=0)
         batches = [source[number] for number in range(max(len(self._validation) // self._config.batch_size, 1))]
         step = jax.jit(self.loss)
         sharding = partitioning.batch_sharding(mesh)
 
-        def evaluate(params: Any) -> dict[str, float]:
-            parts = [step(params, {name: partitioning.put(rows, sharding) for name, rows in batch.items()})[1].means
-                     for batch in batches]
+        def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
+            parts = []
+            for batch in batches:
+                check()
+                arrays = {name: partitioning.put(rows, sharding) for name, rows in batch.items()}
+                parts.append(step(params, arrays)[1].means)
             return {name: float(np.mean([part[name][0] / part[name][1] for part in parts])) for name in parts[0]}
 
         return evaluate

@@ -20,7 +20,7 @@ from mlx_pretrain.data.loader import Batch, Stream
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop
 from video.labels import Labels, read_labels
 from video.llm import load_video_llm
 from video.prompts import PaddedPrompts
@@ -130,11 +130,12 @@ class VoyagerTraining:
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"questions": len(batch["tokens"])})
 
-    def evaluator(self, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    def evaluator(self, mesh: Mesh) -> Evaluator:
         predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
         labels = self._validation
 
-        def evaluate(params: Any) -> dict[str, float]:
+        def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
+            check()
             of_frames = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
             return ranking(of_frames, labels)
 

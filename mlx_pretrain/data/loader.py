@@ -176,6 +176,17 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
+def counted_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Marks, among `local_rows`, those that no process of a lower number holds too: bool `[local rows]`.
+
+    Rows are held by several processes where a mesh axis that does not split the batch spans hosts.
+    """
+    owner = np.full(batch_size, np.iinfo(np.int64).max)
+    for device, index in sharding.devices_indices_map((batch_size,)).items():
+        owner[index] = np.minimum(owner[index], device.process_index)
+    return owner[local_rows(sharding, batch_size)] == jax.process_index()
+
+
 @gin.configurable(denylist=["source"])
 def batches(source: BatchSource, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
     """Iterates over a source's batches from batch 0, read ahead by Grain.

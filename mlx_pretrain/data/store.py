@@ -16,8 +16,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_json
+from mlx_pretrain.files import file_sizes, kvstore, read_json, sha256, write_json
 
 FORMAT = "mlx-token-store"
 VERSION = 1
@@ -85,7 +86,10 @@ def read_manifest(store: epath.PathLike) -> Manifest:
         not the one the tokens were made with.
     """
     path = epath.Path(store) / MANIFEST
-    if not path.exists():
+    with gcs.named_errors(path):
+        complete = path.exists()
+    if not complete:
+        gcs.check_bucket(path)
         raise InputError(f"{store}: no token store here (no {MANIFEST}; was its export interrupted? run it again)")
     content = read_json(path, "token store manifest")
     found = (content.pop("format", None), content.pop("version", None)) if isinstance(content, dict) else None
@@ -103,9 +107,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
 
 
 def zarr3_spec(path: epath.PathLike) -> dict[str, Any]:
-    """TensorStore's description of a zarr3 array in a folder, local or on an object store."""
-    path = str(path)
-    return {"driver": "zarr3", "kvstore": path if "://" in path else f"file://{epath.Path(path).absolute()}/"}
+    """TensorStore's description of a zarr3 array in a folder, local or gs://."""
+    return {"driver": "zarr3", "kvstore": kvstore(path)}
 
 
 class PartWriter:
@@ -159,14 +162,7 @@ class PartWriter:
 
 def _data_files(path: epath.Path) -> dict[str, int]:
     """Data files of an array, relative to its folder, with their sizes."""
-    found, folders = {}, [path]
-    while folders:
-        for child in folders.pop().iterdir():
-            if child.is_dir():
-                folders.append(child)
-            elif child.name != "zarr.json":
-                found[str(child.relative_to(path))] = child.stat().length
-    return dict(sorted(found.items()))
+    return {name: size for name, size in sorted(file_sizes(path).items()) if name != "zarr.json"}
 
 
 class TokenStore:
@@ -176,6 +172,7 @@ class TokenStore:
         """Raises InputError when there is no complete, readable store at `path`."""
         self.path = epath.Path(path)
         self.manifest = read_manifest(path)
+        self._sizes: dict[str, Mapping[str, int]] = {}  # of the files of a split
 
     def part(self, split: str, language: str) -> Part:
         """Raises InputError when the store lacks the split or the language."""
@@ -205,12 +202,16 @@ class TokenStore:
           InputError: a data file is missing or truncated, or the array is not what the manifest says.
         """
         part, folder = self.part(split, language), self.path / split / language
+        if split not in self._sizes:  # one listing for all languages
+            self._sizes[split] = file_sizes(self.path / split)
         for name, size in part.files.items():
-            file = folder / name
-            if not file.exists():
-                raise InputError(f"{file}: missing from the token store; export it again")
-            if (found := file.stat().length) != size:
-                raise InputError(f"{file}: {found} bytes where the manifest says {size}; export the token store again")
+            found = self._sizes[split].get(f"{language}/{name}")
+            if found is None:
+                raise InputError(f"{folder / name}: missing from the token store; export it again")
+            if found != size:
+                raise InputError(
+                    f"{folder / name}: {found} bytes where the manifest says {size}; export the token store again"
+                )
         try:
             array = ts.open(zarr3_spec(folder), read=True, open=True).result()
         except ValueError as error:

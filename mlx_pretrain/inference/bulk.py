@@ -114,7 +114,7 @@ class BulkInference:
         if not buckets or min(*buckets, tokens_per_batch, in_flight) < 1:
             raise InputError(f"bulk inference: buckets {list(buckets)}, tokens_per_batch = {tokens_per_batch}, "
                              f"in_flight = {in_flight}: all must be positive")
-        shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
+        shards = partitioning.shards(mesh, "batch")
         self.rows = {n: max(tokens_per_batch // n // shards, 1) * shards for n in sorted(set(buckets))}
         self._params, self._mesh, self._sharding = params, mesh, partitioning.batch_sharding(mesh)
         self._pad_id, self._in_flight = pad_id, in_flight

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mlx_pretrain import partitioning
 from mlx_pretrain.data.store import PAD_ID
@@ -22,6 +22,7 @@ from mlx_pretrain.inference.forest import Group, Row, plant, row_lengths
 from mlx_pretrain.models.attention import Cache
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, empty_cache, logits, token_logits
 from mlx_pretrain.models.tree_attention import Forest
+from mlx_pretrain.parallel import cluster
 
 Key = TypeVar("Key")
 
@@ -115,7 +116,7 @@ class Scorer:
                              f"{tokens_per_batch}, in_flight = {in_flight}: all must be positive, and max_length at "
                              f"most the model's {config.max_length}")
         self._config, self._params, self._mesh, self._in_flight = config, params, mesh, in_flight
-        self._shards = int(np.prod([mesh.shape[axis] for axis in partitioning.BATCH_AXES]))
+        self._shards = partitioning.shards(mesh, "batch")
         self._lengths = row_lengths(min(row_length, self.max_length), self.max_length)
         self._rows = {length: max(tokens_per_batch // length // self._shards, 1) for length in self._lengths}
         self._sharding, self._everywhere = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
@@ -246,7 +247,7 @@ class Scorer:
             tokens = np.full((self._shards, length), PAD_ID, np.int32)
             tokens[:, : len(prefix)] = prefix
             given = partitioning.put(tokens, self._sharding)
-            sharding = NamedSharding(self._mesh, PartitionSpec(None, partitioning.BATCH_AXES))
+            sharding = NamedSharding(self._mesh, partitioning.spec(None, "batch"))
             arguments = (given, self._features)
             program = self._program(("prefix", length, self._feature_shape()), _prefix, sharding, *arguments)
             self._prefixes[key] = program(self._params, *arguments), len(prefix)
@@ -282,7 +283,9 @@ class Scorer:
                 waiting.popleft()
                 yield rest[0], rest[1]
                 continue
-            if sum(entry[0] is not None for entry in waiting) <= allowed and not batch.result[0].is_ready():
+            # Processes of a job have to give windows at the same point between batches, whoever of them is faster.
+            early = cluster.size() == 1 and batch.result[0].is_ready()
+            if sum(entry[0] is not None for entry in waiting) <= allowed and not early:
                 return
             waiting.popleft()
             found, dropped = rest

@@ -239,9 +239,11 @@ class _Member:
                     self._outbox.put({**message, "boundary": self._boundary + 1})
                 case "agreed":
                     self._votes[message["action"]] = message["boundary"]
-                case "gone":
-                    self._end(message["message"])
             self._changed.notify_all()
+        if message["type"] == "gone":
+            if message["failed"]:
+                time.sleep(1)  # an error that all processes find is better said by each of them
+            self._end(message["message"])
 
     def _end(self, reason: str) -> None:
         """Ends this process at once: what it waits for, on the devices or elsewhere, will never come."""
@@ -337,13 +339,14 @@ class _Hub:
                     self._broadcast({"type": "agreed", "action": message["action"], "boundary": max(votes.values())})
             case "failed":
                 self._left.add(process)
-                self._lose(process, f"ended: {message['message']}")
+                self._lose(process, f"ended: {message['message']}", failed=True)
             case "bye":
                 self._left.add(process)
 
-    def _lose(self, process: int, what: str) -> None:
+    def _lose(self, process: int, what: str, failed: bool = False) -> None:
         self._left.add(process)
-        self._broadcast({"type": "gone", "message": f"process {process} ({self._names[process]}) {what}"})
+        message = f"process {process} ({self._names[process]}) {what}"
+        self._broadcast({"type": "gone", "message": message, "failed": failed})
 
     def _broadcast(self, message: dict[str, Any]) -> None:
         for process, writer in self._writers.items():
@@ -465,6 +468,18 @@ def share(value: Any) -> Any:
 def barrier() -> None:
     """Waits until every process has come here; see `gather`."""
     _member.gather(None)
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Runs `action` in process 0 while the others wait for its end; its InputError is raised in all of them."""
+    error = None
+    if is_main():
+        try:
+            action()
+        except InputError as raised:
+            error = str(raised)
+    if (error := share(error)) is not None:
+        raise InputError(error)
 
 
 def request(action: str) -> None:

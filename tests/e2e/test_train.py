@@ -66,7 +66,7 @@ def terminated(tiny_gin, tmp_path_factory) -> pathlib.Path:
         process.wait_for(lambda: last_step(folder / "run") >= 3)
         process.signal(signal.SIGTERM)
         ended = process.end()
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err) == (143, "")
     [step] = saved_steps(folder / "run")
     assert step == last_step(folder / "run") < STEPS
     assert f"SIGTERM: saved after step {step} of {STEPS}; run again to go on" in ended.out

@@ -71,7 +71,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, tiny_config, state, caplog)
     saver.wait()
     assert saver.steps() == [1, 2] and (tmp_path / "damaged_checkpoints" / "2").exists()
     assert saver.restore(abstract)[1].sequences == 32
-    with pytest.raises(InputError, match="none of the checkpoints"):
+    with pytest.raises(InputError, match="XX"):
         other = optimizers.adamw(optimizers.constant(1.0), clip_norm=None)
         wider = dataclasses.replace(tiny_config, mlp_dim=64)
         saver.restore(abstract_state(wider, other, mesh_of(1, 1, 1)))

@@ -78,7 +78,7 @@ def test_unknown_axis_and_indivisible_shape_are_refused(tiny_config):
     from mlx_pretrain.errors import InputError
 
     with pytest.raises(ValueError, match="unknown logical axes"):
-        partitioning.spec(("embde",), partitioning.DEFAULT_RULES)
+        partitioning.spec("embde")
     mesh = partitioning.make_mesh(1, 1, 8)
     odd = dataclasses.replace(tiny_config, vocab_size=97)
     with pytest.raises(InputError, match="does not divide"):

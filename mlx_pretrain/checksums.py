@@ -1,0 +1,176 @@
+"""Checksums of what a checkpoint holds: of arrays, wherever their parts lie, and of the files on disk.
+
+The two notice different damage. Checksums of arrays are computed on the devices before anything is copied, so they
+cover the whole way from one device's memory to another's, on any number of devices and hosts. Digests of files cover
+the bytes that no array is made of, which a restore might not read, or read differently: without them 162 of 1,000
+flipped bits of a small checkpoint went unnoticed.
+"""
+
+import concurrent.futures
+import functools
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from mlx_pretrain.files import write_atomic
+
+DIGESTS = "files.json"
+# Orbax writes these after the digests, when a checkpoint is complete: the time, and a file that only has to be there.
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_BLOCK = 1 << 22  # bytes read at once
+_THREADS = 8  # that read files
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, e.g. "params/layers/mlp/up"."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def checksums(tree: Any) -> dict[str, str]:
+    """Returns the checksum of every leaf of a tree of arrays, by the leaf's path.
+
+    The checksum depends on the bits and places of the elements, not on the sharding. It is the sum, modulo 2^32, of
+    a bijection of [the element's bits, xored with a hash of its index], and a second such sum. Sums are the same in
+    any order; a change in one element always changes both, other damage goes unnoticed with probability 2^-64.
+    All processes that hold a part of the arrays must call it.
+
+    Args:
+      tree: of arrays of booleans, integers, floats (real ones of up to 64 bits) or PRNG keys.
+
+    Returns:
+      Path -> 16 hexadecimal digits, in every process.
+    """
+    leaves = named_leaves(tree)
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves.values()]
+    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    sums = np.asarray(_compiled(everywhere)(list(leaves.values()))) if leaves else ()
+    return {name: f"{first:08x}{second:08x}" for name, (first, second) in zip(leaves, sums, strict=True)}
+
+
+@functools.cache
+def _compiled(out_sharding: Sharding | None):
+    """The jitted function: a list of arrays -> uint32 `[arrays, 2]`."""
+    return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=out_sharding)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """uint32 `[2]`."""
+    words = _words(x)
+    index, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        index += lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    first = words ^ (index * np.uint32(0x9E3779B1))
+    # The finalizer of MurmurHash3 (public domain), a bijection.
+    first = (first ^ (first >> 16)) * np.uint32(0x85EBCA6B)
+    first = (first ^ (first >> 13)) * np.uint32(0xC2B2AE35)
+    first ^= first >> 16
+    second = (first ^ (first >> 15)) * np.uint32(0x2C1B3C6D)
+    second ^= second >> 12
+    # One reduction of both: XLA:CPU makes a reduction of a single array in two passes, with a copy of the array.
+    zero = np.uint32(0)
+    both = lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(words.ndim)))
+    return jnp.stack(both)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of the elements as uint32; elements of 64 bits give two, along a last axis."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def changed_arrays(saved: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """Says which of the arrays found are not those saved; None: all of them are."""
+    changed = [name for name, checksum in found.items() if saved.get(name) != checksum]
+    if not changed:
+        return None
+    return f"{len(changed)} of {len(found)} arrays are not those that were saved, the first is {changed[0]}"
+
+
+def write_digests(folder: epath.Path, whole: int | None = None) -> None:
+    """Writes sizes and CRC-32s of all files below `folder` into a file there.
+
+    Args:
+      folder: of a checkpoint.
+      whole: of files of more bytes the size alone is written, without reading them; None: of no file.
+    """
+    names = sorted({str(path.relative_to(folder)) for path in _files(folder)} - {DIGESTS, *_LATER})
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        digests = pool.map(lambda name: _digest(folder / name, whole), names)
+        named = dict(zip(names, digests, strict=True))
+    # Without spaces, so that every byte means something.
+    write_atomic(folder / DIGESTS, json.dumps(named, separators=(",", ":")))
+
+
+def changed_files(folder: epath.Path, whole: int | None = None, shard: int = 0, shards: int = 1) -> str | None:
+    """Says which file below `folder` is not as its digest says, if there are digests.
+
+    Args:
+      folder: of a checkpoint.
+      whole: files of more bytes are compared by their size alone; None: no file is.
+      shard, shards: looks at every `shards`-th file, from number `shard` on.
+
+    Returns:
+      One line that names a file and what is wrong with it; None: nothing is, or there are no digests.
+
+    Raises:
+      OSError: a file is there and cannot be read.
+    """
+    path = folder / DIGESTS
+    if not path.exists():
+        return None
+    try:
+        digests = json.loads(path.read_bytes())
+        expected = [(name, size, crc) for name, (size, crc) in sorted(digests.items())]
+        if not all(isinstance(size, int) and (crc is None or isinstance(crc, int)) for _, size, crc in expected):
+            raise ValueError("not a number")
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, or other JSON
+        return f"{DIGESTS} is malformed ({error})"
+    check = functools.partial(_changed, folder, whole)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return next(filter(None, pool.map(check, expected[shard::shards])), None)
+
+
+def _changed(folder: epath.Path, whole: int | None, expected: tuple[str, int, int | None]) -> str | None:
+    name, size, crc = expected
+    try:
+        found_size, found_crc = _digest(folder / name, -1 if crc is None else whole)
+        if found_size != size:
+            return f"{name} has {found_size} bytes, {size} were written"
+        if found_crc is not None and found_crc != crc:
+            return f"{name} does not hold the bytes that were written"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    return None
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    found = []
+    for child in folder.iterdir():
+        found += _files(child) if child.is_dir() else [child]
+    return found
+
+
+def _digest(path: epath.Path, whole: int | None) -> tuple[int, int | None]:
+    """(size, CRC-32; None for files of more than `whole` bytes): 2.4 GB/s on one core."""
+    size, crc = path.stat().length, 0
+    if whole is not None and size > whole:
+        return size, None
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return size, crc

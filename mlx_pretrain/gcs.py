@@ -1,0 +1,189 @@
+"""gs:// without TensorFlow: what epath, TensorStore and Orbax leave open.
+
+epath reads and writes objects through gcsfs (the extra `gcs`), arrays go through TensorStore's own client; both take
+the credentials of `gcloud auth application-default login`, of GOOGLE_APPLICATION_CREDENTIALS or of the machine. An
+object is written whole or not at all, has no append and no cheap rename: hence `upload` and `Appender`.
+"""
+
+import contextlib
+import logging
+import mimetypes
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from mlx_pretrain.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+# Other hosts, and TensorStore on this one, write below the same folders: a listing that was kept soon misses files.
+fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+
+
+def is_gs(path: epath.PathLike) -> bool:
+    """Returns True for gs:// paths."""
+    return str(path).startswith("gs://")
+
+
+def split(path: epath.PathLike) -> tuple[str, str]:
+    """The bucket of a gs:// path, and the name in it."""
+    bucket, _, name = str(path).removeprefix("gs://").rstrip("/").partition("/")
+    return bucket, name
+
+
+def filesystem() -> Any:
+    """The gcsfs.GCSFileSystem that epath uses too. Raises ImportError without the extra `gcs`."""
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # epath's arguments: the same object
+
+
+@contextlib.contextmanager
+def named_errors(path: epath.PathLike) -> Iterator[None]:
+    """Turns errors of the clients about a gs:// path into InputError, one line with the path and the cause.
+
+    A FileNotFoundError stays what it is when the bucket exists. Local paths are left alone.
+    """
+    if not is_gs(path):
+        yield
+        return
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        check_bucket(path)
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {cause(error)}") from None
+
+
+def check_bucket(path: epath.PathLike) -> None:
+    """Raises InputError when the bucket of a gs:// path does not exist or cannot be reached; asks nothing else."""
+    if is_gs(path):
+        bucket, _ = split(path)
+        try:
+            found = filesystem().exists(bucket)
+        except Exception as error:
+            raise InputError(f"{path}: {cause(error)}") from None
+        if not found:
+            raise InputError(f"{path}: there is no bucket {bucket!r}")
+
+
+def is_client_error(error: BaseException) -> bool:
+    """Returns True for exceptions of the libraries that speak to gs://, and for the lack of them."""
+    library = type(error).__module__.split(".")[0]
+    return (library in ("gcsfs", "google", "aiohttp", "requests") or "install gcsfs" in str(error)
+            or (isinstance(error, OSError) and str(error).startswith("Forbidden: ")))
+
+
+def cause(error: BaseException) -> str:
+    """An exception of one of the clients in one line."""
+    if isinstance(error, ImportError):
+        return "gs:// needs the extra `gcs`: pip install 'mlx-pretrain[gcs]'"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Forbidden: "):
+        return f"no permission: {' '.join(lines[1:]) or lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def upload(source: str, path: epath.PathLike) -> None:
+    """Uploads a local file; the object, or its new content, appears when the upload is complete."""
+    with named_errors(path):
+        filesystem().put_file(source, str(path), content_type=mimetypes.guess_type(str(path))[0])
+
+
+class Appender:
+    """Appends to an object, which object stores cannot do: composes it of itself and of what is new.
+
+    The new bytes are uploaded under a name beside it, and one request then joins the two on the server, under the
+    condition that the object is still the one last written: its readers see it with all the new bytes or none, and
+    a second writer is noticed. A process that is killed loses what it wrote since the last `flush`.
+    """
+
+    def __init__(self, path: epath.PathLike, every: float | None = 30.0):
+        """Opens an object to append to, created by the first bytes.
+
+        Args:
+          path: gs:// path.
+          every: seconds between flushes of itself, by a thread; None: only when told.
+        """
+        self._path, (self._bucket, self._name) = str(path), split(path)
+        self._pending = bytearray()
+        self._pending_lock, self._flush_lock = threading.Lock(), threading.Lock()
+        self._failed: InputError | None = None
+        with named_errors(path):
+            try:
+                self._generation = int(filesystem().info(self._path)["generation"])
+            except FileNotFoundError:
+                check_bucket(path)
+                self._generation = 0  # the API's word for an object that does not exist
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._flush_regularly, args=(every,), daemon=True) if every else None
+        if self._thread:
+            self._thread.start()
+
+    def write(self, content: bytes) -> None:
+        """Takes bytes for the next flush. Raises InputError when another process has written the object."""
+        if self._failed:
+            raise self._failed
+        with self._pending_lock:
+            self._pending += content
+
+    def flush(self) -> None:
+        """Appends what was written. What an error of the network keeps back is kept for the next time, with a warning.
+
+        Raises:
+          InputError: another process has written the object.
+        """
+        try:
+            self._flush()
+        except InputError:
+            raise
+        except Exception as error:
+            _log.warning("%s: %d bytes not appended yet: %s", self._path, len(self._pending), cause(error))
+
+    def close(self) -> None:
+        """Appends the rest. Raises InputError when that fails."""
+        if not self._closed.is_set():
+            self._closed.set()
+            if self._thread:
+                self._thread.join()
+            with named_errors(self._path):
+                self._flush()
+
+    def _flush_regularly(self, every: float) -> None:
+        while not self._closed.wait(every):
+            try:
+                self.flush()
+            except InputError as error:
+                self._failed = error
+                return
+
+    def _flush(self) -> None:
+        with self._flush_lock:
+            with self._pending_lock:
+                content = bytes(self._pending)
+            if not content:
+                return
+            gcs, token = filesystem(), uuid.uuid4().hex
+            folder, _, name = self._name.rpartition("/")
+            part = f"{folder}/.{name}.{token}".lstrip("/")
+            sources = [self._name, part] if self._generation else [part]
+            gcs.pipe_file(f"{self._bucket}/{part}", content)
+            # When the condition fails, another writer was here, or this request got through without its answer.
+            with contextlib.suppress(FileExistsError):
+                gcs.call(
+                    "POST", "b/{}/o/{}/compose", self._bucket, self._name, ifGenerationMatch=str(self._generation),
+                    json={"sourceObjects": [{"name": source} for source in sources],
+                          "destination": {"metadata": {"appended": token}}},
+                )
+            gcs.rm_file(f"{self._bucket}/{part}")
+            found = gcs.info(self._path)
+            if found.get("metadata", {}).get("appended") != token:
+                raise InputError(f"{self._path}: written by another process meanwhile")
+            self._generation = int(found["generation"])
+            with self._pending_lock:
+                del self._pending[: len(content)]
