@@ -9,7 +9,7 @@ import jax
 # Orbax and TensorStore raise bare exceptions of a few types, whose messages hold absl's status codes. These say nothing
 # about a file's contents; OS error 2 is a missing file.
 _PASSING = re.compile(r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|CANCELLED"
-                      r"|ABORTED|INTERNAL|OS error (?!2\b)")
+                      r"|ABORTED|INTERNAL|os_error_code='(?!2')")
 # Seen with missing, truncated and changed files.
 _DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|Error decoding")
 
@@ -21,7 +21,9 @@ def is_damage(error: BaseException) -> bool:
     """
     errors = list(_chain(error))
     passing = MemoryError | OSError | jax.errors.JaxRuntimeError
-    if any(isinstance(e, passing) and not isinstance(e, FileNotFoundError) or _PASSING.search(str(e)) for e in errors):
+    if any(isinstance(e, passing) and not isinstance(e, FileNotFoundError) for e in errors):
+        return False
+    if any(_PASSING.search(str(e)) for e in errors):
         return False
     damaged = FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError
     return any(isinstance(e, damaged) or _DAMAGE.search(str(e)) for e in errors)

@@ -21,11 +21,12 @@ import gin
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import absolute, read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import absolute, move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState
@@ -52,6 +53,9 @@ class Progress:
     sequences: int
     tokens: Mapping[str, int]
     unfinished: Sequence[str] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "unfinished", tuple(self.unfinished))  # JSON has no tuples
 
 
 @dataclasses.dataclass
@@ -112,8 +116,9 @@ class Checkpoints:
         self._manager.wait_until_finished()  # an earlier save may still need the step's number
         self._step = step
         known = {name: value for name, value in metrics.items() if name == self._best_metric and math.isfinite(value)}
-        for value in known.values():
-            self._values[step] = value
+        self._values.pop(step, None)  # of a damaged checkpoint of this step
+        if known:
+            self._values[step] = known[self._best_metric]
         meta = dataclasses.asdict(progress) | {"metrics": known, "checksums": checksums(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -124,7 +129,7 @@ class Checkpoints:
         names = (str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}")  # on object stores: without the suffix
         for folder in self._folder.iterdir():
             if folder.name == names[0] or folder.name.startswith(names[1]):
-                write_digests(folder, _SMALL if _on_object_store(folder) else None)
+                write_digests(folder, _SMALL if gcs.is_gs(folder) else None)
 
     def _metric(self, step: int) -> float | None:
         """The best metric of a checkpoint of an earlier process; None: it has none, or cannot be read."""
@@ -158,8 +163,8 @@ class Checkpoints:
                 _log.warning("%s: checkpoint %d cannot be restored, it is damaged: %s", self._folder, step, damage)
             damaged.append(step)
         if steps:
-            raise InputError(f"{self._folder}: none of the checkpoints {steps} can be read, all are damaged; the first: "
-                             f"{damage}")
+            raise InputError(f"{self._folder}: none of the checkpoints {steps} can be read, all are damaged; "
+                             f"{steps[0]}: {damage}")
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, Progress] | None, str | None]:
@@ -176,12 +181,12 @@ class Checkpoints:
             )
         except Exception as error:
             # Files that were just compared byte by byte are not damaged.
-            compared = (folder / DIGESTS).exists() and not _on_object_store(folder)
+            compared = (folder / DIGESTS).exists() and not gcs.is_gs(folder)
             if compared or cluster.size() > 1 or not is_damage(error):
                 raise
             return None, first_line(error)
-        meta = dict(restored.meta)
-        saved = meta.pop("checksums", None)
+        meta = restored.meta
+        saved = meta.get("checksums")
         if saved is None:
             _log.warning("%s: checkpoint %d has no checksums; it is restored as it is", self._folder, step)
         else:
@@ -192,19 +197,15 @@ class Checkpoints:
         return (restored.state, Progress(**{name: value for name, value in meta.items() if name in known})), None
 
     def _move_aside(self, steps: Sequence[int]) -> None:
-        if not steps:
-            return
-        if cluster.is_main():
-            aside = self._folder.parent / "damaged_checkpoints"
-            aside.mkdir(parents=True, exist_ok=True)
-            for step in steps:
-                if (aside / str(step)).exists():
-                    (aside / str(step)).rmtree()
-                (self._folder / str(step)).rename(aside / str(step))
-        cluster.barrier()
-        for step in steps:
-            self._values.pop(step, None)
-        self._manager.reload()
+        if steps:
+            cluster.on_main(lambda: [self._move(step) for step in steps])
+            self._manager.reload()
+
+    def _move(self, step: int) -> None:
+        aside = self._folder.parent / "damaged_checkpoints" / str(step)
+        if aside.exists():
+            aside.rmtree()
+        move_folder(self._folder / str(step), aside)
 
     def wait(self) -> None:
         """Blocks until saves under way are complete."""
@@ -218,10 +219,6 @@ class Checkpoints:
 def _agree(damage: str | None) -> str | None:
     """The first damage that a process found; None: no process found any."""
     return next((found for found in cluster.gather(damage) if found is not None), None)
-
-
-def _on_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def check_fits(folder: epath.Path, abstract: Any) -> None:
@@ -245,13 +242,11 @@ def _describe(leaf: Any) -> str:
 
 def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) -> None:
     """Writes what other commands need to use the run's checkpoints: the model's configuration, a dataclass, and the
-    tokenizer, a file .model or .json. Process 0 alone does it.
+    tokenizer, a file .model or .json. Process 0 alone calls it.
 
     Raises:
       InputError: the folder holds a run of another model or another tokenizer.
     """
-    if not cluster.is_main():
-        return
     path, fingerprint = epath.Path(run_dir) / MODEL, sha256(tokenizer)
     if path.exists():
         check_same_model(run_dir, config, fingerprint)
@@ -269,7 +264,7 @@ COMPUTE_FIELDS = ("dtype", "remat", "unroll", "attention", "max_length", "segmen
 RETIRED_FIELDS: Mapping[str, Any] = {}
 
 
-def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str, *, told: str = "the run") -> None:
+def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str) -> None:
     """Raises InputError, naming a field, unless a run's model has the parameters of `config` and that tokenizer."""
     path = epath.Path(run_dir) / MODEL
     found = read_json(path, "model description").get("tokenizer_sha256")
@@ -314,10 +309,26 @@ def load_model(run_dir: epath.PathLike, kind: type[Config] = DecoderConfig) -> C
 
 
 def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's fields but for those that a later version retired, and that have the value which all models have now."""
+    """A model's fields, without those that a later version retired and that have the value all models have now."""
     kept = {name: value for name, value in model.items()
             if name not in RETIRED_FIELDS or value != RETIRED_FIELDS[name]}
     return {name: _without_retired(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def saved_steps(run_dir: epath.PathLike) -> list[int]:
+    """Steps of a run's complete checkpoints, ascending; may be asked without opening them."""
+    directory = absolute(run_dir) / _CHECKPOINTS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
+    """The step of a run's checkpoint: the latest for None. Raises InputError when there is none, or not that one."""
+    directory, steps = absolute(run_dir) / _CHECKPOINTS, saved_steps(run_dir)
+    if not directory.exists():
+        raise InputError(f"{directory}: no checkpoints")
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
+    return steps[-1] if step is None else step
 
 
 def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = None) -> tuple[Any, int]:
@@ -337,18 +348,13 @@ def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = No
       InputError: no checkpoint, not that one, or it does not fit or is damaged.
       Exception: of Orbax, TensorStore or the file system, which does not mean damage.
     """
-    directory = absolute(run_dir) / _CHECKPOINTS
-    if not directory.exists():
-        raise InputError(f"{directory}: no checkpoints")
+    step = find_step(run_dir, step)
+    directory, item = absolute(run_dir) / _CHECKPOINTS, {"params": abstract}
+    folder = directory / str(step)
+    if damage := changed_files(folder, _SMALL):
+        raise InputError(f"{folder}: damaged: {damage}")
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
-        step = steps[-1] if step is None else step
-        folder, item = directory / str(step), {"params": abstract}
-        if damage := changed_files(folder, _SMALL):
-            raise InputError(f"{folder}: damaged: {damage}")
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         try:
             check_fits(folder, item)
             restored = manager.restore(

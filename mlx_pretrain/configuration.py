@@ -210,7 +210,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
       main: the command.
       module: its name.
       joins: several processes started with it become one job, see `parallel.cluster`.
-      shards: it takes `parallel.cluster.shard` of its work.
+      shards: it takes `parallel.cluster.shard` of its work. A command that neither joins nor shards runs in process 0.
     """
     quiet_logging()
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
@@ -236,13 +236,23 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
 
 @contextlib.contextmanager
 def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
-    """Joins the job, or takes the shard, that the flags or the platform tell; a failure ends the whole job."""
+    """Joins the job, or takes the shard, that the flags or the platform tell; a failure ends the whole job.
+
+    Of a command that does neither, started several times by a launcher, process 0 alone goes on.
+    """
     shard = cluster.find_shard(flags.shard) if shards else None
     if shard is not None and flags.coordinator is not None:
         raise InputError(f"--shard={flags.shard}: processes with a shard of their own do not join a job")
     cluster.take_shard(shard)
     if joins and shard is None:
         cluster.join(cluster.find(flags.coordinator, flags.processes, flags.process), flags.join_timeout)
+    elif shard is None and cluster.may_have_others() and (place := cluster.find()):
+        if shards:
+            cluster.take_shard((place.process, place.processes))
+        elif place.process:
+            print(f"process {place.process} of {place.processes}: this command runs in one process, which is process 0",
+                  file=sys.stderr)
+            raise SystemExit(0)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:

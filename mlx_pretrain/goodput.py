@@ -24,17 +24,17 @@ from mlx_pretrain.files import open_to_append, read_jsonl, write_atomic
 
 GOODPUT = "goodput.jsonl"
 
-# Part -> meaning, in the order in which reports show them.
+# Part -> its name in reports, in their order.
 PARTS = {
-    "step": "training steps that count",
+    "step": "training steps",
     "data": "waiting for data",
     "evaluation": "evaluation",
     "checkpoint": "checkpoints",
     "compile": "compilation",
-    "restore": "restoring or initialising the state",
-    "start": "starting: imports, joining, opening the inputs",
-    "repeated": "steps done again after a crash",
-    "between": "no process running",
+    "restore": "restoring the state",
+    "start": "starting",  # imports, joining the others, opening the inputs
+    "repeated": "steps done again",  # lost in a crash
+    "between": "no process",
 }
 
 

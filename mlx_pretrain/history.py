@@ -68,19 +68,16 @@ class History:
 
     Attributes:
       train, evals, tasks: the lines of each kind, steps increasing; tasks may be empty, as evals.
-      restarts: how often the steps went back.
     """
 
     train: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]]
     tasks: Sequence[Mapping[str, Any]]
-    restarts: int
 
 
 def read_history(path: epath.Path) -> History:
     """Reads metrics.jsonl. Raises InputError naming the line when it is malformed, or has no training step."""
     kinds: dict[str, list] = {"train": [], "eval": [], "tasks": []}
-    restarts = 0
     for number, line in read_jsonl(path):
         if (kind := line.get("kind")) not in kinds:
             continue
@@ -91,16 +88,13 @@ def read_history(path: epath.Path) -> History:
         if not isinstance(line.get("step"), int) or ("loss" not in line and kind != "tasks"):
             raise InputError(f"{path}:{number}: a {kind} line needs an integer 'step' and a 'loss'")
         # After a restart from a checkpoint the steps since then come again: the later line counts.
-        again = False
         for name, lines in kinds.items():
             while lines and (lines[-1]["step"] > line["step"] or (name == kind and lines[-1]["step"] == line["step"])):
                 lines.pop()
-                again = True
-        restarts += again
         kinds[kind].append(line)
     if not kinds["train"]:
         raise InputError(f"{path}: no training step recorded yet")
-    return History(kinds["train"], kinds["eval"], kinds["tasks"], restarts)
+    return History(kinds["train"], kinds["eval"], kinds["tasks"])
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:

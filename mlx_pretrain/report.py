@@ -33,6 +33,7 @@ from mlx_pretrain.figures import (
     unit,
 )
 from mlx_pretrain.files import write_atomic
+from mlx_pretrain.goodput import GOODPUT, PARTS, Goodput, read_goodput
 from mlx_pretrain.history import (
     GROUPS,
     LANGUAGES,
@@ -65,8 +66,8 @@ def _runs(x: np.ndarray, y: np.ndarray, most: int = 240) -> np.ndarray:
 class Plots:
     """The plots of one run, each as inline SVG, or None where the run did not record what it shows."""
 
-    def __init__(self, summary: Summary, history: History):
-        self._summary, self._history = summary, history
+    def __init__(self, summary: Summary, history: History, goodput: Goodput | None):
+        self._summary, self._history, self._goodput = summary, history, goodput
         self._divisor, name = unit(summary.tokens)
         self.x_label = f"training tokens ({name.strip()}s)" if name else "training tokens"
         self._train_x = summary.tokens_at(column(history.train, "step")) / self._divisor
@@ -252,6 +253,20 @@ class Plots:
         return inline_svg(figure, "time", "Time per training step, by what it was spent on")
 
 
+    def goodput(self) -> Markup | None:
+        """Share of the run's time that each part of the work took."""
+        if self._goodput is None:
+            return None
+        seconds = {part: self._goodput.seconds[part] for part in PARTS if self._goodput.seconds[part] > 0}
+        figure, axes, rows = rows_panel("Share of the time (%)", [PARTS[part] for part in seconds])
+        shares = 100 * np.array(list(seconds.values())) / self._goodput.wall_s
+        axes.barh(rows, shares, height=0.6, color=[ACCENT if part == "step" else MUTED for part in seconds])
+        for row, share in zip(rows, shares):
+            axes.annotate(f"{share:.1f}", (share, row), (4, 0), textcoords="offset points", va="center")
+        axes.set_xlim(0, max(shares) * 1.15)
+        return inline_svg(figure, "goodput", "Share of the run's time by what it was spent on")
+
+
 def sampling(sample: Mapping[str, Any]) -> str:
     """How a sample was drawn, in words; empty when not recorded."""
     parts = [f"{word} {sample[name]}" for name, word in (("temperature", "temperature"), ("top_p", "top-p"))
@@ -272,17 +287,19 @@ def report(run_dir: epath.PathLike = gin.REQUIRED, output: epath.PathLike | None
     """
     folder = epath.Path(run_dir)
     facts, history = read_run(folder / "run.json"), read_history(folder / "metrics.jsonl")
-    samples = read_samples(folder / "samples.jsonl")
+    samples, goodput = read_samples(folder / "samples.jsonl"), read_goodput(folder / GOODPUT)
     summary = Summary(facts, history)
     with plot_style():
-        plots = Plots(summary, history)
+        plots = Plots(summary, history, goodput)
         drawn = {name: getattr(plots, name)()
-                 for name in ("loss", "mean_bits", "tasks", "dumbbells", "shares", "small_multiples", "dynamics")}
+                 for name in ("loss", "mean_bits", "tasks", "dumbbells", "shares", "small_multiples", "dynamics",
+                              "goodput")}
         drawn["x_label"] = plots.x_label
     page = render_page(
         epath.Path(__file__).parent / "report.html.j2",
         name=folder.absolute().name, run=facts, summary=summary, history=history, plots=drawn, samples=samples,
-        languages=LANGUAGES, started=parse_time(facts["started"]), mean_bits=mean_bits, sampling=sampling,
+        goodput=goodput, languages=LANGUAGES, started=parse_time(facts["started"]), mean_bits=mean_bits,
+        sampling=sampling,
         gin_files={path.name: path.read_text() for path in sorted(folder.glob("*.gin"))})
     write_atomic(output or folder / "report.html", page)
 

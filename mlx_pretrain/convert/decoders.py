@@ -1,9 +1,10 @@
 """LLaMA decoders from Hugging Face folders, and back: config.json and safetensors, SmolLM's and TinyLlama's among
 them."""
 
+import contextlib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object, stack_layers
+from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
@@ -38,10 +39,21 @@ def load_decoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Decode
         scaled positions); a tensor is missing, has another shape than config.json says, or is not used.
     """
     config = read_config(folder, dtype)
+    with open_decoder(folder, config) as readers:
+        return config, _map(lambda reader: reader(), readers)
+
+
+@contextlib.contextmanager
+def open_decoder(folder: epath.PathLike, config: DecoderConfig) -> Iterator[dict[str, Any]]:
+    """Opens the weights of a decoder with the configuration that its folder describes; errors as in `load_decoder`.
+
+    Yields:
+      A tree like the parameters of `Decoder`, of functions that read one of them each as a numpy float32 array.
+    """
     # A tied output projection may be stored all the same.
     ignored = re.compile(rf"{IGNORED.pattern}|lm_head\.weight") if config.tie_embeddings else IGNORED
     with open_weights(folder, lambda stored: stored, ignored) as read:
-        return config, decoder_params(config, read)
+        yield decoder_readers(config, read)
 
 
 def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig:
@@ -86,40 +98,61 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
 
 def decoder_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
     """Parameters of `Decoder` from tensors by Hugging Face's names; PyTorch's weights are `[out, in]`."""
+    return _map(lambda reader: reader(), decoder_readers(config, read))
+
+
+def decoder_readers(config: DecoderConfig, read: Read) -> dict[str, Any]:
+    """A tree like the parameters of `Decoder`, of functions that read one of them each."""
     embed, vocab = config.embed_dim, config.vocab_size
-    params = {
-        "embedding": read("model.embed_tokens.weight", (vocab, embed)),
-        "layers": stack_layers([_layer(config, read, f"model.layers.{n}") for n in range(config.n_layers)]),
-        "final_norm": {"scale": read("model.norm.weight", (embed,))},
+    names = [f"model.layers.{n}" for n in range(config.n_layers)]
+    stack = lambda part: lambda: np.stack([part(name) for name in names])  # noqa: E731
+    readers = {
+        "embedding": lambda: read("model.embed_tokens.weight", (vocab, embed)),
+        "layers": _map(stack, _layer_readers(config, read)),
+        "final_norm": {"scale": lambda: read("model.norm.weight", (embed,))},
     }
     if not config.tie_embeddings:
-        params["output"] = {"kernel": read("lm_head.weight", (vocab, embed)).T}
-    return params
+        readers["output"] = {"kernel": lambda: read("lm_head.weight", (vocab, embed)).T}
+    return readers
 
 
-def _layer(config: DecoderConfig, read: Read, name: str) -> dict[str, Any]:
+def _layer_readers(config: DecoderConfig, read: Read) -> dict[str, Any]:
+    """The same of one layer; the functions take the layer's name."""
     embed, mlp, head_dim = config.embed_dim, config.mlp_dim, config.head_dim
 
-    def heads(part: str, count: int) -> np.ndarray:
-        weight = read(f"{name}.self_attn.{part}_proj.weight", (count * head_dim, embed))
-        return weight.T.reshape(embed, count, head_dim)
+    def norm(part: str) -> Callable[[str], np.ndarray]:
+        return lambda layer: read(f"{layer}.{part}_layernorm.weight", (embed,))
 
-    out = read(f"{name}.self_attn.o_proj.weight", (embed, config.n_heads * head_dim))
+    def heads(part: str, count: int) -> Callable[[str], np.ndarray]:
+        shape = (count * head_dim, embed)
+        return lambda layer: read(f"{layer}.self_attn.{part}_proj.weight", shape).T.reshape(embed, count, head_dim)
+
+    def out(layer: str) -> np.ndarray:
+        weight = read(f"{layer}.self_attn.o_proj.weight", (embed, config.n_heads * head_dim))
+        return weight.T.reshape(config.n_heads, head_dim, embed)
+
+    def dense(part: str, shape: tuple[int, int]) -> Callable[[str], np.ndarray]:
+        return lambda layer: read(f"{layer}.mlp.{part}_proj.weight", shape).T
+
     return {
-        "attention_norm": {"scale": read(f"{name}.input_layernorm.weight", (embed,))},
+        "attention_norm": {"scale": norm("input")},
         "attention": {
             "query": heads("q", config.n_heads),
             "key": heads("k", config.n_kv_heads),
             "value": heads("v", config.n_kv_heads),
-            "out": out.T.reshape(config.n_heads, head_dim, embed),
+            "out": out,
         },
-        "mlp_norm": {"scale": read(f"{name}.post_attention_layernorm.weight", (embed,))},
-        "mlp": {
-            "gate": read(f"{name}.mlp.gate_proj.weight", (mlp, embed)).T,
-            "up": read(f"{name}.mlp.up_proj.weight", (mlp, embed)).T,
-            "down": read(f"{name}.mlp.down_proj.weight", (embed, mlp)).T,
-        },
+        "mlp_norm": {"scale": norm("post_attention")},
+        "mlp": {"gate": dense("gate", (mlp, embed)), "up": dense("up", (mlp, embed)),
+                "down": dense("down", (embed, mlp))},
     }
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """As `jax.tree.map`, but in the order of the dictionaries, which is that of the model."""
+    if isinstance(tree, dict):
+        return {name: _map(function, part) for name, part in tree.items()}
+    return function(tree)
 
 
 def save_decoder(

@@ -54,7 +54,11 @@ class SubwordTokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id; tokens added to the model count."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary().values()) + 1
+
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each piece, added tokens included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text (valid Unicode: no lone surrogates), without special tokens."""

@@ -321,15 +321,29 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path):
     write_lines(folder / "metrics.jsonl", [*before, *wrong, *(line for line in lines if line["step"] > 100)])
     history = read_history(folder / "metrics.jsonl")
     assert [*history.train, *history.evals] == sorted(lines, key=lambda line: line["kind"] == "eval")
-    assert history.restarts == 1
     assert summary_of(folder).languages == expected
     # Killed again, soon after going back: what had been done beyond that point is gone.
     again = [line for line in lines if 100 < line["step"] <= 150]
     write_lines(folder / "metrics.jsonl", [*before, *wrong, *again])
     history = read_history(folder / "metrics.jsonl")
     assert history.train[-1]["step"] == 150 and history.evals[-1]["step"] == 100
+    assert "not finished: 150 of 400 steps" in page_of(folder).text
+
+
+def test_where_the_hours_went(tmp_path):
+    """Two processes: the first lost the steps after 200 of 300, the second went on after 5 s."""
+    folder = write_run(tmp_path)
+    assert "Where the hours went" not in page_of(folder).text
+    write_lines(folder / "goodput.jsonl", [
+        {"process": START + begun, "time": START + at, "step": step, "first_step": first,
+         "seconds": {"start": 10.0, "step": seconds, "evaluation": at - begun - 10.0 - seconds}}
+        for begun, at, step, first, seconds in
+        [(0, 10, 0, 0, 0.0), (0, 100, 200, 0, 80.0), (0, 150, 300, 0, 120.0), (155, 165, 200, 200, 0.0),
+         (155, 255, 400, 200, 80.0)]])
     text = page_of(folder).text
-    assert "not finished: 150 of 400 steps" in text and "resumed 1 time from a checkpoint" in text
+    assert "The 4 min 15 s from the first start" in text and "training steps that count took 62.7 %" in text
+    assert "It took 2 starts; 100 steps were lost in crashes and done again." in " ".join(text.split())
+    assert "The run was resumed once" in text
 
 
 @pytest.mark.parametrize("kept", [("step", "kind", "loss"), ("step", "kind", "loss", "tokens_per_s", "time")])
