@@ -1,5 +1,6 @@
 """The command line: what is wrong is said in one line that names the place."""
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import raters.score  # noqa: F401
 from mlx_pretrain import configuration
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.parallel import cluster
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +99,32 @@ def test_values_that_fit_are_taken():
 def test_unknown_flags_are_refused(argument):
     with pytest.raises(InputError, match=argument):
         configuration.parse_flags([argument])
+
+
+PLACE = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+
+
+def test_a_command_for_one_process_runs_in_process_0_alone(tmp_path):
+    """Nothing is written by the others, and process 0 waits for nobody."""
+    (tmp_path / "en.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog near the river bank."}\n')
+    command = [sys.executable, "-m", "raters.duplicates", "--gin.duplicates.documents=en.jsonl",
+               "--gin.duplicates.output=out"]
+    environment = os.environ | PLACE | {"PYTHONPATH": configuration.REPOSITORY}
+    other = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (other.returncode, other.stdout) == (0, "") and not (tmp_path / "out").exists()
+    assert other.stderr == "process 2 of 3: this command runs in one process, which is process 0\n"
+    main = subprocess.run(command, cwd=tmp_path, env=environment | {"JAX_PROCESS_ID": "0"}, capture_output=True)
+    assert main.returncode == 0 and (tmp_path / "out/report.json").exists()
+
+
+def test_processes_that_a_launcher_started_are_shards(monkeypatch):
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with configuration._hosts(configuration.Flags(), joins=False, shards=True):
+            assert cluster.shard() == (2, 3) and cluster.size() == 1
+    finally:
+        cluster.take_shard(None)
 
 
 def test_commands_end_with_one_line_and_a_code():
