@@ -26,7 +26,7 @@ from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import absolute, read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import absolute, move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState
@@ -203,10 +203,9 @@ class Checkpoints:
 
     def _move(self, step: int) -> None:
         aside = self._folder.parent / "damaged_checkpoints" / str(step)
-        aside.parent.mkdir(parents=True, exist_ok=True)
         if aside.exists():
             aside.rmtree()
-        (self._folder / str(step)).rename(aside)
+        move_folder(self._folder / str(step), aside)
 
     def wait(self) -> None:
         """Blocks until saves under way are complete."""

@@ -120,6 +120,7 @@ def _measured(program, topology) -> dict:
         "mfu": seconds and model_flops / topology.chip.flops / seconds["least"],
         "compile_seconds": result.compile_seconds,
         "unknown_loops": list(result.unknown_loops),
+        "opaque_kernels": dict(result.opaque_kernels),
         "remedies": list(program.remedies),
     }
 
@@ -143,16 +144,17 @@ def _describe_program(program: dict) -> list[str]:
     if program["refusal"] is None:
         share = memory["peak"] / memory["limit"]
         verdict = "fits" if program["fits"] else "DOES NOT FIT"
-        lines.append(f"{arguments}, temporaries {_size(memory['temporaries'])}, peak {_size(memory['peak'])} of {limit} "
-                     f"({share:.0%}): {verdict}")
+        lines.append(f"{arguments}, temporaries {_size(memory['temporaries'])}, peak {_size(memory['peak'])} of "
+                     f"{limit} ({share:.0%}): {verdict}")
     else:
         lines += [f"{arguments} of {limit}: DOES NOT FIT", f"  compiler     {program['refusal']}"]
     if not program["fits"]:
         lines += [f"  {'try' if i == 0 else '':<12} {remedy}" for i, remedy in enumerate(program["remedies"])]
     if program["refusal"] is not None:
         return lines
+    kernels = ", ".join(f"{name} x {count}" for name, count in program["opaque_kernels"].items())
     lines.append(f"  FLOPs        {program['flops']:.3e}, {program['flops'] / program['model_flops']:.2f} times the "
-                 "model's")
+                 f"model's" + (f"; without those of {kernels}" if kernels else ""))
     for i, traffic in enumerate(program["collectives"] or [None]):
         name = "collectives" if i == 0 else ""
         text = "none" if traffic is None else (

@@ -49,7 +49,7 @@ class HeldOut:
         self.languages = sorted(language for language in chosen if parts[language].sequences)
         if not self.languages:
             raise InputError(f"{store.path}: split {split!r} is empty")
-        rows = [_spread_rows(store.array(split, language), max_sequences) for language in self.languages]
+        rows = [_spread_rows(array, max_sequences) for array in store.arrays(split, self.languages)]
         self._bytes_per_token = np.array([parts[l].bytes / parts[l].tokens for l in self.languages])
         tokens = np.concatenate(rows).astype(np.int32)
         source = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes and content hashes, on local disks and object stores."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -131,6 +132,26 @@ def file_sizes(folder: epath.PathLike) -> dict[str, int]:
         return {name.removeprefix(root): about["size"] for name, about in found.items()}
     files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
     return {os.path.relpath(file, folder): os.stat(file).st_size for file in files}
+
+
+def move_folder(source: epath.PathLike, target: epath.PathLike, last: str | None = None) -> None:
+    """Moves a folder to a place where there is none.
+
+    On gs:// its objects are moved one by one, those at the top first and the one named `last` after all others, which
+    says to readers that the rest is there. A killed process leaves the others where they were.
+    """
+    source, target = epath.Path(source), epath.Path(target)
+    if not gcs.is_gs(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return
+    with gcs.named_errors(source), concurrent.futures.ThreadPoolExecutor(16) as pool:
+        move = lambda name: gcs.filesystem().mv_file(str(source / name), str(target / name))  # noqa: E731
+        names = file_sizes(source)
+        for stage in ([name for name in names if "/" not in name and name != last],
+                      [name for name in names if "/" in name and name != last],
+                      [name for name in names if name == last]):
+            list(pool.map(move, stage))
 
 
 def sha256(path: epath.PathLike) -> str:

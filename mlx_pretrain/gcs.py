@@ -173,17 +173,18 @@ class Appender:
             part = f"{folder}/.{name}.{token}".lstrip("/")
             sources = [self._name, part] if self._generation else [part]
             gcs.pipe_file(f"{self._bucket}/{part}", content)
-            # When the condition fails, another writer was here, or this request got through without its answer.
-            with contextlib.suppress(FileExistsError):
-                gcs.call(
+            try:
+                made = gcs.call(
                     "POST", "b/{}/o/{}/compose", self._bucket, self._name, ifGenerationMatch=str(self._generation),
                     json={"sourceObjects": [{"name": source} for source in sources],
-                          "destination": {"metadata": {"appended": token}}},
+                          "destination": {"metadata": {"appended": token}}}, json_out=True,
                 )
+            except FileExistsError:
+                # The condition failed: another writer was here, or this request was, and its answer got lost.
+                made = gcs.call("GET", "b/{}/o/{}", self._bucket, self._name, json_out=True)
             gcs.rm_file(f"{self._bucket}/{part}")
-            found = gcs.info(self._path)
-            if found.get("metadata", {}).get("appended") != token:
+            if made.get("metadata", {}).get("appended") != token:
                 raise InputError(f"{self._path}: written by another process meanwhile")
-            self._generation = int(found["generation"])
+            self._generation = int(made["generation"])
             with self._pending_lock:
                 del self._pending[: len(content)]

@@ -28,7 +28,9 @@ class _EventFiles:
     """TensorBoard files on gs://; tensorboardX's own writer uploads the whole file again at every flush."""
 
     def open(self, path: str) -> gcs.Appender:
-        return gcs.Appender(path, every=None)  # tensorboardX flushes by itself
+        # tensorboardX flushes by itself. It names files by the second, in which a run may start again; TensorBoard
+        # reads them in the order of their names.
+        return gcs.Appender(f"{path}.{time.time_ns()}", every=None)
 
     def directory_check(self, path: str) -> None:
         """Folders need not exist there."""

@@ -83,18 +83,24 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
     Raises:
       InputError: there is none, or its settings are wrong.
     """
-    listers = [lister for parameter, lister in _LISTERS.items() if _is_bound(parameter)]
+    listers = [lister for parameter, lister in _LISTERS.items() if is_bound(parameter)]
     if not listers:
         raise InputError(f"the gin files configure no program: none of {', '.join(_LISTERS)} is set")
     return [program for lister in listers for program in lister(mesh, length)]
 
 
-def _is_bound(parameter: str) -> bool:
+def is_bound(parameter: str) -> bool:
+    """True if the gin files read so far set a parameter such as "train.steps"."""
     try:
         gin.query_parameter(parameter)
     except ValueError:
         return False
     return True
+
+
+def in_microbatches(n: int) -> str:
+    """What to say of a batch in slices."""
+    return f" in {n} microbatches" if n > 1 else ""
 
 
 def remedies_for_training(config, model, mesh: Mesh) -> list[str]:

@@ -99,8 +99,7 @@ class Pretraining(DecoderComputation):
         self._store = TokenStore(config.token_store)
         self._rates = load_rates(config.rates, known=self._store.parts("train"))
         self._languages = used_languages(self._store, "train", self._rates)
-        for language in self._languages:
-            self._store.array("train", language)  # checks the files
+        self._store.arrays("train", self._languages)  # checks the files
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         super().__init__(config, self._store.manifest.sequence_length)
 
@@ -181,8 +180,7 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
         programs.Program(
             "training step",
             *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} x {length} tokens" + (
-                f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
+            batch=f"{config.batch_size} x {length} tokens" + programs.in_microbatches(config.microbatches),
             mesh=mesh,
             parameters=model.parameters(),
             tokens=config.batch_size * length,

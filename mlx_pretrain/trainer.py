@@ -38,7 +38,7 @@ def _hidden(config: DecoderConfig, params: Any, tokens: jax.Array) -> tuple[jax.
     return hidden, batch
 
 
-def make_decoder_loss(config: DecoderConfig, *, z_coefficient: float = 0.0, chunk_tokens: int = 1024) -> Loss:
+def make_decoder_loss(config: DecoderConfig, *, z_coefficient: float = 0.0, chunk_tokens: int | None = None) -> Loss:
     """Builds `loss(params, tokens [batch, length])`: cross entropy of packed sequences, nats, plus the z-loss."""
 
     def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, LossParts]:
@@ -121,7 +121,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: DecoderConfig, n_sources: int, chunk_tokens: int = 1024
+    config: DecoderConfig, n_sources: int, chunk_tokens: int | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Builds `step(params, tokens [batch, length], source [batch]) -> (nll, tokens)`, float32 `[n_sources]` sums."""
 

@@ -226,7 +226,9 @@ def jitted_step(
     sharding = partitioning.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
              for name, row in computation.batch_row.items()}
-    return jax.jit(step, donate_argnums=0), (abstract, batch)
+    # Said, not left to the compiler: for GPUs it returned the whole state to every device, which donates nothing.
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), (abstract, batch)
 
 
 class _Stopped(Exception):

@@ -26,7 +26,7 @@ from etils import epath
 from mlx_pretrain import __version__
 from mlx_pretrain.data.documents import Document, match_files, read_documents
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256
+from mlx_pretrain.files import move_folder, read_json, sha256
 
 REPORT, REMOVED, DOCUMENTS = "report.json", "removed.jsonl", "documents"
 _EXTENSION = re.compile(r"\.(jsonl|txt)(\.(gz|xz|zst))?$|\.parquet$")
@@ -130,7 +130,7 @@ def new_folder(output: epath.PathLike) -> Iterator[epath.Path]:
         yield scratch
         if output.exists():
             output.rmtree()
-        scratch.rename(output)
+        move_folder(scratch, output, last=REPORT)
     except BaseException:
         scratch.rmtree(missing_ok=True)
         raise

@@ -56,14 +56,14 @@ class GcsServer:
       buckets: bucket -> name -> Object.
       requests: (method, path with query) of all requests so far.
       forbidden: prefixes of object names that nobody may read or write.
-      down: answer 503 to everything.
+      lose_answer_of: the end of a path; the next request for such a one is done, and answered 503.
     """
 
     def __init__(self):
         self.buckets: dict[str, dict[str, Object]] = {}
         self.requests: list[tuple[str, str]] = []
         self.forbidden: list[str] = []
-        self.down = False
+        self.lose_answer_of: str | None = None
         self._uploads: dict[str, tuple[str, str, dict, dict[str, str], bytearray]] = {}
         self._generations = itertools.count(1_700_000_000_000_000)
         self._lock = threading.Lock()
@@ -104,8 +104,6 @@ class GcsServer:
 
     def handle(self, method: str, path: str, query: dict[str, str], headers, body: bytes):
         with self._lock:
-            if self.down:
-                raise _Refused(503, "backend error")
             for pattern, methods in _ROUTES.items():
                 if (match := re.fullmatch(pattern, path)) and method in methods:
                     arguments = [urllib.parse.unquote(group) for group in match.groups()]
@@ -339,6 +337,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         try:
             status, headers, content = self.gcs.handle(self.command, path, _query(text), self.headers, body)
+            if self.gcs.lose_answer_of and path.endswith(self.gcs.lose_answer_of):
+                self.gcs.lose_answer_of = None
+                raise _Refused(503, "backend error")
         except _Refused as error:
             status, headers, content = error.status, {"Content-Type": "application/json"}, _error(error)
             if status == 304:

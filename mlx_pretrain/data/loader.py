@@ -103,7 +103,7 @@ class BatchSource:
           InputError: a language is missing, empty, or its data are damaged.
         """
         self.languages = used_languages(store, split, rates)
-        arrays = [store.array(split, language) for language in self.languages]
+        arrays = store.arrays(split, self.languages)
         sizes = np.array([array.shape[0] for array in arrays])
         self._starts = np.cumsum(sizes) - sizes
         self._tokens = _joined(arrays)

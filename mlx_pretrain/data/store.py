@@ -173,6 +173,7 @@ class TokenStore:
         self.path = epath.Path(path)
         self.manifest = read_manifest(path)
         self._sizes: dict[str, Mapping[str, int]] = {}  # of the files of a split
+        self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
 
     def part(self, split: str, language: str) -> Part:
         """Raises InputError when the store lacks the split or the language."""
@@ -195,12 +196,23 @@ class TokenStore:
         if max_length < length:
             raise InputError(f"{self.path}: sequences of {length} tokens, the model has max_length={max_length}")
 
-    def array(self, split: str, language: str) -> ts.TensorStore:
-        """The rows of one language: [sequences, sequence_length].
+    def arrays(self, split: str, languages: Iterable[str]) -> list[ts.TensorStore]:
+        """The rows of languages: [sequences, sequence_length] each; all are opened at once, and once.
 
         Raises:
-          InputError: a data file is missing or truncated, or the array is not what the manifest says.
+          InputError: a data file is missing or truncated, or an array is not what the manifest says.
         """
+        languages = list(languages)
+        opening = {}
+        for language in languages:
+            if (split, language) not in self._arrays:
+                self._check_files(split, language)
+                opening[language] = ts.open(zarr3_spec(self.path / split / language), read=True, open=True)
+        for language, array in opening.items():
+            self._arrays[split, language] = self._checked(split, language, array)
+        return [self._arrays[split, language] for language in languages]
+
+    def _check_files(self, split: str, language: str) -> None:
         part, folder = self.part(split, language), self.path / split / language
         if split not in self._sizes:  # one listing for all languages
             self._sizes[split] = file_sizes(self.path / split)
@@ -212,14 +224,21 @@ class TokenStore:
                 raise InputError(
                     f"{folder / name}: {found} bytes where the manifest says {size}; export the token store again"
                 )
+
+    def _checked(self, split: str, language: str, opening: ts.Future) -> ts.TensorStore:
+        part, folder = self.part(split, language), self.path / split / language
         try:
-            array = ts.open(zarr3_spec(folder), read=True, open=True).result()
+            array = opening.result()
         except ValueError as error:
             raise InputError(f"{folder}: cannot be opened as zarr3: {str(error).splitlines()[0]}") from None
         if array.shape != (part.sequences, self.manifest.sequence_length):
             raise InputError(f"{folder}: shape {array.shape} where the manifest says "
                              f"{(part.sequences, self.manifest.sequence_length)}; export the token store again")
         return array
+
+    def array(self, split: str, language: str) -> ts.TensorStore:
+        """The rows of one language; see `arrays`."""
+        return self.arrays(split, [language])[0]
 
     def read(self, split: str, language: str) -> np.ndarray:
         """All rows of one language in memory: [sequences, sequence_length]."""

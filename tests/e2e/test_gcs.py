@@ -69,3 +69,11 @@ def test_a_run_on_gcs_is_the_run_on_disk_through_kill_9_and_can_be_read(gcs, sto
     report("gs://bucket/run")
     assert objects["run/report.html"].content_type == "text/html"
     assert b"a b" in objects["run/report.html"].content
+
+
+def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path):
+    (tmp_path / "gcsfs.py").write_text("raise ImportError('no gcsfs')")
+    ended = run("mlx_pretrain.report", "--gin.report.run_dir=gs://bucket/run", folder=tmp_path)
+    assert ended.code == 1
+    assert ended.err == (
+        "error: gs://bucket/run/run.json: gs:// needs the extra `gcs`: pip install 'mlx-pretrain[gcs]'\n")
