@@ -293,6 +293,12 @@ def different_field(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
+def has_steps(run_dir: epath.PathLike) -> bool:
+    """Returns True if a run's folder holds a complete checkpoint, be it damaged or not."""
+    folder = absolute(run_dir) / _CHECKPOINTS
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 Config = TypeVar("Config")
 
 

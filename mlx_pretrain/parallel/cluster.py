@@ -93,6 +93,16 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
     return Place(*found[:3], local_device_ids=None if alone else found[3])
 
 
+# What launchers leave in the environment of the processes they start, and TPU VMs in the file system.
+_MARKS = ("JAX_COORDINATOR_ADDRESS", "SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
+_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def may_have_others() -> bool:
+    """False where no launcher has left a mark: `find` would find nothing, and import JAX to do so."""
+    return any(name.startswith(_MARKS) for name in os.environ) or any(map(os.path.exists, _DEVICES))
+
+
 def find_shard(text: str | None = None) -> tuple[int, int] | None:
     """Returns (number, count) of the part of the work that `text` "I/N" or a SLURM array gives this process, from 0.
 
