@@ -62,6 +62,8 @@ VARIANTS = {
     "chunk-8192": Variant("half as often, for 8 GB of logits: +1%", chunk_tokens=8192),
     "attention-16": Variant("16 rows: AdamW's traffic and small launches weigh half: +2%", "attention", batch=16),
     "unroll-4": Variant("fewer slices of stacked weights, fusion across layers: +1%, compiles longer", unroll=4),
+    "triton": Variant("no mask, blocks between documents skipped, a slower kernel: +-5%", attention="triton"),
+    "none-triton": Variant("the same for the fastest policy", "none", "triton", batch=4),
     "blockwise": Variant("plain XLA: probabilities of a block go through memory: -25%", attention="blockwise"),
     "xla": Variant("whole probabilities, 1 GB a row and layer in bfloat16: -40%", attention="xla", batch=4),
 }
@@ -79,9 +81,13 @@ def measure(variant: Variant, steps: int, quick: bool) -> dict:
 
     from mlx_pretrain import hardware, optimizers, partitioning, train_state
     from mlx_pretrain.data.store import EOS_ID
+    from mlx_pretrain.models.attention import IMPLEMENTATIONS
     from mlx_pretrain.models.decoder import DecoderConfig
     from mlx_pretrain.trainer import make_decoder_loss, make_train_step
 
+    if jax.default_backend() not in IMPLEMENTATIONS[variant.attention].platforms:
+        # The model would take another implementation, with a warning.
+        raise ValueError(f"attention '{variant.attention}' does not run on {jax.default_backend()}")
     if quick:
         shape = {"vocab_size": 512, "embed_dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_dim": 128}
         shape |= {"head_dim": 64, "max_length": 128}

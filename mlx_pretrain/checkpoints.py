@@ -293,6 +293,12 @@ def different_field(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
+def has_steps(run_dir: epath.PathLike) -> bool:
+    """Returns True if a run's folder holds a complete checkpoint, be it damaged or not."""
+    folder = absolute(run_dir) / _CHECKPOINTS
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 Config = TypeVar("Config")
 
 
@@ -315,6 +321,22 @@ def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _without_retired(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
+def saved_steps(run_dir: epath.PathLike) -> list[int]:
+    """Steps of a run's complete checkpoints, ascending; may be asked without opening them."""
+    directory = absolute(run_dir) / _CHECKPOINTS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
+    """The step of a run's checkpoint: the latest for None. Raises InputError when there is none, or not that one."""
+    directory, steps = absolute(run_dir) / _CHECKPOINTS, saved_steps(run_dir)
+    if not directory.exists():
+        raise InputError(f"{directory}: no checkpoints")
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
+    return steps[-1] if step is None else step
+
+
 def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = None) -> tuple[Any, int]:
     """Parameters alone, without the optimizer's state, laid out as `abstract`.
 
@@ -332,18 +354,13 @@ def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = No
       InputError: no checkpoint, not that one, or it does not fit or is damaged.
       Exception: of Orbax, TensorStore or the file system, which does not mean damage.
     """
-    directory = absolute(run_dir) / _CHECKPOINTS
-    if not directory.exists():
-        raise InputError(f"{directory}: no checkpoints")
+    step = find_step(run_dir, step)
+    directory, item = absolute(run_dir) / _CHECKPOINTS, {"params": abstract}
+    folder = directory / str(step)
+    if damage := changed_files(folder, _SMALL):
+        raise InputError(f"{folder}: damaged: {damage}")
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
-        step = steps[-1] if step is None else step
-        folder, item = directory / str(step), {"params": abstract}
-        if damage := changed_files(folder, _SMALL):
-            raise InputError(f"{folder}: damaged: {damage}")
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         try:
             check_fits(folder, item)
             restored = manager.restore(

@@ -53,6 +53,7 @@ class InitialWeights:
             described = self._path / checkpoints.MODEL
             found = checkpoints.load_model(self._path, DecoderConfig)
             self._check_run_tokenizer(described, tokenizer)
+            self._step = checkpoints.find_step(self._path, self._step)
         elif (self._path / CONFIG).exists():
             described, found = self._path / CONFIG, read_config(self._path, config.dtype)
             self._check_foreign_tokenizer(Tokenizer(tokenizer))
@@ -94,7 +95,7 @@ class InitialWeights:
         """
         abstract = abstract_params(self._config, mesh)
         if self._is_run:
-            params, self._step = checkpoints.restore_params(self._path, abstract, self._step)
+            params, _ = checkpoints.restore_params(self._path, abstract, self._step)
         else:
             with open_decoder(self._path, self._config) as readers:
                 params = jax.tree.map(lambda read, like: _put(read(), like), readers, abstract)

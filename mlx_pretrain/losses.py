@@ -3,7 +3,8 @@
 `cross_entropy` walks over chunks of tokens: logits of a chunk, log-sum-exp, and, when a gradient is asked for, the
 chunk's part of the gradient at once, so that nothing is computed twice and only gradients (of the size of hidden
 states and kernel) are kept. Under a mesh it runs in `shard_map`: every device walks its own tokens against its slice
-of the vocabulary, and the kernel's gradient crosses the network once instead of once a chunk.
+of the vocabulary, and the kernel's gradient crosses the network once instead of once a chunk. Where `tensor` splits
+the vocabulary, a chunk costs one exchange, of three numbers a token and device.
 """
 
 import functools
@@ -11,9 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from mlx_pretrain.partitioning import BATCH_AXES
+from mlx_pretrain import partitioning
+from mlx_pretrain.parallel import collectives
+
+# Tokens whose logits are held at once, by platform. Each chunk reads and writes the whole float32 gradient of the
+# kernel: with 1,024 tokens of a bfloat16 model as much traffic as the logits themselves. On a CPU they stay in cache.
+CHUNK_TOKENS = {"cpu": 1024, "tpu": 2048, "gpu": 4096}
 
 
 class LossSums(NamedTuple):
@@ -35,7 +40,7 @@ class _Plan(NamedTuple):
 
     chunk_tokens: int
     z_coefficient: float
-    vocab_axis: str | None
+    vocab_axes: tuple[str, ...]  # mesh axes that split the vocabulary
 
 
 def cross_entropy(
@@ -45,7 +50,7 @@ def cross_entropy(
     weights: jax.Array,
     *,
     z_coefficient: float = 0.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Weighted sum of softmax cross entropy (plus z-loss) over all tokens of the global batch.
 
@@ -57,7 +62,8 @@ def cross_entropy(
       targets: int `[batch, length]`.
       weights: float `[batch, length]`, 0 for tokens that don't count.
       z_coefficient: weight of the z-loss.
-      chunk_tokens: at most so many tokens' logits are held at once on a device, one position of all its rows at least.
+      chunk_tokens: at most so many tokens' logits are held at once on a device, one position of all its rows at least;
+        None: CHUNK_TOKENS of the platform.
 
     Returns:
       total: float32 scalar, nll + z_coefficient * z_loss, the one to differentiate.
@@ -66,15 +72,21 @@ def cross_entropy(
     return _cross_entropy(_plan(chunk_tokens, z_coefficient), hidden, kernel, targets, weights.astype(jnp.float32))
 
 
-def token_nll(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens: int = 1024) -> jax.Array:
+def token_nll(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens: int | None = None) -> jax.Array:
     """Negative log-likelihood of every target, nats: float32 `[batch, length]`; arguments as in `cross_entropy`."""
     plan = _plan(chunk_tokens, 0.0)
     return _run(plan, False, hidden, kernel, targets, jnp.zeros(targets.shape, jnp.float32))[0]
 
 
-def _plan(chunk_tokens: int, z_coefficient: float) -> _Plan:
+def _plan(chunk_tokens: int | None, z_coefficient: float) -> _Plan:
+    if chunk_tokens is None:
+        chunk_tokens = CHUNK_TOKENS[partitioning.platform()]
+    return _Plan(chunk_tokens, z_coefficient, partitioning.mesh_axes("vocab") if _many_devices() else ())
+
+
+def _many_devices() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return _Plan(chunk_tokens, z_coefficient, None if mesh.empty or mesh.size == 1 else "tensor")
+    return not mesh.empty and mesh.size > 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -104,23 +116,34 @@ def _sums(plan: _Plan, nll, log_partition, weights) -> tuple[jax.Array, LossSums
 
 def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     """Per token nll and log-partition, and, if wanted, the total's gradients; on a mesh, over all devices."""
-    local = functools.partial(_local, plan, gradients)
-    # Before shard_map gathers it, so that half the bytes travel.
+    # Cast before it is gathered, so that half the bytes travel.
     kernel = kernel.astype(hidden.dtype)
-    if plan.vocab_axis is None:
-        return local(hidden, kernel, targets, weights)
-    tokens, vocab = P(BATCH_AXES), P(None, plan.vocab_axis)
+    if not _many_devices():
+        return _local(plan, gradients, hidden, kernel, targets, weights)
+    of_embed = partitioning.mesh_axes("embed")
+    others = tuple(axis for axis in partitioning.mesh_axes("batch") if axis not in of_embed)
+
+    def local(hidden, kernel, targets, weights):
+        kernel = collectives.gather(kernel, of_embed, 0)
+        *outputs, d_hidden, d_kernel = _local(plan, gradients, hidden, kernel, targets, weights)
+        if gradients:
+            # Scattered first: `data` may be a slow network between slices.
+            d_kernel = collectives.total(collectives.reduce_scatter(d_kernel, of_embed, 0), others)
+            d_hidden = collectives.total(d_hidden, plan.vocab_axes)
+        return *outputs, d_hidden, d_kernel
+
+    tokens, weight = partitioning.spec("batch"), partitioning.spec("embed", "vocab")
     return jax.shard_map(
         local,
-        in_specs=(tokens, vocab, tokens, tokens),
-        out_specs=(tokens, tokens, tokens, P("fsdp", plan.vocab_axis)) if gradients else (tokens, tokens, None, None),
+        in_specs=(tokens, weight, tokens, tokens),
+        out_specs=(tokens, tokens, tokens, weight) if gradients else (tokens, tokens, None, None),
         check_vma=False,
     )(hidden, kernel, targets, weights)
 
 
 def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
-    """One device's tokens against its slice of the vocabulary."""
-    dtype, axis = hidden.dtype, plan.vocab_axis
+    """One device's tokens against its slice of the vocabulary; the gradient to `hidden` is that slice's part."""
+    dtype, axes = hidden.dtype, plan.vocab_axes
     batch, length = targets.shape
     n_chunks = _chunks(batch, length, plan.chunk_tokens)
 
@@ -131,37 +154,44 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     def join(x):
         return x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:])
 
-    offset = 0 if axis is None else jax.lax.axis_index(axis) * kernel.shape[1]
-    total = (lambda x: x) if axis is None else functools.partial(jax.lax.psum, axis_name=axis)
+    offset = jax.lax.axis_index(axes) * kernel.shape[1] if axes else 0
 
     def chunk(d_kernel, inputs):
         h, target, weight = inputs
         scores = jnp.einsum("BTD,DV->BTV", h, kernel, preferred_element_type=jnp.float32)
         peak = jnp.max(scores, axis=-1)
-        peak = peak if axis is None else jax.lax.pmax(peak, axis)
         exponentials = jnp.exp(scores - peak[..., None])
-        partition = total(jnp.sum(exponentials, axis=-1))
-        log_partition = peak + jnp.log(partition)
+        partition = jnp.sum(exponentials, axis=-1)
         here = jnp.arange(scores.shape[-1]) == (target - offset)[..., None]
-        nll = log_partition - total(jnp.sum(jnp.where(here, scores, 0.0), axis=-1))
+        of_target = jnp.sum(jnp.where(here, scores, 0.0), axis=-1)
+        local_peak = peak
+        peak, partition, of_target = _whole_vocabulary(axes, peak, partition, of_target)
+        log_partition = peak + jnp.log(partition)
+        nll = log_partition - of_target
         if not gradients:
             return d_kernel, (nll, log_partition, None)
         slope = weight * (1 + 2 * plan.z_coefficient * log_partition) / partition
+        if axes:
+            slope *= jnp.exp(local_peak - peak)
         d_scores = (exponentials * slope[..., None] - jnp.where(here, weight[..., None], 0.0)).astype(dtype)
         d_h = jnp.einsum("BTV,DV->BTD", d_scores, kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("BTD,BTV->DV", h, d_scores, preferred_element_type=jnp.float32)
-        return d_kernel, (nll, log_partition, total(d_h).astype(dtype))
+        return d_kernel, (nll, log_partition, d_h.astype(dtype))
 
     start = jnp.zeros(kernel.shape, jnp.float32) if gradients else None
     inputs = (split(hidden), split(targets), split(weights))
     d_kernel, (nll, log_partition, d_hidden) = jax.lax.scan(chunk, start, inputs)
-    nll, log_partition = join(nll), join(log_partition)
-    if not gradients:
-        return nll, log_partition, None, None
-    if axis is not None:
-        # Scattered first: `data` may be a slow network between slices.
-        d_kernel = jax.lax.psum(jax.lax.psum_scatter(d_kernel, "fsdp", scatter_dimension=0, tiled=True), "data")
-    return nll, log_partition, join(d_hidden), d_kernel
+    return join(nll), join(log_partition), join(d_hidden) if gradients else None, d_kernel
+
+
+def _whole_vocabulary(axes: tuple[str, ...], peak, partition, of_target):
+    """The largest score, the sum of exponentials over it and the target's score in the whole vocabulary, from those in
+    a device's slice (a target that is not in it: 0); float32 `[batch, length]` each."""
+    if not axes:
+        return peak, partition, of_target
+    peaks, partitions, of_targets = jax.lax.all_gather(jnp.stack([peak, partition, of_target]), axes, axis=1)
+    peak = jnp.max(peaks, axis=0)
+    return peak, jnp.sum(partitions * jnp.exp(peaks - peak), axis=0), jnp.sum(of_targets, axis=0)
 
 
 def _chunks(batch: int, length: int, chunk_tokens: int) -> int:

@@ -16,7 +16,11 @@ Schedule = Callable[[Any], Any]
 def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
     """Linear warm-up from 0 to `peak`, then a cosine down to `final_fraction * peak` at `total_steps`."""
     _check_steps("warmup_cosine", warmup_steps, 0, total_steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, peak * final_fraction)
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    if warmup_steps == total_steps:  # optax refuses a cosine of no steps
+        return warmup
+    decay = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, final_fraction)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 @gin.configurable("constant_schedule")  # gin has a "constant" of its own
@@ -31,14 +35,12 @@ def warmup_stable_decay(
 ) -> Schedule:
     """WSD (arXiv 2404.06395): linear warm-up, constant `peak`, linear decay over the last `decay_steps`."""
     _check_steps("warmup_stable_decay", warmup_steps, decay_steps, total_steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup_steps),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, peak * final_fraction, decay_steps),
-        ],
-        [warmup_steps, total_steps - decay_steps],
-    )
+    phases = [optax.linear_schedule(0.0, peak, warmup_steps), optax.constant_schedule(peak)]
+    ends = [warmup_steps]
+    if decay_steps:  # optax takes a decay of no steps for a rate that stays
+        phases.append(optax.linear_schedule(peak, peak * final_fraction, decay_steps))
+        ends.append(total_steps - decay_steps)
+    return optax.join_schedules(phases, ends)
 
 
 def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
@@ -46,14 +48,17 @@ def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
         raise InputError(f"{name}: {warmup} steps of warm-up and {decay} of decay do not fit {total} steps")
 
 
-def _is_matrix(path: tuple, leaf: Any) -> bool:
-    """Weight decay and Muon are for matrices; norm scales, stacked over layers or not, are left alone."""
-    return leaf.ndim >= 2 and path[-1].key != "scale"
-
-
 def decay_mask(params: Any) -> Any:
-    """True for the parameters weight decay applies to: all but the norm scales."""
-    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+    """True for the parameters weight decay applies to: all but the scales of norms, biases and single vectors.
+
+    By name: those of all layers are stacked, so that the rank does not tell a bias from a matrix.
+    """
+
+    def decays(path: tuple, leaf: Any) -> bool:
+        name = path[-1].key
+        return leaf.ndim >= 2 and name != "scale" and name != "bias" and not name.endswith("_bias")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 @gin.configurable

@@ -38,7 +38,7 @@ def _hidden(config: DecoderConfig, params: Any, tokens: jax.Array) -> tuple[jax.
     return hidden, batch
 
 
-def make_decoder_loss(config: DecoderConfig, *, z_coefficient: float = 0.0, chunk_tokens: int = 1024) -> Loss:
+def make_decoder_loss(config: DecoderConfig, *, z_coefficient: float = 0.0, chunk_tokens: int | None = None) -> Loss:
     """Builds `loss(params, tokens [batch, length])`: cross entropy of packed sequences, nats, plus the z-loss."""
 
     def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, LossParts]:
@@ -121,14 +121,15 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: DecoderConfig, n_sources: int, chunk_tokens: int = 1024
+    config: DecoderConfig, n_sources: int, chunk_tokens: int | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Builds `step(params, tokens [batch, length], source [batch]) -> (nll, tokens)`, float32 `[n_sources]` sums."""
 
     def step(params: Any, tokens: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden, batch = _hidden(config, params, tokens)
         nll = losses.token_nll(hidden, output_kernel(params), batch.targets, chunk_tokens) * batch.weights
-        by_source = jax.nn.one_hot(source, n_sources, dtype=jnp.float32)
-        return nll.sum(axis=1) @ by_source, batch.weights.sum(axis=1) @ by_source
+        # Not a product with one-hot rows: TPUs would round the sums of rows to bfloat16.
+        by_source = lambda sums: jax.ops.segment_sum(sums, source, n_sources)  # noqa: E731
+        return by_source(nll.sum(axis=1)), by_source(batch.weights.sum(axis=1))
 
     return step

@@ -192,7 +192,7 @@ class Task(Computation, Protocol):
         """Writes what other commands need beside the parameters, in process 0; raises InputError where another model's
         stands."""
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         """A tree laid out as the model's parameters, with arrays to start from and None for what is drawn; or None."""
 
     def summary(self) -> str:
@@ -226,7 +226,12 @@ def jitted_step(
     sharding = partitioning.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct((config.batch_size, *row.shape), row.dtype, sharding=sharding)
              for name, row in computation.batch_row.items()}
-    return jax.jit(step, donate_argnums=0), (abstract, batch)
+    # Said, not left to the compiler: for GPUs it returned the whole state to every device, which donates nothing.
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), (abstract, batch)
+
+
+RUN = "run.json"
 
 
 class _Stopped(Exception):
@@ -336,7 +341,7 @@ class TrainingLoop:
 
     def _initial_state(self):
         state = initial_state(self._task.model, self._optimizer, self._config.seed, self._abstract)
-        given = self._task.initial_params()
+        given = self._task.initial_params(self._mesh)
         if given is None:
             return state
         put = lambda new, old: old if new is None else jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
@@ -348,7 +353,7 @@ class TrainingLoop:
         self._source = task.source(self._progress.sequences, self._rows)
         self._batches = loader.batches(self._source)
         peak = self._peak_flops()
-        cluster.on_main(lambda: write_json(self._run_dir / "run.json", self._description(peak)))
+        cluster.on_main(lambda: write_json(self._run_dir / RUN, self._description(peak)))
         cluster.on_main(lambda: configuration.save_effective(self._run_dir / "config.gin"))
         self._writer = self._goodput_file = None
         if cluster.is_main():

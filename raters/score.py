@@ -7,12 +7,15 @@ settings are an error unless `overwrite` is set. A file's scores depend on the f
 nothing else: batches never mix files, so the same bytes come out after any interruption (on the same kind and number of
 devices).
 
-Several hosts share the files, host i of n taking every n-th; each runs the model on its own devices.
+Several processes share the files, process i of n taking every n-th; each runs the model on its own devices. They are
+one job (`--coordinator=...`, or as the platform tells), which ends with one summary, or have no connection to one
+another (`--shard=I/N`, or a SLURM array).
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,20 +26,23 @@ import gin
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from mlx_pretrain import hardware, partitioning
+from mlx_pretrain import checkpoints, hardware, partitioning, programs
 from mlx_pretrain.configuration import run, save_effective
 from mlx_pretrain.data.documents import TEXT_UNITS, Document, read_documents
 from mlx_pretrain.data.subword import load_tokenizer
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
+from mlx_pretrain.parallel import cluster
+from mlx_pretrain.train_state import abstract_params
 from raters.chunks import Preparation, Prepared, mean_over_chunks
-from raters.progress import Progress
-from raters.quality import load_quality, quality
+from raters.progress import Progress, joint_summary
+from raters.quality import QualityConfig, load_quality, quality
 from raters.rater import Rater, record_fields
 from raters.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfinished
+from raters.train import TrainRaterConfig, configured_model
 
 _PIECE_CHARACTERS, _PIECE_DOCUMENTS = 1 << 18, 1024  # handed to a worker at a time
 
@@ -81,25 +87,79 @@ class QualityScorer:
         """
         config, params, self.tokenizer = load_quality(run_dir, step)
         self.name = f"{epath.Path(run_dir).name}@{_fingerprint(config, params, self.tokenizer)}"
-        self.chunk_length = chunk_length or config.max_length
-        if not 0 < self.chunk_length <= config.max_length:
-            raise InputError(f"QualityScorer.chunk_length = {chunk_length}: the encoder takes up to "
-                             f"{config.max_length} tokens")
-        buckets = sorted(set(buckets or default_buckets(self.chunk_length)))
-        if buckets[-1] < self.chunk_length:
-            raise InputError(f"QualityScorer.buckets: none holds a chunk of {self.chunk_length} tokens")
         if window_tokens < 1:
             raise InputError(f"QualityScorer.window_tokens = {window_tokens}: must be positive")
-        devices = jax.local_devices()
-        mesh = partitioning.make_mesh(devices=devices)
-        if tokens_per_batch is None:
-            tokens_per_batch = len(devices) * TOKENS_PER_BATCH.get(devices[0].platform, TOKENS_PER_BATCH[None])
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self.bulk = BulkInference(lambda *arguments: quality(config, *arguments), params, mesh, buckets,
-                                  tokens_per_batch, pad_id=config.pad_id, in_flight=in_flight)
+        self.chunk_length = chunk_length or config.max_length
+        self.bulk = bulk_inference(config, params, jax.local_devices(), chunk_length, buckets, tokens_per_batch,
+                                   in_flight)
         self.window_tokens = window_tokens
-        self.settings = {"chunk_length": self.chunk_length, "buckets": buckets, "tokens_per_batch": tokens_per_batch,
+        self.settings = {"chunk_length": self.chunk_length, "buckets": list(self.bulk.rows),
+                         "tokens_per_batch": self.bulk.tokens_per_batch,
                          "window_tokens": window_tokens, "dtype": str(config.dtype)}
+
+
+def bulk_inference(
+    config: QualityConfig,
+    params: Any,
+    devices: Sequence[jax.Device],
+    chunk_length: int | None = None,
+    buckets: Sequence[int] | None = None,
+    tokens_per_batch: int | None = None,
+    in_flight: int = 4,
+) -> BulkInference:
+    """The model on some devices, ready to score chunks; `params` and `devices` may be abstract and absent.
+
+    Raises:
+      InputError: a length does not fit the encoder.
+    """
+    longest = chunk_length or config.max_length
+    if not 0 < longest <= config.max_length:
+        raise InputError(f"QualityScorer.chunk_length = {chunk_length}: the encoder takes up to "
+                         f"{config.max_length} tokens")
+    buckets = sorted(set(buckets or default_buckets(longest)))
+    if buckets[-1] < longest:
+        raise InputError(f"QualityScorer.buckets: none holds a chunk of {longest} tokens")
+    mesh = partitioning.make_mesh(devices=devices)
+    if tokens_per_batch is None:
+        tokens_per_batch = len(devices) * TOKENS_PER_BATCH.get(devices[0].platform, TOKENS_PER_BATCH[None])
+    everywhere = partitioning.replicated(mesh)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, everywhere), params
+    )
+    return BulkInference(lambda *arguments: quality(config, *arguments), params, mesh, buckets, tokens_per_batch,
+                         pad_id=config.pad_id, in_flight=in_flight)
+
+
+@programs.register("score.rater")
+def score_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
+    """The program of the longest chunks, on one host's devices; none for raters that run no model."""
+    if gin.query_parameter("score.rater").selector.rpartition(".")[2] != "QualityScorer":
+        return []
+    settings = gin.get_bindings(QualityScorer)
+    if programs.is_bound("train_rater.steps"):
+        model = configured_model(TrainRaterConfig())
+    else:
+        model = checkpoints.load_model(settings["run_dir"], QualityConfig)
+    given = ("chunk_length", "buckets", "tokens_per_batch", "in_flight")
+    settings = {name: value for name, value in settings.items() if name in given}
+    if length is not None:
+        settings["chunk_length"] = length
+    host = [device for device in mesh.devices.flat if device.process_index == mesh.devices.flat[0].process_index]
+    bulk = bulk_inference(model, abstract_params(model, mesh), host, **settings)
+    longest, rows = max(bulk.rows.items())
+    program, arguments = bulk.program(longest)
+    return [programs.Program(
+        "scoring, each host by itself",
+        program,
+        arguments,
+        batch=f"{rows} x {longest} tokens",
+        mesh=bulk.mesh,
+        parameters=model.parameters(),
+        tokens=rows * longest,
+        model_flops=rows * longest * model.flops_per_token(longest),
+        remedies=lambda excess: [f"QualityScorer.tokens_per_batch={int(bulk.tokens_per_batch / max(excess, 2))}"],
+    )]
 
 
 def _fingerprint(config: Any, params: Any, tokenizer: Any) -> str:
@@ -283,7 +343,7 @@ def score(
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
 
     Returns:
-      The summary, which is also printed as one line of JSON on stdout.
+      The summary of this process's files. That of all files of the job is printed as one line of JSON on stdout.
 
     Raises:
       InputError: a setting is wrong, files were scored with other settings, or, at the end, files could not be read.
@@ -302,9 +362,11 @@ def score(
         "language_field": language_field, "language_pattern": language_pattern, "detect_language": detect_language,
         "tokenizer": counter and counter.sha256, **(rater.settings if on_devices else {}),
     }
-    mine = find_shards(documents, output)[jax.process_index() :: jax.process_count()]
+    number, count = cluster.shard()
+    mine = find_shards(documents, output)[number::count]
     shards = unfinished(mine, settings, overwrite)
-    if jax.process_index() == 0:
+    cluster.barrier()  # all have listed the files before any writes some
+    if number == 0:
         epath.Path(output).mkdir(parents=True, exist_ok=True)
         save_effective(epath.Path(output) / "score.gin")
     sweep(shards)
@@ -316,11 +378,13 @@ def score(
             workers = min(os.cpu_count() or 1, 8) if counter or detect_language or rate_in_workers else 0
         _score_shards(shards, settings, rater, preparation, workers, (text_unit, languages, fields), progress)
     summary = {**progress.summary(), "rater": rater.name, "output": str(output)}
-    print(json.dumps(summary), flush=True)
-    if progress.failed:
-        names = ", ".join(shard.name for shard in progress.failed)
-        raise InputError(f"{len(progress.failed)} of {len(mine)} files could not be scored: {names}; the reasons are "
-                         f"in their *{REJECTS}")
+    summaries = cluster.gather(summary)
+    if cluster.is_main():
+        print(json.dumps(joint_summary(summaries)), flush=True)
+    if failed := sorted(itertools.chain(*cluster.gather([shard.name for shard in progress.failed]))):
+        files = sum(one["files"] for one in summaries)
+        raise InputError(f"{len(failed)} of {files} files could not be scored: {', '.join(failed)}; the reasons are in "
+                         f"their *{REJECTS}")
     return summary
 
 
@@ -368,4 +432,4 @@ def _score_shards(
 
 
 if __name__ == "__main__":
-    run(score, "raters.score")
+    run(score, "raters.score", joins=True, shards=True)

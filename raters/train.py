@@ -22,14 +22,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration, partitioning
-from mlx_pretrain.convert.encoders import load_encoder
+from mlx_pretrain import checkpoints, configuration, partitioning, programs
+from mlx_pretrain.convert.encoders import load_encoder, read_config
 from mlx_pretrain.data.loader import Batch
 from mlx_pretrain.data.subword import check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.train_state import abstract_state
 from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop
+from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop, jitted_step
 from raters.agreement import agreement
 from raters.pair_data import PARALLEL, PairSource, PairTable, read_pairs
 from raters.pairs import KINDS
@@ -83,34 +84,20 @@ class TrainRaterConfig(LoopConfig):
             raise InputError("train_rater: give either encoder, or model and tokenizer")
 
 
-class RaterTraining:
-    """A quality model on pairs: the `training_loop.Task` of this command."""
+class RaterComputation:
+    """A quality model on pairs: the `training_loop.Computation` of this command."""
 
-    def __init__(self, config: TrainRaterConfig):
-        """Reads and tokenizes the pairs; nothing is written yet.
+    def __init__(self, config: TrainRaterConfig, model: QualityConfig, row_weights: tuple[float, float] = (1.0, 1.0)):
+        """`row_weights`: of a pair of two documents and of a parallel pair in the loss.
 
         Raises:
-          InputError: pairs, tokenizer and encoder do not fit each other, or a file is damaged.
+          InputError: the encoder does not take the configured length.
         """
-        self._config, self._params = config, None
-        if config.encoder is not None:
-            encoder, self._params = load_encoder(config.encoder, config.dtype)
-            self.model = QualityConfig(**dataclasses.asdict(encoder))
-            self._tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
-        else:
-            self.model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)
-        self._tokenizer = load_tokenizer(self._tokenizer_path)
-        check_vocabulary(self._tokenizer_path, self._tokenizer, self.model.vocab_size)
-        self._length = config.length or self.model.max_length
-        if self._length > self.model.max_length:
-            raise config.wrong("length", f"the encoder takes up to {self.model.max_length}")
-        self._train = read_pairs(config.pairs, self._tokenizer, self._length)
-        self._validation = read_pairs(config.validation, self._tokenizer, self._length)
-        self._kinds = self._used_kinds()
-        share = (self._train.kind[np.isin(self._train.kind, self._kinds)] == PARALLEL).mean()
-        # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
-        self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
-        length = self._length
+        self.model = model
+        self._config, self._row_weights = config, row_weights
+        self._length = length = config.length or model.max_length
+        if length > model.max_length:
+            raise config.wrong("length", f"the encoder takes up to {model.max_length}")
         self.batch_row = {
             "tokens": jax.ShapeDtypeStruct((2, length), np.int32),
             "preference": jax.ShapeDtypeStruct((), np.float32),
@@ -119,18 +106,7 @@ class RaterTraining:
             "language": jax.ShapeDtypeStruct((2,), np.int32),
         }
         self.tokens_per_sequence = 2 * length
-        self.flops_per_token = 3 * self.model.flops_per_token(length)  # forward and backward
-
-    def _used_kinds(self) -> list[int]:
-        config, unwanted = self._config, set()
-        if config.objective == "pointwise" or not config.parallel_weight:
-            unwanted.add(PARALLEL)
-        if not config.cross_lingual:
-            unwanted.add(KINDS.index("cross-lingual"))
-        kinds = [kind for kind in np.unique(self._train.kind).tolist() if kind not in unwanted]
-        if not set(kinds) - {PARALLEL}:
-            raise InputError(f"{config.pairs}: no pairs to learn a preference from")
-        return kinds
+        self.flops_per_token = 3 * model.flops_per_token(length)  # forward and backward
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         rows, _, length = batch["tokens"].shape
@@ -161,6 +137,44 @@ class RaterTraining:
     def _segments(self, tokens: jax.Array) -> jax.Array:
         return (tokens != self.model.pad_id).astype(jnp.int32)
 
+
+class RaterTraining(RaterComputation):
+    """A quality model on pairs: the `training_loop.Task` of this command."""
+
+    def __init__(self, config: TrainRaterConfig):
+        """Reads and tokenizes the pairs; nothing is written yet.
+
+        Raises:
+          InputError: pairs, tokenizer and encoder do not fit each other, or a file is damaged.
+        """
+        self._params = None
+        if config.encoder is not None:
+            encoder, self._params = load_encoder(config.encoder, config.dtype)
+            model = QualityConfig(**dataclasses.asdict(encoder))
+            self._tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
+        else:
+            model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)
+        super().__init__(config, model)
+        self._tokenizer = load_tokenizer(self._tokenizer_path)
+        check_vocabulary(self._tokenizer_path, self._tokenizer, model.vocab_size)
+        self._train = read_pairs(config.pairs, self._tokenizer, self._length)
+        self._validation = read_pairs(config.validation, self._tokenizer, self._length)
+        self._kinds = self._used_kinds()
+        share = (self._train.kind[np.isin(self._train.kind, self._kinds)] == PARALLEL).mean()
+        # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
+        self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
+
+    def _used_kinds(self) -> list[int]:
+        config, unwanted = self._config, set()
+        if config.objective == "pointwise" or not config.parallel_weight:
+            unwanted.add(PARALLEL)
+        if not config.cross_lingual:
+            unwanted.add(KINDS.index("cross-lingual"))
+        kinds = [kind for kind in np.unique(self._train.kind).tolist() if kind not in unwanted]
+        if not set(kinds) - {PARALLEL}:
+            raise InputError(f"{config.pairs}: no pairs to learn a preference from")
+        return kinds
+
     def source(self, first_sequence: int, rows: np.ndarray) -> PairSource:
         config = self._config
         return PairSource(self._train, self._kinds, length=self._length, pad_id=self.model.pad_id,
@@ -184,7 +198,7 @@ class RaterTraining:
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         if self._params is None:
             return None
         return {"encoder": self._params, "head": {"kernel": None, "bias": None}}
@@ -206,6 +220,13 @@ class RaterTraining:
         }
 
 
+def score_step(model: QualityConfig) -> Any:
+    """Jitted `step(params, tokens [documents, length]) -> scores [documents]`, a copy on every device of the mesh."""
+    segments = lambda tokens: (tokens != model.pad_id).astype(jnp.int32)  # noqa: E731
+    return jax.jit(lambda params, tokens: partitioning.constrain_replicated(
+        quality(model, params, tokens, segments(tokens))))
+
+
 class Validation:
     """Scores the documents of validation pairs, each once, and compares with the preferences."""
 
@@ -214,8 +235,7 @@ class Validation:
         self.table, self._model, self._length = table, model, length
         self._sharding = partitioning.batch_sharding(mesh)
         self._batch_size = batch_size
-        segments = lambda tokens: (tokens != model.pad_id).astype(jnp.int32)  # noqa: E731
-        self._step = jax.jit(lambda params, tokens: quality(model, params, tokens, segments(tokens)))
+        self._step = score_step(model)
 
     def scores(self, params: Any, check: Callable[[], None] = lambda: None) -> np.ndarray:
         """Returns the scores of the table's documents, float32 `[documents]`; calls `check` before each batch."""
@@ -225,7 +245,7 @@ class Validation:
             # The last batch repeats a document to keep its shape.
             documents = np.minimum(np.arange(start, start + self._batch_size), n - 1)
             rows = self.table.rows(documents, self._length, self._model.pad_id)
-            found.append(self._step(params, jax.device_put(rows, self._sharding)))
+            found.append(self._step(params, partitioning.put(rows, self._sharding)))
         return np.concatenate(jax.device_get(found))[:n]
 
     def __call__(self, params: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -236,6 +256,51 @@ class Validation:
 def train(config: TrainRaterConfig) -> dict[str, float]:
     """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
     return TrainingLoop(config, RaterTraining(config)).run()
+
+
+def configured_model(config: TrainRaterConfig) -> QualityConfig:
+    """The model that a run trains, without its parameters; of an encoder only the config.json is read."""
+    if config.encoder is None:
+        return config.model
+    return QualityConfig(**dataclasses.asdict(read_config(config.encoder, config.dtype)))
+
+
+@programs.register("train_rater.steps")
+def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
+    """The training step and the step that scores validation documents."""
+    config = TrainRaterConfig()
+    config = config if length is None else dataclasses.replace(config, length=length)
+    model, rows = configured_model(config), config.eval_batch_size
+    computation = RaterComputation(config, model)
+    length = computation.tokens_per_sequence // 2
+    partitioning.check_rows(mesh, rows, "train_rater.eval_batch_size")
+    optimizer = config.optimizer(config.learning_rate)
+    state = abstract_state(model, optimizer, mesh)
+    tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=partitioning.batch_sharding(mesh))
+    pair_tokens = config.batch_size * computation.tokens_per_sequence
+    return [
+        programs.Program(
+            "training step",
+            *jitted_step(config, computation, optimizer, state, mesh),
+            batch=f"{config.batch_size} pairs x 2 x {length} tokens" + programs.in_microbatches(config.microbatches),
+            mesh=mesh,
+            parameters=model.parameters(),
+            tokens=pair_tokens,
+            model_flops=pair_tokens * computation.flops_per_token,
+            remedies=programs.training_remedies(config, model, mesh),
+        ),
+        programs.Program(
+            "validation step",
+            score_step(model),
+            (state.params, tokens),
+            batch=f"{rows} x {length} tokens",
+            mesh=mesh,
+            parameters=model.parameters(),
+            tokens=rows * length,
+            model_flops=rows * length * model.flops_per_token(length),
+            remedies=lambda excess: [f"train_rater.eval_batch_size={programs.smaller(rows, mesh, excess)}"],
+        ),
+    ]
 
 
 def main() -> None:

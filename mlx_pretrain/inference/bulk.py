@@ -78,6 +78,8 @@ class BulkInference:
     the same shape whenever the window is the same.
 
     Attributes:
+      mesh, tokens_per_batch: as given.
+      rows: length of a bucket -> rows of its batches.
       compilations: programs compiled so far.
       received: tokens given so far.
       sequences, tokens: those whose outputs have arrived.
@@ -116,7 +118,8 @@ class BulkInference:
                              f"in_flight = {in_flight}: all must be positive")
         shards = partitioning.shards(mesh, "batch")
         self.rows = {n: max(tokens_per_batch // n // shards, 1) * shards for n in sorted(set(buckets))}
-        self._params, self._mesh, self._sharding = params, mesh, partitioning.batch_sharding(mesh)
+        self.mesh, self.tokens_per_batch = mesh, tokens_per_batch
+        self._params, self._sharding = params, partitioning.batch_sharding(mesh)
         self._pad_id, self._in_flight = pad_id, in_flight
         self._programs: dict[int, Callable] = {}
         self._watcher = concurrent.futures.ThreadPoolExecutor(1, "bulk_inference_watcher")
@@ -151,11 +154,16 @@ class BulkInference:
         return (jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=self._sharding),
                 jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self._sharding))
 
+    def program(self, length: int) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted program of a bucket, and its arguments; where `params` are abstract, the devices may be absent."""
+        return self._jitted, (self._params, *self._shapes(length))
+
     def _program(self, length: int) -> Callable:
         # Compiled ahead of time, a program refuses other shapes instead of compiling anew.
         if length not in self._programs:
-            with partitioning.use(self._mesh):
-                self._programs[length] = self._jitted.lower(self._params, *self._shapes(length)).compile()
+            with partitioning.use(self.mesh):
+                program, arguments = self.program(length)
+                self._programs[length] = program.lower(*arguments).compile()
         return self._programs[length]
 
     def __call__(self, windows: Iterable[tuple[Key, Sequence[np.ndarray]]]) -> Iterator[tuple[Key, np.ndarray]]:

@@ -1,5 +1,13 @@
-"""Attention: one pure function for training and decoding, and the Flax module around it."""
+"""Attention: the registry of implementations, one function that picks from it, and the decoder's Flax module.
 
+Every implementation computes softmax attention with scale 1 / sqrt(head_dim), softmax and sums in float32. To add one,
+write its function and enter it in IMPLEMENTATIONS, and in the orders of `by_speed` where it is the fastest.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,10 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mlx_pretrain.models.blockwise_attention import blockwise_attention
+from mlx_pretrain import partitioning
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models import blockwise_attention as blockwise
+from mlx_pretrain.models import flash_attention
 from mlx_pretrain.models.layers import matrix, project, rotate
 from mlx_pretrain.models.tree_attention import Forest, tree_attention
 from mlx_pretrain.partitioning import constrain
+
+_log = logging.getLogger(__name__)
 
 
 class Cache(NamedTuple):
@@ -24,6 +37,169 @@ class Cache(NamedTuple):
     values: jax.Array
 
 
+class Request(NamedTuple):
+    """A call of attention, as far as the choice of an implementation depends on it.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      dtype: of queries, keys and values.
+      head_dim: size of a head.
+      length: queries of a row.
+      segments: rows hold several documents, or padding.
+      masked: a mask says who sees whom, as in decoding over a cache.
+      partial: queries are fewer than keys.
+    """
+
+    platform: str
+    dtype: str
+    head_dim: int
+    length: int
+    segments: bool
+    masked: bool
+    partial: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention, and what it can do.
+
+    Attributes:
+      function: called with (query, key, value, segment_ids or None, causal), see `dot_product_attention`; with the
+        argument `mask` too if it takes masks.
+      platforms: where it runs.
+      dtypes: the dtypes it computes in.
+      head_dims: sizes of heads it takes; None: any.
+      even_length: takes rows of an even length only.
+      segments: keeps documents apart without a dense mask of `[batch, 1, length, length]`.
+      masks: takes a mask, as decoding over a cache needs.
+      partial: computes the first queries of rows alone (bidirectional attention).
+    """
+
+    function: Callable[..., jax.Array]
+    platforms: Collection[str] = ("cpu", "gpu", "tpu")
+    dtypes: Collection[str] = ("float32", "bfloat16")
+    head_dims: Collection[int] | None = None
+    even_length: bool = False
+    segments: bool = True
+    masks: bool = False
+    partial: bool = False
+
+    def shape_error(self, dtype: str, head_dim: int) -> str | None:
+        """Why it can never compute heads of this size in this dtype; None: it can."""
+        if dtype not in self.dtypes:
+            return f"computes in {' or '.join(self.dtypes)}, not in {dtype}"
+        if self.head_dims is not None and head_dim not in self.head_dims:
+            return f"takes no heads of {head_dim}"
+        return None
+
+    def error(self, request: Request) -> str | None:
+        """Why it cannot do what is requested; None: it can."""
+        if request.platform not in self.platforms:
+            return f"runs on {' or '.join(self.platforms)}, not on {request.platform}"
+        if request.masked and not self.masks:
+            return "takes no mask, which decoding over a cache needs"
+        if request.partial and not self.partial:
+            return "computes all queries of a row"
+        if request.length % 2 and self.even_length:
+            return f"takes rows of an even length, not of {request.length}"
+        return self.shape_error(request.dtype, request.head_dim)
+
+
+def _blockwise(query, key, value, segment_ids, causal):
+    segment_ids = _one_segment(key) if segment_ids is None else segment_ids
+    if causal:
+        return blockwise.blockwise_attention(query, key, value, segment_ids)
+    group = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, group, axis=2) if group > 1 else x for x in (key, value))
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    return jnp.swapaxes(blockwise.bidirectional_attention(*heads_first, segment_ids), 1, 2)
+
+
+def _of_jax(query, key, value, segment_ids, causal, mask=None, *, name):
+    if segment_ids is not None:
+        together = segment_ids[:, : query.shape[1], None] == segment_ids[:, None, :]
+        mask = together[:, None] if mask is None else mask & together[:, None]
+    attended = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation=name)
+    return checkpoint_name(attended, "attended") if name == "xla" else attended
+
+
+def _kernel(query, key, value, segment_ids, causal, *, function):
+    return function(query, key, value, _one_segment(key) if segment_ids is None else segment_ids, causal)
+
+
+def _one_segment(key: jax.Array) -> jax.Array:
+    return jnp.zeros(key.shape[:2], jnp.int32)
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(functools.partial(_of_jax, name="xla"), segments=False, masks=True, partial=True),
+    "blockwise": Implementation(_blockwise, partial=True),
+    "splash": Implementation(functools.partial(_kernel, function=flash_attention.splash_attention), platforms=("tpu",)),
+    "cudnn": Implementation(
+        functools.partial(_of_jax, name="cudnn"), platforms=("gpu",), dtypes=("bfloat16",), head_dims=range(8, 257, 8),
+        even_length=True, segments=False,
+    ),
+    "triton": Implementation(
+        functools.partial(_kernel, function=flash_attention.triton_attention), platforms=("gpu",),
+        dtypes=("bfloat16",), head_dims=(16, 32, 64, 128),
+    ),
+}  # fmt: skip
+
+
+def by_speed(request: Request) -> tuple[str, ...]:
+    """Names of implementations, fastest first, able or not."""
+    if request.platform == "tpu":
+        return "splash", "blockwise", "xla"
+    if request.platform == "gpu":
+        # JAX's cuDNN attention takes documents as a dense bias of [batch, 1, length, length] that every head reads and
+        # (before jax 0.12) whose gradient it writes; it computes the whole triangle, where the Triton kernel skips
+        # what lies between documents. Argued from their sources, not measured.
+        return ("triton", "cudnn", "blockwise", "xla") if request.segments else ("cudnn", "triton", "blockwise", "xla")
+    return "blockwise", "xla"
+
+
+def choose(name: str | None, request: Request) -> str:
+    """The implementation `name` if it can do what is requested, else the fastest that can, with a warning once."""
+    error = None if name is None else IMPLEMENTATIONS[name].error(request)
+    if name is not None and error is None:
+        return name
+    best = next(other for other in by_speed(request) if IMPLEMENTATIONS[other].error(request) is None)
+    if name is not None:
+        _warn(f"attention '{name}' {error}; '{best}' takes its place")
+    return best
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    _log.warning(message)
+
+
+_is_named = jax.checkpoint_policies.save_only_these_names("query", "key", "value", "attended", "log_sum")
+
+
+def keep_attention(primitive, *avals, **params) -> bool:
+    """Remat policy that keeps whatever attention's backward pass reads, so that attention does not run twice.
+
+    Implementations name their output "attended" and the logarithm of the softmax's sums "log_sum" where those become
+    residuals. cuDNN's are named by nobody: its forward operation is known by name.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper" or _is_named(primitive, *avals, **params)
+
+
+def check_name(config: str, name: str | None, dtype: str, head_dim: int) -> None:
+    """Checks the field `attention` of a configuration, as far as it does not depend on the platform.
+
+    Raises:
+      InputError: there is no such implementation, or it cannot compute this dtype or size of heads.
+    """
+    if name is None:
+        return
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"{config}.attention = {name!r}: not one of {', '.join(IMPLEMENTATIONS)}")
+    if error := IMPLEMENTATIONS[name].shape_error(dtype, head_dim):
+        raise InputError(f"{config}.attention = {name!r}: {error}")
+
+
 def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
@@ -31,35 +207,39 @@ def dot_product_attention(
     *,
     segment_ids: jax.Array | None = None,
     mask: jax.Array | None = None,
+    causal: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Causal (or masked) softmax attention, softmax in float32, scale 1 / sqrt(head_dim).
+    """Softmax attention, causal, bidirectional or by a mask.
 
     Args:
-      query: `[batch, q_length, heads, head_dim]`.
+      query: `[batch, q_length, heads, head_dim]`. Without a mask q_length is kv_length, or, if not causal, the queries
+        are the first tokens of the row.
       key, value: `[batch, kv_length, kv_heads, head_dim]`; kv_heads divides heads (grouped queries, arXiv 2305.13245).
-      segment_ids: int `[batch, length]`; a token attends only within its segment.
-      mask: bool `[batch, 1, q_length, kv_length]`, replaces the causal mask (decoding).
-      implementation: "blockwise" (takes no `mask`), "xla" or "cudnn" (`jax.nn`'s); None picks by platform.
+      segment_ids: int32 `[batch, kv_length]`; a token attends only within its segment, whatever the mask says.
+      mask: bool `[batch, 1, q_length, kv_length]`, in place of the causal mask (decoding over a cache).
+      causal: tokens do not attend to later ones.
+      implementation: a name in IMPLEMENTATIONS; None picks the fastest on the platform of the current mesh.
 
     Returns:
       `[batch, q_length, heads, head_dim]`, in the dtype of `query`.
+
+    Raises:
+      ValueError: segment ids, mask and lengths do not fit together.
     """
-    causal = mask is None
-    if implementation is None:
-        implementation = default_implementation(query.dtype) if causal else "xla"
-    if implementation == "blockwise":
-        if segment_ids is None:
-            segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
-        return blockwise_attention(query, key, value, segment_ids)
-    if segment_ids is not None:
-        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation=implementation)
-
-
-def default_implementation(dtype: jnp.dtype) -> str:
-    """What is fastest for training on this platform: cuDNN on a GPU in 16 bits, blocks of queries elsewhere."""
-    return "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "blockwise"
+    n_queries, n_keys = query.shape[1], key.shape[1]
+    if mask is None and causal and n_queries != n_keys:
+        raise ValueError(f"causal attention of {n_queries} queries to {n_keys} keys needs a mask")
+    if segment_ids is not None and (segment_ids.shape[1] != n_keys or (mask is not None and n_queries != n_keys)):
+        raise ValueError(f"segment ids of {segment_ids.shape[1]} tokens for {n_queries} queries and {n_keys} keys")
+    request = Request(
+        partitioning.platform(), query.dtype.name, query.shape[-1], n_queries, segment_ids is not None,
+        mask is not None, mask is None and n_queries < n_keys,
+    )  # fmt: skip
+    function = IMPLEMENTATIONS[choose(implementation, request)].function
+    if mask is not None:
+        return function(query, key, value, segment_ids, causal=False, mask=mask)
+    return function(query, key, value, segment_ids, causal=causal)
 
 
 def write_cache(cache: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
@@ -77,7 +257,7 @@ class Attention(nn.Module):
     Attributes:
       n_heads, n_kv_heads, head_dim: shape of the projections.
       output_gain: scales the initial output projection.
-      implementation: see `dot_product_attention`.
+      implementation: see `dot_product_attention`; decoding takes the fastest that takes a mask.
     """
 
     n_heads: int
@@ -123,5 +303,4 @@ class Attention(nn.Module):
             attended = dot_product_attention(
                 q, k, v, segment_ids=segment_ids, mask=mask, implementation=self.implementation
             )
-        attended = checkpoint_name(attended, "attended")
         return project("BTNH,NHD->BTD", attended, out), cache

@@ -11,9 +11,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 MAX_BLOCKS = 8
 MIN_BLOCK = 64
+
+# Scores that `bidirectional_attention` computes at once, 16 MB of them: what leaves a CPU's caches takes longer to
+# write than to compute.
+SCORES = 1 << 22
 
 
 @functools.partial(jax.custom_vjp)
@@ -30,7 +35,7 @@ def blockwise_attention(
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `query`.
     """
-    return _forward(query, key, value, segment_ids)[0]
+    return _attended(query, key, value, segment_ids)
 
 
 def _blocks(length: int) -> list[tuple[slice, slice]]:
@@ -61,13 +66,18 @@ def _probabilities(query, key, query_segments, key_segments):
     return exponentials, jnp.sum(exponentials, axis=-1)
 
 
-def _forward(query, key, value, segment_ids):
+def _attended(query, key, value, segment_ids):
     grouped, dtype, outputs = _group(query, key.shape[2]), query.dtype, []
     for block, seen in _blocks(query.shape[1]):
         p, total = _probabilities(grouped[:, block], key[:, seen], segment_ids[:, block], segment_ids[:, seen])
         out = jnp.einsum("BKGTS,BSKH->BTKGH", p.astype(dtype), value[:, seen], preferred_element_type=jnp.float32)
         outputs.append((out / jnp.moveaxis(total, -1, 1)[..., None]).astype(dtype))
-    output = jnp.concatenate(outputs, axis=1).reshape(query.shape)
+    return jnp.concatenate(outputs, axis=1).reshape(query.shape)
+
+
+def _forward(query, key, value, segment_ids):
+    # Named here, where it becomes a residual: a name given outside would keep a copy, and attention would run again.
+    output = checkpoint_name(_attended(query, key, value, segment_ids), "attended")
     return output, (query, key, value, segment_ids, output)
 
 
@@ -95,3 +105,35 @@ def _backward(residuals, d_output):
 
 
 blockwise_attention.defvjp(_forward, _backward)
+
+
+def bidirectional_attention(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Softmax attention within segments, scale 1 / sqrt(head_dim), softmax in float32, a few rows at a time.
+
+    The backward pass computes the probabilities again, so that memory grows with SCORES, not with the batch.
+
+    Args:
+      query: `[batch, heads, queries, head_dim]`, the first `queries` tokens of each row.
+      key, value: `[batch, heads, length, head_dim]`.
+      segment_ids: int `[batch, length]`. Padding (0) attends to padding, so every query reads at least itself.
+
+    Returns:
+      `[batch, heads, queries, head_dim]` in the dtype of `query`.
+    """
+
+    @jax.checkpoint
+    def rows(operands):
+        query, key, value, segment_ids = operands
+        scores = jnp.einsum("...NTH,...NSH->...NTS", query, key, preferred_element_type=jnp.float32)
+        allowed = segment_ids[..., : query.shape[-2], None] == segment_ids[..., None, :]
+        scores = jnp.where(allowed[..., None, :, :], scores * query.shape[-1] ** -0.5, -1e30)
+        p = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        attended = jnp.einsum("...NTS,...NSH->...NTH", p.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return (attended / total).astype(query.dtype)
+
+    operands = (query, key, value, segment_ids)
+    at_once = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+    if at_once >= query.shape[0]:
+        return rows(operands)
+    return jax.lax.map(rows, operands, batch_size=at_once if at_once > 1 else None)

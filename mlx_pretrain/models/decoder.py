@@ -9,17 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import Attention, Cache
+from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
+from mlx_pretrain.models.products import lookup
 from mlx_pretrain.models.tree_attention import Forest
 from mlx_pretrain.partitioning import constrain
 
-# What the backward pass keeps of each layer; the rest is computed again.
+# What the backward pass keeps of each layer; the rest is computed again. Products are known by the name that `project`
+# gives them: policies that look for matrix products do not see into functions with a gradient of their own.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "attended"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        keep_attention, jax.checkpoint_policies.save_only_these_names("product")
+    ),
+    "attention": keep_attention,
 }
 
 
@@ -36,11 +40,12 @@ class DecoderConfig:
       rope_theta: base of the rotary frequencies.
       norm_epsilon: inside the square root of RMSNorm.
       tie_embeddings: the output projection is the embedding transposed.
-      segment_attention: tokens attend only within their own document of a packed sequence.
+      segment_attention: tokens attend only within their own document of a packed sequence. False: a row is one text,
+        its documents see those before them, and positions run through the row.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       remat: key of REMAT_POLICIES.
       unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
-      attention: "blockwise", "xla", "cudnn", or None to pick by platform.
+      attention: name of an implementation in `models.attention.IMPLEMENTATIONS`; None: the platform's fastest.
     """
 
     vocab_size: int = gin.REQUIRED
@@ -74,6 +79,7 @@ class DecoderConfig:
             raise InputError(f"DecoderConfig.remat = {self.remat!r}: not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"DecoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
+        check_name("DecoderConfig", self.attention, self.dtype, self.head_dim)
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters in boxes that carry their logical axis names."""
@@ -145,7 +151,8 @@ class Decoder(nn.Module):
         Args:
           tokens: int `[batch, length]`; with `features`, id vocab_size + i stands for the i-th of them.
           positions: int `[batch, length]`, counted within each document.
-          segment_ids: int `[batch, length]`, which document of the row a token is in; None: one document.
+          segment_ids: int `[batch, length]`, which document of the row a token is in; None: one document, as for
+            `segment_attention=False`, which also counts positions through the row.
           cache: keys and values `[layers, batch, cache_length, kv_heads, head_dim]` to extend; None: training.
           forest: rows are trees, for `inference.scoring`; a cache is then the prefix they share, see `tree_attention`.
           features: `[batch or 1, n, embed]`, what is read besides words: frames of a video; 1: the same for all rows.
@@ -161,15 +168,17 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             # Declared here so that one parameter tree holds it; used by `output_kernel`.
             _Output(config.vocab_size, embed, name="output")()
-        # The lookup wants whole rows: sharded over embed as well, XLA would gather the table every time.
         words = tokens if features is None else jnp.minimum(tokens, config.vocab_size - 1)
-        x = jnp.take(constrain(table, "vocab", None), words, axis=0).astype(dtype)
+        x = lookup(table, words, dtype)
         if features is not None:
             places = jnp.maximum(tokens - config.vocab_size, 0)
             found = (jnp.take(features[0], places, axis=0) if features.shape[0] == 1
                      else jnp.take_along_axis(features, places[..., None], axis=1))
             x = jnp.where((tokens < config.vocab_size)[..., None], x, found.astype(dtype))
         x = constrain(x, "batch", "length", "act_embed")
+        if segment_ids is not None and not config.segment_attention:
+            # Positions that restart would place documents that see each other on top of each other.
+            segment_ids, positions = None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)
         block = Block
         if config.remat != "none" and cache is None:
@@ -183,7 +192,6 @@ class Decoder(nn.Module):
             unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        segment_ids = segment_ids if config.segment_attention else None
         x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, forest, cache)
         return RMSNorm(config.norm_epsilon, dtype, name="final_norm")(x), cache
 

@@ -11,14 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import default_implementation, dot_product_attention
+from mlx_pretrain.models.attention import check_name, dot_product_attention
 from mlx_pretrain.models.layers import matrix, project
 from mlx_pretrain.partitioning import constrain
 
 POOLINGS = ("first", "mean")
-
-# Attention scores computed at once, 16 MB of them: what leaves a CPU's caches takes longer to write than to compute.
-SCORES = 1 << 22
 
 
 @gin.configurable
@@ -38,7 +35,7 @@ class EncoderConfig:
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       remat: the backward pass computes each layer again instead of keeping its activations.
       unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
-      attention: "blockwise", "xla", "cudnn", or None to pick by platform.
+      attention: name of an implementation in `models.attention.IMPLEMENTATIONS`; None: the platform's fastest.
     """
 
     vocab_size: int = gin.REQUIRED
@@ -70,6 +67,7 @@ class EncoderConfig:
             raise InputError(f"EncoderConfig.pooling = {self.pooling!r}: not one of {', '.join(POOLINGS)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"EncoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
+        check_name("EncoderConfig", self.attention, self.dtype, self.embed_dim // self.n_heads)
 
     def parameters(self) -> int:
         """Number of parameters."""
@@ -131,47 +129,11 @@ class SelfAttention(nn.Module):
             q = project("BTD,DNH->BNTH", x[:, :queries], weight[:, 0]) + bias[0, :, None].astype(x.dtype)
             k, v = project("BTD,DCNH->CBNTH", x, weight[:, 1:]) + bias[1:, None, :, None].astype(x.dtype)
         q, k, v = (constrain(a, "batch", "act_heads", "length", None) for a in (q, k, v))
-        implementation = self.implementation or default_implementation(x.dtype)
-        if implementation == "blockwise":
-            attended = bidirectional_attention(q, k, v, segment_ids)
-        else:
-            mask = (segment_ids[:, :queries, None] == segment_ids[:, None, :])[:, None]
-            q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-            attended = dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-            attended = jnp.swapaxes(attended, 1, 2)
-        return project("BNTH,NHD->BTD", attended, out)
-
-
-def bidirectional_attention(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Softmax attention within segments, scale 1 / sqrt(head_dim), softmax in float32, a few rows at a time.
-
-    The backward pass computes the probabilities again, so that memory grows with SCORES, not with the batch.
-
-    Args:
-      query: `[batch, heads, queries, head_dim]`, the first `queries` tokens of each row.
-      key, value: `[batch, heads, length, head_dim]`.
-      segment_ids: int `[batch, length]`. Padding (0) attends to padding, so every query reads at least itself.
-
-    Returns:
-      `[batch, heads, queries, head_dim]` in the dtype of `query`.
-    """
-
-    @jax.checkpoint
-    def rows(operands):
-        query, key, value, segment_ids = operands
-        scores = jnp.einsum("...NTH,...NSH->...NTS", query, key, preferred_element_type=jnp.float32)
-        allowed = segment_ids[..., : query.shape[-2], None] == segment_ids[..., None, :]
-        scores = jnp.where(allowed[..., None, :, :], scores * query.shape[-1] ** -0.5, -1e30)
-        p = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        attended = jnp.einsum("...NTS,...NSH->...NTH", p.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        return (attended / total).astype(query.dtype)
-
-    operands = (query, key, value, segment_ids)
-    at_once = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
-    if at_once >= query.shape[0]:
-        return rows(operands)
-    return jax.lax.map(rows, operands, batch_size=at_once if at_once > 1 else None)
+        q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+        attended = dot_product_attention(
+            q, k, v, segment_ids=segment_ids, causal=False, implementation=self.implementation
+        )
+        return project("BNTH,NHD->BTD", jnp.swapaxes(attended, 1, 2), out)
 
 
 class Block(nn.Module):

@@ -1,7 +1,5 @@
 """Layers shared by the models: normalisation, rotary positions, gated MLP."""
 
-import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mlx_pretrain.models.products import project
 from mlx_pretrain.partitioning import constrain
 
 
@@ -24,34 +23,6 @@ def matrix(
     """A float32 weight of `shape` with logical `axes`."""
     init = nn.with_logical_partitioning(fan_in_init(fan_in, gain), tuple(axes))
     return module.param(name, init, tuple(shape), jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`einsum(equation, x, weight)` of activations with a float32 weight, in the dtype of `x`.
-
-    All three products, forward and backward, take operands in that dtype and sum in float32; the weight's gradient
-    stays float32. Left to autodiff, the backward products would run on float32 operands, or round their sums.
-    """
-    return _product(equation, x, weight.astype(x.dtype)).astype(x.dtype)
-
-
-def _project_forward(equation: str, x: jax.Array, weight: jax.Array):
-    return project(equation, x, weight), (x, weight)
-
-
-def _project_backward(equation: str, residuals, dy: jax.Array):
-    x, weight = residuals
-    of_x, of_weight, of_y = re.split(",|->", equation)
-    dx = _product(f"{of_y},{of_weight}->{of_x}", dy, weight.astype(x.dtype)).astype(x.dtype)
-    return dx, _product(f"{of_x},{of_y}->{of_weight}", x, dy)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nn.Module):

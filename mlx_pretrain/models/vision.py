@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.attention import check_name
 from mlx_pretrain.models.encoder import LayerNorm, SelfAttention, vector
 from mlx_pretrain.models.layers import matrix, project
 from mlx_pretrain.partitioning import constrain
@@ -29,7 +30,7 @@ class VisionConfig:
       mean, std: of the colours, subtracted and divided by, where pixels are 0 to 1.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       unroll: layers per iteration of the scan over layers.
-      attention: "blockwise", "xla", "cudnn", or None to pick by platform.
+      attention: name of an implementation in `models.attention.IMPLEMENTATIONS`; None: the platform's fastest.
     """
 
     image_size: int = gin.REQUIRED
@@ -62,6 +63,7 @@ class VisionConfig:
             object.__setattr__(self, name, value)  # JSON has no tuples
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"VisionConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
+        check_name("VisionConfig", self.attention, self.dtype, self.embed_dim // self.n_heads)
 
     @property
     def side(self) -> int:

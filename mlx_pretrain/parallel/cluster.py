@@ -82,8 +82,25 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
     from jax._src import clusters
 
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT)
-    place = Place(*found) if None not in found[:3] else None
-    return place if place and place.processes > 1 else None
+    if None in found[:3] or found[1] == 1:
+        return None
+    # JAX gives every process of SLURM and Open MPI one device, also where the process is the only one of its node.
+    alone = (
+        os.environ.get("SLURM_STEP_NUM_NODES") == str(found[1])
+        or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        or os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 < len(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    )
+    return Place(*found[:3], local_device_ids=None if alone else found[3])
+
+
+# What launchers leave in the environment of the processes they start, and TPU VMs in the file system.
+_MARKS = ("JAX_COORDINATOR_ADDRESS", "SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
+_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def may_have_others() -> bool:
+    """False where no launcher has left a mark: `find` would find nothing, and import JAX to do so."""
+    return any(name.startswith(_MARKS) for name in os.environ) or any(map(os.path.exists, _DEVICES))
 
 
 def find_shard(text: str | None = None) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -91,6 +91,7 @@ class Measurement:
       seconds: lower bounds of its time.
       compile_seconds: how long tracing and compilation took here.
       unknown_loops: loops counted once, for want of a trip count.
+      opaque_kernels: name -> executions of kernels that do not say how many FLOPs they take; not in `flops`.
     """
 
     memory: Memory
@@ -100,6 +101,7 @@ class Measurement:
     seconds: Seconds | None
     compile_seconds: float
     unknown_loops: Sequence[str] = ()
+    opaque_kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -131,10 +133,16 @@ def measure(program, topology: Topology) -> Measurement:
     memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, _peak(stats), limit)
     counts = read_program(compiled.as_text())
     flops = counts.flops + sum(call.flops * call.times for call in counts.custom_calls)
+    opaque = collections.Counter()
+    for call in counts.custom_calls:
+        if not call.flops and "pallas_call" in call.op_name:
+            opaque[call.op_name.removesuffix("/pallas_call").rpartition("/")[2]] += call.times
+    # Without them the program would seem to do less than the model asks for.
+    compute = max(flops, program.model_flops / program.mesh.size) if opaque else flops
     devices = list(program.mesh.devices.flat)
     return Measurement(
         memory, None, flops, _traffic(counts, [topology.slice_of(device) for device in devices]),
-        _seconds(counts, flops, topology, devices), seconds, counts.unknown_loops,
+        _seconds(counts, compute, topology, devices), seconds, counts.unknown_loops, dict(opaque),
     )
 
 

@@ -33,8 +33,8 @@ class Collective:
       kind: one of COLLECTIVES. An all-reduce fused with the slice of its result is a reduce-scatter.
       dtype: of the largest operand, in HLO's spelling: "bf16", "f32".
       operand_bytes, result_bytes: on one device, of one execution.
-      groups: partition numbers (places in `mesh.devices.flat`) that exchange data among themselves; of a
-        collective-permute the (source, target) pairs.
+      groups: partition numbers (places in `mesh.devices.flat`, slice after slice) that exchange data among themselves;
+        of a collective-permute the (source, target) pairs.
       times: executions in one run of the program.
       op_name: where the operation comes from in the JAX program, for messages.
     """
@@ -288,6 +288,8 @@ class _Reader:
                 # TPUs spread an asynchronous collective over a chain of fusions; it counts where it starts.
                 if "chain_id=" not in op.attributes or _starts_chain(computation):
                     counts.collectives.append(self._collective(computation, op, kind, fused))
+            elif op.opcode == "send" and "_xla_megascale_transfer_type" in op.attributes:
+                counts.collectives.append(self._between_slices(computation, op))
             elif op.opcode in ("dot", "convolution"):
                 counts.flops += (_dot_flops if op.opcode == "dot" else _convolution_flops)(computation, op)
             elif op.opcode == "while":
@@ -317,6 +319,20 @@ class _Reader:
         sizes = (sum(s.bytes for s in shapes) for shapes in (operands, results))
         return Collective(kind, largest.dtype, *sizes, groups, op_name=op.op_name)
 
+    def _between_slices(self, computation: _Computation, op: _Op) -> Collective:
+        """A program for several TPU slices is that of one; hosts exchange data between them, in sends and receives."""
+        shapes = computation.ops[op.operands[0]].shapes
+        kind = _MEGASCALE[re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)[1]]
+        # "{1,2}x{0:15}": device i of slice 1 and device i of slice 2.
+        target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', op.attributes)
+        n_slices = len(_ints(target[1])) if target else 2
+        groups = tuple(
+            tuple(partition + number * self._n_devices for number in range(n_slices))
+            for partition in range(self._n_devices)
+        )
+        size = sum(shape.bytes for shape in shapes)
+        return Collective(kind, shapes[0].dtype, size, size, groups, op_name=op.op_name)
+
     def _custom_call(self, computation: _Computation, op: _Op, counts: _Counts) -> None:
         target = op.attribute("custom_call_target").strip('"')
         if target.startswith("__cublas"):
@@ -337,6 +353,11 @@ class _Reader:
             self._unknown_loops.append(op.name)
             return 1
 
+
+_MEGASCALE = {
+    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
 
 _MARKERS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",

@@ -205,6 +205,7 @@ def caused(error: Exception) -> Exception:
     caused(ValueError("UNKNOWN: Error decoding the reply of local file: Input/output error [os_error_code='5']")),
     TypeError("a bug"),
 ], ids=lambda error: type(error).__name__ if isinstance(error, Exception) else None)
+@pytest.mark.filterwarnings("ignore")
 def test_other_errors_move_nothing(tmp_path, small_state, monkeypatch, error, old):
     save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()
     if old:
@@ -226,6 +227,22 @@ def test_other_errors_move_nothing(tmp_path, small_state, monkeypatch, error, ol
     saver.close()
 
 
+def test_files_that_were_compared_are_not_damaged(tmp_path, small_state, monkeypatch):
+    """A restore that fails all the same, whatever its error says, fails for another reason."""
+    save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()
+
+    def fail(*args, **kwargs):
+        raise ValueError("DATA_LOSS: by a faulty driver, say")
+
+    saver = Checkpoints(tmp_path)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(ValueError, match="DATA_LOSS"):
+        saver.restore(layout(small_state))
+    assert saver.steps() == [1, 2]
+    saver.close()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, small_state):
     """A real error of the operating system, out of TensorStore: links that go in a circle."""
     save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()

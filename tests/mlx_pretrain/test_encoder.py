@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from mlx_pretrain import partitioning
 from mlx_pretrain.convert.encoders import load_encoder
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.encoder import Encoder, EncoderConfig, bidirectional_attention, pool, positions
+from mlx_pretrain.models.blockwise_attention import bidirectional_attention
+from mlx_pretrain.models.encoder import Encoder, EncoderConfig, pool, positions
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CONFIG = EncoderConfig(
@@ -155,7 +156,7 @@ def test_attention_a_few_rows_at_a_time_is_attention(monkeypatch):
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     expected = np.einsum("bnts,bnsh->bnth", p / p.sum(axis=-1, keepdims=True), value)
     for scores_at_once in (1, 150, 10**6):  # one row, two with a rest, all
-        monkeypatch.setattr("mlx_pretrain.models.encoder.SCORES", scores_at_once)
+        monkeypatch.setattr("mlx_pretrain.models.blockwise_attention.SCORES", scores_at_once)
         attend = jax.jit(lambda *operands: bidirectional_attention(*operands))
         np.testing.assert_allclose(attend(query, key, value, segment_ids), expected, atol=1e-6)
         np.testing.assert_allclose(attend(query[:, :, :1], key, value, segment_ids), expected[:, :, :1], atol=1e-6)

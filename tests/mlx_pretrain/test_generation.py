@@ -1,5 +1,7 @@
 """Generation with a cache equals recomputing everything, alone or in a batch of unlike prompts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,12 @@ def test_greedy_equals_recomputing_the_whole_text(tiny_config, tiny_params, gree
 def test_batch_does_not_change_a_row(tiny_config, tiny_params, greedy):
     for prompt, new in zip(PROMPTS, greedy):
         assert generate(tiny_config, tiny_params, [prompt], max_new_tokens=8, temperature=0) == [new]
+
+
+@pytest.mark.parametrize("attention", ["blockwise", "xla", "splash"])
+def test_attention_named_for_training_does_not_change_decoding(tiny_config, tiny_params, greedy, attention):
+    config = dataclasses.replace(tiny_config, attention=attention)
+    assert generate(config, tiny_params, PROMPTS, max_new_tokens=8, temperature=0) == greedy
 
 
 def test_sampling_is_seeded_and_differs_between_rows(tiny_config, tiny_params):
