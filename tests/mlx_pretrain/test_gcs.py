@@ -270,6 +270,7 @@ def make_store(folder, rows=20):
 
 def test_a_token_store_opens_with_one_listing_a_split(gcs, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(token_store, "ROWS_PER_SHARD", 4)
+    make_store(folder, rows=30)  # is replaced
     assert make_store(folder) == make_store(tmp_path)
     assert len(token_store.TokenStore(folder).part("train", "aa").files) == 5
     with gcs.counted() as requests:
