@@ -305,12 +305,6 @@ def different_field(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
-def has_steps(run_dir: epath.PathLike) -> bool:
-    """Returns True if a run's folder holds a complete checkpoint, be it damaged or not."""
-    folder = absolute(run_dir) / _CHECKPOINTS
-    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
-
-
 Config = TypeVar("Config")
 
 
@@ -334,7 +328,7 @@ def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_steps(run_dir: epath.PathLike) -> list[int]:
-    """Steps of a run's complete checkpoints, ascending; may be asked without opening them."""
+    """Steps of a run's complete checkpoints, ascending, whether they are damaged or not."""
     directory = absolute(run_dir) / _CHECKPOINTS
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
 

@@ -107,7 +107,7 @@ class Pretraining(DecoderComputation):
         self._store.arrays("train", self._languages)  # checks the files
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         # A run that goes on needs them no more, and they may be gone.
-        fresh = config.init_from is not None and not checkpoints.has_steps(config.run_dir)
+        fresh = config.init_from is not None and not checkpoints.saved_steps(config.run_dir)
         tokenizer = self._store.path / TOKENIZER
         self._weights = InitialWeights(config.init_from, config.model, tokenizer) if fresh else None
         super().__init__(config, self._store.manifest.sequence_length)

@@ -9,12 +9,13 @@ import json
 import logging
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mlx_pretrain.checkpoints import Checkpoints, Progress
+from mlx_pretrain.checkpoints import Checkpoints, Progress, restore_params
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState
 
@@ -34,11 +35,11 @@ def state(step: int, devices: list[jax.Device]) -> TrainState:
     return TrainState(scalar, scalar, params, {"mu": params["divided"], "count": scalar})
 
 
-def layout(tree: TrainState) -> TrainState:
+def layout(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def assert_same(found: TrainState, expected: TrainState) -> None:
+def assert_same(found: Any, expected: Any) -> None:
     """Bit for bit, on the devices of this process."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == b.sharding
@@ -62,6 +63,9 @@ def main(port: str, process: str, folder: pathlib.Path) -> None:
     single.close()
     assert_same(restored, states[3])
     assert progress == Progress(48, {"aa": 3})
+    params, step = restore_params(folder / "single", layout(states[3].params))
+    assert_same(params, states[3].params)
+    assert step == 3
 
     saver = Checkpoints(folder / "job")
     for step in (1, 2, 3):
