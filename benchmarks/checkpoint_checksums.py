@@ -1,4 +1,4 @@
-"""What checksums cost: saves and restores of one state with and without them, in turn.
+"""Measures what checksums cost: saves and restores of one state with and without them, in turn.
 
     python benchmarks/checkpoint_checksums.py [--megabytes 500] [--rounds 3] [--folder DIR]
 
