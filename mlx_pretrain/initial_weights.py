@@ -103,7 +103,7 @@ class InitialWeights:
         return params
 
     def description(self) -> dict[str, Any]:
-        """Returns what run.json says of the weights that were loaded; the checksum is that of the parameters' values."""
+        """Returns what run.json says of the weights that were loaded; `checksum` is of the parameters' values."""
         kind = "run" if self._is_run else "hugging_face"
         return {"path": str(self._path), "kind": kind, "step": self._step, "checksum": self._checksum}
 
