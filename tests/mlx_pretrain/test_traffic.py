@@ -1,6 +1,5 @@
 """What the compiled training step computes, keeps and sends, counted in its program."""
 
-import collections
 import dataclasses
 import functools
 
@@ -129,10 +128,7 @@ def test_tensor_parallelism_sums_activations_in_the_compute_dtype():
 
 def test_muon_shares_the_work():
     """Newton-Schulz iterations of all matrices, on every device its part of them."""
-    params = jax.eval_shape(lambda: SMALL.init(jax.random.key(0)))
-    params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
     optimizer = optimizers.muon(optimizers.constant(0.1))
-    state = jax.eval_shape(optimizer.init, params)
 
     def program(*shape):
         mesh = partitioning.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
@@ -141,7 +137,6 @@ def test_muon_shares_the_work():
             arguments = abstract.params, abstract.opt_state, abstract.params
             return read_program(jax.jit(optimizer.update).lower(*arguments).compile().as_text())
 
-    assert jax.tree.structure(state)  # what the checkpoint of a run on one device holds
     # Stacks of 3 layers: query and out 6, gate, up and down 9, key and value 6, padded to 8, 16 and 8.
     def cost(rows, columns):
         return 5 * (2 * 2 * rows * rows * columns + 2 * rows**3)
@@ -204,9 +199,7 @@ def test_lookup_on_a_mesh(mesh_shape):
 
 def test_evaluation_multiplies_nothing_but_the_model(tiny_config, tiny_params):
     """Sums of rows do not go through a matrix product, which a TPU would round to bfloat16."""
-    arguments = tiny_params, jnp.zeros((8, 32), jnp.int32), jnp.zeros(8, jnp.int32)
-    jaxprs = [str(jax.make_jaxpr(make_eval_step(tiny_config, n))(*arguments)) for n in (1, 7)]
-    products = [collections.Counter(jaxpr.split())["dot_general[dimension_numbers"] or jaxpr.count("dot_general")
-                for jaxpr in jaxprs]  # fmt: skip
-    hidden = jax.make_jaxpr(lambda p, t: make_decoder_loss(tiny_config)(p, t)[0])(tiny_params, arguments[1])
-    assert set(products) == {str(hidden).count("dot_general")}
+    tokens = jnp.zeros((8, 32), jnp.int32)
+    evaluation = jax.make_jaxpr(make_eval_step(tiny_config, 3))(tiny_params, tokens, jnp.zeros(8, jnp.int32))
+    loss = jax.make_jaxpr(make_decoder_loss(tiny_config))(tiny_params, tokens)
+    assert str(evaluation).count("dot_general") == str(loss).count("dot_general") > 0
