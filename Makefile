@@ -10,7 +10,7 @@ setup: $(STAMP)
 
 $(STAMP): requirements/test.txt setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"error: Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	@echo "Installing into $(VENV) (about 3.7 GB, a few minutes)"
+	@echo "Installing into $(VENV) (about 4.4 GB, a few minutes)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -27,7 +27,7 @@ lint: setup
 
 # Needs `uv`; rewrites the pinned files from requirements/*.in for Python 3.11 and 3.12 at once.
 lock:
-	@for name in core data raters evals video gcs test; do (cd requirements && uv pip compile --quiet --universal --python-version 3.11 \
+	@for name in core data raters evals video gcs compile test; do (cd requirements && uv pip compile --quiet --universal --python-version 3.11 \
 	  --no-annotate --custom-compile-command "make lock" $$name.in -o $$name.txt); done
 
 clean:

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile")
 
 
 def requirements(name: str) -> list[str]:
@@ -26,12 +27,8 @@ setup(
     package_data={"": ["*.html.j2"]},
     install_requires=requirements("core"),
     extras_require={
-        "data": requirements("data"),
-        "raters": requirements("raters"),
-        "evals": requirements("evals"),
-        "video": requirements("video"),
-        "gcs": requirements("gcs"),
-        "test": [line for name in ("data", "raters", "evals", "video", "gcs", "test") for line in requirements(name)],
+        **{name: requirements(name) for name in EXTRAS},
+        "test": [line for name in (*EXTRAS, "test") for line in requirements(name)],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     },

@@ -1,10 +1,12 @@
 """Evaluates a decoder on tasks in MuBench's form: `python -m evals.run --gin_file=gin/evals/run.gin`.
 
 Options are scored, or answers generated, task by task and language by language; what is finished is not computed again
-(`tables`).
+(`tables`). Several processes are one mesh of all their devices: each prepares the same requests, the devices share the
+rows of a batch, and process 0 alone reads and writes the results.
 """
 
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.inference.language_model import LanguageModel, load_language_model
 from mlx_pretrain.inference.scoring import Scorer
+from mlx_pretrain.parallel import cluster
 
 
 @gin.configurable("evaluate")
@@ -63,6 +66,9 @@ def run_tasks(
       max_length: tokens of prompt and option; None: the model's positions. Longer prompts lose their beginning.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
 
+    Returns:
+      What was found; in other processes than process 0 nothing.
+
     Raises:
       InputError: no model or files there, no item left to evaluate, or an option that is longer than the model.
     """
@@ -77,8 +83,9 @@ def run_tasks(
     language_model = load_language_model(model, step=step, dtype=dtype)
     scorer = Scorer(language_model.config, language_model.params, language_model.mesh, max_length=max_length)
     folder = epath.Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_effective(folder / "config.gin")
+    if cluster.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_effective(folder / "config.gin")
     settings = {
         "model": "mlx_pretrain", "model_args": {"path": str(model), "step": language_model.step},
         "fingerprint": language_model.fingerprint(), "dtype": language_model.config.dtype,
@@ -89,6 +96,8 @@ def run_tasks(
     else:
         settings |= {"mutual_information": mutual_information}
     found = _measure(folder, language_model, scorer, files, aligned, examples, settings)
+    if not cluster.is_main():
+        return []
     results = [evaluate(task, aligned[task], found[task]) for task in files]
     path = write_results(folder, results, aligned, found, settings)
     report(folder)
@@ -111,7 +120,7 @@ def _measure(
     examples: dict[Task, dict[str, tuple[Item, ...]]],
     settings: dict[str, Any],
 ) -> dict[Task, dict[str, Any]]:
-    """Tables of all tasks and languages: those that are there, and those computed now."""
+    """Tables of all tasks and languages: those that are there, and those computed now; in process 0."""
     found: dict[Task, dict[str, Any]] = {task: {} for task in files}
     generate = "template" in settings
     todo: list[_Todo] = []
@@ -123,23 +132,26 @@ def _measure(
             depends_on = settings | {"sources": sources, "language": language,
                                      "examples": [item.id for item in shown]}
             path = tables.path_of(folder, "answers" if generate else "log_likelihoods", task, language)
-            table = tables.load(path, depends_on)
-            if table is None:
-                todo.append(((task, language, path, depends_on), items, shown))
-            else:
+            table = tables.load(path, depends_on) if cluster.is_main() else None
+            if table is not None:
                 found[task][language] = table
-    skipped = sum(map(len, found.values()))
+            todo.append(((task, language, path, depends_on), items, shown))
+    # The tables that process 0 finds are those that nobody computes.
+    left = cluster.share([language not in found[task] for (task, language, _, _), _, _ in todo])
+    todo = list(itertools.compress(todo, left))
+    skipped = len(left) - len(todo)
     if skipped:
         _say(f"{skipped} of {skipped + len(todo)} files were done before")
     progress = _Progress(sum(len(items) for _, items, _ in todo))
     measured = _generated(model, scorer, todo, progress) if generate else _scored(model, scorer, todo)
     for (task, language, path, depends_on), table in measured:
-        tables.save(path, table, depends_on)
+        if cluster.is_main():
+            tables.save(path, table, depends_on)
         found[task][language] = table
         progress.say(f"{task.name} {language}", len(aligned[task].items[language]))
     if scorer.scored:
-        _say(f"fed {scorer.fed_tokens:,} tokens ({scorer.naive_tokens:,} if nothing were shared; "
-             f"{scorer.computed_tokens:,} with padding)")
+        _say(f"fed {scorer.fed_tokens:,} tokens on {model.mesh.size} devices ({scorer.naive_tokens:,} if nothing were "
+             f"shared; {scorer.computed_tokens:,} with padding)")
     return found
 
 
@@ -199,7 +211,8 @@ def _clock(seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if cluster.is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def summary(results: Sequence[TaskResults]) -> list[str]:
@@ -220,4 +233,4 @@ def summary(results: Sequence[TaskResults]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(run_tasks, "evals.run")
+    run(run_tasks, "evals.run", joins=True)

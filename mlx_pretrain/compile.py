@@ -22,7 +22,11 @@ _USAGE = """usage: python -m mlx_pretrain.compile --gin_file=FILE [...] [--gin.N
                         2*v5e:16x16 for two slices
   --slices=N            the same, for N slices
   --length=TOKENS       length of sequences; else the token store's where there is one, else the model's max_length
+  --program=NAME        only the programs whose names begin so, e.g. --program=training
   --json=FILE           writes the numbers, too ("-": to standard output, in place of the words)"""
+
+
+_FLAGS = ("topology", "slices", "length", "program", "json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Arguments:
     topology: str
     slices: int = 1
     length: int | None = None
+    program: str = ""
     json: str | None = None
     gin: Sequence[str] = ()
 
@@ -45,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     values, others = {}, []
     for argument in arguments:
         name, separator, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not separator or name not in ("topology", "slices", "length", "json"):
+        if not argument.startswith("--") or not separator or name not in _FLAGS:
             others.append(argument)
         elif name in ("slices", "length"):
             if not value.isdigit() or int(value) < 1:
@@ -78,6 +83,9 @@ def compile_programs(arguments: Arguments) -> dict:
     mesh = topology.mesh()
     try:
         listed = programs.configured(mesh, arguments.length)
+        chosen = [program for program in listed if program.name.startswith(arguments.program)]
+        if not chosen:
+            raise InputError(f"--program={arguments.program}: none of {', '.join(program.name for program in listed)}")
     except TypeError as error:
         if not filled:
             raise
@@ -93,7 +101,7 @@ def compile_programs(arguments: Arguments) -> dict:
         "missing_macros": filled,
         "xla_flags": backend.flags_in_effect(),
         "batch_shards": partitioning.shards(mesh, "batch"),
-        "programs": [_measured(program, topology) for program in listed],
+        "programs": [_measured(program, topology) for program in chosen],
     }
 
 
@@ -121,8 +129,14 @@ def _measured(program, topology) -> dict:
         "compile_seconds": result.compile_seconds,
         "unknown_loops": list(result.unknown_loops),
         "opaque_kernels": dict(result.opaque_kernels),
-        "remedies": list(program.remedies),
+        "remedies": [] if result.fits else list(program.remedies(_excess(result.memory, needed))),
     }
+
+
+def _excess(memory, needed: int | None) -> float:
+    """Memory asked for besides the arguments over that which they leave."""
+    room = memory.limit - memory.arguments
+    return (needed or memory.limit) / room if room > 0 else 2.0
 
 
 def describe(report: dict) -> str:

@@ -19,6 +19,7 @@ from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.parallel import backend, cluster
+from mlx_pretrain.parameter_types import check_types
 
 _USAGE = """usage: python -m {module} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]{more}
   --gin_file=FILE       gin configuration; several are read in order
@@ -133,7 +134,8 @@ def parse_gin(
       The names of the macros that were filled.
 
     Raises:
-      InputError: a file is missing, or a name or value in it is wrong; the message names file and cause.
+      InputError: a file is missing, or a name or value in it is wrong; the message names file and cause, or the
+        parameter and the type it must have.
     """
     for path in (*search, REPOSITORY):  # the current folder comes first of itself
         gin.add_config_file_search_path(path)
@@ -158,6 +160,8 @@ def parse_gin(
         place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
         where = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
         raise InputError(f"{where}: {first_line(error)}") from None
+    if not filled:  # a name stands for a value of any type
+        check_types()
     return filled
 
 
@@ -206,7 +210,7 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
       main: the command.
       module: its name.
       joins: several processes started with it become one job, see `parallel.cluster`.
-      shards: it takes `parallel.cluster.shard` of its work.
+      shards: it takes `parallel.cluster.shard` of its work. A command that neither joins nor shards runs in process 0.
     """
     quiet_logging()
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
@@ -232,13 +236,23 @@ def run(main: Callable[[], object], module: str, *, joins: bool = False, shards:
 
 @contextlib.contextmanager
 def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
-    """Joins the job, or takes the shard, that the flags or the platform tell; a failure ends the whole job."""
+    """Joins the job, or takes the shard, that the flags or the platform tell; a failure ends the whole job.
+
+    Of a command that does neither, started several times by a launcher, process 0 alone goes on.
+    """
     shard = cluster.find_shard(flags.shard) if shards else None
     if shard is not None and flags.coordinator is not None:
         raise InputError(f"--shard={flags.shard}: processes with a shard of their own do not join a job")
     cluster.take_shard(shard)
     if joins and shard is None:
         cluster.join(cluster.find(flags.coordinator, flags.processes, flags.process), flags.join_timeout)
+    elif shard is None and cluster.may_have_others() and (place := cluster.find()):
+        if shards:
+            cluster.take_shard((place.process, place.processes))
+        elif place.process:
+            print(f"process {place.process} of {place.processes}: this command runs in one process, which is process 0",
+                  file=sys.stderr)
+            raise SystemExit(0)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:

@@ -1,5 +1,6 @@
 """Held-out loss and bits per byte of every language, with the compiled step the trainer and others share."""
 
+import collections
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -16,6 +17,8 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.trainer import make_eval_step
 
+_IN_FLIGHT = 4  # batches
+
 
 class HeldOut:
     """Evaluates parameters on a split of a token store."""
@@ -29,7 +32,7 @@ class HeldOut:
         split: str = "heldout",
         batch_size: int = 16,
         max_sequences: int | None = None,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int | None = None,
         languages: Collection[str] | None = None,
     ):
         """Reads the rows.
@@ -39,7 +42,7 @@ class HeldOut:
           config: of the model to evaluate.
           mesh: the mesh its parameters live on.
           split: of the store.
-          batch_size: sequences per step, over all devices.
+          batch_size: sequences per step, over all devices; rounded up to a multiple of what splits the batch.
           max_sequences: so many of each language, evenly spaced; None: all.
           chunk_tokens: see `losses.cross_entropy`.
           languages: to evaluate; None: all of the split.
@@ -53,6 +56,7 @@ class HeldOut:
         self._bytes_per_token = np.array([parts[l].bytes / parts[l].tokens for l in self.languages])
         tokens = np.concatenate(rows).astype(np.int32)
         source = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+        batch_size += -batch_size % partitioning.shards(mesh, "batch")
         # The last batch is filled with padding, which weighs nothing.
         missing = -len(tokens) % batch_size
         self._tokens = np.pad(tokens, ((0, missing), (0, 0)), constant_values=PAD_ID)
@@ -68,13 +72,18 @@ class HeldOut:
 
         Bits per byte are exact for all rows; with `max_sequences` they use the split's mean bytes per token.
         """
-        totals = np.zeros((2, len(self.languages)))
+        totals, started = np.zeros((2, len(self.languages))), collections.deque()
         for start in range(0, len(self._tokens), self._batch_size):
             check()
             rows = start + self._rows
             batch = {"tokens": self._tokens[rows], "source": self._source[rows]}
             batch = to_devices(batch, self._sharding, self._batch_size, self._rows)
-            totals += np.array(jax.device_get(self._step(params, batch["tokens"], batch["source"])))
+            started.append(self._step(params, batch["tokens"], batch["source"]))
+            # Devices go on while sums travel; nor do batches pile up on them.
+            if len(started) > _IN_FLIGHT:
+                totals += np.array(jax.device_get(started.popleft()))
+        for sums in jax.device_get(list(started)):
+            totals += np.array(sums)
         nll, tokens = totals
         loss = nll / tokens
         bits = loss / math.log(2) / self._bytes_per_token

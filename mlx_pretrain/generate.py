@@ -13,6 +13,7 @@ from mlx_pretrain import configuration
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.inference.language_model import load_language_model
+from mlx_pretrain.parallel import cluster
 
 
 @gin.configurable("generate")
@@ -49,6 +50,8 @@ def generate(
     completions = model.generate(
         prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
+    if not cluster.is_main():
+        return completions
     if output is None:
         for prompt, completion in zip(prompts, completions):
             print(f"{prompt}\033[1m{completion}\033[0m" if sys.stdout.isatty() else f"{prompt}{completion}")
@@ -64,4 +67,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    configuration.run(generate, "mlx_pretrain.generate")
+    configuration.run(generate, "mlx_pretrain.generate", joins=True)

@@ -81,7 +81,12 @@ def token_nll(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_to
 def _plan(chunk_tokens: int | None, z_coefficient: float) -> _Plan:
     if chunk_tokens is None:
         chunk_tokens = CHUNK_TOKENS[partitioning.platform()]
-    return _Plan(chunk_tokens, z_coefficient, partitioning.mesh_axes("vocab") if _many_devices() else ())
+    return _Plan(chunk_tokens, z_coefficient, _split_vocabulary())
+
+
+def _split_vocabulary() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in partitioning.mesh_axes("vocab") if not mesh.empty and mesh.shape[axis] > 1)
 
 
 def _many_devices() -> bool:
@@ -164,12 +169,15 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
         partition = jnp.sum(exponentials, axis=-1)
         here = jnp.arange(scores.shape[-1]) == (target - offset)[..., None]
         of_target = jnp.sum(jnp.where(here, scores, 0.0), axis=-1)
+        local_peak = peak
         peak, partition, of_target = _whole_vocabulary(axes, peak, partition, of_target)
         log_partition = peak + jnp.log(partition)
         nll = log_partition - of_target
         if not gradients:
             return d_kernel, (nll, log_partition, None)
         slope = weight * (1 + 2 * plan.z_coefficient * log_partition) / partition
+        if axes:
+            slope *= jnp.exp(local_peak - peak)
         d_scores = (exponentials * slope[..., None] - jnp.where(here, weight[..., None], 0.0)).astype(dtype)
         d_h = jnp.einsum("BTV,DV->BTD", d_scores, kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("BTD,BTV->DV", h, d_scores, preferred_element_type=jnp.float32)
@@ -182,11 +190,12 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
 
 
 def _whole_vocabulary(axes: tuple[str, ...], peak, partition, of_target):
-    """From a slice's largest score, its sum of exponentials over that, and its target's score (0: elsewhere), float32
-    `[batch, length]` each: the same of all slices, the sum still over the largest score of this slice."""
+    """The largest score, the sum of exponentials over it and the target's score in the whole vocabulary, from those in
+    a device's slice (a target that is not in it: 0); float32 `[batch, length]` each."""
     if not axes:
         return peak, partition, of_target
     peaks, partitions, of_targets = jax.lax.all_gather(jnp.stack([peak, partition, of_target]), axes, axis=1)
+    peak = jnp.max(peaks, axis=0)
     return peak, jnp.sum(partitions * jnp.exp(peaks - peak), axis=0), jnp.sum(of_targets, axis=0)
 
 

@@ -1,10 +1,14 @@
 """Optimizers and learning-rate schedules from optax, with the choices a pretraining run needs."""
 
+import collections
+import math
 from collections.abc import Callable
 from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlx_pretrain.errors import InputError
@@ -16,7 +20,11 @@ Schedule = Callable[[Any], Any]
 def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
     """Linear warm-up from 0 to `peak`, then a cosine down to `final_fraction * peak` at `total_steps`."""
     _check_steps("warmup_cosine", warmup_steps, 0, total_steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, peak * final_fraction)
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    if warmup_steps == total_steps:  # optax refuses a cosine of no steps
+        return warmup
+    decay = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, final_fraction)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 @gin.configurable("constant_schedule")  # gin has a "constant" of its own
@@ -31,14 +39,12 @@ def warmup_stable_decay(
 ) -> Schedule:
     """WSD (arXiv 2404.06395): linear warm-up, constant `peak`, linear decay over the last `decay_steps`."""
     _check_steps("warmup_stable_decay", warmup_steps, decay_steps, total_steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup_steps),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, peak * final_fraction, decay_steps),
-        ],
-        [warmup_steps, total_steps - decay_steps],
-    )
+    phases = [optax.linear_schedule(0.0, peak, warmup_steps), optax.constant_schedule(peak)]
+    ends = [warmup_steps]
+    if decay_steps:  # optax takes a decay of no steps for a rate that stays
+        phases.append(optax.linear_schedule(peak, peak * final_fraction, decay_steps))
+        ends.append(total_steps - decay_steps)
+    return optax.join_schedules(phases, ends)
 
 
 def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
@@ -46,14 +52,17 @@ def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
         raise InputError(f"{name}: {warmup} steps of warm-up and {decay} of decay do not fit {total} steps")
 
 
-def _is_matrix(path: tuple, leaf: Any) -> bool:
-    """Weight decay and Muon are for matrices; norm scales, stacked over layers or not, are left alone."""
-    return leaf.ndim >= 2 and path[-1].key != "scale"
-
-
 def decay_mask(params: Any) -> Any:
-    """True for the parameters weight decay applies to: all but the norm scales."""
-    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+    """True for the parameters weight decay applies to: all but the scales of norms, biases and single vectors.
+
+    By name: those of all layers are stacked, so that the rank does not tell a bias from a matrix.
+    """
+
+    def decays(path: tuple, leaf: Any) -> bool:
+        name = path[-1].key
+        return leaf.ndim >= 2 and name != "scale" and name != "bias" and not name.endswith("_bias")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 @gin.configurable
@@ -83,17 +92,22 @@ def muon(
     The update of an m x n matrix is scaled by sqrt(max(1, n / m)) (optax's default); AdamW's rate is `adam_fraction`
     times Muon's.
     """
-    update = optax.contrib.muon(
-        learning_rate,
-        beta=beta,
-        weight_decay=weight_decay,
-        weight_decay_mask=decay_mask,
-        adam_learning_rate=lambda step: adam_fraction * learning_rate(step),
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=_muon_dimensions,
+    matrices = optax.chain(
+        _scale_by_muon(beta),
+        optax.stateless(_scale_by_shape),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    return _clipped(clip_norm, update)
+    others = optax.adamw(
+        lambda step: adam_fraction * learning_rate(step), weight_decay=weight_decay, nesterov=True, mask=decay_mask
+    )
+    labels = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
+        lambda path, _: "muon" if path[-1].key in _MUON_AXES else "adam", params
+    )
+    return _clipped(clip_norm, optax.partition({"muon": matrices, "adam": others}, labels))
 
+
+_ITERATIONS = 5  # of Newton-Schulz, optax's default
 
 # Input and output axes of the layers' weights; axis 0 is the layer.
 _MUON_AXES = {
@@ -109,11 +123,75 @@ _MUON_AXES = {
 
 
 def _muon_dimensions(params: Any) -> Any:
-    def dimensions(path, _):
-        axes = _MUON_AXES.get(path[-1].key)
-        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: optax.contrib.MuonDimensionNumbers(*_MUON_AXES[path[-1].key]), params
+    )
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+def _scale_by_shape(updates: optax.Updates, _: Any) -> optax.Updates:
+    def scale(path: tuple, update: jax.Array) -> jax.Array:
+        inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in _MUON_AXES[path[-1].key])
+        return update * math.sqrt(max(1, outputs / inputs))
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
+
+
+def _scale_by_muon(beta: float) -> optax.GradientTransformation:
+    """Momentum, orthogonalised; on a mesh every device does so for matrices of its own."""
+    alone = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=_muon_dimensions)
+    # Without iterations it normalises the momentum and leaves it where it is.
+    normalised = optax.contrib.scale_by_muon(ns_steps=0, beta=beta, weight_dimension_numbers=_muon_dimensions)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return alone.update(updates, state, params)
+        updates, state = normalised.update(updates, state, params)
+        return _orthogonalise(updates, state.ns_coeffs, mesh), state
+
+    return optax.GradientTransformation(alone.init, update)
+
+
+def _orthogonalise(updates: optax.Updates, coefficients: jax.Array, mesh: jax.sharding.AbstractMesh) -> optax.Updates:
+    """Newton-Schulz iterations on matrices of Frobenius norm 1, those of one shape together.
+
+    Left where parameters are, over rows, every iteration would gather all matrices on every device.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    stacks: dict[tuple[int, int], list[jax.Array]] = collections.defaultdict(list)
+    for path, leaf in leaves:
+        stack = _as_matrices(path, leaf)
+        stacks[stack.shape[1:]].append(stack)
+    results = {shape: iter(_orthogonalise_stacks(group, coefficients, mesh)) for shape, group in stacks.items()}
+    done = []
+    for path, leaf in leaves:
+        inputs, _ = _MUON_AXES[path[-1].key]
+        rows = math.prod(leaf.shape[axis] for axis in inputs)
+        columns = leaf.size // leaf.shape[0] // rows
+        stack = next(results[min(rows, columns), max(rows, columns)])
+        done.append((stack.mT if rows > columns else stack).reshape(leaf.shape))
+    return jax.tree.unflatten(tree, done)
+
+
+def _as_matrices(path: tuple, leaf: jax.Array) -> jax.Array:
+    """`[layers, rows, columns]` with at most as many rows as columns; input axes stand before output axes."""
+    inputs, _ = _MUON_AXES[path[-1].key]
+    matrices = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[axis] for axis in inputs), -1)
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+
+
+def _orthogonalise_stacks(group: list[jax.Array], coefficients: jax.Array, mesh) -> list[jax.Array]:
+    x = jnp.concatenate(group)
+    # Zeros stay zeros.
+    x = jnp.pad(x, ((0, -len(x) % mesh.size), (0, 0), (0, 0)))
+    by_matrix = jax.sharding.PartitionSpec(mesh.axis_names)
+    a, b, c = coefficients
+    x = jax.lax.with_sharding_constraint(x, by_matrix)
+    for _ in range(_ITERATIONS):
+        gram = jax.lax.with_sharding_constraint(x @ x.mT, by_matrix)
+        x = jax.lax.with_sharding_constraint(a * x + (b * gram + c * gram @ gram) @ x, by_matrix)
+    ends = np.cumsum([len(stack) for stack in group])
+    return jnp.split(x[: ends[-1]], ends[:-1])
 
 
 def _clipped(clip_norm: float | None, update: optax.GradientTransformation) -> optax.GradientTransformation:

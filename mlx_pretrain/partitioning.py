@@ -36,7 +36,6 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "act_kv_heads": "tensor",
     "act_mlp": "tensor",
 }
-BATCH_AXES = RULES["batch"]
 
 
 @gin.configurable(denylist=["devices", "slice_of"])
@@ -147,9 +146,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
+def constrain_replicated(x: jax.Array) -> jax.Array:
+    """Pins a copy of `x` on every device; without a current mesh it returns `x` as it is."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The layout of a batch `[batch, ...]`: rows over the data and fsdp axes."""
     return NamedSharding(mesh, spec("batch"))
+
+
+def put(array, sharding: NamedSharding) -> jax.Array:
+    """Lays out an array that every process of the job holds whole, in host memory.
+
+    `jax.device_put` does the same, but sends the array over the network first to see that all hold the same.
+    """
+    return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device, so that every process can read the array."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(boxed, mesh: Mesh):

@@ -35,7 +35,8 @@ class Program:
       parameters: number of the model's parameters.
       tokens: of one batch, over all devices.
       model_flops: FLOPs that the model asks for, without recomputation, over all devices.
-      remedies: settings that make it need less memory, the cheapest first.
+      remedies: what makes it need less memory, the cheapest first; called with the memory it asks for besides its
+        arguments over that which is left for it.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Program:
     parameters: int
     tokens: int
     model_flops: float
-    remedies: Sequence[str] = ()
+    remedies: Callable[[float], Sequence[str]]
 
     def lower(self) -> jax.stages.Lowered:
         """Traces it for the devices of its mesh, which may be absent."""
@@ -86,7 +87,8 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
     listers = [lister for parameter, lister in _LISTERS.items() if is_bound(parameter)]
     if not listers:
         raise InputError(f"the gin files configure no program: none of {', '.join(_LISTERS)} is set")
-    return [program for lister in listers for program in lister(mesh, length)]
+    with partitioning.use(mesh):  # what is picked by platform is picked for these devices
+        return [program for lister in listers for program in lister(mesh, length)]
 
 
 def is_bound(parameter: str) -> bool:
@@ -103,24 +105,35 @@ def in_microbatches(n: int) -> str:
     return f" in {n} microbatches" if n > 1 else ""
 
 
-def remedies_for_training(config, model, mesh: Mesh) -> list[str]:
-    """What makes a training step need less memory; `config` is a LoopConfig, `model` what it trains."""
-    name, remedies = type(model).__name__, []
+def smaller(rows: int, mesh: Mesh, excess: float) -> int:
+    """A batch of fewer rows than `rows`, by a factor of at least `excess` and 2, that divides over the mesh."""
+    shards = partitioning.shards(mesh, "batch")
+    return max(1, int(rows / max(excess, 2)) // shards) * shards
+
+
+def training_remedies(config, model, mesh: Mesh) -> Callable[[float], list[str]]:
+    """`Program.remedies` of a training step; `config` is a LoopConfig, `model` what it trains."""
     rows = config.batch_size // config.microbatches // partitioning.shards(mesh, "batch")
-    remat = getattr(model, "remat", None)
-    if remat is False or remat == "none":
-        remedies.append(f"{name}.remat={True if remat is False else 'full'!r} (computes layers again in the backward "
-                        "pass)")
-    elif remat in ("dots", "attention"):
-        remedies.append(f"{name}.remat='full' (keeps only the layers' inputs)")
-    if rows > 1:
-        remedies.append(f"{config.name}.microbatches={config.microbatches * rows} (a device holds 1 sequence at a time "
-                        f"instead of {rows})")
-    if partitioning.shards(mesh, "embed") * partitioning.shards(mesh, "mlp") < mesh.size:
-        remedies.append("make_mesh.fsdp=-1 with make_mesh.data=1, or the number of slices (parameters and optimizer "
-                        "state over all devices of a slice)")
-    if getattr(config, "chunk_tokens", 0) > 256:
-        remedies.append(f"{config.name}.chunk_tokens={config.chunk_tokens // 2} (logits of fewer tokens at once)")
-    if rows <= 1:
-        remedies.append(f"make_mesh.tensor={2 * mesh.shape['tensor']} (each sequence over more devices)")
-    return [*remedies, "more devices, or devices with more memory"]
+
+    def remedies(excess: float) -> list[str]:
+        name, listed = type(model).__name__, []
+        remat = getattr(model, "remat", None)
+        if remat is False or remat == "none":
+            listed.append(f"{name}.remat={True if remat is False else 'full'!r} (the backward pass computes layers "
+                          "again)")
+        elif remat in ("dots", "attention"):
+            listed.append(f"{name}.remat='full' (keeps only the layers' inputs)")
+        if rows > 1:
+            parts = next(n for n in range(2, rows + 1) if rows % n == 0 and (n >= excess or n == rows))
+            listed.append(f"{config.name}.microbatches={config.microbatches * parts} (a device holds {rows // parts} "
+                          f"rows at a time instead of {rows})")
+        if partitioning.shards(mesh, "embed") * partitioning.shards(mesh, "mlp") < mesh.size:
+            listed.append("make_mesh.fsdp=-1 with make_mesh.data=1, or the number of slices (parameters and optimizer "
+                          "state over all devices of a slice)")
+        if getattr(config, "chunk_tokens", 0) > 256:
+            listed.append(f"{config.name}.chunk_tokens={config.chunk_tokens // 2} (logits of fewer tokens at once)")
+        if rows <= 1:
+            listed.append(f"make_mesh.tensor={2 * mesh.shape['tensor']} (each row over more devices)")
+        return [*listed, "more devices, or devices with more memory"]
+
+    return remedies

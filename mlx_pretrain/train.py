@@ -21,11 +21,13 @@ from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.store import MANIFEST, PAD_ID, TOKENIZER, TokenStore, used_languages
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.evaluation import HeldOut
+from mlx_pretrain.files import read_json
 from mlx_pretrain.inference.language_model import LanguageModel, own_model
+from mlx_pretrain.initial_weights import InitialWeights
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.train_state import abstract_state
 from mlx_pretrain.trainer import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
+from mlx_pretrain.training_loop import RUN, Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
 
 
 @gin.configurable("train")
@@ -37,6 +39,8 @@ class TrainConfig(LoopConfig):
       model: shape and numerics of the decoder.
       token_store: folder made by the exporter.
       rates: rates file; its languages are the mixture.
+      init_from: start from the weights of another run's folder (or RUN/checkpoints/<step>) or of a Hugging Face folder,
+        with a fresh optimizer and a fresh stream of data; see `initial_weights`. None: from random ones.
       z_coefficient: weight of the z-loss.
       chunk_tokens: tokens whose logits are held at once on a device.
       eval_batch_size: sequences per evaluation step.
@@ -49,6 +53,7 @@ class TrainConfig(LoopConfig):
     model: DecoderConfig = gin.REQUIRED
     token_store: str = gin.REQUIRED
     rates: str = gin.REQUIRED
+    init_from: str | None = None
     z_coefficient: float = 0.0
     chunk_tokens: int = 1024
     eval_batch_size: int = 16
@@ -101,6 +106,10 @@ class Pretraining(DecoderComputation):
         self._languages = used_languages(self._store, "train", self._rates)
         self._store.arrays("train", self._languages)  # checks the files
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
+        # A run that goes on needs them no more, and they may be gone.
+        fresh = config.init_from is not None and not checkpoints.has_steps(config.run_dir)
+        tokenizer = self._store.path / TOKENIZER
+        self._weights = InitialWeights(config.init_from, config.model, tokenizer) if fresh else None
         super().__init__(config, self._store.manifest.sequence_length)
 
     def source(self, first_sequence: int, rows: np.ndarray) -> BatchSource:
@@ -139,8 +148,8 @@ class Pretraining(DecoderComputation):
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._store.path / TOKENIZER)
 
-    def initial_params(self) -> None:
-        return None
+    def initial_params(self, mesh: Mesh) -> Any | None:
+        return self._weights and self._weights.load(mesh)
 
     def summary(self) -> str:
         return f"{len(self._rates)} languages, {self._config.batch_size} x {self.tokens_per_sequence} tokens a step"
@@ -153,7 +162,15 @@ class Pretraining(DecoderComputation):
             "tokenizer_sha256": manifest.tokenizer_sha256,
             "rates": self._rates,
             "train_sequences": {l: self._store.part("train", l).sequences for l in self._rates},
+            "init_from": self._init_from(),
         }
+
+    def _init_from(self) -> dict[str, Any] | None:
+        """Where the first weights came from: as the start of the run wrote it down, when this process resumed it."""
+        if self._weights:
+            return self._weights.description()
+        path = epath.Path(self._config.run_dir) / RUN
+        return read_json(path, "description of a run").get("init_from") if path.exists() else None
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -185,7 +202,7 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=config.batch_size * length,
             model_flops=config.batch_size * length * computation.flops_per_token,
-            remedies=programs.remedies_for_training(config, model, mesh),
+            remedies=programs.training_remedies(config, model, mesh),
         ),
         programs.Program(
             "evaluation step",
@@ -196,7 +213,7 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=rows * length,
             model_flops=rows * length * computation.flops_per_token / 3,  # the forward pass
-            remedies=[f"train.eval_batch_size={max(partitioning.shards(mesh, 'batch'), rows // 2)}"],
+            remedies=lambda excess: [f"train.eval_batch_size={programs.smaller(rows, mesh, excess)}"],
         ),
     ]
 

@@ -128,7 +128,8 @@ def make_eval_step(
     def step(params: Any, tokens: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden, batch = _hidden(config, params, tokens)
         nll = losses.token_nll(hidden, output_kernel(params), batch.targets, chunk_tokens) * batch.weights
-        by_source = jax.nn.one_hot(source, n_sources, dtype=jnp.float32)
-        return nll.sum(axis=1) @ by_source, batch.weights.sum(axis=1) @ by_source
+        # Not a product with one-hot rows: TPUs would round the sums of rows to bfloat16.
+        by_source = lambda sums: jax.ops.segment_sum(sums, source, n_sources)  # noqa: E731
+        return by_source(nll.sum(axis=1)), by_source(batch.weights.sum(axis=1))
 
     return step

@@ -192,7 +192,7 @@ class Task(Computation, Protocol):
         """Writes what other commands need beside the parameters, in process 0; raises InputError where another model's
         stands."""
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         """A tree laid out as the model's parameters, with arrays to start from and None for what is drawn; or None."""
 
     def summary(self) -> str:
@@ -229,6 +229,9 @@ def jitted_step(
     # Said, not left to the compiler: for GPUs it returned the whole state to every device, which donates nothing.
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), (abstract, batch)
+
+
+RUN = "run.json"
 
 
 class _Stopped(Exception):
@@ -280,7 +283,7 @@ class TrainingLoop:
         config = self._config
         hardware.keep_compiled(config.compilation_cache)
         with partitioning.use(self._mesh), contextlib.ExitStack() as stack:
-            stack.enter_context(StopRequest())
+            self._signals = stack.enter_context(StopRequest(nothing_to_save=True))
             with self._clock.timed("restore"):
                 self._restore(stack)
             if self._step >= config.steps and not self._unfinished:
@@ -338,7 +341,7 @@ class TrainingLoop:
 
     def _initial_state(self):
         state = initial_state(self._task.model, self._optimizer, self._config.seed, self._abstract)
-        given = self._task.initial_params()
+        given = self._task.initial_params(self._mesh)
         if given is None:
             return state
         put = lambda new, old: old if new is None else jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
@@ -350,7 +353,7 @@ class TrainingLoop:
         self._source = task.source(self._progress.sequences, self._rows)
         self._batches = loader.batches(self._source)
         peak = self._peak_flops()
-        cluster.on_main(lambda: write_json(self._run_dir / "run.json", self._description(peak)))
+        cluster.on_main(lambda: write_json(self._run_dir / RUN, self._description(peak)))
         cluster.on_main(lambda: configuration.save_effective(self._run_dir / "config.gin"))
         self._writer = self._goodput_file = None
         if cluster.is_main():
@@ -387,6 +390,7 @@ class TrainingLoop:
             batch = next(self._batches)
             arrays = loader.to_devices(batch, self._sharding, config.batch_size, self._rows)
         self._step += 1
+        self._signals.nothing_to_save = False
         self._profiler.before_step(self._step, self._state)
         self._state, metrics = self._train(self._state, arrays)
         self._tokens.update(self._task.tokens({name: rows[self._counted] for name, rows in batch.items()}))
@@ -506,6 +510,7 @@ class TrainingLoop:
     def _leave_if_stopped(self, saved: bool) -> None:
         if not self._stop or (self._step == self._config.steps and not self._unfinished):
             return
+        self._signals.nothing_to_save = False  # this is the orderly way out
         self._wait_for_saves()
         done = f"saved after step {self._step} of {self._config.steps}" if saved else "nothing was trained yet"
         self._meter.say(f"{self._stop}: {done}; run again to go on; {self._goodput()}")

@@ -7,11 +7,13 @@ n-grams that many documents share are not excused, but the report lists the most
 told from a leak.
 
 Writes a removal list and a report, see `raters.stages`; removed.jsonl names the items and what was matched, and
-items.jsonl each item that was found, with its documents.
+items.jsonl each item that was found, with its documents. Processes may share the files (`--shard=I/N`, or a SLURM
+array); the command without `--shard` completes their work.
 """
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +26,8 @@ from mlx_pretrain.configuration import run
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.data.segmentation import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_jsonl, write_json
+from mlx_pretrain.files import read_jsonl, sha256, write_json
+from mlx_pretrain.parallel import cluster
 from raters import shingles, stages
 
 ITEMS = "items.jsonl"
@@ -169,8 +172,25 @@ def _item_report(index: Index, hit_by: Mapping[int, int]) -> dict[str, dict[str,
     return found
 
 
+def search_file(
+    name: str, path: epath.Path, removed: Mapping[str, np.ndarray], index: Index
+) -> dict[str, Any]:
+    """What is found in one file, as JSON: documents by language; (document, language, its hits) of those that are hit;
+    unreadable records."""
+    documents: collections.Counter[str] = collections.Counter()
+    unreadable, hit = stages.Unreadable(), []
+    for document in stages.kept_documents(name, path, removed, unreadable):
+        language = stages.language_of(document, name)
+        documents[language] += 1
+        if hits := index.hits(document.text):
+            known = {"file": name, "number": document.number, "id": document.id}
+            hit.append([known, language, [[item, count, ngram] for item, (count, ngram) in hits.items()]])
+    return {"documents": documents, "hit": hit, "unreadable": unreadable.as_json()}
+
+
 def decontaminate(config: DecontaminateConfig) -> None:
-    """Writes the removal list of documents that hold evaluation items, and the report.
+    """Writes the removal list of documents that hold evaluation items, and the report; or, in a process with a shard,
+    what they are made of.
 
     Raises:
       InputError: files or settings are wrong, or another output is in the way; nothing is written then.
@@ -178,23 +198,30 @@ def decontaminate(config: DecontaminateConfig) -> None:
     started = time.perf_counter()
     files = stages.input_files(config.documents)
     item_files = [path for pattern in config.items for path in match_files(pattern)]
-    made_from = stages.provenance("raters.decontaminate", config, {**files, **{str(path): path for path in item_files}})
-    if stages.is_made(config.output, made_from, config.overwrite):
+    made_by = stages.provenance("raters.decontaminate", config, {str(path): path for path in item_files})
+    if cluster.shard()[1] == 1:
+        made_from = {**made_by, "inputs": {**{name: sha256(path) for name, path in files.items()}, **made_by["inputs"]}}
+        if stages.is_made(config.output, made_from, config.overwrite):
+            return
+    index = _index(config, item_files)
+    search = functools.partial(search_file, removed=stages.read_removed(config.exclude), index=index)
+    results = stages.map_files(config.output, made_by, files, search)
+    if results is None:
         return
-    index, unreadable = _index(config, item_files), stages.Unreadable()
+    unreadable = stages.Unreadable()
     languages: dict[str, dict[str, int]] = {}
     hit_by: dict[int, int] = {}  # item -> documents
     documents_of: dict[int, list[dict[str, Any]]] = {}
     frequent: collections.Counter[str] = collections.Counter()
     with stages.new_folder(config.output) as folder:
         with stages.jsonl_writer(folder / stages.REMOVED) as write:
-            for _, document, name in stages.documents(files, config.exclude, unreadable):
-                entry = languages.setdefault(stages.language_of(document, name), {"documents": 0, "hit": 0})
-                entry["documents"] += 1
-                if not (hits := index.hits(document.text)):
-                    continue
-                entry["hit"] += 1
-                known = {"file": name, "number": document.number, "id": document.id}
+            for result in results:
+                unreadable.add(result["unreadable"])
+                for language, count in result["documents"].items():
+                    languages.setdefault(language, {"documents": 0, "hit": 0})["documents"] += count
+            for known, language, found in (hit for result in results for hit in result["hit"]):
+                languages[language]["hit"] += 1
+                hits = {item: (count, ngram) for item, count, ngram in found}
                 frequent.update({ngram for _, ngram in hits.values()})
                 for item in hits:
                     hit_by[item] = hit_by.get(item, 0) + 1
@@ -217,6 +244,7 @@ def decontaminate(config: DecontaminateConfig) -> None:
                                            for ngram, count in frequent.most_common(_SHOWN)],
                   "unreadable": unreadable.as_json(), "provenance": made_from}
         write_json(folder / stages.REPORT, report)
+    stages.remove_parts(config.output)
     stages.say(f"{config.output}: {len(hit_by):,} of {len(index.items):,} items found in {hit:,} of {total:,} "
                f"documents; {index.skipped.total():,} items too short, {unreadable.count:,} unreadable records, "
                f"{time.perf_counter() - started:.1f} s")
@@ -228,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "raters.decontaminate")
+    run(main, "raters.decontaminate", shards=True)

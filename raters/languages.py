@@ -4,21 +4,26 @@ The declared language is the record's `lang`, else the file's name up to the fir
 over the document are identified one by one (py3langid, a naive Bayes classifier on bytes), so that a half translated
 document is found, and a quotation does no harm. Languages that identifiers take for one another count as one.
 
-Writes a removal list and a report; see `raters.stages`.
+Writes a removal list and a report; see `raters.stages`. Processes may share the files (`--shard=I/N`, or a SLURM
+array); the command without `--shard` completes their work.
 """
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
+import numpy as np
+from etils import epath
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mlx_pretrain.configuration import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
+from mlx_pretrain.parallel import cluster
 from raters import stages
 
 _SHOWN = 5  # removed documents of each pair of languages in the report
@@ -138,6 +143,20 @@ class Tally:
         if len(shown) < _SHOWN:
             shown.append({**entry, "text": text[:200]})
 
+    def counts(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {"languages": self.languages, "found": self.found,
+                "examples": [[*pair, shown] for pair, shown in self.examples.items()]}
+
+    def merge(self, counts: Mapping[str, Any]) -> None:
+        """Adds the `counts` of another tally, of documents that come after these."""
+        for own, more in ((self.languages, counts["languages"]), (self.found, counts["found"])):
+            for declared, by_name in more.items():
+                own.setdefault(declared, collections.Counter()).update(by_name)
+        for declared, found, shown in counts["examples"]:
+            examples = self.examples.setdefault((declared, found), [])
+            examples += shown[: _SHOWN - len(examples)]
+
     def as_json(self) -> dict[str, Any]:
         total = sum(self.languages.values(), collections.Counter())
         return {"documents": total.total(), **dict(sorted(total.items())),
@@ -147,40 +166,61 @@ class Tally:
                                      for (declared, found), shown in sorted(self.examples.items())}}
 
 
+def check_file(
+    name: str, path: epath.Path, removed: Mapping[str, np.ndarray], identifier: Identifier, config: LanguagesConfig
+) -> dict[str, Any]:
+    """What is found in one file, as JSON: entries of the removal list, counts, unreadable records."""
+    tally, unreadable, entries = Tally(), stages.Unreadable(), []
+    for document in stages.kept_documents(name, path, removed, unreadable):
+        declared = stages.language_of(document, name)
+        if not identifier.knows(declared):
+            tally.add(declared, "unknown_to_the_identifier", "")
+            continue
+        share, found = share_declared(document.text, declared, identifier, config)
+        if share is None:
+            tally.add(declared, "undecided", "")
+        elif share >= config.least_share:
+            tally.add(declared, "confirmed", found)
+        else:
+            entries.append({"file": name, "number": document.number, "id": document.id, "reason": "other language",
+                            "declared": declared, "found": found, "share": round(share, 3)})
+            tally.add(declared, "removed", found)
+            tally.example(declared, found, entries[-1], document.text)
+    return {"removed": entries, "tally": tally.counts(), "unreadable": unreadable.as_json()}
+
+
 def check_languages(config: LanguagesConfig) -> None:
-    """Writes the removal list of documents in another language than declared, and the report.
+    """Writes the removal list of documents in another language than declared, and the report; or, in a process with a
+    shard, what they are made of.
 
     Raises:
       InputError: files or settings are wrong, or another output is in the way; nothing is written then.
     """
     started = time.perf_counter()
     files = stages.input_files(config.documents)
-    made_from = stages.provenance("raters.languages", config, files)
-    if stages.is_made(config.output, made_from, config.overwrite):
+    if cluster.shard()[1] == 1:
+        made_from = stages.provenance("raters.languages", config, files)
+        if stages.is_made(config.output, made_from, config.overwrite):
+            return
+    check = functools.partial(check_file, removed=stages.read_removed(config.exclude),
+                              identifier=Identifier(config.confusable), config=config)
+    made_by = stages.provenance("raters.languages", config, {})
+    results = stages.map_files(config.output, made_by, files, check)
+    if results is None:
         return
-    identifier, tally, unreadable = Identifier(config.confusable), Tally(), stages.Unreadable()
+    tally, unreadable = Tally(), stages.Unreadable()
     with stages.new_folder(config.output) as folder:
         with stages.jsonl_writer(folder / stages.REMOVED) as write:
-            for _, document, name in stages.documents(files, config.exclude, unreadable):
-                declared = stages.language_of(document, name)
-                if not identifier.knows(declared):
-                    tally.add(declared, "unknown_to_the_identifier", "")
-                    continue
-                share, found = share_declared(document.text, declared, identifier, config)
-                if share is None:
-                    tally.add(declared, "undecided", "")
-                elif share >= config.least_share:
-                    tally.add(declared, "confirmed", found)
-                else:
-                    entry = {"file": name, "number": document.number, "id": document.id, "reason": "other language",
-                             "declared": declared, "found": found, "share": round(share, 3)}
+            for result in results:
+                for entry in result["removed"]:
                     write(entry)
-                    tally.add(declared, "removed", found)
-                    tally.example(declared, found, entry, document.text)
+                tally.merge(result["tally"])
+                unreadable.add(result["unreadable"])
         if config.write_documents:
             stages.write_kept(files, [*config.exclude, folder / stages.REMOVED], folder / stages.DOCUMENTS)
         report = {**tally.as_json(), "unreadable": unreadable.as_json(), "provenance": made_from}
         write_json(folder / stages.REPORT, report)
+    stages.remove_parts(config.output)
     counted = ", ".join(f"{report.get(verdict, 0):,} {verdict.replace('_', ' ')}" for verdict in (
         "confirmed", "removed", "undecided", "unknown_to_the_identifier"))
     stages.say(f"{config.output}: {report['documents']:,} documents: {counted}; {unreadable.count:,} unreadable "
@@ -193,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "raters.languages")
+    run(main, "raters.languages", shards=True)

@@ -15,6 +15,22 @@ from raters.stages import say
 _CHARACTERS_PER_BYTE = {".gz": 3.0, ".zst": 3.0, ".xz": 4.0, ".parquet": 2.0}
 
 
+def joint_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a job from those of its processes: counts and rates are added, the longest time counts.
+
+    Shares of time and tokens are means over the processes that computed.
+    """
+    joint = dict(summaries[0])
+    for name in ("files", "scored", "skipped", "failed", "documents", "rejected", "tokens", "documents_per_s",
+                 "tokens_per_s", "compilations"):
+        joint[name] = sum(summary[name] for summary in summaries)
+    joint["seconds"] = max(summary["seconds"] for summary in summaries)
+    for name in ("padding_efficiency", "device_busy"):
+        values = [summary[name] for summary in summaries if summary[name] is not None]
+        joint[name] = round(sum(values) / len(values), 4) if values else None
+    return joint
+
+
 class Progress(contextlib.AbstractContextManager):
     """Counts what is done; the clock runs inside the `with` block.
 

@@ -7,12 +7,15 @@ settings are an error unless `overwrite` is set. A file's scores depend on the f
 nothing else: batches never mix files, so the same bytes come out after any interruption (on the same kind and number of
 devices).
 
-Several hosts share the files, host i of n taking every n-th; each runs the model on its own devices.
+Several processes share the files, process i of n taking every n-th; each runs the model on its own devices. They are
+one job (`--coordinator=...`, or as the platform tells), which ends with one summary, or have no connection to one
+another (`--shard=I/N`, or a SLURM array).
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,7 +26,7 @@ import gin
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, hardware, partitioning, programs
 from mlx_pretrain.configuration import run, save_effective
@@ -32,9 +35,10 @@ from mlx_pretrain.data.subword import load_tokenizer
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
+from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import abstract_params
 from raters.chunks import Preparation, Prepared, mean_over_chunks
-from raters.progress import Progress
+from raters.progress import Progress, joint_summary
 from raters.quality import QualityConfig, load_quality, quality
 from raters.rater import Rater, record_fields
 from raters.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfinished
@@ -118,7 +122,7 @@ def bulk_inference(
     mesh = partitioning.make_mesh(devices=devices)
     if tokens_per_batch is None:
         tokens_per_batch = len(devices) * TOKENS_PER_BATCH.get(devices[0].platform, TOKENS_PER_BATCH[None])
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = partitioning.replicated(mesh)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
         if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, everywhere), params
@@ -154,7 +158,7 @@ def score_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
         parameters=model.parameters(),
         tokens=rows * longest,
         model_flops=rows * longest * model.flops_per_token(longest),
-        remedies=[f"QualityScorer.tokens_per_batch={bulk.tokens_per_batch // 2}"],
+        remedies=lambda excess: [f"QualityScorer.tokens_per_batch={int(bulk.tokens_per_batch / max(excess, 2))}"],
     )]
 
 
@@ -339,7 +343,7 @@ def score(
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
 
     Returns:
-      The summary, which is also printed as one line of JSON on stdout.
+      The summary of this process's files. That of all files of the job is printed as one line of JSON on stdout.
 
     Raises:
       InputError: a setting is wrong, files were scored with other settings, or, at the end, files could not be read.
@@ -358,9 +362,11 @@ def score(
         "language_field": language_field, "language_pattern": language_pattern, "detect_language": detect_language,
         "tokenizer": counter and counter.sha256, **(rater.settings if on_devices else {}),
     }
-    mine = find_shards(documents, output)[jax.process_index() :: jax.process_count()]
+    number, count = cluster.shard()
+    mine = find_shards(documents, output)[number::count]
     shards = unfinished(mine, settings, overwrite)
-    if jax.process_index() == 0:
+    cluster.barrier()  # all have listed the files before any writes some
+    if number == 0:
         epath.Path(output).mkdir(parents=True, exist_ok=True)
         save_effective(epath.Path(output) / "score.gin")
     sweep(shards)
@@ -372,11 +378,13 @@ def score(
             workers = min(os.cpu_count() or 1, 8) if counter or detect_language or rate_in_workers else 0
         _score_shards(shards, settings, rater, preparation, workers, (text_unit, languages, fields), progress)
     summary = {**progress.summary(), "rater": rater.name, "output": str(output)}
-    print(json.dumps(summary), flush=True)
-    if progress.failed:
-        names = ", ".join(shard.name for shard in progress.failed)
-        raise InputError(f"{len(progress.failed)} of {len(mine)} files could not be scored: {names}; the reasons are "
-                         f"in their *{REJECTS}")
+    summaries = cluster.gather(summary)
+    if cluster.is_main():
+        print(json.dumps(joint_summary(summaries)), flush=True)
+    if failed := sorted(itertools.chain(*cluster.gather([shard.name for shard in progress.failed]))):
+        files = sum(one["files"] for one in summaries)
+        raise InputError(f"{len(failed)} of {files} files could not be scored: {', '.join(failed)}; the reasons are in "
+                         f"their *{REJECTS}")
     return summary
 
 
@@ -424,4 +432,4 @@ def _score_shards(
 
 
 if __name__ == "__main__":
-    run(score, "raters.score")
+    run(score, "raters.score", joins=True, shards=True)

@@ -26,7 +26,8 @@ from etils import epath
 from mlx_pretrain import __version__
 from mlx_pretrain.data.documents import Document, match_files, read_documents
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import move_folder, read_json, sha256
+from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic
+from mlx_pretrain.parallel import cluster
 
 REPORT, REMOVED, DOCUMENTS = "report.json", "removed.jsonl", "documents"
 _EXTENSION = re.compile(r"\.(jsonl|txt)(\.(gz|xz|zst))?$|\.parquet$")
@@ -154,6 +155,55 @@ def read_removed(paths: Iterable[epath.PathLike]) -> dict[str, np.ndarray]:
     return {name: np.array(sorted(numbers), np.int64) for name, numbers in found.items()}
 
 
+def map_files(
+    output: epath.PathLike, made_by: Mapping[str, Any], files: Mapping[str, epath.Path],
+    function: Callable[[str, epath.Path], Any],
+) -> list[Any] | None:
+    """Applies a function to each input file; the processes of `--shard=I/N` share the files.
+
+    A process with a shard leaves its results in a hidden folder beside `output`. The command without `--shard` takes
+    what is there, does what is left, and completes the output.
+
+    Args:
+      output: of the command.
+      made_by: what the results depend on besides the file.
+      files: name -> path.
+      function: (name, path) -> JSON.
+
+    Returns:
+      The results, in order of `files`; None in a process with a shard.
+    """
+    number, count = cluster.shard()
+    results = []
+    for name, path in list(files.items())[number::count]:
+        part = _parts(output) / f"{name}.json"
+        made_from = {**made_by, "input": sha256(path)} if count > 1 or part.exists() else None
+        known = read_json(part) if part.exists() else {}
+        if made_from and known.get("made_from") == made_from:
+            results.append(known["result"])
+            continue
+        results.append(json.loads(json.dumps(function(name, path))))
+        if count > 1:
+            # With escapes, for a field may hold half a surrogate pair.
+            write_atomic(part, json.dumps({"made_from": made_from, "result": results[-1]}))
+    if count == 1:
+        return results
+    say(f"{output}: {len(results):,} of {len(files):,} files are done in this shard; when all shards are, the same "
+        "command without --shard completes the output")
+    return None
+
+
+def remove_parts(output: epath.PathLike) -> None:
+    """Removes what shards have left for `map_files`."""
+    if _parts(output).exists():
+        _parts(output).rmtree()
+
+
+def _parts(output: epath.PathLike) -> epath.Path:
+    output = epath.Path(output)
+    return output.parent / f".{output.name}.parts"
+
+
 class Unreadable:
     """Counts records that could not be read, and keeps the reasons of the first."""
 
@@ -168,6 +218,11 @@ class Unreadable:
     def as_json(self) -> dict[str, Any]:
         return {"count": self.count, "first": self.reasons}
 
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Adds what was counted elsewhere, as JSON."""
+        self.count += other["count"]
+        self.reasons += other["first"][: self._most - len(self.reasons)]
+
 
 def documents(
     files: Mapping[str, epath.Path], exclude: Sequence[epath.PathLike], rejected: Callable[[int, str], None],
@@ -176,10 +231,18 @@ def documents(
     """(position of the file, document, name of the file) of the documents that are on no removal list."""
     removed = read_removed(exclude)
     for position, (name, path) in enumerate(files.items()):
-        out = set(removed.get(name, np.zeros(0)).tolist())
-        for document in read_documents(path, extra=extra, rejected=rejected):
-            if document.number not in out:
-                yield position, document, name
+        for document in kept_documents(name, path, removed, rejected, extra):
+            yield position, document, name
+
+
+def kept_documents(
+    name: str, path: epath.Path, removed: Mapping[str, np.ndarray], rejected: Callable[[int, str], None],
+    extra: Sequence[str] | None = (),
+) -> Iterator[Document]:
+    """The documents of one file that are not on a removal list, see `read_removed`."""
+    out = set(removed.get(name, np.zeros(0)).tolist())
+    return (document for document in read_documents(path, extra=extra, rejected=rejected)
+            if document.number not in out)
 
 
 def write_kept(

@@ -198,7 +198,7 @@ class RaterTraining(RaterComputation):
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         if self._params is None:
             return None
         return {"encoder": self._params, "head": {"kernel": None, "bias": None}}
@@ -221,9 +221,10 @@ class RaterTraining(RaterComputation):
 
 
 def score_step(model: QualityConfig) -> Any:
-    """Jitted `step(params, tokens [documents, length]) -> scores [documents]`."""
+    """Jitted `step(params, tokens [documents, length]) -> scores [documents]`, a copy on every device of the mesh."""
     segments = lambda tokens: (tokens != model.pad_id).astype(jnp.int32)  # noqa: E731
-    return jax.jit(lambda params, tokens: quality(model, params, tokens, segments(tokens)))
+    return jax.jit(lambda params, tokens: partitioning.constrain_replicated(
+        quality(model, params, tokens, segments(tokens))))
 
 
 class Validation:
@@ -244,7 +245,7 @@ class Validation:
             # The last batch repeats a document to keep its shape.
             documents = np.minimum(np.arange(start, start + self._batch_size), n - 1)
             rows = self.table.rows(documents, self._length, self._model.pad_id)
-            found.append(self._step(params, jax.device_put(rows, self._sharding)))
+            found.append(self._step(params, partitioning.put(rows, self._sharding)))
         return np.concatenate(jax.device_get(found))[:n]
 
     def __call__(self, params: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -286,7 +287,7 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=pair_tokens,
             model_flops=pair_tokens * computation.flops_per_token,
-            remedies=programs.remedies_for_training(config, model, mesh),
+            remedies=programs.training_remedies(config, model, mesh),
         ),
         programs.Program(
             "validation step",
@@ -297,7 +298,7 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
             parameters=model.parameters(),
             tokens=rows * length,
             model_flops=rows * length * model.flops_per_token(length),
-            remedies=[f"train_rater.eval_batch_size={max(partitioning.shards(mesh, 'batch'), rows // 2)}"],
+            remedies=lambda excess: [f"train_rater.eval_batch_size={programs.smaller(rows, mesh, excess)}"],
         ),
     ]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mlx_pretrain import partitioning
 from mlx_pretrain.errors import InputError
@@ -40,8 +40,7 @@ class Answering:
         """`params`: of the Video-LLM, on `mesh`; `settings`: of `Scorer`."""
         self.config, self._params, self._mesh, self.prompts = config, params, mesh, prompts
         self.scorer = Scorer(config.decoder, params["decoder"], mesh, **settings)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._encode = jax.jit(functools.partial(encode_frames, config), out_shardings=everywhere)
+        self._encode = jax.jit(functools.partial(encode_frames, config), out_shardings=partitioning.replicated(mesh))
         self._shards = partitioning.shards(mesh, "batch")
 
     def update(self, params: Any) -> None:
@@ -56,7 +55,7 @@ class Answering:
         if padding:
             frames = np.concatenate([frames, np.zeros((padding, *frames.shape[1:]), frames.dtype)])
         with partitioning.use(self._mesh):
-            given = jax.device_put(frames, partitioning.batch_sharding(self._mesh))
+            given = partitioning.put(frames, partitioning.batch_sharding(self._mesh))
             return self._encode(self._params, given)[:count]
 
     def __call__(

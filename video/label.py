@@ -8,6 +8,7 @@ question and beginnings of combinations are computed once (`video.answering`). T
     OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], what the decoder reads of them
 
 so whoever learns from them needs no Video-LLM. A run that was killed goes on with the first question that has no row.
+Several processes are one mesh of all their devices, which share the frames of a video and a question's combinations.
 """
 
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from mlx_pretrain import configuration, hardware
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel import cluster
 from video.answering import Answering
 from video.combinations import combinations
 from video.decode import FrameStore
@@ -86,9 +88,10 @@ def label(
             losses.reject(question.id, store.rejected[question.video])
     todo = [question for question in usable if question.id not in losses.done]
     if len(todo) < len(usable):
-        print(f"{len(usable) - len(todo):,} of {len(usable):,} questions were done before")
+        _say(f"{len(usable) - len(todo):,} of {len(usable):,} questions were done before")
     answering, started = Answering(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
-    for video in tqdm([video for video in videos if video not in features.done], "frames", disable=None):
+    quiet = None if cluster.is_main() else True  # None: without a terminal
+    for video in tqdm([video for video in videos if video not in features.done], "frames", disable=quiet):
         row = store.row(video)
         found = np.asarray(answering.features(store.frames([row])[0][places]), np.float32)
         features.add(video, {"features": found, "times": store.times[row][places]})
@@ -96,14 +99,20 @@ def label(
     encoded = FeatureStore(features.path)
     drawn = [combinations(candidates, frames, most, seed, question.id) for question in todo]
     answered = answering(encoded.features, todo, drawn, options=False)
-    for question, chosen, answers in tqdm(zip(todo, drawn, answered), "questions", len(todo), disable=None):
+    for question, chosen, answers in tqdm(zip(todo, drawn, answered), "questions", len(todo), disable=quiet):
         losses.add(question.id, {"losses": answers.losses, "combinations": chosen.astype(np.uint16)},
                    video=question.video)
     losses.complete()
     if todo:
-        seconds, scorer = time.monotonic() - started, answering.scorer
-        print(f"{len(todo):,} questions, {len(todo) * size:,} combinations of {frames} out of {candidates} frames in "
-              f"{seconds:.0f} s; fed {scorer.fed_tokens:,} tokens ({scorer.naive_tokens:,} if nothing were shared)")
+        seconds, scorer, devices = time.monotonic() - started, answering.scorer, llm.mesh.size
+        _say(f"{len(todo):,} questions, {len(todo) * size:,} combinations of {frames} out of {candidates} frames in "
+             f"{seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {devices} devices ({scorer.naive_tokens:,} if "
+             "nothing were shared)")
+
+
+def _say(line: str) -> None:
+    if cluster.is_main():
+        print(line)
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def load_video_llm(
         ids = special_ids(path / CONFIG, {**raw, **raw["text_config"]})
         with partitioning.use(mesh):
             layout = abstract_params(config, mesh)
-            params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout)
+            params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         decoder = foreign_model(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
         return VideoLLM(str(path), None, config, params, mesh, decoder)

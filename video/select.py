@@ -8,7 +8,8 @@ are in use, for there is no common interface of selectors:
     OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and the rewards
     OUT/rejects.jsonl         {"id", "reason"} of questions whose video cannot be decoded
 
-Python: `Selector(...).select(video, question)` returns the numbers of the frames.
+Of several processes, process 0 alone chooses. Python: `Selector(...).select(video, question)` returns the numbers of
+the frames.
 """
 
 import collections
@@ -29,6 +30,7 @@ from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.figures import save_figure
 from mlx_pretrain.files import write_atomic, write_json
+from mlx_pretrain.parallel import cluster
 from video import selectors
 from video.contact_sheet import contact_sheet
 from video.frames import Candidates, read_frames, try_frames
@@ -116,6 +118,8 @@ def select_all(
       InputError: questions or models are wrong, or no video can be decoded.
     """
     hardware.keep_compiled(compilation_cache)
+    if not cluster.is_main():  # the models are loaded by all, for reading checkpoints takes all processes of a job
+        return
     asked, folder, output = read_questions(questions)[:limit], epath.Path(questions).parent, epath.Path(output)
     by_video: dict[str, list[Question]] = collections.defaultdict(list)
     for question in asked:
@@ -168,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.select")
+    configuration.run(main, "video.select", joins=True)

@@ -1,5 +1,7 @@
 """What is computed for every item of a list, in TensorStore arrays with a row for each; it can be killed at any time.
 
+In a job of several processes all of them fill a store with the same calls, and process 0 alone writes.
+
     FOLDER/settings.json   what the rows depend on, so that no store ever mixes two kinds
     FOLDER/rows.jsonl      {"id", "row", ...} of every row that is whole; {"id", "rejected"} of what has none, and why
     FOLDER/<array>/        zarr3, [items, ...], a row in every chunk
@@ -18,6 +20,7 @@ from mlx_pretrain import __version__
 from mlx_pretrain.data.store import zarr3_spec
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic, write_json
+from mlx_pretrain.parallel import cluster
 
 VERSION = 1
 SETTINGS, ROWS, MANIFEST = "settings.json", "rows.jsonl", "manifest.json"
@@ -56,6 +59,18 @@ class RowWriter:
         content = {"kind": kind, "version": VERSION, "items": items, "arrays": {
             name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype) in arrays.items()}, **settings}
         content = json.loads(json.dumps(content))
+        lines = self._open(content, items, arrays) if cluster.is_main() else []
+        count = cluster.share(len(lines))
+        if not cluster.is_main():  # process 0 may have added some since
+            lines = [line for _, line in read_jsonl(self.path / ROWS)][:count]
+        self.done = {line["id"] for line in lines}
+        self._next = sum("row" in line for line in lines)
+        self.rejected = len(lines) - self._next
+
+    def _open(
+        self, content: Mapping[str, Any], items: int, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+    ) -> list[dict[str, Any]]:
+        """Creates or checks the files; returns the lines of rows.jsonl."""
         if (self.path / SETTINGS).exists():
             _check_same(self.path / SETTINGS, content)
         else:
@@ -65,14 +80,13 @@ class RowWriter:
         lines = [line for _, line in read_jsonl(self.path / ROWS)] if (self.path / ROWS).exists() else []
         # A killed run may have left half a line.
         write_atomic(self.path / ROWS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        self.done = {line["id"] for line in lines}
-        self._next = sum("row" in line for line in lines)
-        self.rejected = len(lines) - self._next
+        return lines
 
     def add(self, id: str, arrays: Mapping[str, np.ndarray], **more: Any) -> None:
         """A row; `more` goes into rows.jsonl."""
-        for future in [self._arrays[name][self._next].write(value) for name, value in arrays.items()]:
-            future.result()
+        if cluster.is_main():
+            for future in [self._arrays[name][self._next].write(value) for name, value in arrays.items()]:
+                future.result()
         self._line({"id": id, "row": self._next, **more})
         self._next += 1
 
@@ -82,14 +96,17 @@ class RowWriter:
         self.rejected += 1
 
     def _line(self, line: Mapping[str, Any]) -> None:
-        with open(self.path / ROWS, "a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if cluster.is_main():
+            with open(self.path / ROWS, "a") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.done.add(line["id"])
 
     def complete(self, **more: Any) -> None:
-        """All items have been added or rejected; `more` goes into the manifest."""
+        """All items have been added or rejected, every process can read the store; `more` goes into the manifest."""
         counts = {"rows": self._next, "rejected": self.rejected}
-        write_json(self.path / MANIFEST, {**counts, "version": __version__, **more})
+        if cluster.is_main():
+            write_json(self.path / MANIFEST, {**counts, "version": __version__, **more})
+        cluster.barrier()
 
 
 class RowStore:

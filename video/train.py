@@ -155,7 +155,7 @@ class VideoTraining:
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._config.tokenizer)
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         return None
 
     def summary(self) -> str:

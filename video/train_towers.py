@@ -122,7 +122,8 @@ class TowersTraining:
             parts = []
             for batch in batches:
                 check()
-                parts.append(step(params, jax.device_put(batch, sharding))[1].means)
+                arrays = {name: partitioning.put(rows, sharding) for name, rows in batch.items()}
+                parts.append(step(params, arrays)[1].means)
             return {name: float(np.mean([part[name][0] / part[name][1] for part in parts])) for name in parts[0]}
 
         return evaluate
@@ -137,7 +138,7 @@ class TowersTraining:
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._config.tokenizer)
 
-    def initial_params(self) -> Any | None:
+    def initial_params(self, mesh: Mesh) -> Any | None:
         return None
 
     def summary(self) -> str:

@@ -152,7 +152,7 @@ class VoyagerTraining:
     def save_model(self, run_dir: epath.Path) -> None:
         checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
-    def initial_params(self) -> Any:
+    def initial_params(self, mesh: Mesh) -> Any:
         return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
 
     def summary(self) -> str:
@@ -226,7 +226,8 @@ class RewardPredictor:
         """`batch_size`: questions, over all devices."""
         self._prompts, self._batch_size = prompts, batch_size
         self._sharding = partitioning.batch_sharding(mesh)
-        self._step = jax.jit(lambda *arguments: rewards(config, *arguments))
+        self._step = jax.jit(lambda *arguments: rewards(config, *arguments),
+                             out_shardings=partitioning.replicated(mesh))
 
     def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
         """float32 `[questions, candidates]`; features `[videos, candidates, tokens, embed]`, video `[questions]`."""
@@ -235,7 +236,7 @@ class RewardPredictor:
         for start in range(0, len(questions), self._batch_size):
             # The last batch repeats a question to keep its shape.
             rows = np.minimum(np.arange(start, start + self._batch_size), len(questions) - 1)
-            given = jax.device_put((features[video[rows]], tokens[rows], places[rows]), self._sharding)
+            given = [partitioning.put(x, self._sharding) for x in (features[video[rows]], tokens[rows], places[rows])]
             found.append(self._step(params, *given))
         return np.concatenate(jax.device_get(found))[: len(questions)]
 

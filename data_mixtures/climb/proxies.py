@@ -7,6 +7,8 @@ off continues from its last evaluation (with threads > 1: starts anew).
 
 Small models leave hardware idle in two ways. `pack` trains several at once as one vmapped program, for accelerators;
 `threads` trains several side by side, for CPUs, where many small operations do not share the cores well.
+
+Several processes are one mesh of all their devices, which share each batch; process 0 alone has the table.
 """
 
 import concurrent.futures
@@ -14,6 +16,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import operator
 import os
 import sys
@@ -38,8 +41,9 @@ from mlx_pretrain.data.store import MANIFEST, TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
-from mlx_pretrain.interrupts import StopRequest
+from mlx_pretrain.interrupts import STOP_CODES, StopRequest
 from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState, abstract_state, make_initial_state
 from mlx_pretrain.trainer import make_decoder_loss, make_train_step
 
@@ -128,6 +132,8 @@ class Table:
         self._rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         sidecar = self._path.with_suffix(".json")
+        if not cluster.is_main():  # process 0 alone has the table
+            return
         if self._path.exists():
             found = read_json(sidecar, "settings of these proxy runs")
             if different := [name for name in settings if found.get(name) != settings[name]]:
@@ -136,7 +142,7 @@ class Table:
                                  f"{settings[name]!r}); choose another proxies.output")
             proxy_runs(self._path)  # checks it
             self._rows = list(csv.DictReader(io.StringIO(self._path.read_text())))
-        elif jax.process_index() == 0:
+        else:
             write_json(sidecar, settings)
 
     def steps(self, name: str) -> set[int]:
@@ -145,6 +151,8 @@ class Table:
 
     def add(self, proxy: Run, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         """Adds one row, in place of an earlier one of the same run and step."""
+        if not cluster.is_main():
+            return
         values = [proxy.name, step, proxy.model.parameters(), tokens,
                   *(repr(float(proxy.rates.get(l, 0.0))) for l in self._languages), *(repr(x) for x in losses.values())]
         row = {name: str(value) for name, value in zip(self._header, values)}
@@ -154,18 +162,39 @@ class Table:
             writer = csv.DictWriter(text, self._header, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
-            if jax.process_index() == 0:
-                write_atomic(self._path, text.getvalue())
+            write_atomic(self._path, text.getvalue())
 
 
 class Stopped(Exception):
     """A worker's way out when the command was asked to stop."""
 
 
+class Stop:
+    """Tells workers to leave; those of several processes leave at the same step.
+
+    Attributes:
+      reason: name of the signal, or "error"; None while work goes on.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+
+    def check(self) -> None:
+        """Raises Stopped when it is time to leave; to be called before each step."""
+        for action in cluster.boundary():
+            self.reason = self.reason or action
+        self.check_reason()
+
+    def check_reason(self) -> None:
+        """The same, between steps."""
+        if self.reason:
+            raise Stopped
+
+
 class Trainer:
     """Trains packs of runs that share a model's shape."""
 
-    def __init__(self, config: ProxiesConfig, store: TokenStore, model: DecoderConfig, table: Table, stop: StopRequest):
+    def __init__(self, config: ProxiesConfig, store: TokenStore, model: DecoderConfig, table: Table, stop: Stop):
         """Compiles nothing yet; reads the held-out rows."""
         store.check_fits(model.vocab_size, model.max_length)
         self._config, self._store, self._model, self._table, self._stop = config, store, model, table, stop
@@ -193,6 +222,7 @@ class Trainer:
           InputError: a run's loss or gradient was not finite.
         """
         config = self._config
+        self._stop.check_reason()
         with partitioning.use(self._mesh), contextlib.ExitStack() as stack:
             sharding = partitioning.batch_sharding(self._mesh)
             local = loader.local_rows(sharding, config.batch_size)
@@ -206,8 +236,7 @@ class Trainer:
             batches = zip(*(loader.batches(source, threads=1, prefetch=2) for source in sources))
             metrics = None
             for step in range(first + 1, self._eval_steps[-1] + 1):
-                if self._stop.requested:
-                    raise Stopped  # leaving the context completes a save under way
+                self._stop.check()  # leaving the context completes a save under way
                 arrays = [loader.to_devices(b, sharding, config.batch_size, local)["tokens"] for b in next(batches)]
                 jax.block_until_ready(metrics)  # one step stays in flight while the host prepares the next
                 state, metrics = program(state, arrays[0] if len(runs) == 1 else jax.numpy.stack(arrays))
@@ -317,9 +346,9 @@ def train_proxies() -> None:
     targets = [l for l in sorted(store.parts("heldout")) if store.part("heldout", l).sequences and l in languages]
     steps = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)
     table = Table(config.output, _settings(config, store, steps[-1]), languages, targets)
-    left = [proxy for proxy in runs if not set(steps) <= table.steps(proxy.name)]
-    print(f"{config.output}: {len(runs)} runs of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them done; "
-          f"{len(languages)} languages", file=sys.stderr, flush=True)
+    left = list(itertools.compress(runs, cluster.share([not set(steps) <= table.steps(run.name) for run in runs])))
+    _say(f"{config.output}: {len(runs)} runs of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them done; "
+         f"{len(languages)} languages")
     if left:
         _train_all(config, store, table, _packs(left, config.pack), len(runs) - len(left), len(runs))
 
@@ -332,7 +361,8 @@ def _train_all(
     started, before = time.monotonic(), done
     side_by_side = jax.default_backend() == "cpu" and jax.device_count() == 1 and os.cpu_count() > 1
     threads = config.threads or (2 if side_by_side else 1)
-    with StopRequest() as stop, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    stop = Stop()
+    with StopRequest(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         models = dict.fromkeys(pack[0].model for pack in packs)
         trainers = {model: Trainer(config, store, model, table, stop) for model in models}
         futures = {}
@@ -344,22 +374,27 @@ def _train_all(
             for future in concurrent.futures.as_completed(futures):
                 pack, folder = futures[future]
                 loss = future.result()
-                if folder:
+                if folder and cluster.is_main():
                     folder.rmtree()
                 done += len(pack)
                 spent = time.monotonic() - started
                 left = spent / (done - before) * (total - done)
-                print(f"[{done}/{total}] {', '.join(proxy.name for proxy in pack)}: mean held-out loss {loss:.4f}; "
-                      f"{spent:.1f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+                _say(f"[{done}/{total}] {', '.join(proxy.name for proxy in pack)}: mean held-out loss {loss:.4f}; "
+                     f"{spent:.1f} s, about {left:.0f} s left")
         except Stopped:
-            print(f"{stop.requested}: {done} of {total} runs are done; run again to go on", file=sys.stderr)
-            raise SystemExit(0 if stop.requested == "SIGTERM" else 130) from None
+            _say(f"{stop.reason}: {done} of {total} runs are done; run again to go on")
+            raise SystemExit(STOP_CODES[stop.reason]) from None
         finally:
-            stop.requested = stop.requested or "error"  # the other workers leave too
+            stop.reason = stop.reason or "error"  # the other workers leave too
             pool.shutdown(cancel_futures=True)
-    if work.exists():
+    if cluster.is_main() and work.exists():
         work.rmtree()
 
 
+def _say(line: str) -> None:
+    if cluster.is_main():
+        print(line, file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    run(train_proxies, "data_mixtures.climb.proxies")
+    run(train_proxies, "data_mixtures.climb.proxies", joins=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlx_pretrain import partitioning
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Cache, Decoder, DecoderConfig, empty_cache, logits
@@ -108,7 +109,9 @@ def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperatu
 
     start = (cache, first, jnp.zeros(batch, bool))
     _, rest = jax.lax.scan(step, start, jnp.arange(max_new_tokens - 1, dtype=jnp.int32))
-    return jnp.concatenate([first[:, None], rest.T.astype(first.dtype)], axis=1)
+    new = jnp.concatenate([first[:, None], rest.T.astype(first.dtype)], axis=1)
+    # A copy on every device, so that every process can read it.
+    return partitioning.constrain_replicated(new)
 
 
 def keep_top_p(scores: jax.Array, top_p: jax.Array | float) -> jax.Array:

@@ -77,7 +77,8 @@ class LanguageModel:
 
 def fingerprint(params: Any, *facts: Any) -> str:
     """Of parameters (through their sums) and facts in JSON, the same on any mesh up to rounding."""
-    sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_sums, params))(params))
+    shardings = jax.tree.map(lambda x: partitioning.replicated(x.sharding.mesh), params)
+    sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_sums, params), out_shardings=shardings)(params))
     rounded = [f"{x:.4g}" for leaf in jax.tree.leaves(sums) for x in leaf]
     return hashlib.sha256(json.dumps([*facts, rounded], sort_keys=True).encode()).hexdigest()
 
@@ -128,7 +129,8 @@ def foreign_model(
     tokenizer: SubwordTokenizer,
     ids: tuple[int | None, int | None],
 ) -> LanguageModel:
-    """A model with somebody else's tokenizer; `params` are put on `mesh`, `ids` begin and end a document.
+    """A model with somebody else's tokenizer; `params`, where in host memory, are put on `mesh`; `ids` begin and end a
+    document.
 
     Raises:
       InputError: the tokenizer's ids exceed the vocabulary, or no id ends a document.
@@ -140,7 +142,8 @@ def foreign_model(
     if start is None:
         raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
     with partitioning.use(mesh):
-        params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract_params(config, mesh))
+        params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put(x, like.sharding),
+                              params, abstract_params(config, mesh))
     before = tuple(tokenizer.before.tolist())
     return LanguageModel(str(path), None, config, params, mesh, tokenizer, before, start, end)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mlx_pretrain import partitioning
 from mlx_pretrain.data.store import PAD_ID
@@ -22,6 +22,7 @@ from mlx_pretrain.inference.forest import Group, Row, plant, row_lengths
 from mlx_pretrain.models.attention import Cache
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, empty_cache, logits, token_logits
 from mlx_pretrain.models.tree_attention import Forest
+from mlx_pretrain.parallel import cluster
 
 Key = TypeVar("Key")
 
@@ -118,7 +119,7 @@ class Scorer:
         self._shards = partitioning.shards(mesh, "batch")
         self._lengths = row_lengths(min(row_length, self.max_length), self.max_length)
         self._rows = {length: max(tokens_per_batch // length // self._shards, 1) for length in self._lengths}
-        self._sharding, self._everywhere = partitioning.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+        self._sharding, self._everywhere = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
         self._programs: dict[tuple, Callable] = {}
         self._prefixes: collections.OrderedDict[bytes, tuple[Cache, int]] = collections.OrderedDict()
         self._features: jax.Array | None = None
@@ -159,7 +160,7 @@ class Scorer:
         for key, requests, *features in windows:
             if features or self._features is not None:
                 self._prefixes.clear()  # the same ids stand for other features
-                self._features = jax.device_put(features[0][None], self._everywhere) if features else None
+                self._features = self._spread(features[0]) if features else None
             sequences, starts, dropped = self._sequences(requests)
             found: list[Score | None] = [None] * len(requests)
             for group in plant(sequences, starts, self._lengths):
@@ -226,8 +227,8 @@ class Scorer:
             most = max(most, n_nodes)
         self.computed_tokens += tokens.size
         by_row = (x.reshape(shards * per_shard, length) for x in (tokens, positions, ends))
-        given = [self._put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
-        scalars = [self._put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
+        given = [partitioning.put(x, self._sharding) for x in (*by_row, nodes, places, targets)]
+        scalars = [partitioning.put(np.int32(x), self._everywhere) for x in (_chunks(most), prefix_length)]
         arguments = (cache, *given, *scalars, self._features)
         key = ("rows", per_shard, length, 0 if cache is None else cache.keys.shape[2], self._feature_shape())
         result = self._program(key, _score, self._everywhere, *arguments)(self._params, *arguments)
@@ -245,7 +246,7 @@ class Scorer:
             length = min(next(length for length in lengths if length >= len(prefix)), self._config.max_length)
             tokens = np.full((self._shards, length), PAD_ID, np.int32)
             tokens[:, : len(prefix)] = prefix
-            given = self._put(tokens, self._sharding)
+            given = partitioning.put(tokens, self._sharding)
             sharding = NamedSharding(self._mesh, partitioning.spec(None, "batch"))
             arguments = (given, self._features)
             program = self._program(("prefix", length, self._feature_shape()), _prefix, sharding, *arguments)
@@ -268,9 +269,11 @@ class Scorer:
                 self._programs[key] = jitted.lower(self._params, *arguments).compile()
         return self._programs[key]
 
-    def _put(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """To the devices of all hosts, each of which has the whole array."""
-        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+    def _spread(self, features: np.ndarray | jax.Array) -> jax.Array:
+        """`[1, n, embed]` on every device, of features `[n, embed]` in host memory or on the devices already."""
+        if isinstance(features, jax.Array):
+            return jax.device_put(features[None], self._everywhere)
+        return partitioning.put(features[None], self._everywhere)
 
     def _collect(self, waiting: collections.deque[tuple], allowed: int) -> Iterator[tuple[Any, list[Score]]]:
         """Takes results off the queue until at most `allowed` batches wait there; yields windows that are whole."""
@@ -280,7 +283,9 @@ class Scorer:
                 waiting.popleft()
                 yield rest[0], rest[1]
                 continue
-            if sum(entry[0] is not None for entry in waiting) <= allowed and not batch.result[0].is_ready():
+            # Processes of a job have to give windows at the same point between batches, whoever of them is faster.
+            early = cluster.size() == 1 and batch.result[0].is_ready()
+            if sum(entry[0] is not None for entry in waiting) <= allowed and not early:
                 return
             waiting.popleft()
             found, dropped = rest

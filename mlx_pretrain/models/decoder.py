@@ -15,11 +15,14 @@ from mlx_pretrain.models.products import lookup
 from mlx_pretrain.models.tree_attention import Forest
 from mlx_pretrain.partitioning import constrain
 
-# What the backward pass keeps of each layer; the rest is computed again.
+# What the backward pass keeps of each layer; the rest is computed again. Products are known by the name that `project`
+# gives them: policies that look for matrix products do not see into functions with a gradient of their own.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        keep_attention, jax.checkpoint_policies.save_only_these_names("product")
+    ),
     "attention": keep_attention,
 }
 

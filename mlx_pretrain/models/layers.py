@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mlx_pretrain.models.products import project, project_all
+from mlx_pretrain.models.products import project
 from mlx_pretrain.partitioning import constrain
 
 
@@ -73,7 +73,6 @@ class GatedMLP(nn.Module):
         gate = matrix(self, "gate", (embed, self.mlp_dim), ("embed", "mlp"), embed)
         up = matrix(self, "up", (embed, self.mlp_dim), ("embed", "mlp"), embed)
         down = matrix(self, "down", (self.mlp_dim, embed), ("mlp", "embed"), self.mlp_dim, self.output_gain)
-        gates, values = project_all(("BTD,DF->BTF",) * 2, x, (gate, up))
-        hidden = nn.silu(gates) * values
+        hidden = nn.silu(project("BTD,DF->BTF", x, gate)) * project("BTD,DF->BTF", x, up)
         hidden = constrain(hidden, "batch", "length", "act_mlp")
         return project("BTF,FD->BTD", hidden, down)

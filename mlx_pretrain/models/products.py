@@ -5,13 +5,11 @@ mesh everything runs in `shard_map`, so that what crosses the network is written
 
 - a weight is gathered over `fsdp` in the compute dtype, once forward and once backward;
 - its gradient, summed over the tokens of all devices, is scattered at once (reduce-scatter), in float32;
-- activations that `tensor` has split the sum of are added up in the compute dtype (Megatron, arXiv 1909.08053), the
-  gradients of all products of one input together.
+- activations that `tensor` has split the sum of are added up in the compute dtype (Megatron, arXiv 1909.08053).
 """
 
 import functools
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,19 +42,9 @@ def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     On a mesh, letters say how dimensions are split: B batch, T length, D embed, F mlp, N heads, K kv_heads,
     H head_dim. Other letters leave the layout to the compiler. The result has the checkpoint name "product".
     """
-    (product,) = project_all((equation,), x, (weight,))
-    return product
-
-
-def project_all(equations: Sequence[str], x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Several `project`s of one `x`, whose gradients to `x` cross the network as one sum."""
-    equations, weights = tuple(equations), tuple(weights)
-    plan = _plan(equations, x, weights)
-    if plan is None:
-        products = tuple(_project(equation, x, weight) for equation, weight in zip(equations, weights))
-    else:
-        products = _sharded(plan, x, weights)
-    return tuple(checkpoint_name(product, "product") for product in products)
+    plan = _plan(equation, x, weight)
+    product = _project(equation, x, weight) if plan is None else _sharded(plan, x, weight)
+    return checkpoint_name(product, "product")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,15 +70,15 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-class _Equation(NamedTuple):
-    """How the devices share one product.
+class _Plan(NamedTuple):
+    """How the devices of a mesh share a product.
 
     Attributes:
       x, weight, y: letters.
       gathered: (dimension, mesh axes) of the weight's dimensions that are gathered for the product.
-      summed: mesh axes over which the product is added up, of the forward one.
+      summed: mesh axes over which the product is added up.
       summed_backward: the same of the gradient to `x`.
-      tokens: mesh axes over which the weight's gradient is added up, those it is scattered over excepted.
+      replicas: mesh axes over which the weight's gradient is added up, besides those it is scattered over.
     """
 
     x: str
@@ -99,7 +87,12 @@ class _Equation(NamedTuple):
     gathered: tuple[tuple[int, tuple[str, ...]], ...]
     summed: tuple[str, ...]
     summed_backward: tuple[str, ...]
-    tokens: tuple[str, ...]
+    replicas: tuple[str, ...]
+
+    def specs(self) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+        """Layouts of x, the weight and y."""
+        roles = ((self.x, 1), (self.weight, 0), (self.y, 1))
+        return tuple(partitioning.spec(*(_LOGICAL[letter][role] for letter in letters)) for letters, role in roles)
 
     def gather(self, weight: jax.Array) -> jax.Array:
         for dim, axes in self.gathered:
@@ -110,104 +103,71 @@ class _Equation(NamedTuple):
         for dim, axes in self.gathered:
             gradient = collectives.reduce_scatter(gradient, axes, dim)
         # Scattered first: `data` may be a slow network between slices.
-        return collectives.total(gradient, self.tokens)
+        return collectives.total(gradient, self.replicas)
 
 
-def _plan(equations: tuple[str, ...], x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[_Equation, ...] | None:
+def _plan(equation: str, x: jax.Array, weight: jax.Array) -> _Plan | None:
     """None where the compiler decides: one device, letters without a meaning, sizes that do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set("".join(equations)) <= {*_LOGICAL, *",->"}:
+    if mesh.empty or mesh.size == 1 or not set(equation) <= {*_LOGICAL, *",->"}:
         return None
-    plan = []
-    for equation, weight in zip(equations, weights):
-        of_x, of_weight, of_y = re.split(",|->", equation)
-        sizes = dict(zip(of_x + of_weight, x.shape + weight.shape))
-        if any(sizes[letter] % partitioning.shards(mesh, name)
-               for letter in sizes for name in _LOGICAL[letter] if name is not None):
-            return None
-        stored = {letter: _axes(_LOGICAL[letter][0]) for letter in of_weight}
-        used = {letter: _axes(_LOGICAL[letter][1]) for letter in sizes}
-        gathered = tuple(
-            (dim, axes) for dim, letter in enumerate(of_weight)
-            if (axes := tuple(axis for axis in stored[letter] if axis not in used[letter]))
-        )  # fmt: skip
-        tokens = _joined(used, set(of_x) & set(of_y) - set(of_weight))
-        scattered = {axis for _, axes in gathered for axis in axes}
-        if not scattered <= set(tokens):
-            return None
-        plan.append(
-            _Equation(
-                of_x,
-                of_weight,
-                of_y,
-                gathered,
-                _joined(used, set(of_x) & set(of_weight) - set(of_y)),
-                _joined(used, set(of_y) & set(of_weight) - set(of_x)),
-                tuple(axis for axis in tokens if axis not in scattered),
-            )
-        )
-    return tuple(plan) if len({equation.summed_backward for equation in plan}) == 1 else None
+    of_x, of_weight, of_y = re.split(",|->", equation)
+    sizes = dict(zip(of_x + of_weight, x.shape + weight.shape))
+    logical = [(name, size) for letter, size in sizes.items() for name in _LOGICAL[letter] if name is not None]
+    if any(size % partitioning.shards(mesh, name) for name, size in logical):
+        return None
 
+    def axes(letter: str, role: int) -> tuple[str, ...]:
+        name = _LOGICAL[letter][role]
+        return () if name is None else partitioning.mesh_axes(name)
 
-def _axes(logical: str | None) -> tuple[str, ...]:
-    return () if logical is None else partitioning.mesh_axes(logical)
+    def joined(letters: set[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in partitioning.MESH_AXES if any(axis in axes(letter, 1) for letter in letters))
 
-
-def _joined(axes: dict[str, tuple[str, ...]], letters: set[str]) -> tuple[str, ...]:
-    found = {axis for letter in letters for axis in axes[letter]}
-    return tuple(axis for axis in partitioning.MESH_AXES if axis in found)
-
-
-def _specs(plan: tuple[_Equation, ...]):
-    """PartitionSpecs of x, of the weights and of the products."""
-
-    def spec(letters: str, role: int) -> PartitionSpec:
-        return partitioning.spec(*(_LOGICAL[letter][role] for letter in letters))
-
-    return (
-        spec(plan[0].x, 1),
-        tuple(spec(equation.weight, 0) for equation in plan),
-        tuple(spec(equation.y, 1) for equation in plan),
+    stored = [tuple(axis for axis in axes(letter, 0) if axis not in axes(letter, 1)) for letter in of_weight]
+    scattered = {axis for axes in stored for axis in axes}
+    in_x, in_weight, in_y = set(of_x), set(of_weight), set(of_y)
+    tokens = joined((in_x & in_y) - in_weight)
+    if not scattered <= set(tokens):
+        return None
+    return _Plan(
+        of_x,
+        of_weight,
+        of_y,
+        gathered=tuple((dim, axes) for dim, axes in enumerate(stored) if axes),
+        summed=joined((in_x & in_weight) - in_y),
+        summed_backward=joined((in_y & in_weight) - in_x),
+        replicas=tuple(axis for axis in tokens if axis not in scattered),
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sharded(plan: tuple[_Equation, ...], x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    def local(x, weights):
-        return tuple(
-            collectives.total(
-                _product(f"{e.x},{e.weight}->{e.y}", x, e.gather(weight)).astype(x.dtype), e.summed
-            )
-            for e, weight in zip(plan, weights)
-        )  # fmt: skip
+def _sharded(plan: _Plan, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def local(x, weight):
+        product = _product(f"{plan.x},{plan.weight}->{plan.y}", x, plan.gather(weight))
+        return collectives.total(product.astype(x.dtype), plan.summed)
 
-    of_x, of_weights, of_products = _specs(plan)
-    # Cast before they are gathered, so that half the bytes travel.
-    weights = tuple(weight.astype(x.dtype) for weight in weights)
-    return jax.shard_map(local, in_specs=(of_x, of_weights), out_specs=of_products, check_vma=False)(x, weights)
+    of_x, of_weight, of_y = plan.specs()
+    # Cast before it is gathered, so that half the bytes travel.
+    weight = weight.astype(x.dtype)
+    return jax.shard_map(local, in_specs=(of_x, of_weight), out_specs=of_y, check_vma=False)(x, weight)
 
 
-def _sharded_forward(plan, x, weights):
-    return _sharded(plan, x, weights), (x, weights)
+def _sharded_forward(plan: _Plan, x: jax.Array, weight: jax.Array):
+    return _sharded(plan, x, weight), (x, weight)
 
 
-def _sharded_backward(plan, residuals, d_products):
-    x, weights = residuals
-    dtype = x.dtype
+def _sharded_backward(plan: _Plan, residuals, dy: jax.Array):
+    def local(x, weight, dy):
+        # XLA adds up the sums of several products of one `x` before they cross the network.
+        dx = _product(f"{plan.y},{plan.weight}->{plan.x}", dy, plan.gather(weight)).astype(x.dtype)
+        d_weight = _product(f"{plan.x},{plan.y}->{plan.weight}", x, dy)
+        return collectives.total(dx, plan.summed_backward), plan.scatter(d_weight)
 
-    def local(x, weights, d_products):
-        parts = [
-            _product(f"{e.y},{e.weight}->{e.x}", dy, e.gather(weight))
-            for e, weight, dy in zip(plan, weights, d_products)
-        ]
-        dx = collectives.total(functools.reduce(jnp.add, parts).astype(dtype), plan[0].summed_backward)
-        gradients = (_product(f"{e.x},{e.y}->{e.weight}", x, dy) for e, dy in zip(plan, d_products))
-        return dx, tuple(e.scatter(gradient) for e, gradient in zip(plan, gradients))
-
-    of_x, of_weights, of_products = _specs(plan)
-    return jax.shard_map(
-        local, in_specs=(of_x, of_weights, of_products), out_specs=(of_x, of_weights), check_vma=False
-    )(x, tuple(weight.astype(dtype) for weight in weights), d_products)
+    x, weight = residuals
+    of_x, of_weight, of_y = plan.specs()
+    layouts = {"in_specs": (of_x, of_weight, of_y), "out_specs": (of_x, of_weight)}
+    return jax.shard_map(local, **layouts, check_vma=False)(x, weight.astype(x.dtype), dy)
 
 
 _sharded.defvjp(_sharded_forward, _sharded_backward)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from mlx_pretrain.data.store import ROWS_PER_SHARD, TokenStore, read_manifest
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel import cluster
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -112,6 +114,79 @@ def test_a_damaged_store_is_not_taken_for_whole(corpus, tokenizer_path, tmp_path
     assert contents(store) == whole
 
 
+@pytest.fixture
+def shard():
+    """Gives this process a shard until the end of the test."""
+    yield cluster.take_shard
+    cluster.take_shard(None)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_shards_make_the_same_store_in_any_order(corpus, tokenizer_path, store_path, tmp_path, shard, order):
+    store = tmp_path / "store"
+    for number in order[:-1]:
+        shard((number, len(order)))
+        export_tokens(corpus, tokenizer_path, store, 32)
+        assert not (store / "manifest.json").exists()
+    # A shard that starts again leaves its parts as they are.
+    stamps = {path: path.stat().st_mtime_ns for path in store.rglob("zarr.json")}
+    export_tokens(corpus, tokenizer_path, store, 32)
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("zarr.json")} == stamps
+    shard((order[-1], len(order)))
+    export_tokens(corpus, tokenizer_path, store, 32)
+    assert contents(store) == contents(store_path)
+    shard((0, 4))
+    export_tokens(corpus, tokenizer_path, store, 32)
+    assert contents(store) == contents(store_path)
+
+
+def test_without_shards_the_command_does_what_is_left(corpus, tokenizer_path, store_path, tmp_path, shard, capsys):
+    store = tmp_path / "store"
+    shard((1, 3))
+    export_tokens(corpus, tokenizer_path, store, 32)
+    assert "2 of 6 parts are there" in capsys.readouterr().err
+    data = sorted(store.glob("*/*/c/0/0"))[0]
+    data.write_bytes(data.read_bytes()[:-1])  # one of the parts is damaged
+    shard(None)
+    export_tokens(corpus, tokenizer_path, store, 32)
+    assert capsys.readouterr().err.count("M tokens/s") == 5 + 1
+    assert contents(store) == contents(store_path)
+
+
+def test_shards_over_a_store_of_other_documents(tmp_path, tokenizer_path, write_corpus, shard):
+    folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    write_corpus(folder, {"en": 5})  # one part of four is another
+    (folder / "train/el.jsonl.xz").unlink()  # and one is gone
+    corpus = Corpus(folder)
+    for number in range(3):
+        shard((number, 3))
+        if number == 0:
+            with pytest.raises(InputError, match=r"export_tokens\.overwrite=True"):
+                export_tokens(corpus, tokenizer_path, store, 32)
+        export_tokens(corpus, tokenizer_path, store, 32, overwrite=True)
+        assert (store / "manifest.json").exists() == (number == 2)
+    shard(None)
+    export_tokens(corpus, tokenizer_path, tmp_path / "clean", 32)
+    assert contents(store) == contents(tmp_path / "clean")
+
+
+def test_documents_that_change_between_shards_make_no_store(tmp_path, tokenizer_path, write_corpus, shard):
+    folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
+    for number in (0, 1):
+        shard((number, 2))
+        export_tokens(Corpus(folder), tokenizer_path, store, 32)
+        if number == 0:
+            shutil.copy(folder / "train/en.jsonl.xz", folder / "train/el.jsonl.xz")
+    assert not (store / "manifest.json").exists()
+    shard((0, 2))
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    shard(None)
+    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    assert contents(store) == contents(tmp_path / "clean")
+
+
 def test_unreadable_documents_leave_no_store(tmp_path, tokenizer_path, write_corpus):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "zh": 4}), tmp_path / "store"
     good = (folder / "train/zh.jsonl.xz").read_bytes()
@@ -165,4 +240,9 @@ def test_the_three_commands_of_the_sample_and_a_kill_between(tmp_path, write_cor
         assert words in again.communicate()[1]
         assert again.returncode == 0
     export_tokens(Corpus(folder), tmp_path / "t.model", tmp_path / "clean", 16)
+    assert contents(tmp_path / "store") == contents(tmp_path / "clean")
+    shutil.rmtree(tmp_path / "store")
+    shards = [command("export", tmp_path, f"--shard={number}/2", DOCUMENTS=folder) for number in range(2)]
+    said = [process.communicate()[1] for process in shards]
+    assert [process.returncode for process in shards] == [0, 0], said
     assert contents(tmp_path / "store") == contents(tmp_path / "clean")

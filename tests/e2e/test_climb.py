@@ -13,6 +13,7 @@ from data_mixtures.climb.runs import proxy_runs
 from mlx_pretrain.data.rates import load_rates
 from tests.conftest import LENGTH
 from tests.e2e.conftest import Ended, lines, run, started
+from tests.e2e.hosts import end_all, run_job, started_job
 
 PROXIES, ALLOCATE = "data_mixtures.climb.proxies", "data_mixtures.climb.allocate"
 STEP_TOKENS = 8 * LENGTH
@@ -156,3 +157,25 @@ def test_impossible_allocations_are_refused_in_one_line(finished, climb_gin, tmp
     assert ended.code == 1
     assert re.fullmatch(f"error: {message}", ended.err.splitlines()[-1]), ended.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["proxies.csv"]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_to_the_same_table(climb_gin, tmp_path):
+    flags = (climb_gin, "--gin.proxies.threads=1")
+    (tmp_path / "alone").mkdir()
+    alone = run(PROXIES, *flags, folder=tmp_path / "alone")
+    assert alone.code == 0, alone.err
+    table = tmp_path / "proxies.csv"
+    with started_job(PROXIES, *flags, folder=tmp_path) as job:
+        job[0].wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3)
+        job[1].signal(signal.SIGTERM)
+        ended = end_all(job)
+    assert [process.code for process in ended] == [143, 143], ended
+    assert "SIGTERM: " in ended[0].err and "SIGTERM: " not in ended[1].err
+    ended = run_job(PROXIES, *flags, folder=tmp_path)
+    assert [process.code for process in ended] == [0, 0], ended
+    ours, theirs = proxy_runs(table), proxy_runs(tmp_path / "alone" / "proxies.csv")
+    order = [np.lexsort((runs.tokens, runs.run)) for runs in (ours, theirs)]
+    assert list(ours.run[order[0]]) == list(theirs.run[order[1]])
+    np.testing.assert_allclose(ours.losses[order[0]], theirs.losses[order[1]], rtol=1e-4)
+    assert not (tmp_path / "proxies.work").exists()

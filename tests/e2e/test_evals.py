@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.models.decoder import DecoderConfig
 from tests.e2e.conftest import Ended, run
+from tests.e2e.hosts import run_job
 
 WORDS = {"en": ["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
          "de": ["die", "katze", "saß", "auf", "der", "matte", "und", "lief"]}
@@ -130,6 +132,28 @@ def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path, caps
     run_tasks(**settings, limit=10)
     said = capsys.readouterr()
     assert "done before" not in said.err and "10 items" in said.out
+
+
+def test_two_processes_find_the_same_and_share_the_work(model, tasks, runs, tmp_path):
+    ended = run_job("evals.run", f"--gin.evaluate.model={model}", f'--gin.evaluate.tasks=["{tasks}/*/*_test.jsonl"]',
+                    "--gin.evaluate.output=out", "--gin.evaluate.mutual_information=True", folder=tmp_path)
+    assert [process.code for process in ended] == [0, 0], ended
+    alone, out = runs[0][0] / "out", tmp_path / "out"
+    assert {str(path.relative_to(out)) for path in out.glob("log_likelihoods/*/*")} == {
+        str(path.relative_to(alone)) for path in alone.glob("log_likelihoods/*/*")}
+    for path in out.glob("log_likelihoods/*/*"):
+        ours, one = (pq.read_table(folder / path.relative_to(out)) for folder in (out, alone))
+        assert ours.drop(["log_likelihood", "unconditional"]) == one.drop(["log_likelihood", "unconditional"])
+        for name in ("log_likelihood", "unconditional"):
+            np.testing.assert_allclose(ours[name], one[name], atol=1e-5)
+    assert len(list(out.glob("results_*.json"))) == 1
+    ours, one = ({name: value for name, value in results(folder).items() if name != "date"}
+                 for folder in (out, alone))
+    assert ours == one
+    # Each token is fed once, and rows are divided; process 0 alone speaks.
+    fed = [re.search(r"fed ([\d,]+) tokens on (\d)", err).groups() for err in (ended[0].err, runs[0][1].err)]
+    assert fed[0][0] == fed[1][0] and (fed[0][1], fed[1][1]) == ("2", "1")
+    assert "items/s" not in ended[1].err and "StoryCloze" in ended[0].out and "StoryCloze" not in ended[1].out
 
 
 def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, runs, monkeypatch):
@@ -252,6 +276,10 @@ def test_generated_answers_are_matched_with_the_options(tmp_path, model, tasks):
         tmp_path / "out/answers/StoryClozeDataset_local_template/de.parquet")["chosen"], table["label"]))
     sample = json.loads(max((tmp_path / "out").glob("samples_*_en_*.jsonl")).read_text().splitlines()[0])
     assert sample["resps"] == [[table["answer"][0]]] and sample["chosen"]["exact_match"] == table["chosen"][0]
+    two = run_job("evals.run", f"--gin.evaluate.model={model}", "--gin.evaluate.tasks=['own/*/*_test.jsonl']",
+                  "--gin.evaluate.output=two", *flags, folder=tmp_path)
+    assert [process.code for process in two] == [0, 0], two
+    assert pq.read_table(tmp_path / "two/answers/StoryClozeDataset_local_template/en.parquet").to_pydict() == table
     again = evaluate(tmp_path, model, tmp_path / "own", *flags)
     assert again.code == 0 and "2 of 2 files were done before" in again.err
     same = compare(str(tmp_path / "out"), str(tmp_path / "out"))

@@ -4,15 +4,13 @@ import gzip
 import json
 import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import Process, environment, run, started
+from tests.e2e.conftest import run, started
+from tests.e2e.hosts import run_job
 from tests.raters.test_score import make_run, outputs, records, write_jsonl
 
 SCORE = "raters.score"
@@ -31,15 +29,6 @@ QualityScorer.run_dir = '{run}'
 QualityScorer.buckets = [12, 24]
 QualityScorer.tokens_per_batch = 480
 QualityScorer.window_tokens = 1920
-"""
-
-# What a launcher does on every host before the command starts.
-HOST = """
-import sys, jax
-jax.distributed.initialize(sys.argv.pop(1), 2, int(sys.argv.pop(1)))
-import raters.score
-from mlx_pretrain.configuration import run
-run(raters.score.score, "raters.score")
 """
 
 
@@ -106,18 +95,32 @@ def test_a_run_that_is_stopped_twice_ends_with_the_same_bytes(score_gin, undistu
     assert outputs(scores) == undisturbed
 
 
-def test_hosts_share_the_files(score_gin, undisturbed, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", HOST, address]
-    hosts = [Process(subprocess.Popen(
-        [*command, str(i), score_gin], cwd=tmp_path, env=environment() | {"HOME": str(tmp_path)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)) for i in range(2)]
-    ended = [host.end() for host in hosts]
-    assert [host.code for host in ended] == [0, 0], ended
-    assert [json.loads(host.out.splitlines()[-1])["scored"] for host in ended] == [3, 3]
+def test_processes_share_the_files(score_gin, undisturbed, tmp_path):
+    ended = run_job(SCORE, score_gin, folder=tmp_path)
+    assert [process.code for process in ended] == [0, 0], ended
+    summary = json.loads(ended[0].out.splitlines()[-1])
+    assert summary["scored"] == summary["files"] == FILES
+    assert summary["documents"] == FILES * (DOCUMENTS - 1) and summary["rejected"] == FILES
+    assert "documents" not in ended[1].out and all("/3 files  " in process.err for process in ended)
     assert outputs(tmp_path / "scores") == undisturbed
+
+
+def test_shards_need_no_connection_and_each_scores_its_own_again(score_gin, undisturbed, tmp_path):
+    scores = tmp_path / "scores"
+    first = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)
+    assert first.code == 0 and json.loads(first.out.splitlines()[-1])["scored"] == FILES // 2
+    own = outputs(scores)
+    assert own == {name: content for name, content in undisturbed.items() if name.split(".")[0] in ("1", "3", "5")}
+    (scores / "3.jsonl.gz.done.json").unlink()
+    again = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)
+    summary = json.loads(again.out.splitlines()[-1])
+    assert (summary["files"], summary["scored"], summary["skipped"]) == (3, 1, 2) and outputs(scores) == own
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TASK_ID": "5", "TASK_MIN": "5", "TASK_STEP": "1", "TASK_COUNT": "2"}.items():
+            patch.setenv(f"SLURM_ARRAY_{name}", value)
+        ended = run(SCORE, score_gin, folder=tmp_path)
+    assert ended.code == 0, ended.err
+    assert outputs(scores) == undisturbed
 
 
 def test_a_broken_file_ends_the_command_with_one_line_and_nothing_else(score_gin, undisturbed, tmp_path):

@@ -17,6 +17,7 @@ from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.data.loader import BatchSource
 from mlx_pretrain.data.store import MANIFEST, TOKENIZER, TokenStore
 from mlx_pretrain.files import sha256
+from mlx_pretrain.goodput import read_goodput
 from mlx_pretrain.train_state import abstract_params
 from tests.conftest import RATES
 from tests.e2e.conftest import STEPS, assert_refused, last_step, lines, run, saved_steps, started
@@ -100,7 +101,7 @@ def killed(folder: pathlib.Path, tiny_gin: str, checkpoint_every: int, moment: C
 
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(tiny_gin, reference, tmp_path):
     """kill -9 before the first checkpoint, while one is written, at a random moment, between two; then to the end."""
-    run_dir = tmp_path / "run"
+    run_dir, begun = tmp_path / "run", time.time()
     killed(tmp_path, tiny_gin, 1000, lambda _, last: last >= 3)
     assert not saved_steps(run_dir)
 
@@ -122,6 +123,13 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(tiny_gin, refere
     assert (ended.code, ended.err) == (0, "") and f"resumed after step {saved} of {STEPS}" in ended.out
     assert not writing(run_dir)
     assert_same_run(run_dir, reference)
+
+    # Five processes, four of them killed: the record of where the time went covers all of it.
+    record = read_goodput(run_dir / "goodput.jsonl")
+    assert record.processes == 5 and record.repeated_steps > 0
+    assert sum(record.seconds.values()) == pytest.approx(record.wall_s, rel=0.01)
+    wall = (run_dir / "goodput.jsonl").stat().st_mtime - begun
+    assert record.wall_s == pytest.approx(wall, rel=0.01, abs=0.5)
 
 
 def test_ctrl_c_saves_too_and_two_stops_leave_no_trace(tiny_gin, reference, terminated, tmp_path):
@@ -184,6 +192,15 @@ def test_non_finite_updates_are_skipped_and_counted(tiny_gin, terminated, tmp_pa
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_params(run_dir)))
 
 
+def test_too_many_skipped_updates_in_a_row_stop_the_run(tiny_gin, terminated, tmp_path):
+    run_dir = continued(terminated, tmp_path)
+    flags = (*EXPLODING, "--gin.train.on_non_finite=skip", "--gin.train.skip_limit=2")
+    ended = run(TRAIN, tiny_gin, *flags, folder=tmp_path)
+    assert ended.code == 1 and "2 such steps in a row were skipped, see train.skip_limit" in ended.err
+    train = lines(run_dir, "train")
+    assert [None in (line["loss"], line["grad_norm"]) for line in train[-1:]] == [True]
+
+
 def test_another_vocabulary_is_refused(tiny_gin, store_dir, terminated, tmp_path):
     continued(terminated, tmp_path)
     store = shutil.copytree(store_dir, tmp_path / "store")
@@ -203,3 +220,41 @@ def test_a_finished_run_is_left_as_it_is(tiny_gin, reference):
     ended = run(TRAIN, tiny_gin, folder=reference.parent)
     assert (ended.code, ended.err) == (0, "") and "nothing left to do" in ended.out
     assert content() == before
+
+
+def test_starts_from_another_run_s_weights(tiny_gin, reference, tmp_path):
+    """Continued pretraining: those weights, a fresh optimizer, the first step of the schedule, also after a restart."""
+    source = shutil.copytree(reference, tmp_path / "source")
+    flags = (tiny_gin, f"--gin.train.init_from={source}")
+    ended = run(TRAIN, *flags, "--gin.train.steps=4", folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    first, last = lines(tmp_path / "run", "eval")[0], lines(reference, "eval")[-1]
+    assert first["step"] == 0 and first["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    description = json.loads((tmp_path / "run" / "run.json").read_text())["init_from"]
+    assert (description["path"], description["kind"]) == (str(source), "run")
+    shutil.rmtree(source)
+    ended = run(TRAIN, *flags, "--gin.train.steps=6", folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "") and "resumed after step 4 of 6" in ended.out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["init_from"] == description
+    assert_refused(f"{source}: neither a training run .*", tmp_path, *flags, "--gin.train.run_dir=other")
+
+
+def test_a_checkpoint_every_so_many_minutes(tiny_gin, tmp_path):
+    ended = run(TRAIN, tiny_gin, "--gin.train.checkpoint_minutes=0.0005", folder=tmp_path)  # 30 ms, a few steps
+    assert (ended.code, ended.err) == (0, "")
+    saved = saved_steps(tmp_path / "run")
+    assert saved[-1] == STEPS and len(saved) >= 3  # the latest three are kept
+
+
+def test_speed_and_mfu_follow_from_the_time_of_a_step(tiny_gin, reference):
+    """tokens/s and MFU against sums by hand: 8 x 32 tokens, 2 layers of width 32, 3 products of 48, 96 ids."""
+    facts = json.loads((reference / "run.json").read_text())
+    weights = 2 * (32 * 4 * 8 * 2 + 32 * 2 * 8 * 2 + 3 * 32 * 48) + 96 * 32
+    flops = 6 * weights + 2 * 6 * 4 * 8 * 32  # of one token of a sequence of 32, causal
+    assert facts["flops_per_token"] == flops
+    for line in lines(reference, "train"):
+        assert line["tokens_per_s"] == pytest.approx(8 * 32 / line["seconds/step"])
+        assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops / facts["peak_flops"])
+    # The peak of one CPU device, measured: between a slow core and many fast ones.
+    assert 1e9 < facts["peak_flops"] < 1e14

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, run, started
-from video.labels import read_labels
+from tests.e2e.conftest import REPOSITORY, lines, run, started
+from tests.e2e.hosts import run_job
+from video.labels import FeatureStore, read_labels
 from video.select import Selector
 from video.store import RowStore
 
@@ -151,6 +152,37 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
     assert whole.rows == killed.rows
     np.testing.assert_allclose(killed.read("losses"), whole.read("losses"), atol=1e-4)
     np.testing.assert_array_equal(killed.read("combinations"), whole.read("combinations"))
+
+
+def test_two_processes_label_the_same_and_share_the_work(labelled):
+    ended = run_job("video.label", "--gin_file=label.gin", "--gin.LABELS=two", folder=labelled)
+    assert [process.code for process in ended] == [0, 0], ended
+    assert "tokens on 2 devices" in ended[0].out and "questions" not in ended[1].out
+    whole, two = (RowStore(labelled / name / "losses", "losses") for name in ("labels", "two"))
+    assert whole.rows == two.rows and whole.rejected == two.rejected
+    np.testing.assert_allclose(two.read("losses"), whole.read("losses"), atol=1e-5)
+    np.testing.assert_array_equal(two.read("combinations"), whole.read("combinations"))
+    whole, two = (FeatureStore(labelled / name / "features") for name in ("labels", "two"))
+    assert whole.row == two.row
+    np.testing.assert_allclose(two.read(), whole.read(), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, configurable, macro", [
+    ("train", "train_video", "VIDEO_LLM"), ("train_voyager", "train_voyager", "VOYAGER"),
+    ("train_towers", "train_towers", "TOWERS"),
+])
+def test_two_processes_train_the_same(labelled, name, configurable, macro):
+    flags = (f"--gin_file={name}.gin", "--gin.STEPS=4", f"--gin.{configurable}.log_every=1")
+    alone = run(f"video.{name}", *flags, f"--gin.{macro}=alone_{name}", folder=labelled)
+    both = run_job(f"video.{name}", *flags, f"--gin.{macro}=both_{name}", folder=labelled)
+    assert [alone.code, *(process.code for process in both)] == [0, 0, 0], both
+    for kind in ("train", "eval"):
+        one, two = (lines(labelled / f"{folder}_{name}", kind) for folder in ("alone", "both"))
+        assert len(one) == len(two) > 1
+        for a, b in zip(one, two):
+            for key in ("loss", "grad_norm", "accuracy", "retrieval_accuracy", "kendall", "regret"):
+                assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), (kind, a["step"], key)
 
 
 def test_other_inputs_into_the_same_folder_are_refused(command, labelled):

@@ -1,14 +1,21 @@
 """The command line: what is wrong is said in one line that names the place."""
 
+import os
 import subprocess
 import sys
 
 import gin
 import pytest
 
+import mlx_pretrain.train  # noqa: F401  its configurables
+import raters.given
+import raters.languages
+import raters.quality
+import raters.score  # noqa: F401
 from mlx_pretrain import configuration
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.parallel import cluster
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +61,70 @@ def test_gin_typos_name_file_and_cause(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("binding, message", [
+    ("DecoderConfig.rope_theta = 'x'", "DecoderConfig.rope_theta = 'x': must be a number"),
+    ("DecoderConfig.n_layers = 2.0", "DecoderConfig.n_layers = 2.0: must be an integer"),
+    ("DecoderConfig.n_layers = True", "DecoderConfig.n_layers = True: must be an integer"),
+    ("DecoderConfig.n_layers = None", "DecoderConfig.n_layers = None: must be an integer"),
+    ("DecoderConfig.tie_embeddings = 1", "DecoderConfig.tie_embeddings = 1: must be True or False"),
+    ("DecoderConfig.dtype = 32", "DecoderConfig.dtype = 32: must be a string"),
+    ("QualityConfig.pooling = 3", "QualityConfig.pooling = 3: must be a string"),
+    ("QualityConfig.norm_epsilon = 'small'", "QualityConfig.norm_epsilon = 'small': must be a number"),
+    ("warmup_cosine.peak = 'high'", "warmup_cosine.peak = 'high': must be a number"),
+    ("other/warmup_cosine.peak = 'high'", "other/warmup_cosine.peak = 'high': must be a number"),
+    ("warmup_cosine.warmup_steps = %STEPS", "warmup_cosine.warmup_steps = 1.5: must be an integer"),
+    ("train.eval_every = 'often'", "train.eval_every = 'often': must be an integer or None"),
+    ("train.run_dir = @adamw", "train.run_dir = @adamw: must be a string"),
+    ("train.model = 'small'", r"train.model = 'small': must be a DecoderConfig, e.g. @DecoderConfig\(\)"),
+    ("train.model = @QualityConfig()", "train.model = @QualityConfig.*: must be a DecoderConfig"),
+    ("make_mesh.fsdp = '8'", "make_mesh.fsdp = '8': must be an integer"),
+    ("score.documents = ['a', 3]", "score.documents = .*: must be a list"),
+    ("score.rater = 'mine'", "score.rater = 'mine': must be a QualityScorer"),
+])
+def test_a_value_of_another_type_is_one_line_that_names_the_parameter(binding, message):
+    with pytest.raises(InputError, match=message) as error:
+        configuration.parse_gin([], ["STEPS = 1.5", binding])
+    assert "\n" not in str(error.value)
+
+
+def test_values_that_fit_are_taken():
+    configuration.parse_gin([], [
+        "DecoderConfig.rope_theta = 10000", "train.eval_every = None", "train.model = @DecoderConfig()",
+        "train.optimizer = @adamw", "score.documents = ['a']", "score.rater = @GivenScores()", "FOLDER = 'run'",
+        "train.run_dir = %FOLDER", "languages.confusable = [('id', 'ms')]",
+    ])
+
+
 @pytest.mark.parametrize("argument", ["steps=3", "--steps=3", "--gin_file", "--shard=0/2", "--processes=2"])
 def test_unknown_flags_are_refused(argument):
     with pytest.raises(InputError, match=argument):
         configuration.parse_flags([argument])
+
+
+PLACE = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+
+
+def test_a_command_for_one_process_runs_in_process_0_alone(tmp_path):
+    """Nothing is written by the others, and process 0 waits for nobody."""
+    (tmp_path / "en.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog near the river bank."}\n')
+    command = [sys.executable, "-m", "raters.duplicates", "--gin.duplicates.documents=en.jsonl",
+               "--gin.duplicates.output=out"]
+    environment = os.environ | PLACE | {"PYTHONPATH": configuration.REPOSITORY}
+    other = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (other.returncode, other.stdout) == (0, "") and not (tmp_path / "out").exists()
+    assert other.stderr == "process 2 of 3: this command runs in one process, which is process 0\n"
+    main = subprocess.run(command, cwd=tmp_path, env=environment | {"JAX_PROCESS_ID": "0"}, capture_output=True)
+    assert main.returncode == 0 and (tmp_path / "out/report.json").exists()
+
+
+def test_processes_that_a_launcher_started_are_shards(monkeypatch):
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with configuration._hosts(configuration.Flags(), joins=False, shards=True):
+            assert cluster.shard() == (2, 3) and cluster.size() == 1
+    finally:
+        cluster.take_shard(None)
 
 
 def test_commands_end_with_one_line_and_a_code():

@@ -235,3 +235,16 @@ def test_a_tpu_program():
     assert program.flops == 6 * 2 * 2 * 256 * 512 * 512 + 2 * 2 * 256 * 256 * 512
     assert program.sent_bytes() == 6 * 2 * 512 * 512 * 3 // 4
     assert {c.dtype for c in program.collectives} == {"bf16"} and not program.unknown_loops
+
+
+def test_memory_traffic_of_products_and_of_slices_in_a_loop():
+    """Bytes that operands and results take, and of stacked weights only the layer's."""
+    product = compiled(lambda x, w: x @ w, jnp.zeros((8, N)), jnp.zeros((N, N)))
+    assert product.memory_bytes == 4 * (8 * N + N * N + 8 * N)
+
+    layers, rows = 50, 8
+    stacked = compiled(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0],
+                       jnp.zeros((rows, N)), jnp.zeros((layers, N, N)))
+    # Once each: a layer's weights sliced off (read and written), then read, with what comes in and goes out.
+    per_layer = 4 * (3 * N * N + 2 * rows * N)
+    assert 0.3 * layers * per_layer < stacked.memory_bytes < 1.5 * layers * per_layer
