@@ -18,7 +18,7 @@ import gin
 import jax
 from jax.sharding import Mesh
 
-from mlx_pretrain import partitioning
+from mlx_pretrain import losses, partitioning
 from mlx_pretrain.errors import InputError
 
 
@@ -129,8 +129,10 @@ def training_remedies(config, model, mesh: Mesh) -> Callable[[float], list[str]]
         if partitioning.shards(mesh, "embed") * partitioning.shards(mesh, "mlp") < mesh.size:
             listed.append("make_mesh.fsdp=-1 with make_mesh.data=1, or the number of slices (parameters and optimizer "
                           "state over all devices of a slice)")
-        if getattr(config, "chunk_tokens", 0) > 256:
-            listed.append(f"{config.name}.chunk_tokens={config.chunk_tokens // 2} (logits of fewer tokens at once)")
+        if hasattr(config, "chunk_tokens"):
+            chunk = config.chunk_tokens or losses.CHUNK_TOKENS["tpu"]
+            if chunk > 256:
+                listed.append(f"{config.name}.chunk_tokens={chunk // 2} (logits of fewer tokens at once)")
         if rows <= 1:
             listed.append(f"make_mesh.tensor={2 * mesh.shape['tensor']} (each row over more devices)")
         return [*listed, "more devices, or devices with more memory"]

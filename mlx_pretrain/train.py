@@ -42,7 +42,7 @@ class TrainConfig(LoopConfig):
       init_from: start from the weights of another run's folder (or RUN/checkpoints/<step>) or of a Hugging Face folder,
         with a fresh optimizer and a fresh stream of data; see `initial_weights`. None: from random ones.
       z_coefficient: weight of the z-loss.
-      chunk_tokens: tokens whose logits are held at once on a device.
+      chunk_tokens: tokens whose logits are held at once on a device; None: `losses.CHUNK_TOKENS` of the platform.
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
       tasks: what else to evaluate: called with the model (a `LanguageModel` without parameters) before training, it
@@ -55,7 +55,7 @@ class TrainConfig(LoopConfig):
     rates: str = gin.REQUIRED
     init_from: str | None = None
     z_coefficient: float = 0.0
-    chunk_tokens: int = 1024
+    chunk_tokens: int | None = None
     eval_batch_size: int = 16
     eval_sequences: int | None = None
     tasks: Callable[[LanguageModel], Evaluator] | None = None
@@ -63,8 +63,8 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        optional = [name for name in ("eval_sequences", "tasks_every") if getattr(self, name) is not None]
-        self.check_counts("chunk_tokens", "eval_batch_size", *optional)
+        optional = ("chunk_tokens", "eval_sequences", "tasks_every")
+        self.check_counts("eval_batch_size", *(name for name in optional if getattr(self, name) is not None))
         if not isinstance(self.model, DecoderConfig):
             raise self.wrong("model", "must be a model, e.g. @DecoderConfig()")
         if self.tasks is not None and not callable(self.tasks):
