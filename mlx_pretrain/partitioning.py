@@ -104,9 +104,7 @@ def platform() -> str:
     the default backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
-    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return jax.default_backend() if device is None else device.platform
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

@@ -43,7 +43,8 @@ def _state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: i
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters."""
-    boxed = jax.eval_shape(lambda: config.init(jax.random.key(0)))
+    with partitioning.use(mesh):  # what is picked by platform is picked for these devices
+        boxed = jax.eval_shape(lambda: config.init(jax.random.key(0)))
     # Not nn.unbox: it would apply the sharding to a shape that holds no array.
     values = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     return _with_shardings(values, partitioning.shardings(boxed, mesh))
@@ -53,7 +54,8 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     """Shapes, dtypes and shardings of a state, without computing anything; `mesh` may be of absent devices, and may be
     current (`partitioning.use`) or not."""
     params = abstract_params(config, mesh)
-    state = jax.eval_shape(lambda: _state(config, optimizer, 0))
+    with partitioning.use(mesh):
+        state = jax.eval_shape(lambda: _state(config, optimizer, 0))
     replicated = NamedSharding(mesh, PartitionSpec())
     # Moments are laid out as their parameters, everything else (counts) is replicated.
     opt_shardings = optax.tree.map_params(

@@ -311,7 +311,7 @@ def training_program(config, mesh, length=256, batch=4):
         return jnp.sum(hidden.astype(jnp.float32))
 
     params = nn.unbox(jax.eval_shape(config.init, jax.random.key(0)))
-    with mesh, nn.logical_axis_rules(tuple(partitioning.DEFAULT_RULES.items())):
+    with mesh:
         return list(equations(jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr))
 
 

@@ -40,8 +40,10 @@ train.rates = %RATES
 train.steps = 10
 train.batch_size = 16
 train.eval_batch_size = 8
-train.learning_rate = @constant_schedule()
-constant_schedule.value = 1e-3
+train.learning_rate = @warmup_cosine()
+warmup_cosine.peak = 1e-3
+warmup_cosine.total_steps = 10
+warmup_cosine.warmup_steps = 2
 """
 PARAMETERS = 2 * (4 * 512 * 512 + 3 * 512 * 512 + 2 * 512) + 2 * 8192 * 512 + 512
 
@@ -193,7 +195,7 @@ def test_errors_of_the_command_line(arguments, message):
     (["--gin.train.eval_batch_size=6"], r"train\.eval_batch_size: 6 rows do not divide over the 4 shards"),
     (["--gin.train.batch_size=12", "--gin.train.microbatches=2"], r"train\.batch_size=12 in 2 microbatches: 6 rows"),
     (["--gin.DecoderConfig.vocab_size=%VOCABULARY"], r"DecoderConfig\.vocab_size = '<VOCABULARY>'"),
-    (["--gin.constant_schedule.value=%RATE", "--gin.train.batch_size=%BATCH"], r"BATCH"),
+    (["--gin.warmup_cosine.total_steps=%STEPS"], r"STEPS"),
 ])
 def test_settings_that_do_not_fit_the_devices(run_file, flags, message):
     with pytest.raises(InputError, match=message):
