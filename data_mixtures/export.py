@@ -28,7 +28,7 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, write_atomic, write_json
+from mlx_pretrain.files import file_sizes, read_json, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
 RECORDS = ".export"  # folder in an unfinished store: what is known of each part that is whole
@@ -129,9 +129,7 @@ class Records:
         same = (record["files"] == self.fingerprint(split, language) if hashes is None else record["hashes"] == hashes)
         if not same or record["settings"] != self._settings:
             return None
-        folder = self._store / split / language
-        sizes = {name: (folder / name).stat().length if (folder / name).exists() else None for name in part.files}
-        return record if sizes == part.files else None
+        return record if part.files.items() <= file_sizes(self._store / split / language).items() else None
 
     def fingerprint(self, split: str, language: str) -> list[list]:
         """[file, relative to the corpus, size, time of change] of each file of documents."""
