@@ -156,6 +156,16 @@ def test_two_processes_find_the_same_and_share_the_work(model, tasks, runs, tmp_
     assert "items/s" not in ended[1].err and "StoryCloze" in ended[0].out and "StoryCloze" not in ended[1].out
 
 
+@pytest.mark.slow
+def test_two_processes_write_the_same_text(model, tmp_path):
+    flags = (f"--gin.generate.run_dir={model}", "--gin.generate.prompts=['the cat', 'die']",
+             "--gin.generate.max_new_tokens=8")
+    ended = [*run_job("mlx_pretrain.generate", *flags, "--gin.generate.output=two.jsonl", folder=tmp_path),
+             run("mlx_pretrain.generate", *flags, "--gin.generate.output=one.jsonl", folder=tmp_path)]
+    assert [process.code for process in ended] == [0, 0, 0], ended
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
 def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, runs, monkeypatch):
     """lm_eval itself, on a local task with two examples, its first ones; an item that German has not is only there."""
     out = runs[2][0] / "out"
