@@ -38,6 +38,8 @@ _CHECKPOINTS = "checkpoints"
 # Of larger files, in bytes, only the sizes are compared on object stores, which check their contents themselves, and
 # where parameters alone are restored; arrays are compared with their checksums everywhere.
 _SMALL = 1 << 20
+# Files that Orbax writes when all others of a checkpoint are complete.
+_LAST_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Checkpoints:
           best_metric: key of the metrics given to `save`.
         """
         self._folder = absolute(run_dir) / _CHECKPOINTS
-        self._best_metric = best_metric
+        self._whole = _SMALL if gcs.is_gs(self._folder) else None
+        self._best_metric, self._digests = best_metric, None
         policies, self._values = ocp.checkpoint_managers, {}
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -113,7 +116,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Starts a save of the state after `step` steps; blocks only while the arrays are copied to the host."""
-        self._manager.wait_until_finished()  # an earlier save may still need the step's number
+        self.wait()  # an earlier save may still need the step's number
         self._step = step
         known = {name: value for name, value in metrics.items() if name == self._best_metric and math.isfinite(value)}
         self._values.pop(step, None)  # of a damaged checkpoint of this step
@@ -125,11 +128,17 @@ class Checkpoints:
         )
 
     def _write_digests(self) -> None:
-        """Called in Orbax's thread in process 0 when all files are written, just before the checkpoint is named so."""
-        names = (str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}")  # on object stores: without the suffix
+        """Called in Orbax's thread in process 0 when the files are written, just before the checkpoint is named so."""
+        name, scratch = str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}"
         for folder in self._folder.iterdir():
-            if folder.name == names[0] or folder.name.startswith(names[1]):
-                write_digests(folder, _SMALL if gcs.is_gs(folder) else None)
+            if folder.name == name or folder.name.startswith(scratch):  # object stores have no scratch folders
+                self._digests = write_digests(folder, self._whole, leave_out=_LAST_FILES)
+
+    def _complete_digests(self) -> None:
+        """Adds the last files of a checkpoint that has become complete."""
+        digests, self._digests = self._digests, None
+        if digests is not None and (folder := self._folder / str(self._step)).exists():
+            write_digests(folder, self._whole, known=digests)
 
     def _metric(self, step: int) -> float | None:
         """The best metric of a checkpoint of an earlier process; None: it has none, or cannot be read."""
@@ -153,6 +162,7 @@ class Checkpoints:
           InputError: there are checkpoints, but none is whole; the latest whole one is of another model or optimizer.
           Exception: of Orbax, TensorStore or the file system, which does not mean damage; nothing is moved.
         """
+        self.wait()
         steps, damaged = cluster.share(self.steps()), []
         for step in reversed(steps):
             restored, damage = self._restore(step, abstract)
@@ -210,9 +220,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until saves under way are complete."""
         self._manager.wait_until_finished()
+        self._complete_digests()
 
     def close(self) -> None:
         """Completes saves under way and releases Orbax's threads."""
+        self.wait()
         self._manager.close()
 
 

@@ -10,7 +10,7 @@ import concurrent.futures
 import functools
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,8 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from mlx_pretrain.files import file_sizes, write_atomic
 
 DIGESTS = "files.json"
-# Orbax writes these after the digests, when a checkpoint is complete: the time, and a file that only has to be there.
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _BLOCK = 1 << 22  # bytes read at once
 _THREADS = 8  # that read files
 
@@ -101,19 +99,29 @@ def changed_arrays(saved: Mapping[str, str], found: Mapping[str, str]) -> str | 
     return f"{len(changed)} of {len(found)} arrays are not those that were saved, the first is {changed[0]}"
 
 
-def write_digests(folder: epath.Path, whole: int | None = None) -> None:
-    """Writes sizes and CRC-32s of all files below `folder` into a file there.
+Digests = dict[str, tuple[int, int | None]]  # file, relative to a folder -> size, CRC-32
+
+
+def write_digests(
+    folder: epath.Path, whole: int | None = None, *, known: Digests | None = None, leave_out: Collection[str] = ()
+) -> Digests:
+    """Writes sizes and CRC-32s of all files below `folder` into a file there, and returns them.
 
     Args:
       folder: of a checkpoint.
-      whole: of files of more bytes the size alone is written, without reading them; None: of no file.
+      whole: of files of more bytes the size alone is taken, without reading them; None: of no file.
+      known: digests that were taken before.
+      leave_out: files that are still to change.
     """
-    sizes = {name: size for name, size in sorted(file_sizes(folder).items()) if name not in (DIGESTS, *_LATER)}
+    known = known or {}
+    sizes = {name: size for name, size in sorted(file_sizes(folder).items())
+             if name not in known and name not in leave_out and name != DIGESTS}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         crcs = pool.map(lambda name: None if whole is not None and sizes[name] > whole else _crc(folder / name), sizes)
-        named = {name: (size, crc) for (name, size), crc in zip(sizes.items(), crcs, strict=True)}
+        digests = known | {name: (size, crc) for (name, size), crc in zip(sizes.items(), crcs, strict=True)}
     # Without spaces, so that every byte means something.
-    write_atomic(folder / DIGESTS, json.dumps(named, separators=(",", ":")))
+    write_atomic(folder / DIGESTS, json.dumps(digests, separators=(",", ":")))
+    return digests
 
 
 def changed_files(folder: epath.Path, whole: int | None = None, shard: int = 0, shards: int = 1) -> str | None:

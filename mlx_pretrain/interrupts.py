@@ -2,6 +2,9 @@
 
 import contextlib
 import signal
+import socket
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +12,8 @@ import jax
 from etils import epath
 
 from mlx_pretrain.parallel import cluster
+
+PATIENCE = 5.0  # seconds that a request to stop may wait for a boundary while there is nothing to save
 
 
 class _Handlers(contextlib.AbstractContextManager):
@@ -29,13 +34,40 @@ class _Handlers(contextlib.AbstractContextManager):
 class StopRequest(_Handlers):
     """Passes SIGTERM and Ctrl-C on as requests to `parallel.cluster`; a second Ctrl-C interrupts at once.
 
+    Python handles signals between two of its own instructions, so a compilation of minutes would keep them waiting.
+    As long as there is nothing to save, a thread therefore ends the whole job when a request was not met in a while.
+
     Attributes:
       requested: name of the signal that came to this process, or None.
+      nothing_to_save: true until the owner of this object sets it to false.
     """
 
-    def __init__(self):
+    def __init__(self, nothing_to_save: bool = False):
         super().__init__({signal.SIGTERM: self._note, signal.SIGINT: self._note})
         self.requested: str | None = None
+        self.nothing_to_save = nothing_to_save
+
+    def __enter__(self):
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        return super().__enter__()
+
+    def __exit__(self, *details):
+        super().__exit__(*details)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writer.close()  # ends the thread
+
+    def _watch(self, reader: socket.socket) -> None:
+        """Reads the numbers of arriving signals, which the interpreter writes at once, whatever it is doing."""
+        with reader:
+            while number := reader.recv(1):
+                if number[0] in (signal.SIGTERM, signal.SIGINT) and self.nothing_to_save:
+                    time.sleep(PATIENCE)
+                    if self.nothing_to_save:
+                        name = signal.Signals(number[0]).name
+                        cluster.abandon(STOP_CODES[name], f"{name}: nothing was trained yet; run again to go on")
 
     def _note(self, number: int, _) -> None:
         if self.requested and number == signal.SIGINT:

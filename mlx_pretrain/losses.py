@@ -81,7 +81,12 @@ def token_nll(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_to
 def _plan(chunk_tokens: int | None, z_coefficient: float) -> _Plan:
     if chunk_tokens is None:
         chunk_tokens = CHUNK_TOKENS[partitioning.platform()]
-    return _Plan(chunk_tokens, z_coefficient, partitioning.mesh_axes("vocab") if _many_devices() else ())
+    return _Plan(chunk_tokens, z_coefficient, _split_vocabulary())
+
+
+def _split_vocabulary() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in partitioning.mesh_axes("vocab") if not mesh.empty and mesh.shape[axis] > 1)
 
 
 def _many_devices() -> bool:

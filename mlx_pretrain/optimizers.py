@@ -1,10 +1,14 @@
 """Optimizers and learning-rate schedules from optax, with the choices a pretraining run needs."""
 
+import collections
+import math
 from collections.abc import Callable
 from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlx_pretrain.errors import InputError
@@ -88,17 +92,22 @@ def muon(
     The update of an m x n matrix is scaled by sqrt(max(1, n / m)) (optax's default); AdamW's rate is `adam_fraction`
     times Muon's.
     """
-    update = optax.contrib.muon(
-        learning_rate,
-        beta=beta,
-        weight_decay=weight_decay,
-        weight_decay_mask=decay_mask,
-        adam_learning_rate=lambda step: adam_fraction * learning_rate(step),
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=_muon_dimensions,
+    matrices = optax.chain(
+        _scale_by_muon(beta),
+        optax.stateless(_scale_by_shape),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    return _clipped(clip_norm, update)
+    others = optax.adamw(
+        lambda step: adam_fraction * learning_rate(step), weight_decay=weight_decay, nesterov=True, mask=decay_mask
+    )
+    labels = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
+        lambda path, _: "muon" if path[-1].key in _MUON_AXES else "adam", params
+    )
+    return _clipped(clip_norm, optax.partition({"muon": matrices, "adam": others}, labels))
 
+
+_ITERATIONS = 5  # of Newton-Schulz, optax's default
 
 # Input and output axes of the layers' weights; axis 0 is the layer.
 _MUON_AXES = {
@@ -114,11 +123,75 @@ _MUON_AXES = {
 
 
 def _muon_dimensions(params: Any) -> Any:
-    def dimensions(path, _):
-        axes = _MUON_AXES.get(path[-1].key)
-        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: optax.contrib.MuonDimensionNumbers(*_MUON_AXES[path[-1].key]), params
+    )
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+def _scale_by_shape(updates: optax.Updates, _: Any) -> optax.Updates:
+    def scale(path: tuple, update: jax.Array) -> jax.Array:
+        inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in _MUON_AXES[path[-1].key])
+        return update * math.sqrt(max(1, outputs / inputs))
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
+
+
+def _scale_by_muon(beta: float) -> optax.GradientTransformation:
+    """Momentum, orthogonalised; on a mesh every device does so for matrices of its own."""
+    alone = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=_muon_dimensions)
+    # Without iterations it normalises the momentum and leaves it where it is.
+    normalised = optax.contrib.scale_by_muon(ns_steps=0, beta=beta, weight_dimension_numbers=_muon_dimensions)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return alone.update(updates, state, params)
+        updates, state = normalised.update(updates, state, params)
+        return _orthogonalise(updates, state.ns_coeffs, mesh), state
+
+    return optax.GradientTransformation(alone.init, update)
+
+
+def _orthogonalise(updates: optax.Updates, coefficients: jax.Array, mesh: jax.sharding.AbstractMesh) -> optax.Updates:
+    """Newton-Schulz iterations on matrices of Frobenius norm 1, those of one shape together.
+
+    Left where parameters are, over rows, every iteration would gather all matrices on every device.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    stacks: dict[tuple[int, int], list[jax.Array]] = collections.defaultdict(list)
+    for path, leaf in leaves:
+        stack = _as_matrices(path, leaf)
+        stacks[stack.shape[1:]].append(stack)
+    results = {shape: iter(_orthogonalise_stacks(group, coefficients, mesh)) for shape, group in stacks.items()}
+    done = []
+    for path, leaf in leaves:
+        inputs, _ = _MUON_AXES[path[-1].key]
+        rows = math.prod(leaf.shape[axis] for axis in inputs)
+        columns = leaf.size // leaf.shape[0] // rows
+        stack = next(results[min(rows, columns), max(rows, columns)])
+        done.append((stack.mT if rows > columns else stack).reshape(leaf.shape))
+    return jax.tree.unflatten(tree, done)
+
+
+def _as_matrices(path: tuple, leaf: jax.Array) -> jax.Array:
+    """`[layers, rows, columns]` with at most as many rows as columns; input axes stand before output axes."""
+    inputs, _ = _MUON_AXES[path[-1].key]
+    matrices = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[axis] for axis in inputs), -1)
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+
+
+def _orthogonalise_stacks(group: list[jax.Array], coefficients: jax.Array, mesh) -> list[jax.Array]:
+    x = jnp.concatenate(group)
+    # Zeros stay zeros.
+    x = jnp.pad(x, ((0, -len(x) % mesh.size), (0, 0), (0, 0)))
+    by_matrix = jax.sharding.PartitionSpec(mesh.axis_names)
+    a, b, c = coefficients
+    x = jax.lax.with_sharding_constraint(x, by_matrix)
+    for _ in range(_ITERATIONS):
+        gram = jax.lax.with_sharding_constraint(x @ x.mT, by_matrix)
+        x = jax.lax.with_sharding_constraint(a * x + (b * gram + c * gram @ gram) @ x, by_matrix)
+    ends = np.cumsum([len(stack) for stack in group])
+    return jnp.split(x[: ends[-1]], ends[:-1])
 
 
 def _clipped(clip_norm: float | None, update: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -36,7 +36,6 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "act_kv_heads": "tensor",
     "act_mlp": "tensor",
 }
-BATCH_AXES = RULES["batch"]
 
 
 @gin.configurable(denylist=["devices", "slice_of"])

@@ -87,7 +87,8 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
     listers = [lister for parameter, lister in _LISTERS.items() if is_bound(parameter)]
     if not listers:
         raise InputError(f"the gin files configure no program: none of {', '.join(_LISTERS)} is set")
-    return [program for lister in listers for program in lister(mesh, length)]
+    with partitioning.use(mesh):  # what is picked by platform is picked for these devices
+        return [program for lister in listers for program in lister(mesh, length)]
 
 
 def is_bound(parameter: str) -> bool:

@@ -283,7 +283,7 @@ class TrainingLoop:
         config = self._config
         hardware.keep_compiled(config.compilation_cache)
         with partitioning.use(self._mesh), contextlib.ExitStack() as stack:
-            stack.enter_context(StopRequest())
+            self._signals = stack.enter_context(StopRequest(nothing_to_save=True))
             with self._clock.timed("restore"):
                 self._restore(stack)
             if self._step >= config.steps and not self._unfinished:
@@ -390,6 +390,7 @@ class TrainingLoop:
             batch = next(self._batches)
             arrays = loader.to_devices(batch, self._sharding, config.batch_size, self._rows)
         self._step += 1
+        self._signals.nothing_to_save = False
         self._profiler.before_step(self._step, self._state)
         self._state, metrics = self._train(self._state, arrays)
         self._tokens.update(self._task.tokens({name: rows[self._counted] for name, rows in batch.items()}))
@@ -509,6 +510,7 @@ class TrainingLoop:
     def _leave_if_stopped(self, saved: bool) -> None:
         if not self._stop or (self._step == self._config.steps and not self._unfinished):
             return
+        self._signals.nothing_to_save = False  # this is the orderly way out
         self._wait_for_saves()
         done = f"saved after step {self._step} of {self._config.steps}" if saved else "nothing was trained yet"
         self._meter.say(f"{self._stop}: {done}; run again to go on; {self._goodput()}")

@@ -156,6 +156,9 @@ class _Alone:
     def fail(self, message: str) -> None:
         pass
 
+    def abandon(self, code: int, message: str) -> None:
+        _exit(code, message)
+
     def leave(self) -> None:
         pass
 
@@ -216,6 +219,9 @@ class _Member:
         self._outbox.put({"type": "failed", "message": message})
         self._close()
 
+    def abandon(self, code: int, message: str) -> None:
+        self._outbox.put({"type": "abandon", "code": code, "message": message})
+
     def leave(self) -> None:
         self.gather(None)
         self._leaving = True
@@ -257,6 +263,8 @@ class _Member:
                 case "agreed":
                     self._votes[message["action"]] = message["boundary"]
             self._changed.notify_all()
+        if message["type"] == "abandon":
+            _exit(message["code"], message["message"] if self.process == 0 else "")
         if message["type"] == "gone":
             if message["failed"]:
                 time.sleep(1)  # an error that all processes find is better said by each of them
@@ -357,6 +365,8 @@ class _Hub:
             case "failed":
                 self._left.add(process)
                 self._lose(process, f"ended: {message['message']}", failed=True)
+            case "abandon":
+                self._broadcast(message)
             case "bye":
                 self._left.add(process)
 
@@ -519,6 +529,11 @@ def fail(message: str) -> None:
     _member.fail(message)
 
 
+def abandon(code: int, message: str) -> None:
+    """Ends all processes at once with an exit code, whatever they are doing; process 0 prints the message."""
+    _member.abandon(code, message)
+
+
 def leave() -> None:
     """Ends the membership after the last common action of all processes."""
     global _member
@@ -539,6 +554,13 @@ def cleanup(action: Callable[[], None]):
     finally:
         _cleanups.remove(action)
         action()
+
+
+def _exit(code: int, message: str) -> None:
+    if message:
+        print(message, flush=True)
+    _run_cleanups()
+    os._exit(code)
 
 
 def _run_cleanups() -> None:

@@ -16,11 +16,13 @@ _LONG_ROW, _ALIGNMENT = 16384, 4096
 
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum over the devices along mesh `axes`, in the dtype of `x`."""
+    axes = _larger_than_one(axes)
     return jax.lax.psum(x, axes) if axes else x
 
 
 def gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """The parts that the devices along mesh `axes` hold, joined along dimension `dim`."""
+    axes = _larger_than_one(axes)
     if not axes:
         return x
     groups = _groups(axes)
@@ -29,12 +31,17 @@ def gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """The sum over the devices along mesh `axes`, of which each keeps its part of dimension `dim`; undoes `gather`."""
+    axes = _larger_than_one(axes)
     if not axes:
         return x
     groups = _groups(axes)
     if groups > 1:
         return _scatter_in_stages(x, axes, dim, groups)
     return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def _larger_than_one(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
 
 
 def _groups(axes: tuple[str, ...]) -> int:

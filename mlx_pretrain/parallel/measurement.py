@@ -133,17 +133,23 @@ def measure(program, topology: Topology) -> Measurement:
     memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, _peak(stats), limit)
     counts = read_program(compiled.as_text())
     flops = counts.flops + sum(call.flops * call.times for call in counts.custom_calls)
-    opaque = collections.Counter()
-    for call in counts.custom_calls:
-        if not call.flops and "pallas_call" in call.op_name:
-            opaque[call.op_name.removesuffix("/pallas_call").rpartition("/")[2]] += call.times
+    opaque = opaque_kernels(counts)
     # Without them the program would seem to do less than the model asks for.
     compute = max(flops, program.model_flops / program.mesh.size) if opaque else flops
     devices = list(program.mesh.devices.flat)
     return Measurement(
         memory, None, flops, _traffic(counts, [topology.slice_of(device) for device in devices]),
-        _seconds(counts, compute, topology, devices), seconds, counts.unknown_loops, dict(opaque),
+        _seconds(counts, compute, topology, devices), seconds, counts.unknown_loops, opaque,
     )
+
+
+def opaque_kernels(counts: Program) -> dict[str, int]:
+    """Name -> executions of Pallas kernels without an estimate of their FLOPs. For TPUs XLA drops their names."""
+    found: dict[str, int] = collections.Counter()
+    for call in counts.custom_calls:
+        if not call.flops and (call.target == "tpu_custom_call" or "pallas_call" in call.op_name):
+            found[call.op_name.removesuffix("/pallas_call").rpartition("/")[2] or "Pallas kernel"] += call.times
+    return dict(found)
 
 
 def _peak(stats) -> int:

@@ -179,3 +179,20 @@ def test_a_process_that_does_not_come_is_named(tiny_gin, tmp_path):
     ended = run(TRAIN, *flags, "--process=1", folder=tmp_path)
     assert ended.code == 1 and "process 0 did not answer within 3 s" in ended.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_before_the_first_step(tiny_gin, tmp_path, processes):
+    """Nothing is to be saved, so a stop does not wait for what takes long."""
+    flags = (tiny_gin, "--gin.train.compilation_cache=None", "--gin.DecoderConfig.n_layers=64",
+             "--gin.DecoderConfig.unroll=64")  # compiles for minutes
+    run_dir = tmp_path / "run"
+    with started_job(TRAIN, *flags, folder=tmp_path, processes=processes) as job:
+        job[0].wait_for((run_dir / "owner.json").exists)
+        job[-1].signal(signal.SIGTERM)
+        asked = time.monotonic()
+        ended = end_all(job)
+    assert time.monotonic() - asked < 10
+    assert codes(ended) == [143] * processes
+    assert "SIGTERM: nothing was trained yet; run again to go on" in ended[0].out
+    assert not saved_steps(run_dir) and not (run_dir / "owner.json").exists()

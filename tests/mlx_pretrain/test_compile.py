@@ -16,7 +16,7 @@ from mlx_pretrain import hardware, optimizers, partitioning, programs
 from mlx_pretrain.configuration import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import backend, measurement, topologies
-from mlx_pretrain.parallel.program import Collective
+from mlx_pretrain.parallel.program import Collective, CustomCall, Program
 from mlx_pretrain.train_state import abstract_state
 
 pytest.importorskip("libtpu")
@@ -217,6 +217,17 @@ def test_links_and_network_of_collectives():
     small = topologies.describe("v5e:4x4")
     assert measurement._directions(
         Collective("all-gather", "f32", 1, 1, (tuple(range(16)),)), small, list(small.mesh().devices.flat)) == 2
+
+
+def test_kernels_that_do_not_say_their_flops_are_named():
+    calls = (
+        CustomCall("tpu_custom_call", "", 0.0, 24), CustomCall("tpu_custom_call", "", 5.0, 7),
+        CustomCall("__gpu$xla.gpu.triton", "jit(step)/layers/attention/flash_forward/pallas_call", 0.0, 11),
+        CustomCall("__gpu$xla.gpu.triton", "jit(step)/jvp/flash_forward/pallas_call", 0.0, 1),
+        CustomCall("SliceId", "", 0.0, 24),
+    )
+    program = Program(flops=1.0, collectives=(), custom_calls=calls, memory_bytes=0.0, unknown_loops=())
+    assert measurement.opaque_kernels(program) == {"Pallas kernel": 24, "flash_forward": 12}
 
 
 def test_a_gpus_memory_is_what_jax_takes_of_it(monkeypatch):

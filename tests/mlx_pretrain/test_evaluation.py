@@ -14,7 +14,7 @@ from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.models.decoder import Decoder, output_kernel
 
 
-@pytest.mark.parametrize("mesh_shape, batch_size", [((1, 1, 1), 4), ((4, 2, 1), 16)])
+@pytest.mark.parametrize("mesh_shape, batch_size", [((1, 1, 1), 4), ((4, 2, 1), 16), ((4, 2, 1), 3)])
 def test_bits_per_byte_are_exact(store_dir, tiny_config, tiny_params, mesh_shape, batch_size):
     store = TokenStore(store_dir)
     mesh = partitioning.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
@@ -48,3 +48,24 @@ def test_fewer_sequences_are_evenly_spaced(store_dir, tiny_config, tiny_params):
     nll = losses.token_nll(hidden, output_kernel(tiny_params), batch.targets)
     assert three["loss/aa"] == pytest.approx(float((nll * batch.weights).sum() / batch.weights.sum()), rel=1e-5)
     assert many == whole
+
+
+def test_a_check_between_batches_ends_it(store_dir, tiny_config, tiny_params):
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    calls = []
+
+    def check():
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with partitioning.use(mesh):
+        evaluate = HeldOut(TokenStore(store_dir), tiny_config, mesh, batch_size=1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tiny_params, check)
+        assert len(calls) == 3
+        calls = [None] * 3  # from now on it does not raise
+        many_batches = evaluate(tiny_params, check)
+        assert len(calls) == 3 + 15
+        few_batches = HeldOut(TokenStore(store_dir), tiny_config, mesh, batch_size=8)(tiny_params)
+    assert many_batches == pytest.approx(few_batches, rel=1e-6)

@@ -82,3 +82,18 @@ def test_large_logits_do_not_overflow():
     kernel = jnp.eye(4) * 50
     total, _ = losses.cross_entropy(hidden, kernel, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2)))
     np.testing.assert_allclose(total, 2 * np.log(4), rtol=2e-4)  # float32 has 7 digits for 5000 + log 4
+
+
+def test_scores_far_apart_on_several_devices():
+    """The largest score of one slice of the vocabulary is far above all scores of another."""
+    hidden = jnp.full((8, 2, 4), 100.0)
+    kernel = jnp.concatenate([jnp.eye(4) * 50, jnp.eye(4)], axis=1)
+    targets = jnp.arange(16, dtype=jnp.int32).reshape(8, 2) % 8
+    loss = jax.value_and_grad(lambda h, k: losses.cross_entropy(h, k, targets, jnp.ones((8, 2)))[0], (0, 1))
+    expected, expected_gradients = loss(hidden, kernel)
+    with partitioning.use(partitioning.make_mesh(2, 1, 4)):
+        total, gradients = jax.jit(loss)(hidden, kernel)
+    assert np.isfinite(total)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    for ours, theirs in zip(gradients, expected_gradients):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlx_pretrain import optimizers
+from mlx_pretrain import optimizers, partitioning
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.encoder import Encoder, EncoderConfig
 
 
 def test_cosine_has_its_corners():
@@ -26,6 +29,65 @@ def test_schedules_that_do_not_fit_are_refused():
         optimizers.warmup_stable_decay(1.0, 20, 15, 10)
     with pytest.raises(InputError, match="do not fit"):
         optimizers.warmup_cosine(1.0, 20, 30)
+
+
+@given(
+    peak=st.floats(0, 1), total=st.integers(1, 50), warmup=st.integers(0, 50), decay=st.integers(0, 50),
+    final=st.floats(0, 1), cosine=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_schedules_take_all_steps_that_fit(peak, total, warmup, decay, final, cosine):
+    def make():
+        if cosine:
+            return optimizers.warmup_cosine(peak, total, warmup, final)
+        return optimizers.warmup_stable_decay(peak, total, warmup, decay, final)
+
+    if warmup + (0 if cosine else decay) > total:
+        with pytest.raises(InputError, match="do not fit"):
+            make()
+        return
+    rates = jax.vmap(make())(jnp.arange(total + 1))
+    assert np.all((rates >= 0) & (rates <= peak * (1 + 1e-5)))
+    assert rates[0] == (0 if warmup else pytest.approx(peak, rel=1e-5))
+    assert rates[warmup] == pytest.approx(peak if cosine or warmup < total or not decay else peak * final, rel=1e-5)
+    last = peak * final if (warmup < total if cosine else decay) else peak
+    assert rates[total] == pytest.approx(last, rel=1e-5, abs=1e-7)
+
+
+def test_decay_spares_stacked_biases_and_norms():
+    config = EncoderConfig(
+        vocab_size=32, embed_dim=16, n_layers=2, n_heads=2, mlp_dim=24, max_length=16, token_types=0, position_offset=2
+    )
+    ids = jnp.ones((1, 2), jnp.int32)
+    boxed = jax.eval_shape(lambda: Encoder(config).init(jax.random.key(0), ids, ids))["params"]
+    params = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: hasattr(x, "names"))
+    flat = jax.tree_util.tree_leaves_with_path(optimizers.decay_mask(params))
+    spared = {path[-1].key for path, decayed in flat if not decayed}
+    decayed = {path[-1].key for path, decayed in flat if decayed}
+    assert spared == {"scale", "bias", "qkv_bias", "up_bias", "attention_bias", "mlp_bias"}
+    assert decayed == {"qkv", "out", "up", "down", "token", "position"}
+
+
+def test_muon_decays_no_norms(tiny_params):
+    """Nor does AdamW for what Muon leaves to it."""
+    optimizer = optimizers.muon(optimizers.constant(1.0), adam_fraction=1.0, weight_decay=0.5, clip_norm=None)
+    zeros = jax.tree.map(jnp.zeros_like, tiny_params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(tiny_params), tiny_params)
+    np.testing.assert_array_equal(updates["layers"]["mlp_norm"]["scale"], 0)
+    np.testing.assert_allclose(updates["embedding"], -0.5 * tiny_params["embedding"], rtol=1e-5)
+    np.testing.assert_allclose(updates["layers"]["mlp"]["up"], -0.5 * tiny_params["layers"]["mlp"]["up"], rtol=1e-5)
+
+
+def test_muon_on_a_mesh_equals_one_device(tiny_params):
+    rng = np.random.default_rng(0)
+    optimizer = optimizers.muon(optimizers.constant(1.0))
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), jax.device_get(tiny_params))
+    state = optimizer.init(tiny_params)
+    expected, _ = jax.jit(optimizer.update)(grads, state, tiny_params)
+    with partitioning.use(partitioning.make_mesh(2, 2, 2)):
+        updates, new_state = jax.jit(optimizer.update)(grads, state, tiny_params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), updates, expected)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
 
 
 def test_decay_is_for_matrices_only(tiny_params):
