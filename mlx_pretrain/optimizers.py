@@ -159,25 +159,38 @@ def _orthogonalise(updates: optax.Updates, coefficients: jax.Array, mesh: jax.sh
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
     stacks: dict[tuple[int, int], list[jax.Array]] = collections.defaultdict(list)
+    shapes = []
     for path, leaf in leaves:
-        stack = _as_matrices(path, leaf)
+        stack = _as_matrices(path[-1].key, leaf)
+        shapes.append(stack.shape[1:])
         stacks[stack.shape[1:]].append(stack)
     results = {shape: iter(_orthogonalise_stacks(group, coefficients, mesh)) for shape, group in stacks.items()}
-    done = []
-    for path, leaf in leaves:
-        inputs, _ = _MUON_AXES[path[-1].key]
-        rows = math.prod(leaf.shape[axis] for axis in inputs)
-        columns = leaf.size // leaf.shape[0] // rows
-        stack = next(results[min(rows, columns), max(rows, columns)])
-        done.append((stack.mT if rows > columns else stack).reshape(leaf.shape))
+    done = [_from_matrices(path[-1].key, next(results[shape]), leaf) for (path, leaf), shape in zip(leaves, shapes)]
     return jax.tree.unflatten(tree, done)
 
 
-def _as_matrices(path: tuple, leaf: jax.Array) -> jax.Array:
-    """`[layers, rows, columns]` with at most as many rows as columns; input axes stand before output axes."""
-    inputs, _ = _MUON_AXES[path[-1].key]
-    matrices = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[axis] for axis in inputs), -1)
-    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+def _matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], int, int]:
+    """The axes of a weight, those that number its matrices first, then inputs and outputs; how many of these two."""
+    inputs, outputs = _MUON_AXES[name]
+    numbering = tuple(axis for axis in range(ndim) if axis not in inputs + outputs)
+    return numbering + inputs + outputs, len(inputs), len(outputs)
+
+
+def _as_matrices(name: str, leaf: jax.Array) -> jax.Array:
+    """`[matrices, rows, columns]` of a weight, with at most as many rows as columns."""
+    axes, inputs, outputs = _matrix_axes(name, leaf.ndim)
+    moved = leaf.transpose(axes)
+    rows, columns = math.prod(moved.shape[-inputs - outputs : -outputs]), math.prod(moved.shape[-outputs:])
+    matrices = moved.reshape(-1, rows, columns)
+    return matrices.mT if rows > columns else matrices
+
+
+def _from_matrices(name: str, stack: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `_as_matrices`, in the shape of `like`."""
+    axes, inputs, outputs = _matrix_axes(name, like.ndim)
+    moved = tuple(like.shape[axis] for axis in axes)
+    transposed = math.prod(moved[-inputs - outputs : -outputs]) > math.prod(moved[-outputs:])
+    return (stack.mT if transposed else stack).reshape(moved).transpose(np.argsort(axes))
 
 
 def _orthogonalise_stacks(group: list[jax.Array], coefficients: jax.Array, mesh) -> list[jax.Array]:

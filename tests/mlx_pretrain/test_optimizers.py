@@ -78,7 +78,16 @@ def test_muon_decays_no_norms(tiny_params):
     np.testing.assert_allclose(updates["layers"]["mlp"]["up"], -0.5 * tiny_params["layers"]["mlp"]["up"], rtol=1e-5)
 
 
-def test_muon_on_a_mesh_equals_one_device(tiny_params):
+def encoder_weights() -> dict[str, jax.Array]:
+    """Weights of three layers of the encoder's kind: queries, keys and values in one array."""
+    shapes = {"qkv": (3, 24, 3, 2, 12), "out": (3, 2, 12, 24), "up": (3, 24, 40), "down": (3, 40, 24)}
+    return {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder"])
+def test_muon_on_a_mesh_equals_one_device(tiny_params, model):
+    """Matrices that are shared out over eight devices get the update that one device computes."""
+    tiny_params = tiny_params if model == "decoder" else encoder_weights()
     rng = np.random.default_rng(0)
     optimizer = optimizers.muon(optimizers.constant(1.0))
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), jax.device_get(tiny_params))
