@@ -72,7 +72,7 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 @functools.cache
-def measured_matmul_flops(dtype: str, seconds: float = 0.2) -> float:
+def measured_matmul_flops(dtype: str, seconds: float = 0.1) -> float:
     """FLOP/s of the best square matrix product on this host's CPU, all its cores together.
 
     The best of many repetitions over several sizes, `seconds` each: small matrices stay in a core's cache, large ones

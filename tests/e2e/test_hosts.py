@@ -135,11 +135,11 @@ def test_stopped_on_one_host_then_on_other_numbers_of_hosts(tiny_gin, reference,
 
 @pytest.fixture(scope="module")
 def long_evaluation(store_dir, tiny_gin, tmp_path_factory) -> tuple[str, ...]:
-    """Flags of a run whose evaluations take seconds: 4,000 held-out rows, two at a time."""
+    """Flags of a run whose evaluations take a second or more: 1,200 held-out rows, two at a time."""
     folder = tmp_path_factory.mktemp("long") / "store"
     shutil.copytree(store_dir, folder)
     manifest = token_store.read_manifest(folder)
-    rows = make_tokens(np.random.default_rng(1), 4000, 0)
+    rows = make_tokens(np.random.default_rng(1), 1200, 0)
     writer = token_store.PartWriter(folder / "heldout" / "aa", LENGTH, np.uint16)
     writer.append(rows)
     real = int((rows != token_store.PAD_ID).sum())

@@ -38,6 +38,7 @@ QualityConfig.pooling = 'mean'
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(settings, tmp_path):  # noqa: F811
     (tmp_path / "train.gin").write_text(GIN.format(**settings))
     job = run_job("raters.train", "--gin_file=train.gin", folder=tmp_path)

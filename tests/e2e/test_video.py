@@ -154,6 +154,7 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
     np.testing.assert_array_equal(killed.read("combinations"), whole.read("combinations"))
 
 
+@pytest.mark.slow
 def test_two_processes_label_the_same_and_share_the_work(labelled):
     ended = run_job("video.label", "--gin_file=label.gin", "--gin.LABELS=two", folder=labelled)
     assert [process.code for process in ended] == [0, 0], ended

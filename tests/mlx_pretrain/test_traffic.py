@@ -101,8 +101,9 @@ def test_fsdp_sends_weights_twice_and_gradients_once():
     assert not program.unknown_loops
     gathers = [c for c in program.collectives if c.kind == "all-gather"]
     assert {c.dtype for c in gathers} == {"bf16"}
-    # Hardly anything is summed whole: norms, the loss, what the compiler makes of some second stages.
-    assert program.sent_bytes("all-reduce") < 0.1 * ideal
+    # Summed whole are norms, the loss, and what the compiler makes of the second stage of the tables' gradients: a
+    # quarter of each, over four chips.
+    assert program.sent_bytes("all-reduce") < 1.01 * 2 * (3 / 4) * (4 * tables / 4)
 
 
 def test_tensor_parallelism_sums_activations_in_the_compute_dtype():
