@@ -69,7 +69,7 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
       The place, or None for a process that is no part of a larger job.
 
     Raises:
-      InputError: only some of the arguments are given, or they do not fit each other.
+      InputError: only some of the arguments are given, they do not fit each other, or the platform does not tell.
     """
     told = (coordinator, processes, process)
     if all(value is None for value in told) and all(name in os.environ for name in _ENVIRONMENT):
@@ -81,7 +81,11 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
     # The public `jax.distributed.initialize` cannot look at the environment without joining. Imported only here.
     from jax._src import clusters
 
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT)
+    try:
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT)
+    except Exception as error:  # of the platform's own interfaces: metadata servers, Kubernetes' API, environments
+        raise InputError(f"the platform does not tell which process this is ({type(error).__name__}: {error}); "
+                         "say it by --coordinator, --processes and --process") from None
     if None in found[:3] or found[1] == 1:
         return None
     # JAX gives every process of SLURM and Open MPI one device, also where the process is the only one of its node.

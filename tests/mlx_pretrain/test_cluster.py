@@ -66,6 +66,12 @@ def test_slices_of_tpu_hosts_on_gke_tell(monkeypatch):
     assert find() == Place("localhost:8482", 8, 5)
 
 
+def test_a_platform_that_tells_half_is_named(monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    with pytest.raises(InputError, match=r"does not tell .*OMPI_COMM_WORLD_SIZE.*--coordinator"):
+        find()
+
+
 @pytest.mark.parametrize(
     "told, message",
     [
