@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import check_name, dot_product_attention
-from mlx_pretrain.models.layers import matrix, project
+from mlx_pretrain.models.layers import matrix
+from mlx_pretrain.models.products import lookup, project
 from mlx_pretrain.partitioning import constrain
 
 POOLINGS = ("first", "mean")
@@ -235,7 +236,7 @@ class Embeddings(nn.Module):
         places = matrix(
             self, "position", (config.max_length + config.position_offset, embed), (None, "embed"), embed
         )
-        x = jnp.take(constrain(rows, "vocab", None), tokens, axis=0)
+        x = lookup(rows, tokens, jnp.dtype(config.dtype)).astype(jnp.float32)
         x += jnp.take(constrain(places, None, None), positions(segment_ids) + config.position_offset, axis=0)
         if config.token_types:
             types = matrix(self, "type", (config.token_types, embed), (None, "embed"), embed)
