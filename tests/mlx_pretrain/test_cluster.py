@@ -9,7 +9,8 @@ import pytest
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import cluster
-from mlx_pretrain.parallel.cluster import Place, _Hub, _Member, find, find_shard
+from mlx_pretrain.parallel.cluster import find, find_shard
+from mlx_pretrain.parallel.membership import Hub, Member, Place
 from tests.e2e.hosts import free_port
 
 LAUNCHERS = ("JAX_COORD", "JAX_NUM_P", "JAX_PROCESS", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "CUDA_VISIBLE")
@@ -98,10 +99,10 @@ def test_shards_come_from_the_flag_or_a_slurm_array(monkeypatch):
 def run_members(n: int, work) -> list:
     """Runs `work(member, number)` in a thread for each of `n` connected members; returns the results."""
     address, results = f"localhost:{free_port()}", [None] * n
-    hub = _Hub(Place(address, n, 0), 10.0)
+    hub = Hub(Place(address, n, 0), 10.0)
 
     def member(number: int) -> None:
-        joined = _Member(Place(address, n, number), 10.0)
+        joined = Member(Place(address, n, number), 10.0)
         results[number] = work(joined, number)
         joined.leave()
 
@@ -147,12 +148,12 @@ def test_an_action_is_due_at_the_same_boundary_for_all(seed):
 
 def test_a_second_process_of_the_same_number_and_another_count_are_refused():
     address = f"localhost:{free_port()}"
-    _Hub(Place(address, 2, 0), 3.0)
+    Hub(Place(address, 2, 0), 3.0)
     errors = []
 
     def join(place):
         try:
-            _Member(place, 1.0)
+            Member(place, 1.0)
         except InputError as error:
             errors.append(str(error))
 
