@@ -330,8 +330,10 @@ class TrainingLoop:
         )
         self._step = self._first_step = int(self._state.step)
         # A process before this one may have made them without saving the state again.
-        made = cluster.share(sorted(kinds_at(self._run_dir, self._step)) if cluster.is_main() else None)
-        self._unfinished = [kind for kind in self._progress.unfinished if kind not in made]
+        self._unfinished = list(self._progress.unfinished)
+        if self._unfinished:
+            made = cluster.share(sorted(kinds_at(self._run_dir, self._step)) if cluster.is_main() else None)
+            self._unfinished = [kind for kind in self._unfinished if kind not in made]
         self._tokens: collections.Counter[str] = collections.Counter()  # by this process, in rows that it counts
         self._skipped = 0
         self._saved_at = time.monotonic()
