@@ -72,7 +72,7 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 @functools.cache
-def measured_matmul_flops(dtype: str, seconds: float = 0.1) -> float:
+def measured_matmul_flops(dtype: str, seconds: float = 0.05) -> float:
     """FLOP/s of the best square matrix product on this host's CPU, all its cores together.
 
     The best of many repetitions over several sizes, `seconds` each: small matrices stay in a core's cache, large ones
@@ -84,10 +84,10 @@ def measured_matmul_flops(dtype: str, seconds: float = 0.1) -> float:
         product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
         for size in (512, 1024, 2048):
             x = jnp.ones((size, size), dtype)
-            product(x, x).block_until_ready()
+            multiply = product.lower(x, x).compile()
             stop = time.perf_counter() + seconds
             while (start := time.perf_counter()) < stop:
-                product(x, x).block_until_ready()
+                multiply(x, x).block_until_ready()
                 best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best / jax.local_device_count("cpu")
 
@@ -96,8 +96,8 @@ def keep_compiled(folder: str | None) -> None:
     """Keeps compiled programs in `folder` for later runs ("~" is the home folder); None: keeps none."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-        # Small models compile in seconds too, and are restarted often.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # Small models compile in moments, but in dozens of programs, and are restarted often.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def describe_devices() -> str:

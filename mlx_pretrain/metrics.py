@@ -38,17 +38,15 @@ class _EventFiles:
 
 def _board(folder: str, **options: Any) -> Any:
     """A tensorboardX.SummaryWriter."""
-    # tensorboardX imports Google's client where it is installed, 0.3 s, for a writer that is replaced here.
-    client = "google.cloud.storage"
-    hidden = client not in sys.modules
-    if hidden:
-        sys.modules[client] = None
+    # tensorboardX imports both where they are installed, for seconds; one is replaced here, the other is not used.
+    hidden = [name for name in ("google.cloud.storage", "torch") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
     try:
         import tensorboardX
         import tensorboardX.record_writer
     finally:
-        if hidden:
-            del sys.modules[client]
+        for name in hidden:
+            del sys.modules[name]
     tensorboardX.record_writer.register_writer_factory("gs", _EventFiles())
     return tensorboardX.SummaryWriter(folder, **options)
 

@@ -1,11 +1,17 @@
 """Shared by all tests: eight simulated devices, a small model, a token store of patterned tokens."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # Before jax is imported anywhere. Without LLVM's optimisations, programs that run once compile in half the time.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs are compiled once, here and in the commands that tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import numpy as np
@@ -16,6 +22,7 @@ from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import sha256, write_atomic
 from mlx_pretrain.models.decoder import DecoderConfig
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # A shell lets what it starts in the background ignore Ctrl-C, and all processes started from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Real commands in processes of their own, on the small token store, sharing one cache of compiled programs."""
+"""Real commands in processes of their own, on the small token store."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ train.optimizer = @adamw
 train.log_every = 1
 train.eval_every = 8
 train.checkpoint_every = 1000
-train.compilation_cache = '{cache}'
+train.compilation_cache = '{compiled}'
 
 warmup_cosine.peak = 1e-2
 warmup_cosine.total_steps = {steps}
@@ -138,5 +138,5 @@ def tiny_gin(store_dir, tmp_path_factory) -> str:
     """Gin file of a run of STEPS steps in the folder run/, relative to where it is started."""
     folder = tmp_path_factory.mktemp("tiny")
     path = folder / "tiny.gin"
-    path.write_text(TINY.format(store=store_dir, steps=STEPS, cache=folder / "cache"))
+    path.write_text(TINY.format(store=store_dir, steps=STEPS, compiled=os.environ["JAX_COMPILATION_CACHE_DIR"]))
     return f"--gin_file={path}"

@@ -38,7 +38,7 @@ proxies.tokens = [{short}, {long}]
 proxies.batch_size = 8
 proxies.optimizer = @adamw
 proxies.learning_rate = @constant_schedule()
-proxies.compilation_cache = '{cache}'
+proxies.compilation_cache = None
 proxies.threads = 2
 constant_schedule.value = 1e-2
 planned_mixtures.mixtures = 6
@@ -62,7 +62,7 @@ MSL.starts = 2
 @pytest.fixture(scope="module")
 def climb_gin(store_dir, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("climb_gin")
-    text = CLIMB.format(store=store_dir, cache=folder / "cache", short=10 * STEP_TOKENS, long=30 * STEP_TOKENS)
+    text = CLIMB.format(store=store_dir, short=10 * STEP_TOKENS, long=30 * STEP_TOKENS)
     (folder / "climb.gin").write_text(text)
     return f"--gin_file={folder / 'climb.gin'}"
 

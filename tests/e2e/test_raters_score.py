@@ -24,7 +24,7 @@ score.output = 'scores'
 score.rater = @QualityScorer()
 score.workers = 2
 score.log_every = 0.02
-score.compilation_cache = '{cache}'
+score.compilation_cache = None
 QualityScorer.run_dir = '{run}'
 QualityScorer.buckets = [12, 24]
 QualityScorer.tokens_per_batch = 480
@@ -39,7 +39,7 @@ def score_gin(tmp_path_factory) -> str:
         lines = records(i, DOCUMENTS)
         lines[i] = "no JSON"
         write_jsonl(folder / "in" / f"{i}.jsonl.gz", lines)
-    text = GIN.format(input=folder / "in", cache=folder / "cache", run=make_run(folder))
+    text = GIN.format(input=folder / "in", run=make_run(folder))
     (folder / "score.gin").write_text(text)
     return f"--gin_file={folder / 'score.gin'}"
 

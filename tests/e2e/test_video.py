@@ -44,7 +44,7 @@ train_video.frames = 4
 train_video.eval_questions = 6
 train_video.eval_every = 3
 train_video.checkpoint_every = 3
-train_video.compilation_cache = '{cache}'
+train_video.compilation_cache = None
 warmup_cosine.warmup_steps = 2
 VisionConfig.image_size = 24
 VisionConfig.embed_dim = 24
@@ -59,13 +59,13 @@ DecoderConfig.mlp_dim = 48
 DecoderConfig.unroll = 1
 VisionConfig.unroll = 1
 """,
-    "label": "label.candidates = 6\nlabel.frames = 2\nlabel.compilation_cache = '{cache}'\n",
+    "label": "label.candidates = 6\nlabel.frames = 2\nlabel.compilation_cache = None\n",
     "train_voyager": """
 STEPS = 6
 train_voyager.batch_size = 4
 train_voyager.eval_every = 3
 train_voyager.checkpoint_every = 3
-train_voyager.compilation_cache = '{cache}'
+train_voyager.compilation_cache = None
 warmup_cosine.warmup_steps = 2
 """,
     "train_towers": """
@@ -73,7 +73,7 @@ STEPS = 4
 train_towers.batch_size = 8
 train_towers.eval_every = 2
 train_towers.checkpoint_every = 2
-train_towers.compilation_cache = '{cache}'
+train_towers.compilation_cache = None
 warmup_cosine.warmup_steps = 2
 VisionConfig.image_size = 24
 VisionConfig.embed_dim = 24
@@ -85,7 +85,7 @@ VisionConfig.unroll = 1
 Selector.candidates = 10
 Selector.frames = 3
 select.sheets = 1
-select.compilation_cache = '{cache}'
+select.compilation_cache = None
 """,
 }
 
@@ -96,7 +96,7 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("video")
     for name, text in SMALL.items():
         (folder / f"{name}.gin").write_text(
-            f"include 'gin/video/{name}.gin'\n{PATHS}{text.format(cache=folder / 'cache')}")
+            f"include 'gin/video/{name}.gin'\n{PATHS}{text}")
 
     def stage(name, *flags):
         return run(f"video.{name}", f"--gin_file={name}.gin", *flags, folder=folder)
