@@ -5,6 +5,7 @@ Options are scored, or answers generated, task by task and language by language;
 rows of a batch, and process 0 alone reads and writes the results.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import gin
 from etils import epath
+from jax.sharding import Mesh
 
 from evals import metrics, tables
 from evals.generations import encode_prompts, generate_answers
@@ -21,13 +23,14 @@ from evals.report import report
 from evals.requests import check_lengths, prompt_of, requests_of
 from evals.results import TaskResults, evaluate, write_results
 from evals.tasks import Aligned, Item, Task, align, find_tasks, read_examples
-from mlx_pretrain import hardware
+from mlx_pretrain import hardware, programs
 from mlx_pretrain.configuration import run, save_effective
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.inference.language_model import LanguageModel, load_language_model
+from mlx_pretrain.inference.language_model import LanguageModel, described_model, load_language_model
 from mlx_pretrain.inference.scoring import Scorer
 from mlx_pretrain.parallel import cluster
+from mlx_pretrain.train_state import abstract_params
 
 
 @gin.configurable("evaluate")
@@ -105,6 +108,32 @@ def run_tasks(
         print(line)
     print(f"{path}, {folder / 'report.html'}")
     return results
+
+
+@programs.register("evaluate.tasks")
+def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
+    """The largest program that scores options, for the model of the training run in the same gin files or else for
+    `evaluate.model`; none where answers are generated."""
+    from mlx_pretrain.train import TrainConfig  # nothing else here needs it
+
+    settings = gin.get_bindings(run_tasks)
+    if settings.get("generate"):
+        return []
+    config = TrainConfig().model if programs.is_bound("train.steps") else described_model(settings["model"])
+    config = dataclasses.replace(config, dtype=settings.get("dtype") or config.dtype)
+    scorer = Scorer(config, abstract_params(config, mesh), mesh, max_length=length or settings.get("max_length"))
+    (program, arguments, rows, length), prefix = scorer.largest_program(), scorer.max_length
+    return [programs.Program(
+        "scoring of options",
+        program,
+        arguments,
+        mesh=mesh,
+        batch=f"{rows} x {length} tokens after a prefix of {prefix}",
+        parameters=config.parameters(),
+        tokens=rows * length,
+        model_flops=rows * length * config.flops_per_token(2 * prefix + length) / 3,  # the forward pass
+        remedies=lambda excess: [f"evaluate.max_length={int(prefix / max(excess, 2))}"],
+    )]
 
 
 # (task, language, file, what it depends on), items, examples.

@@ -118,30 +118,31 @@ class Allocator:
         self.law = config.law or default_law(self.runs)
         self.constraints = Constraints(config.floor, config.max_epochs, self.unique, config.fixed)
         self.constraints.bounds(self.runs.languages, config.tokens)  # says early what is infeasible
+        weights = self._given_weights()
         self.fitted = self.law.fit(self.runs, config.seed)
         self.replicates: list[ParametricFit] = []
         if isinstance(self.fitted, ParametricFit) and config.replicates:
             self.replicates = bootstrap(self.fitted, self.runs, config.replicates, config.seed)
-        self.weights = self._weights()
+        if weights is None:
+            weights = solve.reference_weights(self.fitted, config.n_params, config.tokens, self.unique)
+        self.weights = weights / weights.sum()  # [targets]
 
-    def _weights(self) -> np.ndarray:
-        """`[targets]`, summing to 1."""
+    def _given_weights(self) -> np.ndarray | None:
+        """`[targets]`; None for those that follow from the fitted law."""
         weights, targets = self.config.weights, self.runs.targets
         if isinstance(weights, Mapping):
             if differ := sorted(set(weights) ^ set(targets)):
                 raise InputError(f"allocate.weights: {', '.join(differ)} stand in the weights or the table's losses, "
                                  "not in both")
-            found = np.array([weights[target] for target in targets], np.float64)
-        elif weights == "uniform":
-            found = np.ones(len(targets))
-        elif weights == "reference":
-            found = solve.reference_weights(self.fitted, self.config.n_params, self.config.tokens, self.unique)
-        else:
-            if self.unique is None or not set(targets) <= set(self.unique):
-                raise InputError("allocate.weights = 'natural' needs the tokens of every target's text: "
-                                 "allocate.token_store or allocate.unique_tokens")
-            found = np.array([self.unique[target] for target in targets], np.float64)
-        return found / found.sum()
+            return np.array([weights[target] for target in targets], np.float64)
+        if weights == "reference":
+            return None
+        if weights == "uniform":
+            return np.ones(len(targets))
+        if self.unique is None or not set(targets) <= set(self.unique):
+            raise InputError("allocate.weights = 'natural' needs the tokens of every target's text: "
+                             "allocate.token_store or allocate.unique_tokens")
+        return np.array([self.unique[target] for target in targets], np.float64)
 
     def solved(self, fitted: FittedLaw, solver: str = "joint") -> solve.Allocation:
         """The best mixture by a law; a law without gradients is searched, as RegMix does."""

@@ -78,7 +78,7 @@ class GGUF:
         Raises:
           InputError: another architecture, or tensors that are missing, of another shape, or not used.
         """
-        config = self._config(dtype)
+        config = self.decoder_config(dtype)
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         used = set()
 
@@ -138,7 +138,8 @@ class GGUF:
         """Ids of the tokens that begin and end a document."""
         return tuple(self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos"))
 
-    def _config(self, dtype: str) -> DecoderConfig:
+    def decoder_config(self, dtype: str = "float32") -> DecoderConfig:
+        """The configuration; raises InputError for another architecture."""
         if (kind := self._get("general.architecture")) != "llama":
             raise InputError(f"{self.path}: architecture {kind!r}; a decoder here has 'llama'")
         if (scaling := self._get("llama.rope.scaling.type", "none")) != "none":

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.checkpoints import COMPUTE_FIELDS
-from mlx_pretrain.convert.decoders import CONFIG, load_decoder
+from mlx_pretrain.convert.decoders import CONFIG, load_decoder, read_config
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.convert.weights import read_object
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, TOKENIZER, UNK_ID
@@ -119,6 +119,18 @@ def load_language_model(
         config, params = load_decoder(path, dtype or "float32")
         tokenizer, ids = SubwordTokenizer(path / HF_TOKENIZER), special_ids(path / CONFIG, read_object(path / CONFIG))
     return foreign_model(path, config, params, mesh, tokenizer, ids)
+
+
+def described_model(path: epath.PathLike) -> DecoderConfig:
+    """The decoder that `load_language_model` would read, without its parameters.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".gguf":
+        return GGUF(path).decoder_config()
+    return read_config(path) if (path / CONFIG).exists() else checkpoints.load_model(path)
 
 
 def foreign_model(

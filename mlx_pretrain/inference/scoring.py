@@ -107,7 +107,7 @@ class Scorer:
         Raises:
           InputError: a size that is not positive, or more than the model's positions.
         """
-        platform, devices = jax.default_backend(), mesh.size
+        platform, devices = mesh.devices.flat[0].platform, mesh.size  # which may be absent
         self.max_length = max_length or config.max_length
         row_length = row_length or ROW_LENGTH.get(platform, DEFAULT_ROW_LENGTH)
         tokens_per_batch = tokens_per_batch or devices * TOKENS_PER_BATCH.get(platform, DEFAULT_TOKENS_PER_BATCH)
@@ -268,6 +268,34 @@ class Scorer:
                 jitted = jax.jit(functools.partial(function, self._config), out_shardings=sharding)
                 self._programs[key] = jitted.lower(self._params, *arguments).compile()
         return self._programs[key]
+
+    def largest_program(self) -> tuple[Any, tuple, int, int]:
+        """The program with the most to attend to: the shortest rows after the longest prefix.
+
+        Returns:
+          It, jitted, arguments to `lower` it with for devices that may be absent, its rows, and their length.
+        """
+        shards, length = self._shards, self._lengths[0]
+        per_shard = self._rows[length]
+
+        def abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def integers(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._sharding if shape else self._everywhere)
+
+        layout = NamedSharding(self._mesh, partitioning.spec(None, "batch"))
+        cache = jax.eval_shape(lambda: empty_cache(self._config, shards, self.max_length))
+        arguments = (
+            jax.tree.map(lambda x: abstract(x, x.sharding), self._params),
+            jax.tree.map(lambda x: abstract(x, layout), cache),
+            *(3 * [integers(shards * per_shard, length)]),
+            integers(shards, _chunks(per_shard * length) * CHUNK_TOKENS),
+            *(2 * [integers(shards, 2 * per_shard * length)]),
+            integers(), integers(), None,
+        )
+        program = jax.jit(functools.partial(_score, self._config), out_shardings=self._everywhere)
+        return program, arguments, shards * per_shard, length
 
     def _spread(self, features: np.ndarray | jax.Array) -> jax.Array:
         """`[1, n, embed]` on every device, of features `[n, embed]` in host memory or on the devices already."""

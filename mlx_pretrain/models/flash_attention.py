@@ -6,6 +6,7 @@ partitioner: under a mesh it runs in `shard_map`, every device on its rows and h
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -18,7 +19,32 @@ from jax.sharding import PartitionSpec
 from mlx_pretrain import partitioning
 
 PADDING_SEGMENT = np.iinfo(np.int32).max
+# Kernel -> its matrix products of queries by keys: scores and values; in the gradient the scores again.
+_PRODUCTS = {
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,
+    "flash_forward": 2, "flash_d_query": 3, "flash_d_key_value": 4,
+}  # fmt: skip
 MASKED = -1e30  # finite: a block that is masked for a query is forgotten once its running maximum rises
+
+
+def kernel_flops(op_name: str) -> float:
+    """FLOPs of one execution of a kernel of this module, for rows of one document; 0 for what is none of them.
+
+    Args:
+      op_name: where a compiled program has it from; the scopes of the JAX program are part of it.
+    """
+    products = next((n for name, n in _PRODUCTS.items() if name in op_name), 0)
+    flops = re.search(r"product_of_(\d+)_flops", op_name)
+    return products * float(flops[1]) if flops else 0.0
+
+
+def _scope(query: jax.Array, block: int, causal: bool):
+    """Tells `kernel_flops` what one product takes: XLA cannot look into a kernel. `query` is `[batch, length, heads,
+    head_dim]`, `block` its rows that are masked together."""
+    batch, length, heads, head_dim = query.shape
+    n = length // block
+    blocks = n * (n + 1) // 2 if causal else n * n
+    return jax.named_scope(f"product_of_{2 * batch * heads * blocks * block**2 * head_dim}_flops")
 
 
 def splash_attention(
@@ -59,8 +85,10 @@ def _splash(query, key, value, segment_ids, *, causal, max_block, interpret):
         mask=masks.MultiHeadMask([mask] * heads), block_sizes=blocks, residual_checkpoint_name="attended",
         interpret=interpret,
     )  # fmt: skip
+    scope = _scope(query, block, causal)
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    attended = jax.vmap(kernel)(query, key, value, segment_ids=splash.SegmentIds(segment_ids, segment_ids))
+    with scope:
+        attended = jax.vmap(kernel)(query, key, value, segment_ids=splash.SegmentIds(segment_ids, segment_ids))
     return jnp.swapaxes(attended, 1, 2)[:, :length].astype(query.dtype)
 
 
@@ -91,7 +119,8 @@ def triton_attention(
 def _flash_padded(causal, blocks, interpret, query, key, value, segment_ids):
     length = query.shape[1]
     padded = _pad(blocks[0], query, key, value, segment_ids)
-    return _flash(causal, blocks, interpret, *padded)[:, :length]
+    with _scope(padded[0], blocks[0], causal):
+        return _flash(causal, blocks, interpret, *padded)[:, :length]
 
 
 def _pad(multiple: int, query, key, value, segment_ids):

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from mlx_pretrain.parallel.program import Collective, Program, read_program
+from mlx_pretrain.models.flash_attention import kernel_flops
+from mlx_pretrain.parallel.program import Collective, CustomCall, Program, read_program
 from mlx_pretrain.parallel.topologies import Topology
 
 # JAX takes this part of a GPU's memory for itself and its programs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says other.
@@ -132,7 +133,7 @@ def measure(program, topology: Topology) -> Measurement:
     stats = compiled.memory_analysis()
     memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, _peak(stats), limit)
     counts = read_program(compiled.as_text())
-    flops = counts.flops + sum(call.flops * call.times for call in counts.custom_calls)
+    flops = counts.flops + sum(_flops(call) * call.times for call in counts.custom_calls)
     opaque = opaque_kernels(counts)
     # Without them the program would seem to do less than the model asks for.
     compute = max(flops, program.model_flops / program.mesh.size) if opaque else flops
@@ -143,11 +144,15 @@ def measure(program, topology: Topology) -> Measurement:
     )
 
 
+def _flops(call: CustomCall) -> float:
+    return call.flops or kernel_flops(call.op_name)
+
+
 def opaque_kernels(counts: Program) -> dict[str, int]:
-    """Name -> executions of Pallas kernels without an estimate of their FLOPs. For TPUs XLA drops their names."""
+    """Name -> executions of Pallas kernels of which nobody says how many FLOPs they take."""
     found: dict[str, int] = collections.Counter()
     for call in counts.custom_calls:
-        if not call.flops and (call.target == "tpu_custom_call" or "pallas_call" in call.op_name):
+        if not _flops(call) and (call.target == "tpu_custom_call" or "pallas_call" in call.op_name):
             found[call.op_name.removesuffix("/pallas_call").rpartition("/")[2] or "Pallas kernel"] += call.times
     return dict(found)
 

@@ -192,12 +192,14 @@ class _Computation:
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+# A kernel's metadata is printed over several lines, its name after them.
+_JOINED = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _JOINED.sub(" ", text).splitlines():
         if header := _HEADER.match(line):
             current = computations[header[2]] = _Computation(header[2])
             entry = header[2] if header[1] else entry

@@ -157,6 +157,18 @@ def test_two_processes_find_the_same_and_share_the_work(model, tasks, runs, tmp_
 
 
 @pytest.mark.slow
+def test_two_processes_answer_the_same(model, tasks, tmp_path):
+    flags = (f"--gin.evaluate.model={model}", f"--gin.evaluate.tasks=['{tasks}/*/*_test.jsonl']",
+             "--gin.evaluate.generate=True", "--gin.evaluate.max_new_tokens=5")
+    ended = [*run_job("evals.run", *flags, "--gin.evaluate.output=two", folder=tmp_path),
+             run("evals.run", *flags, "--gin.evaluate.output=one", folder=tmp_path)]
+    assert [process.code for process in ended] == [0, 0, 0], ended
+    tables = [{path.name: pq.read_table(path).to_pydict() for path in (tmp_path / name).glob("answers/*/*.parquet")}
+              for name in ("two", "one")]
+    assert tables[0] == tables[1] and len(tables[0]) == 2
+
+
+@pytest.mark.slow
 def test_two_processes_write_the_same_text(model, tmp_path):
     flags = (f"--gin.generate.run_dir={model}", "--gin.generate.prompts=['the cat', 'die']",
              "--gin.generate.max_new_tokens=8")
@@ -286,10 +298,6 @@ def test_generated_answers_are_matched_with_the_options(tmp_path, model, tasks):
         tmp_path / "out/answers/StoryClozeDataset_local_template/de.parquet")["chosen"], table["label"]))
     sample = json.loads(max((tmp_path / "out").glob("samples_*_en_*.jsonl")).read_text().splitlines()[0])
     assert sample["resps"] == [[table["answer"][0]]] and sample["chosen"]["exact_match"] == table["chosen"][0]
-    two = run_job("evals.run", f"--gin.evaluate.model={model}", "--gin.evaluate.tasks=['own/*/*_test.jsonl']",
-                  "--gin.evaluate.output=two", *flags, folder=tmp_path)
-    assert [process.code for process in two] == [0, 0], two
-    assert pq.read_table(tmp_path / "two/answers/StoryClozeDataset_local_template/en.parquet").to_pydict() == table
     again = evaluate(tmp_path, model, tmp_path / "own", *flags)
     assert again.code == 0 and "2 of 2 files were done before" in again.err
     same = compare(str(tmp_path / "out"), str(tmp_path / "out"))

@@ -14,7 +14,7 @@ from tests.e2e.hosts import run_job
 from tests.raters.test_score import make_run, outputs, records, write_jsonl
 
 SCORE = "raters.score"
-FILES, DOCUMENTS = 6, 600
+FILES, DOCUMENTS = 8, 600
 
 GIN = """
 import raters.score
@@ -101,7 +101,7 @@ def test_processes_share_the_files(score_gin, undisturbed, tmp_path):
     summary = json.loads(ended[0].out.splitlines()[-1])
     assert summary["scored"] == summary["files"] == FILES
     assert summary["documents"] == FILES * (DOCUMENTS - 1) and summary["rejected"] == FILES
-    assert "documents" not in ended[1].out and all("/3 files  " in process.err for process in ended)
+    assert "documents" not in ended[1].out and all("/4 files  " in process.err for process in ended)
     assert outputs(tmp_path / "scores") == undisturbed
 
 
@@ -110,11 +110,11 @@ def test_shards_need_no_connection_and_each_scores_its_own_again(score_gin, undi
     first = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)
     assert first.code == 0 and json.loads(first.out.splitlines()[-1])["scored"] == FILES // 2
     own = outputs(scores)
-    assert own == {name: content for name, content in undisturbed.items() if name.split(".")[0] in ("1", "3", "5")}
+    assert own == {name: content for name, content in undisturbed.items() if name.split(".")[0] in ("1", "3", "5", "7")}
     (scores / "3.jsonl.gz.done.json").unlink()
     again = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)
     summary = json.loads(again.out.splitlines()[-1])
-    assert (summary["files"], summary["scored"], summary["skipped"]) == (3, 1, 2) and outputs(scores) == own
+    assert (summary["files"], summary["scored"], summary["skipped"]) == (4, 1, 3) and outputs(scores) == own
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"TASK_ID": "5", "TASK_MIN": "5", "TASK_STEP": "1", "TASK_COUNT": "2"}.items():
             patch.setenv(f"SLURM_ARRAY_{name}", value)

@@ -210,6 +210,7 @@ def test_from_losses_to_selected_frames(command, labelled):
     assert even == [5, 19, 30]
 
 
+@pytest.mark.slow
 def test_similarity_of_own_towers(command, labelled):
     assert "right caption of 8" in good(command("train_towers"))
     good(command("select", "--gin.Selector.scorer=@Similarity()", "--gin.Similarity.run_dir=towers",

@@ -140,8 +140,12 @@ def test_a_target_that_fits(run_file, tmp_path, low_effort, capsys):
     assert training["memory"]["arguments"] == pytest.approx(3 * 4 * PARAMETERS / 4, rel=0.02)
     assert evaluation["memory"]["arguments"] == pytest.approx(4 * PARAMETERS / 4, rel=0.02)
     assert training["memory"]["arguments"] < training["memory"]["peak"] < training["memory"]["limit"] == 15.75 * 2**30
-    # Full remat computes the layers' forward pass again; the loss, most of this model, is computed once.
-    assert 1 < training["flops"] / training["model_flops"] < 1.36
+    # Full remat computes the layers' products again but for the last one, which no gradient reads; the loss once. The
+    # kernels: a block of the whole square, two products forward, those again, and seven in the gradient.
+    layers, down, output, square = 2 * 7 * 512 * 512, 2 * 512 * 512, 8192 * 512, 2 * 2 * 512 * 512
+    flops = 6 * layers + 2 * (layers - down) + 6 * output + (2 + 2 + 7) * square
+    assert training["flops"] == pytest.approx(16 / 4 * 512 * flops, rel=1e-3)
+    assert not training["opaque_kernels"] and not evaluation["opaque_kernels"]
     # The gradient is scattered or summed, parameters are gathered, and neither crosses slices.
     kinds = {traffic["kind"] for traffic in training["collectives"]}
     assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"}
@@ -221,14 +225,19 @@ def test_links_and_network_of_collectives():
         Collective("all-gather", "f32", 1, 1, (tuple(range(16)),)), small, list(small.mesh().devices.flat)) == 2
 
 
-def test_kernels_that_do_not_say_their_flops_are_named():
+def test_flops_of_kernels_whoever_says_them():
+    """Of kernels that nobody knows, the names."""
+    scope = "jit(step)/product_of_100_flops/"
     calls = (
+        CustomCall("tpu_custom_call", f"{scope}jit(_splash_attention)/splash_mha_fwd_segmented/pallas_call", 0.0, 3),
+        CustomCall("__gpu$xla.gpu.triton", f"transpose(jvp({scope}))/flash_d_key_value/pallas_call", 0.0, 2),
         CustomCall("tpu_custom_call", "", 0.0, 24), CustomCall("tpu_custom_call", "", 5.0, 7),
         CustomCall("__gpu$xla.gpu.triton", "jit(step)/layers/attention/flash_forward/pallas_call", 0.0, 11),
         CustomCall("__gpu$xla.gpu.triton", "jit(step)/jvp/flash_forward/pallas_call", 0.0, 1),
         CustomCall("SliceId", "", 0.0, 24),
     )
     program = Program(flops=1.0, collectives=(), custom_calls=calls, memory_bytes=0.0, unknown_loops=())
+    assert sum(measurement._flops(call) * call.times for call in calls) == 3 * 2 * 100 + 2 * 4 * 100 + 7 * 5
     assert measurement.opaque_kernels(program) == {"Pallas kernel": 24, "flash_forward": 12}
 
 

@@ -35,7 +35,7 @@ def test_schedules_that_do_not_fit_are_refused():
     peak=st.floats(0, 1), total=st.integers(1, 50), warmup=st.integers(0, 50), decay=st.integers(0, 50),
     final=st.floats(0, 1), cosine=st.booleans(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_schedules_take_all_steps_that_fit(peak, total, warmup, decay, final, cosine):
     def make():
         if cosine:

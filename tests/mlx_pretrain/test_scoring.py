@@ -170,6 +170,18 @@ def test_nothing_is_compiled_twice_and_prefixes_are_kept(scorer):
     assert scorer.fed_tokens - first < first - fed
 
 
+def test_the_largest_program_is_one_that_scoring_uses(scorer):
+    """Its arguments, made without data, are those of the batches after a long prefix."""
+    scorer.score(draw_requests(np.random.default_rng(1), *CASES["few-shot"]))
+    program, arguments, rows, length = scorer.largest_program()
+    assert (rows * length, length) == (128, 32)
+    used = [compiled.args_info[0] for (kind, _, n, prefix, _), compiled in scorer._programs.items()
+            if kind == "rows" and (n, prefix) == (32, 64)]
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (arguments, *used)]
+    assert shapes[0] in shapes[1:]
+    assert program.lower(*arguments).out_info
+
+
 def test_bfloat16_is_near(tiny_config, tiny_params, alone):
     mesh = make_mesh(devices=jax.devices()[:1])
     config = dataclasses.replace(tiny_config, dtype="bfloat16")

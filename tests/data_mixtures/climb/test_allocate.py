@@ -82,6 +82,11 @@ def test_bad_settings_and_tables_are_named(runs, monkeypatch, tmp_path):
         ({"runs": "proxies.csv"}, "must be a table"),
         ({"runs": runs, "token_store": "store"}, "give one of them"),
         ({"runs": runs, "solver": "simplex"}, "must be 'two-step' or 'joint'"),
+        ({"runs": runs, "weights": "equal"}, "'equal': not one of reference, natural, uniform, "),
+        ({"runs": runs, "tokens": -1}, "allocate.tokens = -1: must be a positive number"),
+        ({"runs": runs, "floor": 0.5}, r"the floors sum to 1\.5 .*: more than 1"),
+        ({"runs": runs, "max_epochs": 0.01}, r"what max_epochs 0\.01 allows sums to .*: less than 1 at "),
+        ({"runs": runs, "fixed": {"xx": 0.5}}, "fixed ratio names xx; the law has fi, sv, en"),
     ]:
         with pytest.raises(InputError, match=cause):
             run(monkeypatch, tmp_path, **settings)
