@@ -189,6 +189,7 @@ def test_datasets_are_kept_unless_the_files_changed(tmp_path, capsys, write_corp
         corpora.tfds_sources(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_page_on_training_without_an_export_works(corpus_folder, tokenizer_path, rates_path, capsys):
     """docs/on_the_fly.md, with this test's corpus in the place of the sample."""
     page = (pathlib.Path(__file__).parents[2] / "docs" / "on_the_fly.md").read_text()

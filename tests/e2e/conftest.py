@@ -6,14 +6,13 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
+from tests.e2e.forked import REPOSITORY, Forked, Forker
+
 DEADLINE = 180  # seconds; generous, for busy machines
 STEPS = 48
 
@@ -58,24 +57,24 @@ class Ended:
 class Process:
     """A running command."""
 
-    def __init__(self, popen: subprocess.Popen):
-        self._popen = popen
+    def __init__(self, forked: Forked):
+        self._forked, self.pid = forked, forked.pid
 
     def signal(self, number: int) -> None:
-        self._popen.send_signal(number)
+        self._forked.send_signal(number)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Polls until `condition` holds while the process runs."""
         deadline = time.monotonic() + DEADLINE
         while not condition():
-            if self._popen.poll() is not None:
+            if self._forked.poll() is not None:
                 raise AssertionError(f"ended before the condition held: {self.end()}")
             assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.002)
 
     def end(self) -> Ended:
-        out, err = self._popen.communicate(timeout=DEADLINE)
-        return Ended(self._popen.returncode, out, err)
+        out, err = self._forked.communicate(timeout=DEADLINE)
+        return Ended(self._forked.returncode, out, err)
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -87,17 +86,22 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
+_forker: Forker | None = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forker() -> Iterator[None]:
+    """From which the commands of all tests of a worker are forked."""
+    global _forker
+    with Forker() as _forker:
+        yield
+
+
 @contextlib.contextmanager
 def started(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Iterator[Process]:
     """`python -m module flags` in `folder`, with simulated CPU devices; killed at the end of the block if need be."""
-    with subprocess.Popen(
-        [sys.executable, "-m", module, *flags],
-        cwd=folder, env=os.environ | environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as popen:
-        try:
-            yield Process(popen)
-        finally:
-            popen.kill()
+    with _forker.start([module, *flags], cwd=folder, env=os.environ | environment(devices)) as forked:
+        yield Process(forked)
 
 
 def run(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Ended:

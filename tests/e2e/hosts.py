@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import pathlib
+import random
 import socket
 from collections.abc import Iterator, Sequence
 
@@ -10,8 +11,11 @@ from tests.e2e.conftest import Ended, Process, started
 
 
 def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
+    """A port that no connection takes by chance: those are given numbers from 32,768 on."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
 
 
 @contextlib.contextmanager

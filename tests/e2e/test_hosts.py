@@ -17,7 +17,6 @@ from tests.e2e.conftest import STEPS, Ended, Process, last_step, lines, run, sav
 from tests.e2e.hosts import end_all, free_port, run_job, started_job
 
 TRAIN = "mlx_pretrain.train"
-ALONE_OR_TWO = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 COMPUTED = re.compile(r"step|loss(/.*)?|grad_norm|learning_rate|skipped|bits_per_byte(/.*)?|tokens/.*")
 
 
@@ -143,7 +142,7 @@ def long_evaluation(store_dir, tiny_gin, tmp_path_factory) -> tuple[str, ...]:
     return (tiny_gin, f"--gin.train.token_store={folder}", "--gin.train.eval_batch_size=2", "--gin.train.steps=10")
 
 
-@ALONE_OR_TWO
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_in_the_middle_of_an_evaluation(long_evaluation, tmp_path, processes):
     """The evaluation is cut short in all processes at once, and made when the run goes on."""
     run_dir = tmp_path / "run"
@@ -162,6 +161,7 @@ def test_stopped_in_the_middle_of_an_evaluation(long_evaluation, tmp_path, proce
     assert [line["step"] for line in lines(run_dir, "train")] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come_is_named(tiny_gin, tmp_path):
     address = f"localhost:{free_port()}"
     flags = (tiny_gin, f"--coordinator={address}", "--processes=3", "--join_timeout=3")
@@ -176,7 +176,8 @@ def test_a_process_that_does_not_come_is_named(tiny_gin, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@ALONE_OR_TWO
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_before_the_first_step(tiny_gin, tmp_path, processes):
     """Nothing is to be saved, so a stop does not wait for what takes long."""
     flags = (tiny_gin, "--gin.train.compilation_cache=None", "--gin.DecoderConfig.n_layers=64",

@@ -75,7 +75,7 @@ def test_a_run_that_is_stopped_twice_ends_with_the_same_bytes(score_gin, undistu
             # Some more files are whole, another is being written.
             process.wait_for(lambda before=whole: len(list(scores.glob("*.done.json"))) > before
                              and any(scores.glob(".*.rejects.jsonl.*")))
-            workers = children(process._popen.pid)
+            workers = children(process.pid)
             process.signal(number)
             ended = process.end()
         assert whole < len(list(scores.glob("*.done.json"))) < FILES and len(workers) >= 2
@@ -105,6 +105,7 @@ def test_processes_share_the_files(score_gin, undisturbed, tmp_path):
     assert outputs(tmp_path / "scores") == undisturbed
 
 
+@pytest.mark.slow
 def test_shards_need_no_connection_and_each_scores_its_own_again(score_gin, undisturbed, tmp_path):
     scores = tmp_path / "scores"
     first = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)

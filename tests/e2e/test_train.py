@@ -147,6 +147,7 @@ def test_ctrl_c_saves_too_and_two_stops_leave_no_trace(tiny_gin, reference, term
     assert_same_run(run_dir, reference)
 
 
+@pytest.mark.slow
 def test_goes_on_with_the_same_losses_on_another_mesh(tiny_gin, reference, terminated, tmp_path):
     run_dir = continued(terminated, tmp_path)
     mesh = ("--gin.make_mesh.fsdp=2", "--gin.make_mesh.tensor=2")
@@ -222,6 +223,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_gin, reference):
     assert content() == before
 
 
+@pytest.mark.slow
 def test_starts_from_another_run_s_weights(tiny_gin, reference, tmp_path):
     """Continued pretraining: those weights, a fresh optimizer, the first step of the schedule, also after a restart."""
     source = shutil.copytree(reference, tmp_path / "source")

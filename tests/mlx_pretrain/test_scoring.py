@@ -175,8 +175,8 @@ def test_the_largest_program_is_one_that_scoring_uses(scorer):
     scorer.score(draw_requests(np.random.default_rng(1), *CASES["few-shot"]))
     program, arguments, rows, length = scorer.largest_program()
     assert (rows * length, length) == (128, 32)
-    used = [compiled.args_info[0] for (kind, _, n, prefix, _), compiled in scorer._programs.items()
-            if kind == "rows" and (n, prefix) == (32, 64)]
+    used = [compiled.args_info[0] for (kind, *shape), compiled in scorer._programs.items()
+            if kind == "rows" and shape[1:3] == [32, 64]]
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (arguments, *used)]
     assert shapes[0] in shapes[1:]
     assert program.lower(*arguments).out_info

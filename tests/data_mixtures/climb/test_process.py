@@ -98,6 +98,7 @@ def test_a_copied_run_is_no_proof_that_there_is_no_noise():
     assert np.median(spread / test.losses) > 0.01
 
 
+@pytest.mark.slow
 def test_tokens_are_a_feature_where_they_vary():
     runs, test = table(48, 5, tokens=(2.5e8, 5e8, 1e9, 2e9)), table(50, 6, tokens=(3.5e8, 1.4e9))
     fitted = StructuredProcess().fit(runs)
