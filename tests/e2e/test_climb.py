@@ -52,10 +52,10 @@ allocate.token_store = '{store}'
 allocate.floor = 0.1
 allocate.max_epochs = 30.0
 allocate.compared = ['msl']
-allocate.replicates = 5
-allocate.folds = 3
-Climb.starts = 2
-MSL.starts = 2
+allocate.replicates = 3
+allocate.folds = 2
+Climb.starts = 1
+MSL.starts = 1
 """
 
 
