@@ -37,7 +37,8 @@ def plain_rows(corpus, split, language, model, length):
 
 
 @pytest.mark.parametrize("length", [1, 32, 33, 100_000])
-def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length):
+def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length, monkeypatch):
+    monkeypatch.setattr("data_mixtures.export._BATCH_BYTES", 1000)  # a few documents; what is over goes into the next
     export_tokens(corpus, tokenizer_path, tmp_path / "store", length)
     store = TokenStore(tmp_path / "store")
     for split in ("train", "heldout"):

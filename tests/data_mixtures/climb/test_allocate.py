@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_mixtures.climb import allocate as module
-from data_mixtures.climb.allocate import AllocateConfig, allocate
+from data_mixtures.climb.allocate import AllocateConfig, Allocator, allocate
 from data_mixtures.climb.parametric import Isolated
 from data_mixtures.climb.process import StructuredProcess
 from data_mixtures.climb.regressors import LightGBM
@@ -58,6 +58,22 @@ def test_without_transfer_the_mixture_is_the_closed_form(runs, monkeypatch, tmp_
         dict(zip(LANGUAGES, found["methods"]["isolated-joint"]["ratios"])))
 
 
+def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
+    """1 / loss at the natural mixture, in the closed form; the middle 90% of the replicates."""
+    config = AllocateConfig(runs=runs, output="unused", n_params=1e6, tokens=TOKENS, unique_tokens=UNIQUE,
+                            law=Isolated(starts=1), replicates=7)
+    allocator = Allocator(config)
+    at_natural = isolated_losses(np.array([[0.2, 0.3, 0.5]]), np.array([TOKENS]))[0]
+    expected = (B / at_natural) ** (1 / (1 + BETA))
+    ratios = allocator.solved(allocator.fitted).ratios
+    np.testing.assert_allclose(ratios, expected / expected.sum(), atol=2e-3)
+    method = allocator.method(ratios)
+    losses = [allocator.predict(fitted, ratios) for fitted in allocator.replicates]
+    assert len(losses) == 7
+    np.testing.assert_allclose(method["loss_low"], np.quantile(losses, 0.05, axis=0))
+    np.testing.assert_allclose(method["loss_high"], np.quantile(losses, 0.95, axis=0))
+
+
 @pytest.mark.parametrize("law", [StructuredProcess(draws=2, warm_up=2), LightGBM()])
 def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     alone = runs.rows(runs.tokens == TOKENS)
@@ -69,6 +85,7 @@ def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     assert best["kkt"] is None if law.name == "lightgbm" else best["kkt"] < 1e-6
     assert found["transfer"] is None and found["effective"] is None
     assert (best["loss_low"] is None) == (law.name == "lightgbm")
+    assert found["interval"] == [0.05, 0.95]
 
 
 def test_bad_settings_and_tables_are_named(runs, monkeypatch, tmp_path):
