@@ -9,6 +9,7 @@
 that cannot be read to its end has no scores, a whole-file reject (number null) and a marker with status "failed".
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -24,7 +25,7 @@ import pyarrow.parquet
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.documents import Document, refuse_twins
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_json
 from raters.stages import input_files
@@ -84,7 +85,7 @@ def find_shards(patterns: Iterable[epath.PathLike], output: epath.PathLike) -> l
     """The input files of paths and globs, sorted by name; outputs of an earlier run are passed over.
 
     Raises:
-      InputError: a pattern matches nothing, or two files would have the same outputs.
+      InputError: a pattern matches nothing, two files would have the same outputs, or a file is there twice.
     """
     found: dict[str, epath.Path] = {}
     for pattern in patterns:
@@ -94,6 +95,10 @@ def find_shards(patterns: Iterable[epath.PathLike], output: epath.PathLike) -> l
             if found.setdefault(name, path) != path:
                 raise InputError(f"{path}: its scores would go where those of {found[name]} go; score one of them into "
                                  "another folder, or use one pattern with a common parent")
+    for path, times in collections.Counter(found.values()).items():
+        if times > 1:
+            raise InputError(f"{path}: matches two patterns, which name its scores differently; narrow one of them")
+    refuse_twins(found.values())
     return [Shard(name, path, epath.Path(output)) for name, path in sorted(found.items())]
 
 

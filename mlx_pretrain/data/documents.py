@@ -18,7 +18,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -35,6 +35,7 @@ _DECOMPRESS = {
     # Not the zstandard package: it ends a truncated stream in silence.
     ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),
 }
+_FORMATS = (".jsonl", ".txt", ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_BATCH = 256  # rows decoded at a time
 _COLUMNS = ("id", "lang", "text", "source")
@@ -61,11 +62,11 @@ class Document:
     extra: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
 
 
-def match_files(pattern: epath.PathLike) -> list[epath.Path]:
-    """Files matching a path or glob, sorted.
+def glob_files(pattern: epath.PathLike) -> list[epath.Path]:
+    """Files matching a path or glob, sorted; none where nothing matches.
 
     Raises:
-      InputError: nothing matches.
+      InputError: the pattern holds **.
     """
     # A glob is anchored at the longest folder that holds no wildcard.
     parts = epath.Path(pattern).parts
@@ -73,13 +74,40 @@ def match_files(pattern: epath.PathLike) -> list[epath.Path]:
         raise InputError(f"{pattern}: ** is not supported; name the folders, or use * for each level")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
     if fixed is None:
-        found = [epath.Path(pattern)] if epath.Path(pattern).exists() else []
-    else:
-        root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
-        found = sorted(root.glob("/".join(parts[fixed:]))) if root.exists() else []
+        return [epath.Path(pattern)] if epath.Path(pattern).exists() else []
+    root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
+    return sorted(root.glob("/".join(parts[fixed:]))) if root.exists() else []
+
+
+def match_files(pattern: epath.PathLike) -> list[epath.Path]:
+    """Files matching a path or glob, sorted.
+
+    Raises:
+      InputError: nothing matches, or two files are one but for the extension.
+    """
+    found = glob_files(pattern)
     if not found:
-        raise InputError(f"{pattern}: no such file" if fixed is None else f"{pattern}: no file matches")
+        raise InputError(f"{pattern}: no {'file matches' if re.search(r'[*?[]', str(pattern)) else 'such file'}")
+    refuse_twins(found)
     return found
+
+
+def without_extension(name: str) -> str:
+    """A path or name of a document file without the part that says its format and compression."""
+    return re.sub(rf"({'|'.join(map(re.escape, _FORMATS))})({'|'.join(map(re.escape, _DECOMPRESS))})?$", "", name)
+
+
+def refuse_twins(paths: Iterable[epath.PathLike]) -> None:
+    """Refuses files that are one but for the extension: a file left beside its compressed copy would be read twice.
+
+    Raises:
+      InputError: names the first two such files.
+    """
+    seen: dict[str, epath.PathLike] = {}
+    for path in paths:
+        if (other := seen.setdefault(without_extension(str(path)), path)) != path:
+            raise InputError(f"{path}: lies beside {epath.Path(other).name}, which has the same name but for the "
+                             "extension: the documents would be read twice; move one away, or narrow the pattern")
 
 
 def read_documents(

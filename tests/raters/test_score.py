@@ -288,6 +288,15 @@ def test_outputs_of_two_inputs_never_go_to_one_place(tmp_path):
     assert [shard.name for shard in found] == ["x/a.jsonl", "y/a.jsonl"]
 
 
+def test_a_file_is_never_scored_twice(tmp_path):
+    write_jsonl(tmp_path / "x" / "a.jsonl", [{"text": "t"}])
+    with pytest.raises(InputError, match=r"x/a\.jsonl: matches two patterns"):
+        find_shards([f"{tmp_path}/*/*.jsonl", f"{tmp_path}/x/*.jsonl"], tmp_path / "out")
+    write_jsonl(tmp_path / "x" / "a.jsonl.gz", [{"text": "t"}])
+    with pytest.raises(InputError, match=r"x/a\.jsonl\.gz: lies beside a\.jsonl"):
+        find_shards([f"{tmp_path}/x/*.jsonl", f"{tmp_path}/x/*.jsonl.gz"], tmp_path / "out")
+
+
 def test_outputs_in_the_input_folder_are_no_input(files):
     for _ in range(2):
         assert run_score(files, files, GivenScores("rank"), documents=[f"{files}/*.*"])["files"] == 1
