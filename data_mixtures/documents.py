@@ -2,11 +2,19 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import gin
 from etils import epath
 
-from mlx_pretrain.data.documents import TEXT_UNITS, Document, glob_files, read_documents, refuse_twins
+from mlx_pretrain.data.documents import (
+    TEXT_UNITS,
+    Document,
+    DocumentFields,
+    glob_files,
+    read_documents,
+    refuse_twins,
+)
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 
@@ -39,7 +47,7 @@ class Corpus:
           InputError: no file matches, a wanted split or language has none, or a language is there twice: two of its
             files are one but for the extension, or two names of languages are one but for upper and lower case.
         """
-        self.folder, self.text_unit = epath.Path(folder), text_unit
+        self.folder, self.text_unit, self.fields = epath.Path(folder), text_unit, DocumentFields()
         if text_unit not in TEXT_UNITS:
             raise InputError(f"Corpus.text_unit: {text_unit!r}, known are {', '.join(TEXT_UNITS)}")
         if pattern.count("{split}") != 1 or pattern.count("{language}") != 1:
@@ -62,6 +70,11 @@ class Corpus:
             if (other := seen.setdefault(language.lower(), language)) != language:
                 raise InputError(f"{self.folder}: {other!r} and {language!r} name one language; rename one of them, "
                                  "or list the other in Corpus.languages")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the files are read: what an output made from the documents records besides their hashes."""
+        return {"text_unit": self.text_unit, **({"fields": self.fields.changed} if self.fields.changed else {})}
 
     @property
     def splits(self) -> list[str]:
@@ -96,7 +109,7 @@ class Corpus:
     def documents(self, split: str, language: str) -> Iterator[Document]:
         """Streams the documents of one language, files in order. Raises InputError as `read_documents` does."""
         for path in self.files(split, language):
-            yield from read_documents(path, self.text_unit)
+            yield from read_documents(path, self.text_unit, fields=self.fields)
 
 
 def _find_languages(

@@ -1,5 +1,6 @@
 """The corpus: languages are found where their files lie."""
 
+import gin
 import pytest
 
 from data_mixtures.documents import Corpus
@@ -59,6 +60,19 @@ def test_other_folders_beside_the_splits_are_left_alone(tmp_path):
             Corpus(tmp_path, splits=wrong)
     with pytest.raises(InputError, match=r"no file matches with the split train or heldout; Corpus\.splits"):
         Corpus(tmp_path / "runs")
+
+
+def test_outputs_record_other_names_of_fields(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/en.json").write_text('{"content": "x", "lang": ["en"]}\n')
+    assert Corpus(tmp_path).settings == {"text_unit": "file"}
+    gin.parse_config("DocumentFields.text = 'content'\nDocumentFields.language = None")
+    try:
+        corpus = Corpus(tmp_path)
+    finally:
+        gin.clear_config()
+    assert corpus.settings == {"text_unit": "file", "fields": {"text": "content", "language": None}}
+    assert [document.text for document in corpus.documents("train", "en")] == ["x"]
 
 
 def test_corpus_names_what_is_missing(tmp_path, corpus_folder):

@@ -237,15 +237,26 @@ def test_wrong_settings_are_refused_before_anything_is_written(files, tmp_path, 
 
 
 def test_a_document_without_a_language_takes_that_of_its_path():
-    languages = Languages(pattern="{language}/part-*.jsonl.gz")
+    languages = Languages("{language}/part-*.jsonl.gz")
     document = Document("1", "x", "", "")
     assert languages.of(document, pathlib.Path("/data/fi/part-01.jsonl.gz")) == "fi"
     assert languages.of(Document("1", "x", "sv", ""), pathlib.Path("/data/fi/part-01.jsonl.gz")) == "sv"
     assert languages.of(document, pathlib.Path("/data/fi/x.jsonl.gz")) == ""
-    other = Languages("language", "{language}.txt")
-    assert other.fields == ("language",)
-    assert other.of(Document("1", "x", "sv", "", 1, {"language": "da"}), pathlib.Path("fi.txt")) == "da"
-    assert other.of(Document("1", "x", "sv", "", 1, {"language": None}), pathlib.Path("fi.txt")) == "fi"
+    assert Languages().of(document, pathlib.Path("/data/fi/x.jsonl.gz")) == ""
+
+
+def test_a_language_under_another_name_that_is_no_string_is_rejected(tmp_path):
+    write_jsonl(tmp_path / "in/sv.jsonl", [{"text": "a", "rank": 1, "lang": "sv", "tongue": "da"},
+                                           {"text": "b", "rank": 2, "lang": "sv", "tongue": {"da": 0.9}},
+                                           {"text": "c", "rank": 3, "lang": ["sv"]}])
+    more = {"documents": [f"{tmp_path}/in/*"], "language_pattern": "{language}.jsonl"}
+    run_score(None, tmp_path / "out", GivenScores("rank"), language_field="tongue", **more)
+    assert pq.read_table(tmp_path / "out/sv.jsonl.scores.parquet")["language"].to_pylist() == ["da", "sv"]
+    reject = json.loads((tmp_path / "out/sv.jsonl.rejects.jsonl").read_text())
+    assert reject["number"] == 2
+    assert reject["reason"].startswith('"tongue" is an object where a string is expected')
+    with pytest.raises(InputError, match=r"scored with another fields \({'language': 'tongue'}, now None\)"):
+        run_score(None, tmp_path / "out", GivenScores("rank"), **more)
 
 
 def test_languages_are_detected_only_where_nothing_else_tells(tmp_path):
