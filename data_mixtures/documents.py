@@ -107,9 +107,19 @@ class Corpus:
         return {str(path.relative_to(self.folder)): sha256(path) for path in self.files(split, language)}
 
     def documents(self, split: str, language: str) -> Iterator[Document]:
-        """Streams the documents of one language, files in order. Raises InputError as `read_documents` does."""
+        """Streams the documents of one language, files in order.
+
+        Raises:
+          InputError: as `read_documents`, or, at the end, no document of the language has any text.
+        """
+        blank = True
         for path in self.files(split, language):
-            yield from read_documents(path, self.text_unit, fields=self.fields)
+            for document in read_documents(path, self.text_unit, fields=self.fields):
+                blank = blank and not document.text.strip()
+                yield document
+        if blank:
+            raise InputError(f"{', '.join(map(str, self.files(split, language)))}: no document has any text; leave "
+                             f"{language!r} out of {split!r}")
 
 
 def _find_languages(
