@@ -3,9 +3,10 @@
 Reads files of documents, writes their scores (`raters.shards` has the layout). The rater is a trained quality model,
 run on the devices, or any plug-in (`raters.rater.Rater`). The same command starts and resumes: files whose scores are
 whole are skipped; those that have changed since, or could not be read, are scored again; scores made with other
-settings are an error unless `overwrite` is set. A file's scores depend on the file, the rater and the settings, on
-nothing else: batches never mix files, so the same bytes come out after any interruption (on the same kind and number of
-devices).
+settings are an error unless `overwrite` is set. How documents are batched, and on how many devices, is no such setting:
+a job goes on on other machines, and each file's marker records what it was scored on. A file's scores depend on the
+file, the rater and the settings, on nothing else: batches never mix files, so the same bytes come out after any
+interruption (on the same kind and number of devices).
 
 Several processes share the files, process i of n taking every n-th; each runs the model on its own devices. They are
 one job (`--coordinator=...`, or as the platform tells), which ends with one summary, or have no connection to one
@@ -59,6 +60,7 @@ class QualityScorer:
       tokenizer: of the run.
       chunk_length: tokens of the longest chunk.
       settings: what scores depend on besides the rater.
+      layout: how documents are batched, on what; scores depend on it in their last digits only.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class QualityScorer:
         self.bulk = bulk_inference(config, params, jax.local_devices(), chunk_length, buckets, tokens_per_batch,
                                    in_flight)
         self.window_tokens = window_tokens
-        self.settings = {"chunk_length": self.chunk_length, "buckets": list(self.bulk.rows),
-                         "tokens_per_batch": self.bulk.tokens_per_batch,
-                         "window_tokens": window_tokens, "dtype": str(config.dtype)}
+        self.settings = {"chunk_length": self.chunk_length, "dtype": str(config.dtype)}
+        self.layout = {"devices": self.bulk.mesh.size, "platform": jax.default_backend(),
+                       "buckets": list(self.bulk.rows), "tokens_per_batch": self.bulk.tokens_per_batch,
+                       "window_tokens": window_tokens}
 
 
 def bulk_inference(
@@ -415,7 +418,7 @@ def _score_shards(
 
     def writers() -> Iterator[ShardWriter]:
         for shard in shards:
-            begun[shard] = ShardWriter(shard, settings, rater.name)
+            begun[shard] = ShardWriter(shard, settings, rater.name, getattr(rater, "layout", {}))
             yield begun[shard]
 
     pieces = read_pieces(writers(), reading, progress)

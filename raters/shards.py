@@ -2,7 +2,8 @@
 
     OUT/<name>.scores.parquet   number, id, language, source, quality_score, n_tokens, rater; rows in input order
     OUT/<name>.rejects.jsonl    {"number", "reason"} of every record that could not be read
-    OUT/<name>.done.json        the marker, written last: counts, the input's fingerprint, settings
+    OUT/<name>.done.json        the marker, written last: counts, the input's fingerprint, settings, and the layout
+                                (devices, batches), which is not compared
 
 <name> is the input's path below the wildcard-free part of its pattern. `number` is the line or row of the input,
 `n_tokens` counts the whole document (null when no tokenizer was given), a score is nan where the rater has none. A file
@@ -167,9 +168,9 @@ class _Partial:
 class ShardWriter:
     """Writes the outputs of one shard; to be ended with `finish`, `fail` or `discard`. Memory: one row group."""
 
-    def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str):
-        """Writes nothing yet. `settings` go into the marker; `rater` (name@version) into every row."""
-        self.shard, self._settings, self._rater = shard, settings, rater
+    def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str, layout: Mapping[str, Any] | None = None):
+        """Writes nothing yet. `settings` and `layout` go into the marker; `rater` (name@version) into every row."""
+        self.shard, self._settings, self._rater, self._layout = shard, settings, rater, layout or {}
         self._input = shard.fingerprint()
         self.documents = self.tokens = self.rejected = 0
         self._rows: dict[str, list] = {name: [] for name in SCHEMA.names[:-1]}
@@ -248,6 +249,7 @@ class ShardWriter:
             "rater": self._rater,
             "documents": self.documents, "rejected": self.rejected, "tokens": self.tokens,
             "input": {"name": self.shard.name, **self._input, "sha256": digest}, "settings": self._settings,
+            "layout": self._layout,
         })
 
     def discard(self) -> None:

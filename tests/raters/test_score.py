@@ -206,6 +206,25 @@ def test_other_settings_are_refused_unless_they_may_overwrite(files, tmp_path):
     assert set(pq.read_table(tmp_path / "out" / "a.jsonl.gz.scores.parquet")["rater"].to_pylist()) == {"other"}
 
 
+def test_scoring_goes_on_on_other_devices_with_other_batches(run_dir, scorer, files, tmp_path, monkeypatch):
+    run_score(files, tmp_path / "all", scorer)
+    run_score(files, tmp_path / "out", scorer, documents=[f"{files}/a.jsonl.gz"])
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    two = QualityScorer(run_dir, buckets=[CHUNK], window_tokens=500)
+    summary = run_score(files, tmp_path / "out", two)
+    assert (summary["scored"], summary["skipped"]) == (1, 1)
+    layouts = [json.loads((tmp_path / "out" / f"{name}.done.json").read_text())["layout"]
+               for name in ("a.jsonl.gz", "de/b.jsonl")]
+    assert layouts == [
+        {"devices": 8, "platform": "cpu", "buckets": [8, 16, CHUNK], "tokens_per_batch": 768, "window_tokens": 1536},
+        {"devices": 2, "platform": "cpu", "buckets": [CHUNK], "tokens_per_batch": 2048, "window_tokens": 500}]
+    found, expected = (pq.read_table(tmp_path / folder / "de/b.jsonl.scores.parquet")["quality_score"].to_numpy()
+                       for folder in ("out", "all"))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    with pytest.raises(InputError, match="scored with another chunk_length"):
+        run_score(files, tmp_path / "out", QualityScorer(run_dir, chunk_length=12))
+
+
 def test_a_rater_is_another_when_its_parameters_are(run_dir, scorer):
     assert scorer.name == QualityScorer(run_dir, step=5).name
     other = QualityScorer(run_dir, step=4).name
