@@ -340,7 +340,7 @@ def score(
       output: folder of the scores, local or gs://; one folder per rater.
       rater: @QualityScorer(), or a plug-in such as @GivenScores().
       text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
-      language_field: of the records, in place of DocumentFields.language.
+      language_field: of the records, in place of DocumentFields.language, which other commands heed, too.
       language_pattern: end of the files' paths with {language} and wildcards, e.g. "{language}/*.jsonl.gz", for
         records without the field.
       detect_language: identifies the language (py3langid) where neither tells it.
