@@ -33,7 +33,7 @@ class LanguageConfig(tfds.core.BuilderConfig):
     def made_from(self) -> dict[str, Any]:
         """What the dataset is made of, kept as its metadata."""
         hashes = {split: self.corpus.hashes(split, self.name) for split in self.corpus.splits_of(self.name)}
-        return {"inputs": hashes, "text_unit": self.corpus.text_unit}
+        return {"inputs": hashes, **self.corpus.settings}
 
 
 class TextCorpora(tfds.core.GeneratorBasedBuilder):

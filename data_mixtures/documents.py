@@ -2,13 +2,23 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import gin
 from etils import epath
 
-from mlx_pretrain.data.documents import TEXT_UNITS, Document, match_files, read_documents
+from mlx_pretrain.data.documents import (
+    TEXT_UNITS,
+    Document,
+    DocumentFields,
+    glob_files,
+    read_documents,
+    refuse_twins,
+)
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+
+SPLITS = ("train", "heldout")
 
 
 @gin.configurable
@@ -21,8 +31,9 @@ class Corpus:
         pattern: str = "{split}/{language}.*",
         languages: Sequence[str] | None = None,
         text_unit: str = "file",
+        splits: Sequence[str] | None = None,
     ):
-        """Finds the files; reads none of them.
+        """Finds the files; reads none of them. Whatever else lies in the folder is left alone.
 
         Args:
           folder: local or gs:// folder.
@@ -30,27 +41,40 @@ class Corpus:
             "/" and ".", e.g. "{split}/{language}/*.parquet".
           languages: only these; None takes all there are.
           text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
+          splits: the splits to read; None takes "train" and "heldout", or the one of them that is there.
 
         Raises:
-          InputError: no file matches, or a wanted language has none.
+          InputError: no file matches, a wanted split or language has none, or a language is there twice: two of its
+            files are one but for the extension, or two names of languages are one but for upper and lower case.
         """
-        self.folder, self.text_unit = epath.Path(folder), text_unit
+        self.folder, self.text_unit, self.fields = epath.Path(folder), text_unit, DocumentFields()
         if text_unit not in TEXT_UNITS:
             raise InputError(f"Corpus.text_unit: {text_unit!r}, known are {', '.join(TEXT_UNITS)}")
         if pattern.count("{split}") != 1 or pattern.count("{language}") != 1:
             raise InputError(f"Corpus.pattern: {pattern!r} must hold {{split}} and {{language}} once each")
-        shape = re.sub(r"\\\*", r"[^/]*", re.escape(pattern)).replace(r"\?", "[^/]")
-        for field in ("split", "language"):
-            shape = shape.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>[^/.]+)")
+        if isinstance(splits, str) or any(not re.fullmatch(r"[^/.*?\[]+", split) for split in splits or ()):
+            raise InputError(f"Corpus.splits: {splits!r} must be a list of names without wildcards, '/' and '.'")
         self._files: dict[str, dict[str, list[epath.Path]]] = {}
-        for path in match_files(self.folder / pattern.replace("{split}", "*").replace("{language}", "*")):
-            match = re.fullmatch(shape, str(path.relative_to(self.folder)))
-            if match and (languages is None or match["language"] in languages):
-                self._files.setdefault(match["split"], {}).setdefault(match["language"], []).append(path)
+        for split in splits or SPLITS:
+            if found := _find_languages(self.folder, pattern.replace("{split}", split), languages):
+                self._files[split] = found
+            elif splits is not None:
+                raise InputError(f"{self.folder / pattern}: no file of the split {split!r} matches")
         if missing := sorted(set(languages or ()) - set(self.all_languages)):
             raise InputError(f"{self.folder / pattern}: no documents in {', '.join(missing)}")
         if not self._files:
-            raise InputError(f"{self.folder / pattern}: no file matches")
+            raise InputError(f"{self.folder / pattern}: no file matches with the split {' or '.join(SPLITS)}; "
+                             "Corpus.splits names others")
+        seen: dict[str, str] = {}
+        for language in self.all_languages:
+            if (other := seen.setdefault(language.lower(), language)) != language:
+                raise InputError(f"{self.folder}: {other!r} and {language!r} name one language; rename one of them, "
+                                 "or list the other in Corpus.languages")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the files are read: what an output made from the documents records besides their hashes."""
+        return {"text_unit": self.text_unit, **({"fields": self.fields.changed} if self.fields.changed else {})}
 
     @property
     def splits(self) -> list[str]:
@@ -83,6 +107,32 @@ class Corpus:
         return {str(path.relative_to(self.folder)): sha256(path) for path in self.files(split, language)}
 
     def documents(self, split: str, language: str) -> Iterator[Document]:
-        """Streams the documents of one language, files in order. Raises InputError as `read_documents` does."""
+        """Streams the documents of one language, files in order.
+
+        Raises:
+          InputError: as `read_documents`, or, at the end, no document of the language has any text.
+        """
+        blank = True
         for path in self.files(split, language):
-            yield from read_documents(path, self.text_unit)
+            for document in read_documents(path, self.text_unit, fields=self.fields):
+                blank = blank and not document.text.strip()
+                yield document
+        if blank:
+            raise InputError(f"{', '.join(map(str, self.files(split, language)))}: no document has any text; leave "
+                             f"{language!r} out of {split!r}")
+
+
+def _find_languages(
+    folder: epath.Path, pattern: str, languages: Sequence[str] | None
+) -> dict[str, list[epath.Path]]:
+    """language -> files of one split; `pattern` holds {language}. Empty where nothing matches."""
+    shape = re.sub(r"\\\*", r"[^/]*", re.escape(pattern)).replace(r"\?", "[^/]")
+    shape = shape.replace(re.escape("{language}"), "(?P<language>[^/.]+)")
+    found: dict[str, list[epath.Path]] = {}
+    for path in glob_files(folder / pattern.replace("{language}", "*")):
+        match = re.fullmatch(shape, str(path.relative_to(folder)))
+        if match and (languages is None or match["language"] in languages):
+            found.setdefault(match["language"], []).append(path)
+    for paths in found.values():
+        refuse_twins(paths)
+    return found

@@ -213,7 +213,7 @@ def export_tokens(
     # The largest first, dealt out in turn.
     mine = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()
-    made_by = {"program": "data_mixtures.export", "version": __version__, "text_unit": corpus.text_unit}
+    made_by = {"program": "data_mixtures.export", "version": __version__, **corpus.settings}
     # All documents are read where a store is in the way, this process's part of them otherwise.
     exists = (store / token_store.MANIFEST).exists()
     hashes = {part: corpus.hashes(*part) for part in (parts if exists else mine)}

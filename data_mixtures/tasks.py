@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from data_mixtures.documents import Corpus
-from mlx_pretrain.data.documents import Document, read_documents
+from mlx_pretrain.data.documents import Document, DocumentFields, read_documents
 from mlx_pretrain.data.mixing import MixtureOrder
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
@@ -86,8 +86,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
 class _BlockReader:
     """Block `index` of a file's documents, for any index; walks the file once when asked in order."""
 
-    def __init__(self, text_unit: str):
-        self._text_unit = text_unit
+    def __init__(self, text_unit: str, fields: DocumentFields):
+        self._text_unit, self._fields = text_unit, fields
         self._lock = threading.Lock()
         self._open: tuple[bytes, int, Iterator[Document]] | None = None
 
@@ -95,7 +95,7 @@ class _BlockReader:
         """(ids, sources, texts): [documents] each, without documents after the last block."""
         with self._lock:
             if self._open is None or self._open[:2] != (path, index):
-                documents = read_documents(path.decode(), self._text_unit)
+                documents = read_documents(path.decode(), self._text_unit, fields=self._fields)
                 for _ in range(index * _DOCUMENTS_PER_BLOCK):
                     next(documents, None)
             else:
@@ -109,7 +109,7 @@ class _BlockReader:
 def _document_dataset(corpus: Corpus, language: str, split: str, shuffle_files: bool, seed: int | None = None):
     """Documents of one language, in file order, as {"id", "source", "text"}: the features of the TFDS builder."""
     paths = [str(path) for path in corpus.files(split, language)]
-    reader = _BlockReader(corpus.text_unit)
+    reader = _BlockReader(corpus.text_unit, corpus.fields)
 
     @_plain
     def read_block(path: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -146,7 +146,7 @@ def train_tokenizer(
     sidecar = output.with_suffix(".json")
     config = {"vocab_size": vocab_size, "model_type": model_type, "max_bytes": max_bytes, "temperature": temperature,
               "character_coverage": character_coverage, "max_sentence_bytes": max_sentence_bytes,
-              "num_threads": num_threads, "split": split, "text_unit": corpus.text_unit}
+              "num_threads": num_threads, "split": split, **corpus.settings}
     made_from = {"config": config, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages(split)}}
     if output.exists() and not overwrite:
         record = read_json(sidecar, "tokenizer record") if sidecar.exists() else {}

@@ -52,7 +52,10 @@ def completion(
     Raises:
       InputError: a language is missing, or no item is left.
     """
-    texts = {path.name.split(".")[0]: path for path in match_files(documents)}
+    texts = {}
+    for path in match_files(documents):
+        if (other := texts.setdefault(path.name.split(".")[0], path)) != path:
+            raise InputError(f"{path}: its language has {other.name}, too; one file a language is read")
     if missing := sorted(set(languages or ()) - set(texts)):
         raise InputError(f"{documents}: no file for {', '.join(missing)}; there is {', '.join(sorted(texts))}")
     lines = {language: _lines(texts[language]) for language in by_family(languages or texts)}

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import difflib
+import glob
 import importlib.util  # noqa: F401  gin 0.5.0 uses it without importing it
 import logging
 import os
@@ -10,7 +12,7 @@ import sys
 import time
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import gin
 from etils import epath
@@ -134,8 +136,8 @@ def parse_gin(
       The names of the macros that were filled.
 
     Raises:
-      InputError: a file is missing, or a name or value in it is wrong; the message names file and cause, or the
-        parameter and the type it must have.
+      InputError: a file is missing, a name or value in it is wrong, or nothing reads a macro; the message names file
+        and cause, or the parameter and the type it must have.
     """
     for path in (*search, REPOSITORY):  # the current folder comes first of itself
         gin.add_config_file_search_path(path)
@@ -160,9 +162,57 @@ def parse_gin(
         place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
         where = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
         raise InputError(f"{where}: {first_line(error)}") from None
+    _check_macros(files, bindings, search)
     if not filled:  # a name stands for a value of any type
         check_types()
     return filled
+
+
+def _check_macros(files: Sequence[str], bindings: Sequence[str], search: Sequence[str]) -> None:
+    """Refuses macros that nothing reads, such as VOCABSIZE for VOCAB_SIZE; without a word it would change nothing.
+
+    A macro among `bindings` must be read by the configuration. Files may also set macros that only other commands read:
+    a macro in one of `files` must be read by the configuration, by a gin file of the repository, or by one in the
+    file's folder. Files that these include are taken as they are.
+
+    Raises:
+      InputError: names the macro and where it is set.
+    """
+    # gin has no public list of what was bound.
+    read = {"/".join(reference.scopes) for reference in gin.config.iterate_references(gin.config._CONFIG)
+            if reference.configurable.selector == "gin.macro"}
+    for binding in bindings:
+        for name, _ in _macros(binding):
+            if name not in read:
+                raise InputError(f"--gin.{name}: nothing reads this macro{_similar(name, read)}")
+    known = read | set().union(*map(_names_read, glob.glob(f"{REPOSITORY}/gin/**/*.gin", recursive=True)))
+    for file in files:
+        paths = (os.path.join(path, file) for path in ("", *search, REPOSITORY))
+        path = next(filter(os.path.exists, paths))
+        nearby = glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.gin")
+        known_here = known.union(*map(_names_read, [path, *nearby]))
+        with open(path) as text:
+            for name, line in _macros(text.read()):
+                if name not in known_here:
+                    raise InputError(f"{file}:{line}: nothing reads the macro {name}{_similar(name, known_here)}")
+
+
+def _macros(text: str) -> list[tuple[str, int]]:
+    """(name, line) of every macro that a gin text sets."""
+    return [("/".join(filter(None, (statement.scope, statement.selector))), statement.location.line_num)
+            for statement in gin.config_parser.ConfigParser(text, _AnyName())
+            if isinstance(statement, gin.config_parser.BindingStatement) and not statement.arg_name]
+
+
+def _names_read(path: str) -> set[str]:
+    """The macros that a gin file reads."""
+    with open(path) as text:
+        return set(re.findall(r"%([\w./]+)", text.read()))
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(name.upper(), names, 1)
+    return f"; is {similar[0]} meant?" if similar else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def read_items(path: epath.Path, config: DecontaminateConfig) -> Iterator[tuple[
     Raises:
       InputError: the file is missing or malformed, or no item has any of the fields.
     """
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".json", ".jsonl"):
         for document in read_documents(path, "line"):
             yield str(document.number), document.text
         return

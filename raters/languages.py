@@ -1,6 +1,7 @@
 """Checks documents against their declared language: `python -m raters.languages --gin_file=gin/raters/languages.gin`.
 
-The declared language is the record's `lang`, else the file's name up to the first dot. Up to `chunks` pieces spread
+The declared language is the record's `lang` (or `language`), else the file's name up to the first dot, as a code of ISO
+639-1, -2 or -3, with or without script and region ("fr", "fra", "fra_Latn", "fr-CA"). Up to `chunks` pieces spread
 over the document are identified one by one (py3langid, a naive Bayes classifier on bytes), so that a half translated
 document is found, and a quotation does no harm. Languages that identifiers take for one another count as one.
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
+import langcodes
 import numpy as np
 from etils import epath
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -80,21 +82,42 @@ def pieces(text: str, count: int, length: int) -> list[str]:
                                                        for i in range(count))]
 
 
+@functools.cache
+def language_subtag(code: str) -> str:
+    """The language of a code, by the shortest subtag there is: "fr" for "fra_Latn", "zh" for "cmn_Hani" and "zh-TW".
+
+    Raises:
+      InputError: ISO 639 has no such language.
+    """
+    try:
+        tag = langcodes.standardize_tag(code.replace("_", "-").split("-")[0], macro=True)
+        if langcodes.tag_is_valid(tag):
+            return tag.split("-")[0]
+    except langcodes.LanguageTagError:
+        pass
+    raise InputError(f'{code!r} is no code of a language, such as "fr", "fra" or "fra_Latn"')
+
+
 class Identifier:
-    """Identifies languages by the subtag that ISO 639-1 has, else ISO 639-3."""
+    """Identifies languages, by the labels of py3langid."""
 
     def __init__(self, confusable: Sequence[Sequence[str]]):
+        """Raises InputError when `confusable` names no language."""
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        self._group = {code: group[0] for group in confusable for code in group}
+        self._group = {language_subtag(code): language_subtag(group[0]) for group in confusable for code in group}
         self._known = {self.group(label) for label in self._identifier.labels}
 
     def group(self, code: str) -> str:
-        """The name of all languages that count as this one; "zh-Hant", "zh_TW" and "zh" are one language."""
-        code = code.replace("_", "-").split("-")[0].lower()
-        return self._group.get(code, code)
+        """The name of all languages that count as this one; "zh-Hant", "cmn_Hani" and "zh" are one language.
+
+        Raises:
+          InputError: as `language_subtag`.
+        """
+        language = language_subtag(code)
+        return self._group.get(language, language)
 
     def knows(self, code: str) -> bool:
-        """Whether it can find this language at all."""
+        """Whether it can find this language at all. Raises InputError as `language_subtag` does."""
         return self.group(code) in self._known
 
     def identify(self, text: str) -> tuple[str, float]:
@@ -169,11 +192,21 @@ class Tally:
 def check_file(
     name: str, path: epath.Path, removed: Mapping[str, np.ndarray], identifier: Identifier, config: LanguagesConfig
 ) -> dict[str, Any]:
-    """What is found in one file, as JSON: entries of the removal list, counts, unreadable records."""
+    """What is found in one file, as JSON: entries of the removal list, counts, unreadable records.
+
+    Raises:
+      InputError: a document is declared to be in a language that ISO 639 does not have.
+    """
     tally, unreadable, entries = Tally(), stages.Unreadable(), []
     for document in stages.kept_documents(name, path, removed, unreadable):
         declared = stages.language_of(document, name)
-        if not identifier.knows(declared):
+        try:
+            known = identifier.knows(declared)
+        except InputError as error:
+            raise InputError(f"{path}:{document.number}: {error}; " + (
+                "the record says so" if document.language else "the record has no language, and the file's name says "
+                "so")) from None
+        if not known:
             tally.add(declared, "unknown_to_the_identifier", "")
             continue
         share, found = share_declared(document.text, declared, identifier, config)
@@ -194,7 +227,8 @@ def check_languages(config: LanguagesConfig) -> None:
     shard, what they are made of.
 
     Raises:
-      InputError: files or settings are wrong, or another output is in the way; nothing is written then.
+      InputError: files, declared languages or settings are wrong, or another output is in the way; nothing is
+        written then.
     """
     started = time.perf_counter()
     files = stages.input_files(config.documents)

@@ -3,9 +3,10 @@
 Reads files of documents, writes their scores (`raters.shards` has the layout). The rater is a trained quality model,
 run on the devices, or any plug-in (`raters.rater.Rater`). The same command starts and resumes: files whose scores are
 whole are skipped; those that have changed since, or could not be read, are scored again; scores made with other
-settings are an error unless `overwrite` is set. A file's scores depend on the file, the rater and the settings, on
-nothing else: batches never mix files, so the same bytes come out after any interruption (on the same kind and number of
-devices).
+settings are an error unless `overwrite` is set. How documents are batched, and on how many devices, is no such setting:
+a job goes on on other machines, and each file's marker records what it was scored on. A file's scores depend on the
+file, the rater and the settings, on nothing else: batches never mix files, so the same bytes come out after any
+interruption (on the same kind and number of devices).
 
 Several processes share the files, process i of n taking every n-th; each runs the model on its own devices. They are
 one job (`--coordinator=...`, or as the platform tells), which ends with one summary, or have no connection to one
@@ -30,7 +31,7 @@ from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, hardware, partitioning, programs
 from mlx_pretrain.configuration import run, save_effective
-from mlx_pretrain.data.documents import TEXT_UNITS, Document, read_documents
+from mlx_pretrain.data.documents import TEXT_UNITS, Document, DocumentFields, read_documents
 from mlx_pretrain.data.subword import load_tokenizer
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
@@ -59,6 +60,7 @@ class QualityScorer:
       tokenizer: of the run.
       chunk_length: tokens of the longest chunk.
       settings: what scores depend on besides the rater.
+      layout: how documents are batched, on what; scores depend on it in their last digits only.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class QualityScorer:
         self.bulk = bulk_inference(config, params, jax.local_devices(), chunk_length, buckets, tokens_per_batch,
                                    in_flight)
         self.window_tokens = window_tokens
-        self.settings = {"chunk_length": self.chunk_length, "buckets": list(self.bulk.rows),
-                         "tokens_per_batch": self.bulk.tokens_per_batch,
-                         "window_tokens": window_tokens, "dtype": str(config.dtype)}
+        self.settings = {"chunk_length": self.chunk_length, "dtype": str(config.dtype)}
+        self.layout = {"devices": self.bulk.mesh.size, "platform": jax.default_backend(),
+                       "buckets": list(self.bulk.rows), "tokens_per_batch": self.bulk.tokens_per_batch,
+                       "window_tokens": window_tokens}
 
 
 def bulk_inference(
@@ -174,30 +177,38 @@ def _fingerprint(config: Any, params: Any, tokenizer: Any) -> str:
 class Languages:
     """Tells a document's language by its record, else by the path of its file."""
 
-    def __init__(self, field: str = "lang", pattern: str | None = None):
-        """`field`: of the records; `pattern`: end of the files' paths, with {language} and wildcards.
+    def __init__(self, pattern: str | None = None):
+        """`pattern`: end of the files' paths, with {language} and wildcards.
 
         Raises:
           InputError: the pattern does not hold {language} once.
         """
-        self.field, self._shape = field, None
+        self._shape = None
         if pattern is not None:
             if pattern.count("{language}") != 1:
                 raise InputError(f"score.language_pattern: {pattern!r} must hold {{language}} once")
             shape = re.escape(pattern).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
             self._shape = re.compile("(?:.*/)?" + shape.replace(re.escape("{language}"), "(?P<language>[^/.]+)"))
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """What must be read of the records besides the usual."""
-        return () if self.field == "lang" else (self.field,)
-
     def of(self, document: Document, path: epath.Path) -> str:
         """The language, or ""."""
-        found = document.language if self.field == "lang" else str(document.extra.get(self.field) or "")
-        if not found and self._shape and (match := self._shape.fullmatch(str(path))):
-            found = match["language"]
-        return found
+        match = self._shape and not document.language and self._shape.fullmatch(str(path))
+        return match["language"] if match else document.language
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+      text_unit, fields, extra: see `read_documents`.
+      languages: of documents.
+    """
+
+    text_unit: str
+    fields: DocumentFields
+    extra: Sequence[str]
+    languages: Languages
 
 
 @dataclasses.dataclass
@@ -210,16 +221,14 @@ class Piece:
     failure: str | None = None
 
 
-def read_pieces(
-    writers: Iterable[ShardWriter], text_unit: str, languages: Languages, fields: Sequence[str], progress: Progress
-) -> Iterator[Piece]:
+def read_pieces(writers: Iterable[ShardWriter], reading: Reading, progress: Progress) -> Iterator[Piece]:
     """Streams the documents of all shards. Records that cannot be scored are rejected in passing."""
     for writer in writers:
         path, documents, size, failure = writer.shard.path, [], 0, None
         try:
-            for document in read_documents(path, text_unit, extra=(*fields, *languages.fields),
+            for document in read_documents(path, reading.text_unit, fields=reading.fields, extra=reading.extra,
                                            rejected=writer.reject):
-                document = dataclasses.replace(document, language=languages.of(document, path))
+                document = dataclasses.replace(document, language=reading.languages.of(document, path))
                 if not _is_unicode(document):
                     writer.reject(document.number, "id, language or source is not valid Unicode")
                     continue
@@ -327,11 +336,11 @@ def score(
     """Scores the documents of files.
 
     Args:
-      documents: paths or globs of .jsonl, .txt (also .gz, .xz, .zst) and .parquet files.
+      documents: paths or globs of .jsonl, .json, .txt (also .gz, .xz, .zst) and .parquet files.
       output: folder of the scores, local or gs://; one folder per rater.
       rater: @QualityScorer(), or a plug-in such as @GivenScores().
       text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
-      language_field: of the records.
+      language_field: of the records, in place of DocumentFields.language, which other commands heed, too.
       language_pattern: end of the files' paths with {language} and wildcards, e.g. "{language}/*.jsonl.gz", for
         records without the field.
       detect_language: identifies the language (py3langid) where neither tells it.
@@ -350,7 +359,10 @@ def score(
     """
     _check(text_unit, workers, documents)
     hardware.keep_compiled(compilation_cache)
-    languages, fields = Languages(language_field, language_pattern), record_fields([rater])
+    fields = DocumentFields()
+    if language_field != "lang":
+        fields = dataclasses.replace(fields, language=language_field)
+    reading = Reading(text_unit, fields, record_fields([rater]), Languages(language_pattern))
     on_devices = isinstance(rater, QualityScorer)
     if on_devices and (tokenizer or rate_in_workers):
         raise InputError("score: tokenizer and rate_in_workers are for plug-in raters; a QualityScorer has its own")
@@ -359,7 +371,7 @@ def score(
                               rater if rate_in_workers else None)
     settings = {
         "rater": rater.name, "text_unit": text_unit,
-        "language_field": language_field, "language_pattern": language_pattern, "detect_language": detect_language,
+        "fields": fields.changed or None, "language_pattern": language_pattern, "detect_language": detect_language,
         "tokenizer": counter and counter.sha256, **(rater.settings if on_devices else {}),
     }
     number, count = cluster.shard()
@@ -376,7 +388,7 @@ def score(
             rater.bulk.warm_up()
         if workers is None:
             workers = min(os.cpu_count() or 1, 8) if counter or detect_language or rate_in_workers else 0
-        _score_shards(shards, settings, rater, preparation, workers, (text_unit, languages, fields), progress)
+        _score_shards(shards, settings, rater, preparation, workers, reading, progress)
     summary = {**progress.summary(), "rater": rater.name, "output": str(output)}
     summaries = cluster.gather(summary)
     if cluster.is_main():
@@ -399,18 +411,17 @@ def _check(text_unit: str, workers: int | None, documents: Sequence[str]) -> Non
 
 def _score_shards(
     shards: Sequence[Shard], settings: Mapping[str, Any], rater: QualityScorer | Rater, preparation: Preparation,
-    processes: int, reading: tuple[str, Languages, Sequence[str]], progress: Progress,
+    processes: int, reading: Reading, progress: Progress,
 ) -> None:
     """Scores shards one after the other, reading ahead."""
     begun: dict[Shard, ShardWriter] = {}
 
     def writers() -> Iterator[ShardWriter]:
         for shard in shards:
-            begun[shard] = ShardWriter(shard, settings, rater.name)
+            begun[shard] = ShardWriter(shard, settings, rater.name, getattr(rater, "layout", {}))
             yield begun[shard]
 
-    text_unit, languages, fields = reading
-    pieces = read_pieces(writers(), text_unit, languages, fields, progress)
+    pieces = read_pieces(writers(), reading, progress)
     score_pieces = score_on_devices if isinstance(rater, QualityScorer) else score_by_rater
     try:
         with contextlib.ExitStack() as stack:

@@ -141,11 +141,15 @@ class Copier:
             self.unscored[kind] = self.unscored.get(kind, 0) + 1
             note({"file": name, "number": at, "id": document_id, "reason": reason})
 
+        def unreadable(at: int, reason: str) -> None:
+            if at == number:
+                raise InputError(f"{reason}; it was rated, with other names of fields?")
+            unscored(at, None, reason, "unreadable")
+
         with contextlib.ExitStack() as stack:
             writers: dict[int, Callable[[Mapping[str, Any]], None]] = {}
             removed = set(self._removed.get(name, np.zeros(0)).tolist())
-            for document in read_documents(path, extra=None,
-                                           rejected=lambda at, reason: unscored(at, None, reason, "unreadable")):
+            for document in read_documents(path, extra=None, rejected=unreadable):
                 if number < document.number:
                     raise InputError(f"{selection.score_file(self._config.scores, name)}: has a score for {number}, "
                                      f"where {path} has no document; rate it again")

@@ -2,13 +2,15 @@
 
     OUT/<name>.scores.parquet   number, id, language, source, quality_score, n_tokens, rater; rows in input order
     OUT/<name>.rejects.jsonl    {"number", "reason"} of every record that could not be read
-    OUT/<name>.done.json        the marker, written last: counts, the input's fingerprint, settings
+    OUT/<name>.done.json        the marker, written last: counts, the input's fingerprint, settings, and the layout
+                                (devices, batches), which is not compared
 
 <name> is the input's path below the wildcard-free part of its pattern. `number` is the line or row of the input,
 `n_tokens` counts the whole document (null when no tokenizer was given), a score is nan where the rater has none. A file
 that cannot be read to its end has no scores, a whole-file reject (number null) and a marker with status "failed".
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -24,7 +26,7 @@ import pyarrow.parquet
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.documents import Document, refuse_twins
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_json
 from raters.stages import input_files
@@ -84,7 +86,7 @@ def find_shards(patterns: Iterable[epath.PathLike], output: epath.PathLike) -> l
     """The input files of paths and globs, sorted by name; outputs of an earlier run are passed over.
 
     Raises:
-      InputError: a pattern matches nothing, or two files would have the same outputs.
+      InputError: a pattern matches nothing, two files would have the same outputs, or a file is there twice.
     """
     found: dict[str, epath.Path] = {}
     for pattern in patterns:
@@ -94,6 +96,10 @@ def find_shards(patterns: Iterable[epath.PathLike], output: epath.PathLike) -> l
             if found.setdefault(name, path) != path:
                 raise InputError(f"{path}: its scores would go where those of {found[name]} go; score one of them into "
                                  "another folder, or use one pattern with a common parent")
+    for path, times in collections.Counter(found.values()).items():
+        if times > 1:
+            raise InputError(f"{path}: matches two patterns, which name its scores differently; narrow one of them")
+    refuse_twins(found.values())
     return [Shard(name, path, epath.Path(output)) for name, path in sorted(found.items())]
 
 
@@ -162,9 +168,9 @@ class _Partial:
 class ShardWriter:
     """Writes the outputs of one shard; to be ended with `finish`, `fail` or `discard`. Memory: one row group."""
 
-    def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str):
-        """Writes nothing yet. `settings` go into the marker; `rater` (name@version) into every row."""
-        self.shard, self._settings, self._rater = shard, settings, rater
+    def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str, layout: Mapping[str, Any] | None = None):
+        """Writes nothing yet. `settings` and `layout` go into the marker; `rater` (name@version) into every row."""
+        self.shard, self._settings, self._rater, self._layout = shard, settings, rater, layout or {}
         self._input = shard.fingerprint()
         self.documents = self.tokens = self.rejected = 0
         self._rows: dict[str, list] = {name: [] for name in SCHEMA.names[:-1]}
@@ -243,6 +249,7 @@ class ShardWriter:
             "rater": self._rater,
             "documents": self.documents, "rejected": self.rejected, "tokens": self.tokens,
             "input": {"name": self.shard.name, **self._input, "sha256": digest}, "settings": self._settings,
+            "layout": self._layout,
         })
 
     def discard(self) -> None:

@@ -24,13 +24,12 @@ import numpy as np
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.data.documents import Document, match_files, read_documents
+from mlx_pretrain.data.documents import Document, DocumentFields, match_files, read_documents, without_extension
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic
 from mlx_pretrain.parallel import cluster
 
 REPORT, REMOVED, DOCUMENTS = "report.json", "removed.jsonl", "documents"
-_EXTENSION = re.compile(r"\.(jsonl|txt)(\.(gz|xz|zst))?$|\.parquet$")
 
 
 def say(text: str) -> None:
@@ -42,7 +41,7 @@ def input_files(pattern: epath.PathLike) -> dict[str, epath.Path]:
     """name -> path of the files matching a path or glob, sorted; the name is relative to its wildcard-free part.
 
     Raises:
-      InputError: nothing matches.
+      InputError: as `match_files`.
     """
     parts = epath.Path(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
@@ -51,7 +50,7 @@ def input_files(pattern: epath.PathLike) -> dict[str, epath.Path]:
 
 def output_name(name: str) -> str:
     """The name of the .jsonl.gz file that a stage makes of the input file `name`."""
-    return _EXTENSION.sub("", name) + ".jsonl.gz"
+    return without_extension(name) + ".jsonl.gz"
 
 
 def language_of(document: Document, name: str) -> str:
@@ -88,6 +87,8 @@ def provenance(program: str, config: Any, files: Mapping[str, epath.Path]) -> di
     """
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
                 if field.name not in ("output", "overwrite")}
+    if changed := DocumentFields().changed:
+        settings["fields"] = changed
     for path in config.exclude:
         if not epath.Path(path).exists():
             raise InputError(f"{path}: no such removal list")
@@ -250,8 +251,6 @@ def write_kept(
 ) -> None:
     """Copies the records that are on no removal list below `folder`."""
     outputs = [output_name(name) for name in files]
-    if len(set(outputs)) < len(outputs):
-        raise InputError(f"{folder.name}: two input files have one name but for the extension")
     kept = documents(files, exclude, lambda number, reason: None, extra=None)
     for position, of_file in itertools.groupby(kept, key=lambda one: one[0]):
         with jsonl_writer(folder / outputs[position]) as write:

@@ -1,13 +1,14 @@
 """Streaming readers of documents.
 
-A document is `{id, lang, text, source}`, of which only `text` is required. Files, by their extension:
+A document is `{id, lang, text, source}`, of which only `text` is required; `DocumentFields` has other names of these
+fields. Files, by their extension:
 
-    .jsonl     one JSON object per line, blank lines allowed
-    .txt       plain text; one file is one document, or every non-blank line is (`Corpus.text_unit`)
-    .parquet   one row per document, row groups streamed
+    .jsonl, .json    one JSON object per line, blank lines allowed
+    .txt             plain text; one file is one document, or every non-blank line is (`Corpus.text_unit`)
+    .parquet         one row per document, row groups streamed; text may be in a string or a binary column
 
-.jsonl and .txt may be compressed: .xz, .gz, .zst. Paths may be local or gs://. Memory stays at one document (one row
-group for parquet).
+.jsonl, .json and .txt may be compressed: .xz, .gz, .zst. Paths may be local or gs://. Memory stays at one document (one
+row group for parquet).
 """
 
 import contextlib
@@ -18,9 +19,10 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
+import gin
 import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
@@ -35,9 +37,49 @@ _DECOMPRESS = {
     # Not the zstandard package: it ends a truncated stream in silence.
     ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),
 }
+_JSON = (".jsonl", ".json")
+_FORMATS = (*_JSON, ".txt", ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_BATCH = 256  # rows decoded at a time
+_STRINGS = (pa.string(), pa.large_string())
+_JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value",
+               type(None): "null", dict: "an object"}
 _COLUMNS = ("id", "lang", "text", "source")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class DocumentFields:
+    """Names of the fields of records, for files that were made elsewhere: `DocumentFields.text = 'content'`.
+
+    They hold for every file of documents that a command reads; commands write the names of the defaults.
+
+    Attributes:
+      text, id, source: of these fields.
+      language: of the field with the language; None: no field has it. A record without "lang", the default, may have
+        "language".
+    """
+
+    text: str = "text"
+    id: str = "id"
+    language: str | None = "lang"
+    source: str = "source"
+
+    @property
+    def changed(self) -> dict[str, str | None]:
+        """The names that are not the defaults: what an output records of how its input was read."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if getattr(self, field.name) != field.default}
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The fields that may have the language; the first one that is there has it."""
+        return {None: (), "lang": ("lang", "language")}.get(self.language, (self.language,))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All fields that are read."""
+        return (self.id, self.text, self.source, *self.languages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +89,7 @@ class Document:
     Attributes:
       id: the record's id, else "<file name>:<line or row, from 1>" (or the file name alone for a whole file).
       text: the text as it is in the file.
-      language: the record's `lang`, else "".
+      language: the record's `lang`, else its `language`, else "".
       source: the record's `source`, else "".
       number: line or row of the file, from 1; no part of what makes documents equal.
       extra: further fields of the record that were asked for; absent ones are None.
@@ -61,11 +103,11 @@ class Document:
     extra: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
 
 
-def match_files(pattern: epath.PathLike) -> list[epath.Path]:
-    """Files matching a path or glob, sorted.
+def glob_files(pattern: epath.PathLike) -> list[epath.Path]:
+    """Files matching a path or glob, sorted; none where nothing matches.
 
     Raises:
-      InputError: nothing matches.
+      InputError: the pattern holds **.
     """
     # A glob is anchored at the longest folder that holds no wildcard.
     parts = epath.Path(pattern).parts
@@ -73,52 +115,83 @@ def match_files(pattern: epath.PathLike) -> list[epath.Path]:
         raise InputError(f"{pattern}: ** is not supported; name the folders, or use * for each level")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
     if fixed is None:
-        found = [epath.Path(pattern)] if epath.Path(pattern).exists() else []
-    else:
-        root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
-        found = sorted(root.glob("/".join(parts[fixed:]))) if root.exists() else []
+        return [epath.Path(pattern)] if epath.Path(pattern).exists() else []
+    root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
+    return sorted(root.glob("/".join(parts[fixed:]))) if root.exists() else []
+
+
+def match_files(pattern: epath.PathLike) -> list[epath.Path]:
+    """Files matching a path or glob, sorted.
+
+    Raises:
+      InputError: nothing matches, or two files are one but for the extension.
+    """
+    found = glob_files(pattern)
     if not found:
-        raise InputError(f"{pattern}: no such file" if fixed is None else f"{pattern}: no file matches")
+        raise InputError(f"{pattern}: no {'file matches' if re.search(r'[*?[]', str(pattern)) else 'such file'}")
+    refuse_twins(found)
     return found
+
+
+def without_extension(name: str) -> str:
+    """A path or name of a document file without the part that says its format and compression."""
+    return re.sub(rf"({'|'.join(map(re.escape, _FORMATS))})({'|'.join(map(re.escape, _DECOMPRESS))})?$", "", name)
+
+
+def refuse_twins(paths: Iterable[epath.PathLike]) -> None:
+    """Refuses files that are one but for the extension: a file left beside its compressed copy would be read twice.
+
+    Raises:
+      InputError: names the first two such files.
+    """
+    seen: dict[str, epath.PathLike] = {}
+    for path in paths:
+        if (other := seen.setdefault(without_extension(str(path)), path)) != path:
+            raise InputError(f"{path}: lies beside {epath.Path(other).name}, which has the same name but for the "
+                             "extension: the documents would be read twice; move one away, or narrow the pattern")
 
 
 def read_documents(
     path: epath.PathLike,
     text_unit: str = "file",
     *,
+    fields: DocumentFields | None = None,
     extra: Sequence[str] | None = (),
     rejected: Callable[[int, str], None] | None = None,
 ) -> Iterator[Document]:
     """Streams the documents of one file.
 
     Args:
-      path: a .jsonl, .txt (either may end in .xz, .gz or .zst too) or .parquet file.
+      path: a .jsonl, .json, .txt (each may end in .xz, .gz or .zst too) or .parquet file.
       text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
+      fields: names of the fields of records; None: as configured.
       extra: names of further fields to keep of each record of a .jsonl or .parquet file; None: all there are.
       rejected: called with the line or row and the reason for every bad record, which is then passed over; None: the
         first one ends the reading.
 
     Raises:
-      InputError: the file is missing, of unknown type, empty, truncated or damaged as a whole; or, without `rejected`,
-        a record is not UTF-8, no JSON object or without text. The message names the file, and the line or row.
+      InputError: the file is missing, of unknown type, empty, truncated or damaged as a whole, needs a larger zstd
+        window than there is, or is a parquet file without the column of the text; or, without `rejected`, a record is
+        not UTF-8, no JSON object, without text or with a language that is no string. The message names the file, and
+        the line or row.
     """
-    path = epath.Path(path)
+    path, fields = epath.Path(path), fields or DocumentFields()
     suffixes = path.suffixes
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESS else path.suffix
     if kind == ".parquet" and path.suffix == ".parquet":
-        records, parse = _parquet_rows(path, extra), _document
-    elif kind == ".jsonl":
+        records, parse = _parquet_rows(path, fields, extra), _document
+    elif kind in _JSON:
         records, parse = _lines(path), _json_document
     elif kind == ".txt":
         records, parse = (_lines(path), _line_document) if text_unit == "line" else (_whole(path), _text_document)
     else:
-        raise InputError(f"{path}: unknown type of document file; known are .jsonl and .txt "
+        raise InputError(f"{path}: unknown type of document file; known are {', '.join(_JSON)} and .txt "
                          f"(also with {', '.join(_DECOMPRESS)}) and .parquet")
     empty = True
     for number, record in records:
         empty = False
         try:
-            document = parse(record, path, number, extra)
+            document = parse(record, f"{path}:{number}", number, path.name, fields, extra)
         except InputError as error:
             if rejected is None:
                 raise
@@ -138,6 +211,9 @@ def _open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if "Frame requires too much memory" in str(error):  # Arrow's words; it has no setting for the limit
+            raise InputError(f"{path}: made with a zstd window of more than 128 MiB, which cannot be read; compress it "
+                             f"again: zstd -d --long=31 -c {path.name} | zstd -o ...") from None
         raise InputError(f"{path}: cannot be read (truncated or damaged?): {error}") from None
 
 
@@ -159,14 +235,24 @@ def _whole(path: epath.Path) -> Iterator[tuple[int, bytes]]:
         yield 1, content
 
 
-def _parquet_rows(path: epath.Path, extra: Sequence[str] | None) -> Iterator[tuple[int, dict[str, object]]]:
+def _parquet_rows(
+    path: epath.Path, fields: DocumentFields, extra: Sequence[str] | None
+) -> Iterator[tuple[int, dict[str, object]]]:
     try:
         with path.open("rb") as file:
             table = pa.parquet.ParquetFile(file)
-            names = table.schema_arrow.names
-            columns = names if extra is None else [name for name in (*_COLUMNS, *extra) if name in names]
+            schema = table.schema_arrow
+            if fields.text not in schema.names:
+                raise InputError(f'{path}: no column "{fields.text}"; there is {", ".join(schema.names)} '
+                                 "(DocumentFields.text names the one with the text)")
+            columns = schema.names if extra is None else [
+                name for name in dict.fromkeys((*fields.names, *extra)) if name in schema.names]
             number = 0
             for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
+                # As bytes, so that text that is not UTF-8 is the fault of its row.
+                batch = pa.RecordBatch.from_arrays(
+                    [column.cast(pa.large_binary()) if name in fields.names and column.type in _STRINGS else column
+                     for name, column in zip(batch.schema.names, batch.columns)], batch.schema.names)
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
@@ -185,34 +271,52 @@ def _decode(content: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8: {error}") from None
 
 
-def _text_document(content: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
-    return Document(path.name, _decode(content, str(path)), "", "", number)
+# Parsers take a record, its place for messages, its number, the name of its file, names of fields, and further fields.
 
 
-def _line_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
-    return Document(f"{path.name}:{number}", _decode(line, f"{path}:{number}"), "", "", number)
+def _text_document(content: bytes, where: str, number: int, name: str, *_: object) -> Document:
+    return Document(name, _decode(content, where.removesuffix(":1")), "", "", number)
 
 
-def _json_document(line: bytes, path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
+def _line_document(line: bytes, where: str, number: int, name: str, *_: object) -> Document:
+    return Document(f"{name}:{number}", _decode(line, where), "", "", number)
+
+
+def _json_document(
+    line: bytes, where: str, number: int, name: str, fields: DocumentFields, extra: Sequence[str] | None
+) -> Document:
     try:
-        record = json.loads(_decode(line, f"{path}:{number}"))
+        record = json.loads(_decode(line, where))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{number}: malformed JSON: {error}") from None
+        raise InputError(f"{where}: malformed JSON: {error} (each line must be a JSON object)") from None
     if not isinstance(record, dict):
-        raise InputError(f"{path}:{number}: a {type(record).__name__} where a JSON object is expected")
-    document = _document(record, path, number, extra)
+        raise InputError(f"{where}: {_JSON_NAMES[type(record)]} where a JSON object is expected")
+    document = _document(record, where, number, name, fields, extra)
     if b"\\u" in line:  # JSON can spell half a surrogate pair, which no encoding of Unicode can hold
         try:
             document.text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{path}:{number}: the text is not valid Unicode: {error}") from None
+            raise InputError(f"{where}: the text is not valid Unicode: {error}") from None
     return document
 
 
-def _document(record: dict[str, object], path: epath.Path, number: int, extra: Sequence[str] | None) -> Document:
-    text, name = record.get("text"), record.get("id")
+def _document(
+    record: dict[str, object], where: str, number: int, name: str, fields: DocumentFields, extra: Sequence[str] | None
+) -> Document:
+    for field in fields.names:
+        if isinstance(record.get(field), bytes):
+            record[field] = _decode(record[field], f'{where}: "{field}"')
+    text, key, source = record.get(fields.text), record.get(fields.id), record.get(fields.source)
     if not isinstance(text, str):
-        raise InputError(f'{path}:{number}: no "text" string in this record')
-    fields = [field for field in record if field not in _COLUMNS] if extra is None else extra
-    return Document(f"{path.name}:{number}" if name is None else str(name), text, str(record.get("lang") or ""),
-                    str(record.get("source") or ""), number, {field: record.get(field) for field in fields})
+        others = [field for field, value in record.items() if isinstance(value, str)]
+        hint = f"; there is {', '.join(others[:5])} (DocumentFields.text names the one with the text)" if others else ""
+        raise InputError(f'{where}: no "{fields.text}" string in this record{hint}')
+    field, language = next(((field, record[field]) for field in fields.languages
+                            if record.get(field) not in (None, "")), ("", ""))
+    if not isinstance(language, str):
+        raise InputError(f'{where}: "{field}" is {_JSON_NAMES.get(type(language), type(language).__name__)} where a '
+                         "string is expected (DocumentFields.language names another field, or is None)")
+    known = {*_COLUMNS, fields.id, fields.text, fields.source, field}
+    kept = [field for field in record if field not in known] if extra is None else extra
+    return Document(f"{name}:{number}" if key is None else str(key), text, language,
+                    str(source or ""), number, {field: record.get(field) for field in kept})

@@ -82,8 +82,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
     """Reads and checks a store's manifest.
 
     Raises:
-      InputError: no manifest (not a store, or its export was interrupted), another format, or a tokenizer that is
-        not the one the tokens were made with.
+      InputError: no manifest (not a store, or its export was interrupted), another format, a language without
+        text, or a tokenizer that is not the one the tokens were made with.
     """
     path = epath.Path(store) / MANIFEST
     with gcs.named_errors(path):
@@ -100,6 +100,11 @@ def read_manifest(store: epath.PathLike) -> Manifest:
         manifest = Manifest(splits=splits, **content)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: malformed manifest: {error}") from None
+    for split, parts in splits.items():
+        for language, part in parts.items():
+            if not part.bytes:  # its bits per byte are infinite, and a share of a mixture would be spent on nothing
+                raise InputError(f"{path}: the {split} text in {language!r} is empty ({part.documents} documents, "
+                                 "0 bytes); export the store again without it")
     tokenizer = epath.Path(store) / TOKENIZER
     if not tokenizer.exists() or sha256(tokenizer) != manifest.tokenizer_sha256:
         raise InputError(f"{tokenizer}: not the tokenizer these tokens were made with (missing or changed)")

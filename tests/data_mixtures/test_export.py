@@ -202,6 +202,19 @@ def test_unreadable_documents_leave_no_store(tmp_path, tokenizer_path, write_cor
     assert contents(store) == contents(tmp_path / "clean")
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("texts", [[""], ["", " \n\t", "\u3000"]])
+def test_a_language_without_text_leaves_no_store(tmp_path, tokenizer_path, write_corpus, write_jsonl, split, texts):
+    folder = write_corpus(tmp_path / "corpus", {"en": 4})
+    write_jsonl(folder / split / "xx.jsonl", [{"text": text} for text in texts])
+    with pytest.raises(InputError, match=rf"{split}/xx\.jsonl: no document has any text; leave 'xx' out of '{split}'"):
+        export_tokens(Corpus(folder), tokenizer_path, tmp_path / "store", 32)
+    assert not (tmp_path / "store/manifest.json").exists()
+    write_jsonl(folder / split / "xx.jsonl", [*({"text": text} for text in texts), {"text": "x"}])
+    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "store", 32)
+    assert TokenStore(tmp_path / "store").part(split, "xx").documents == len(texts) + 1
+
+
 def test_nonsense_lengths_are_named(corpus, tokenizer_path, tmp_path):
     for length in (0, -3, 2.5):
         with pytest.raises(InputError, match="sequence_length"):

@@ -135,6 +135,6 @@ def test_a_broken_file_ends_the_command_with_one_line_and_nothing_else(score_gin
                                           "their *.rejects.jsonl")
     assert pq.read_table(tmp_path / "scores" / "a.jsonl.gz.scores.parquet").num_rows == 20
     assert not (tmp_path / "scores" / "b.jsonl.gz.scores.parquet").exists()
-    refused = run(SCORE, *flags, "--gin.QualityScorer.buckets=[24]", folder=tmp_path)
+    refused = run(SCORE, *flags, "--gin.QualityScorer.chunk_length=12", folder=tmp_path)
     assert refused.code == 1
     assert refused.err.splitlines()[-1].endswith("; choose another score.output, or set score.overwrite=True")

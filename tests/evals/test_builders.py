@@ -105,6 +105,13 @@ def test_completion_without_aligned_lines_is_refused(tmp_path):
         completion(documents, str(tmp_path / "out"), languages=["en", "sw"])
 
 
+def test_completion_with_two_files_of_a_language_is_refused(tmp_path):
+    for name in ("en.00.jsonl", "en.01.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    with pytest.raises(InputError, match=r"en\.01\.jsonl: its language has en\.00\.jsonl, too"):
+        completion(str(tmp_path / "*.jsonl"), str(tmp_path / "out"))
+
+
 @pytest.fixture
 def cloze(tmp_path):
     """Three languages whose parts say where they are from."""

@@ -1,5 +1,6 @@
 """The command line: what is wrong is said in one line that names the place."""
 
+import glob
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_gin_typos_name_file_and_cause(tmp_path, text, message):
 ])
 def test_a_value_of_another_type_is_one_line_that_names_the_parameter(binding, message):
     with pytest.raises(InputError, match=message) as error:
-        configuration.parse_gin([], ["STEPS = 1.5", binding])
+        configuration.parse_gin([], [binding] + ["STEPS = 1.5"] * ("%STEPS" in binding))
     assert "\n" not in str(error.value)
 
 
@@ -93,6 +94,51 @@ def test_values_that_fit_are_taken():
         "train.optimizer = @adamw", "score.documents = ['a']", "score.rater = @GivenScores()", "FOLDER = 'run'",
         "train.run_dir = %FOLDER", "languages.confusable = [('id', 'ms')]",
     ])
+
+
+@pytest.fixture
+def my_gin(tmp_path):
+    """A user's copy of the sample's macros, with one of the user's own that another file of the user reads."""
+    file = tmp_path / "my.gin"
+    file.write_text("include 'gin/mixtures/sample.gin'\nTOKENIZER = 'mine'\nTEMPERATURE = 2.0\nEXPERTS = 4\n")
+    (tmp_path / "other.gin").write_text("train.steps = %EXPERTS\n")
+    return file
+
+
+@pytest.mark.parametrize("binding, message", [
+    ("VOCABSIZE = 305", r"--gin\.VOCABSIZE: nothing reads this macro; is VOCAB_SIZE meant\?"),
+    ("vocab_size = 305", r"--gin\.vocab_size: nothing reads this macro; is VOCAB_SIZE meant\?"),
+    ("TEMPERATURE = 3", r"--gin\.TEMPERATURE: nothing reads this macro"),  # of another command
+    ("NEW = %VOCAB_SIZE", r"--gin\.NEW: nothing reads this macro"),
+    ("a/VOCAB_SIZE = 3", r"--gin\.a/VOCAB_SIZE: nothing reads this macro"),
+])
+def test_a_macro_on_the_command_line_that_nothing_reads_is_refused(my_gin, binding, message):
+    model = ["DecoderConfig.vocab_size = %VOCAB_SIZE", "DecoderConfig.max_length = %VOCAB_SIZE"]
+    with pytest.raises(InputError, match=message):
+        configuration.parse_gin([str(my_gin)], [*model, binding])
+    gin.clear_config()
+    configuration.parse_gin([str(my_gin)], [*model, "VOCAB_SIZE = %HALF", "HALF = 150"])
+
+
+@pytest.mark.parametrize("fill_macros", [False, True])
+def test_a_misspelled_macro_in_a_file_is_refused(my_gin, fill_macros):
+    my_gin.write_text(my_gin.read_text() + "VOCABSIZE = 305\n")
+    with pytest.raises(InputError, match=r"my\.gin:5: nothing reads the macro VOCABSIZE; is VOCAB_SIZE meant\?"):
+        configuration.parse_gin([str(my_gin)], [], fill_macros=fill_macros)
+
+
+def test_a_macro_whose_reader_is_overridden_is_no_mistake_of_its_file(tmp_path):
+    (tmp_path / "run.gin").write_text("MY_STEPS = 3\ntrain.steps = %MY_STEPS\n")
+    configuration.parse_gin([str(tmp_path / "run.gin")], ["train.steps = 5"])
+    gin.clear_config()
+    with pytest.raises(InputError, match=r"--gin\.MY_STEPS: nothing reads this macro"):
+        configuration.parse_gin([str(tmp_path / "run.gin")], ["train.steps = 5", "MY_STEPS = 4"])
+
+
+def test_no_file_of_the_repository_sets_a_macro_that_none_reads():
+    files = glob.glob(f"{configuration.REPOSITORY}/gin/**/*.gin", recursive=True)
+    assert len(files) > 20
+    configuration._check_macros(files, [], [])
 
 
 @pytest.mark.parametrize("argument", ["steps=3", "--steps=3", "--gin_file", "--shard=0/2", "--processes=2"])

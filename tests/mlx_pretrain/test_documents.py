@@ -5,11 +5,12 @@ import json
 import lzma
 import tracemalloc
 
+import gin
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlx_pretrain.data.documents import Document, match_files, read_documents
+from mlx_pretrain.data.documents import Document, DocumentFields, match_files, read_documents
 from mlx_pretrain.errors import InputError
 
 RECORDS = [
@@ -46,6 +47,110 @@ def test_missing_id_language_and_source_get_defaults(tmp_path):
     (tmp_path / "d.jsonl").write_text('\n{"text": "x", "id": null}\n{"text": ""}\n')
     assert list(read_documents(tmp_path / "d.jsonl")) == [Document("d.jsonl:2", "x", "", ""),
                                                           Document("d.jsonl:3", "", "", "")]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_json_file_has_an_object_a_line(tmp_path, suffix):
+    path = tmp_path / f"c4.json{suffix}"
+    path.write_bytes(compress(b'{"text": "one", "url": "x"}\n{"text": "two"}\n', suffix))
+    assert [document.text for document in read_documents(path)] == ["one", "two"]
+    path.write_bytes(compress(b'[\n  {"text": "one"}\n]\n', suffix))
+    with pytest.raises(InputError, match=r":1: malformed JSON: .*each line must be a JSON object"):
+        list(read_documents(path))
+
+
+@pytest.fixture
+def content_fields():
+    gin.parse_config(["DocumentFields.text = 'content'", "DocumentFields.id = 'key'",
+                      "DocumentFields.language = 'tongue'", "DocumentFields.source = 'site'"])
+    yield
+    gin.clear_config()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_fields_may_have_other_names(tmp_path, content_fields, kind):
+    path, record = tmp_path / f"d.{kind}", {"content": "x", "key": 7, "tongue": "fi", "site": "web", "text": "", "n": 1}
+    if kind == "jsonl":
+        path.write_text(json.dumps(record))
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist([record]), path)
+    expected = Document("7", "x", "fi", "web")
+    assert list(read_documents(path)) == [expected]
+    (document,) = read_documents(path, extra=None)
+    assert document.extra == {"n": 1}
+    assert next(read_documents(path, fields=DocumentFields(text="text", language=None))).language == ""
+
+
+def test_a_missing_text_is_named_with_what_there_is(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"content": "x", "url": "y", "n": 1}')
+    with pytest.raises(InputError, match=r'd.jsonl:1: no "text" string in this record; there is content, url \(Docum'):
+        list(read_documents(tmp_path / "d.jsonl"))
+    pa.parquet.write_table(pa.table({"content": ["x"], "n": [1]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r'd.parquet: no column "text"; there is content, n \(DocumentFields.text'):
+        list(read_documents(tmp_path / "d.parquet"))
+
+
+def test_the_language_may_stand_under_lang_or_language(tmp_path):
+    records = [{"text": "", "lang": "fi", "language": "Finnish"}, {"text": "", "language": "fra"},
+               {"text": "", "lang": None, "language": "sv"}, {"text": "", "lang": "", "language": "da"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = list(read_documents(tmp_path / "d.jsonl", extra=None))
+    assert [document.language for document in found] == ["fi", "fra", "sv", "da"]
+    assert [dict(document.extra) for document in found] == [{"language": "Finnish"}, {}, {}, {}]
+
+
+@pytest.mark.parametrize("language, named", [
+    (["en"], "a list"), ([], "a list"), ({"en": 0.9}, "an object"), (7, "a number"), (0, "a number"),
+    (0.5, "a number"), (True, "a truth value"), (False, "a truth value"),
+])
+@pytest.mark.parametrize("field", ["lang", "language"])
+def test_a_language_that_is_no_string_is_the_fault_of_its_record(tmp_path, language, named, field):
+    records = [{"text": "a", "lang": "en"}, {"text": "b", field: language}, {"text": "c"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rejected = []
+    texts = [d.text for d in read_documents(tmp_path / "d.jsonl", rejected=lambda *reject: rejected.append(reject))]
+    assert texts == ["a", "c"]
+    ((number, reason),) = rejected
+    assert number == 2 and f'd.jsonl:2: "{field}" is {named} where a string is expected' in reason
+    pa.parquet.write_table(pa.table({"text": ["b"], field: [language]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=f'd.parquet:1: "{field}" is {named}'.replace("an object", "a[n ]")):
+        list(read_documents(tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()])
+def test_parquet_text_may_be_binary(tmp_path, binary):
+    columns = {"text": "x\u00e9", "id": "a", "lang": "fi", "source": "web"}
+    table = pa.table({name: pa.array([value.encode()] * 2, pa.binary()).cast(binary)
+                      for name, value in columns.items()})
+    pa.parquet.write_table(table, tmp_path / "d.parquet", store_schema=False)
+    assert list(read_documents(tmp_path / "d.parquet")) == [Document("a", "x\u00e9", "fi", "web")] * 2
+
+
+@pytest.mark.parametrize("binary", [pa.binary(), pa.string(), pa.large_string()])
+def test_parquet_text_that_is_not_utf_8_is_the_fault_of_its_row(tmp_path, binary):
+    raw = pa.array([b"one", b"caf\xe9", b"three"], pa.large_binary() if binary == pa.large_string() else pa.binary())
+    text = raw if binary == pa.binary() else raw.view(binary)  # Arrow checks nothing here
+    pa.parquet.write_table(pa.table({"text": text}), tmp_path / "d.parquet")
+    rejected = []
+    found = list(read_documents(tmp_path / "d.parquet", rejected=lambda *reject: rejected.append(reject)))
+    assert [document.text for document in found] == ["one", "three"]
+    assert [number for number, _ in rejected] == [2] and 'd.parquet:2: "text": not UTF-8' in rejected[0][1]
+
+
+def zstd_frame(content: bytes, window_log: int) -> bytes:
+    """One raw block; RFC 8878, 3.1.1."""
+    header = b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3])
+    return header + (len(content) << 3 | 1).to_bytes(3, "little") + content
+
+
+def test_a_zstd_window_that_is_too_large_is_named(tmp_path):
+    path = tmp_path / "d.jsonl.zst"
+    path.write_bytes(zstd_frame(GOOD, 27) + zstd_frame(GOOD, 20))
+    assert [document.text for document in read_documents(path)] == ["good", "good"]
+    path.write_bytes(zstd_frame(GOOD, 20) + zstd_frame(GOOD, 31))
+    with pytest.raises(InputError, match=r"made with a zstd window of more than 128 MiB") as error:
+        list(read_documents(path))
+    assert "damaged" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["", ".xz"])
@@ -109,7 +214,7 @@ def test_a_truncated_stream_is_an_error_and_not_a_shorter_file(tmp_path, suffix,
 
 def test_a_parquet_file_without_text_is_named(tmp_path):
     pa.parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match=r'd.parquet:1: no "text"'):
+    with pytest.raises(InputError, match=r'd.parquet: no column "text"; there is id ' ):
         list(read_documents(tmp_path / "d.parquet"))
 
 

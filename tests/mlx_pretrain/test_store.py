@@ -1,6 +1,8 @@
 """The token store: what is written is read, and damage is noticed when it is opened."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -72,3 +74,14 @@ def test_unknown_split_and_language_are_named(store_dir):
         store.part("train", "zz")
     with pytest.raises(InputError, match="no split 'test'"):
         store.parts("test")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_store_with_a_language_without_text_is_refused(store_dir, tmp_path, split):
+    """Evaluated, it would have infinite bits per byte; in a mixture, a share of nothing."""
+    shutil.copytree(store_dir, tmp_path / "store")
+    manifest = token_store.read_manifest(tmp_path / "store")
+    manifest.splits[split]["bb"] = dataclasses.replace(manifest.splits[split]["bb"], bytes=0, documents=1)
+    token_store.write_manifest(tmp_path / "store", manifest)
+    with pytest.raises(InputError, match=rf"manifest.json: the {split} text in 'bb' is empty \(1 documents, 0 bytes\)"):
+        token_store.TokenStore(tmp_path / "store")

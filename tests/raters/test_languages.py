@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from mlx_pretrain.errors import InputError
-from raters.languages import Identifier, LanguagesConfig, check_languages, pieces
+from raters.languages import Identifier, LanguagesConfig, check_languages, language_subtag, pieces
 from tests.raters.rated import write_documents
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples/text/heldout"
@@ -79,7 +79,48 @@ def test_pieces_are_spread_over_the_text_and_do_not_overlap():
 def test_codes_of_scripts_and_regions_are_of_their_language():
     identifier = Identifier((("id", "ms"), ("zh", "wuu", "yue")))
     assert identifier.group("zh-Hant") == identifier.group("zh_TW") == identifier.group("YUE") == "zh"
-    assert identifier.knows("ms") and not identifier.knows("xx")
+    assert identifier.knows("ms") and not identifier.knows("tlh")
+
+
+@pytest.mark.parametrize("code, subtag", [
+    ("fra_Latn", "fr"), ("fra", "fr"), ("fre", "fr"), ("FR", "fr"), ("fr-CA", "fr"), ("deu", "de"), ("ger_Latn", "de"),
+    ("cmn_Hani", "zh"), ("cmn", "zh"), ("zho_Hant", "zh"), ("zh_TW", "zh"), ("arb_Arab", "ar"), ("arz_Arab", "arz"),
+    ("zsm_Latn", "ms"), ("ind_Latn", "id"), ("ekk_Latn", "et"), ("lvs_Latn", "lv"), ("swh_Latn", "sw"),
+    ("npi_Deva", "ne"), ("pes_Arab", "fa"), ("als_Latn", "sq"), ("ory_Orya", "or"), ("khk_Cyrl", "mn"),
+    ("srp_Cyrl", "sr"), ("nob_Latn", "nb"), ("iw", "he"), ("tlh", "tlh"), ("kin_Latn", "rw"),
+])
+def test_codes_of_other_standards_are_mapped(code, subtag):
+    assert language_subtag(code) == subtag
+
+
+@pytest.mark.parametrize("code", ["xx", "xyz", "english", "part-0", "train", "data", "c4", "", "['en']", "1"])
+def test_what_is_no_language_is_refused(tmp_path, code):
+    with pytest.raises(InputError, match="is no code of a language"):
+        language_subtag(code)
+
+
+def test_documents_under_names_of_fineweb_2_are_checked(tmp_path):
+    french, english, chinese = ("\n".join(record["text"] for record in sample(code)) for code in ("fr", "en", "zh"))
+    write_documents(tmp_path / "in/fra_Latn.jsonl", [{"id": "good", "text": french[:900]},
+                                                     {"id": "wrong", "text": english[:900]}])
+    write_documents(tmp_path / "in/x.jsonl", [{"id": "zh", "language": "cmn_Hani", "text": chinese[:900]},
+                                              {"id": "no", "language": "nob_Latn", "text": english[:900]}])
+    removed, report = run(tmp_path)
+    assert [(one["id"], one["declared"], one["found"]) for one in removed] == [
+        ("wrong", "fra_Latn", "en"), ("no", "nob_Latn", "en")]
+    assert report["languages"]["fra_Latn"] == {"confirmed": 1, "removed": 1}
+    assert report["languages"]["cmn_Hani"] == {"confirmed": 1}
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"lang": "xx"}, r"c4-train\.00000\.json:2: 'xx' is no code of a language.*; the record says so"),
+    ({}, r"c4-train\.00000\.json:2: 'c4-train' is no code of a language.*; the record has no language, and the file's"),
+])
+def test_a_language_that_nobody_knows_is_refused_and_nothing_written(tmp_path, record, message):
+    write_documents(tmp_path / "in/c4-train.00000.json", [{"text": "x", "lang": "en"}, {"text": "x", **record}])
+    with pytest.raises(InputError, match=message):
+        run(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_that_cannot_be_meant_are_refused():

@@ -206,6 +206,25 @@ def test_other_settings_are_refused_unless_they_may_overwrite(files, tmp_path):
     assert set(pq.read_table(tmp_path / "out" / "a.jsonl.gz.scores.parquet")["rater"].to_pylist()) == {"other"}
 
 
+def test_scoring_goes_on_on_other_devices_with_other_batches(run_dir, scorer, files, tmp_path, monkeypatch):
+    run_score(files, tmp_path / "all", scorer)
+    run_score(files, tmp_path / "out", scorer, documents=[f"{files}/a.jsonl.gz"])
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    two = QualityScorer(run_dir, buckets=[CHUNK], window_tokens=500)
+    summary = run_score(files, tmp_path / "out", two)
+    assert (summary["scored"], summary["skipped"]) == (1, 1)
+    layouts = [json.loads((tmp_path / "out" / f"{name}.done.json").read_text())["layout"]
+               for name in ("a.jsonl.gz", "de/b.jsonl")]
+    assert layouts == [
+        {"devices": 8, "platform": "cpu", "buckets": [8, 16, CHUNK], "tokens_per_batch": 768, "window_tokens": 1536},
+        {"devices": 2, "platform": "cpu", "buckets": [CHUNK], "tokens_per_batch": 2048, "window_tokens": 500}]
+    found, expected = (pq.read_table(tmp_path / folder / "de/b.jsonl.scores.parquet")["quality_score"].to_numpy()
+                       for folder in ("out", "all"))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    with pytest.raises(InputError, match="scored with another chunk_length"):
+        run_score(files, tmp_path / "out", QualityScorer(run_dir, chunk_length=12))
+
+
 def test_a_rater_is_another_when_its_parameters_are(run_dir, scorer):
     assert scorer.name == QualityScorer(run_dir, step=5).name
     other = QualityScorer(run_dir, step=4).name
@@ -237,15 +256,26 @@ def test_wrong_settings_are_refused_before_anything_is_written(files, tmp_path, 
 
 
 def test_a_document_without_a_language_takes_that_of_its_path():
-    languages = Languages(pattern="{language}/part-*.jsonl.gz")
+    languages = Languages("{language}/part-*.jsonl.gz")
     document = Document("1", "x", "", "")
     assert languages.of(document, pathlib.Path("/data/fi/part-01.jsonl.gz")) == "fi"
     assert languages.of(Document("1", "x", "sv", ""), pathlib.Path("/data/fi/part-01.jsonl.gz")) == "sv"
     assert languages.of(document, pathlib.Path("/data/fi/x.jsonl.gz")) == ""
-    other = Languages("language", "{language}.txt")
-    assert other.fields == ("language",)
-    assert other.of(Document("1", "x", "sv", "", 1, {"language": "da"}), pathlib.Path("fi.txt")) == "da"
-    assert other.of(Document("1", "x", "sv", "", 1, {"language": None}), pathlib.Path("fi.txt")) == "fi"
+    assert Languages().of(document, pathlib.Path("/data/fi/x.jsonl.gz")) == ""
+
+
+def test_a_language_under_another_name_that_is_no_string_is_rejected(tmp_path):
+    write_jsonl(tmp_path / "in/sv.jsonl", [{"text": "a", "rank": 1, "lang": "sv", "tongue": "da"},
+                                           {"text": "b", "rank": 2, "lang": "sv", "tongue": {"da": 0.9}},
+                                           {"text": "c", "rank": 3, "lang": ["sv"]}])
+    more = {"documents": [f"{tmp_path}/in/*"], "language_pattern": "{language}.jsonl"}
+    run_score(None, tmp_path / "out", GivenScores("rank"), language_field="tongue", **more)
+    assert pq.read_table(tmp_path / "out/sv.jsonl.scores.parquet")["language"].to_pylist() == ["da", "sv"]
+    reject = json.loads((tmp_path / "out/sv.jsonl.rejects.jsonl").read_text())
+    assert reject["number"] == 2
+    assert reject["reason"].startswith('"tongue" is an object where a string is expected')
+    with pytest.raises(InputError, match=r"scored with another fields \({'language': 'tongue'}, now None\)"):
+        run_score(None, tmp_path / "out", GivenScores("rank"), **more)
 
 
 def test_languages_are_detected_only_where_nothing_else_tells(tmp_path):
@@ -286,6 +316,15 @@ def test_outputs_of_two_inputs_never_go_to_one_place(tmp_path):
         find_shards([f"{tmp_path}/x/*.jsonl", f"{tmp_path}/y/*.jsonl"], tmp_path / "out")
     found = find_shards([f"{tmp_path}/*/*.jsonl", f"{tmp_path}/*/a.jsonl"], tmp_path / "out")
     assert [shard.name for shard in found] == ["x/a.jsonl", "y/a.jsonl"]
+
+
+def test_a_file_is_never_scored_twice(tmp_path):
+    write_jsonl(tmp_path / "x" / "a.jsonl", [{"text": "t"}])
+    with pytest.raises(InputError, match=r"x/a\.jsonl: matches two patterns"):
+        find_shards([f"{tmp_path}/*/*.jsonl", f"{tmp_path}/x/*.jsonl"], tmp_path / "out")
+    write_jsonl(tmp_path / "x" / "a.jsonl.gz", [{"text": "t"}])
+    with pytest.raises(InputError, match=r"x/a\.jsonl\.gz: lies beside a\.jsonl"):
+        find_shards([f"{tmp_path}/x/*.jsonl", f"{tmp_path}/x/*.jsonl.gz"], tmp_path / "out")
 
 
 def test_outputs_in_the_input_folder_are_no_input(files):

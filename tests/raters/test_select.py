@@ -55,6 +55,16 @@ def written(output: str | pathlib.Path) -> dict[str, dict]:
     return {key: value for path in sorted(pathlib.Path(output).glob("train/*/*")) for key, value in read(path).items()}
 
 
+def test_a_rated_record_that_cannot_be_read_is_named(tmp_path):
+    """Rated with DocumentFields.language = None, say."""
+    config = make(tmp_path)
+    records = [record | {"lang": ["de"]} if i == 3 else record for i, record in enumerate(RECORDS["de"][:25])]
+    write_documents(tmp_path / "corpus/one/de.jsonl.gz", records)
+    with pytest.raises(InputError, match=r'one/de\.jsonl\.gz:4: "lang" is a list where .*; it was rated, with other'):
+        select(config)
+    assert not (tmp_path / "kept").exists()
+
+
 def test_the_corpus_reader_takes_what_was_kept(tmp_path):
     config = make(tmp_path)
     select(config)
