@@ -64,8 +64,10 @@ class MLXPretrain(LM):
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self._model.tokenizer.encode(request.args[0])
+            if tokens[:1] == [self._model.bos_id]:  # spelt out in the text; the windows begin with it anyway
+                tokens = tokens[1:]
             pairs = utils.get_rolling_token_windows(
-                token_list=tokens, prefix_token=self._model.start, max_seq_len=self._scorer.max_length, context_len=1)
+                token_list=tokens, prefix_token=self._model.bos_id, max_seq_len=self._scorer.max_length, context_len=1)
             for context, continuation in map(utils.make_disjoint_window, pairs):
                 windows.append(Request(np.array(context), np.array(continuation)))
                 owners.append(number)

@@ -6,7 +6,7 @@ import numpy as np
 
 from evals.tasks import Item
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import LanguageModel
+from mlx_pretrain.inference.language_model import LanguageModel, with_prefix
 from mlx_pretrain.inference.scoring import Request
 
 SEPARATOR = "\n\n"  # between examples
@@ -51,9 +51,10 @@ def encode_pairs(model: LanguageModel, pairs: Iterable[tuple[str, str]], num_thr
     contexts = list(dict.fromkeys(context for context, _ in moved))
     tokens = dict(zip(contexts, model.tokenizer.encode_batch(contexts, num_threads)))
     wholes = model.tokenizer.encode_batch([context + continuation for context, continuation in moved], num_threads)
-    before, start = np.array(model.before, np.int32), np.array([model.start], np.int32)
+    bos = np.array([model.bos_id], np.int32)
     requests = []
     for (context, _), whole in zip(moved, wholes):
-        head = np.concatenate([before, tokens[context][: len(whole) - 1]])
-        requests.append(Request(head if len(head) else start, whole[min(len(tokens[context]), len(whole) - 1) :]))
+        head, whole = (with_prefix(model.prefix_ids, ids) for ids in (tokens[context], whole))
+        head = head[: len(whole) - 1]
+        requests.append(Request(head if len(head) else bos, whole[len(head) :]))
     return requests

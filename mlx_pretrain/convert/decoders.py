@@ -4,7 +4,7 @@ them."""
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from mlx_pretrain.convert.special_ids import CONFIG, GENERATION_CONFIG
 from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, write_json
@@ -20,7 +21,7 @@ from mlx_pretrain.models.decoder import DecoderConfig
 # Tables that follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # dtypes of weights
 
 
@@ -161,15 +162,16 @@ def save_decoder(
     params: Any,
     *,
     bos_id: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Writes config.json and model.safetensors, which `load_decoder` and transformers' LlamaForCausalLM read.
+    """Writes a folder that `load_decoder` and transformers' LlamaForCausalLM read: config.json, generation_config.json,
+    model.safetensors.
 
     Args:
       folder: created if needed; files of these names are replaced.
       config, params: of the decoder; numpy arrays or arrays of one process.
-      bos_id, eos_id: that begin and end a document.
+      bos_id, eos_id: that begin and end a document; several may end one.
       dtype: of the stored weights, "float32" or "bfloat16".
 
     Raises:
@@ -181,6 +183,11 @@ def save_decoder(
     tensors = {name: np.ascontiguousarray(value, STORED[dtype]) for name, value in _tensors(config, params)}
     with atomic_writer(folder / WEIGHTS) as file:
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    # A single end is a number, as most readers expect it.
+    if isinstance(eos_id, Sequence):
+        eos_id = list(eos_id) if len(eos_id) > 1 else eos_id[0]
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    write_json(folder / GENERATION_CONFIG, ids)
     write_json(folder / CONFIG, {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -198,10 +205,8 @@ def save_decoder(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
         "torch_dtype": dtype,
-    })
+    } | ids)
 
 
 def _tensors(config: DecoderConfig, params: Any):

@@ -9,6 +9,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_pretrain.convert.decoders import decoder_params
+from mlx_pretrain.convert.special_ids import SpecialIds
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 
@@ -134,9 +135,10 @@ class GGUF:
                 single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], int(bos))])
         return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()
 
-    def special_ids(self) -> tuple[int | None, int | None]:
-        """Ids of the tokens that begin and end a document."""
-        return tuple(self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos"))
+    def special_ids(self) -> SpecialIds:
+        """Ids of the tokens that begin and end a document; a turn or a message that ends is an end, as in llama.cpp."""
+        bos, *ends = (self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos", "eot", "eom"))
+        return SpecialIds(bos, tuple(dict.fromkeys(token for token in ends if token is not None)))
 
     def decoder_config(self, dtype: str = "float32") -> DecoderConfig:
         """The configuration; raises InputError for another architecture."""

@@ -129,7 +129,7 @@ class Bytes:
 
 class Model:
     def __init__(self, before):
-        self.tokenizer, self.before, self.start = Bytes(), before, 1
+        self.tokenizer, self.prefix_ids, self.bos_id = Bytes(), before, 1
 
 
 PAIRS = [("a cat", " sat"), ("a cat ", "sat"), ("a cat  ", " sat"), ("", "x y"), ("a", "\n\nb"), ("ab", "c")]

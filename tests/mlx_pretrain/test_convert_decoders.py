@@ -204,11 +204,12 @@ def test_gguf_gives_the_weights_and_the_tokenizer(gguf_model, tokenizer):
 def test_models_from_gguf_and_hugging_face_are_used_alike(gguf_model, tmp_path):
     path, config, _ = gguf_model
     model = load_language_model(path)
-    save_decoder(tmp_path, config, model.params, bos_id=model.start, eos_id=model.end)
+    save_decoder(tmp_path, config, model.params, bos_id=model.bos_id, eos_id=model.eos_ids)
     (tmp_path / "tokenizer.json").write_bytes(model.tokenizer.model)
     same = load_language_model(tmp_path)
     assert same.fingerprint() == model.fingerprint()
-    assert (same.start, same.end, same.before) == (model.start, model.end, model.before) == (0, 1, ())
+    ids = [(one.bos_id, one.eos_ids, one.prefix_ids) for one in (same, model)]
+    assert ids == [(0, (1,), ())] * 2
     prompts = ["the cat", "", "1998 dogs ran"]
     settings = {"max_new_tokens": 5, "temperature": 0.0}
     assert same.generate(prompts, **settings) == model.generate(prompts, **settings)
@@ -225,7 +226,7 @@ def test_gguf_files_that_are_none(gguf_model, tmp_path, tokenizer):
     with pytest.raises(InputError, match="pre-tokenizer 'qwen2'"):
         GGUF(tmp_path / "other.gguf").tokenizer()
     write_gguf(tmp_path / "bos.gguf", config, params, tokenizer, add_bos=True)
-    assert load_language_model(tmp_path / "bos.gguf").before == (0,)
+    assert load_language_model(tmp_path / "bos.gguf").prefix_ids == (0,)
 
 
 def test_folders_without_what_is_needed(tmp_path):
