@@ -32,8 +32,8 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
       `read(name, shape)`, a tensor as a numpy float32 array.
 
     Raises:
-      InputError: a file is missing or malformed; a tensor is missing, there twice, quantised, or of another shape; at the
-        end of the block, one that is not among `ignored` has not been read.
+      InputError: a file is missing or malformed; a tensor is missing, there twice, quantised, or of another
+        shape; at the end of the block, one that is not among `ignored` has not been read.
     """
     folder = epath.Path(folder)
     with contextlib.ExitStack() as stack:
