@@ -59,11 +59,12 @@ class VideoLLM:
         return Prompts.of(self.config, self.language_model)
 
     def fingerprint(self) -> str:
-        """Digest of configuration, tokenizer and the parameters' bytes, the same on any mesh."""
+        """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         content = dataclasses.asdict(self.config)
         for part in ("vision", "decoder"):
             content[part] = {name: value for name, value in content[part].items() if name not in COMPUTE_FIELDS}
-        return fingerprint(self.params, content, self.language_model.tokenizer.sha256)
+        model = self.language_model
+        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids])
 
 
 @gin.configurable(denylist=["mesh"])

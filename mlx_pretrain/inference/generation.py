@@ -70,16 +70,15 @@ def generate(
     suppressed = np.array([*suppressed_ids, *range(vocab_size or config.vocab_size, config.vocab_size)], np.int32)
     key = jax.random.key(seed)
     new = _generate(
-        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, suppressed,
-        np.array(eos_ids, np.int32), key
+        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, suppressed, key
     )
     ends = frozenset(eos_ids)
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in np.asarray(new).tolist()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, suppressed, eos_ids, key):
-    """New tokens `[batch, max_new_tokens]`; after one of `eos_ids` only the first of them."""
+def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, suppressed, key):
+    """New tokens `[batch, max_new_tokens]`, whatever ends a text among them."""
     batch, width = tokens.shape
     model = Decoder(config)
     rows = jnp.arange(batch)
@@ -98,17 +97,15 @@ def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperatu
     hidden, cache = model.apply({"params": params}, tokens, positions, cache=cache)
     first = sample(hidden[rows, lengths - 1], jnp.int32(0))
 
-    def step(carry: tuple[Cache, jax.Array, jax.Array], index: jax.Array):
-        cache, token, done = carry
-        done |= jnp.isin(token, eos_ids)
+    def step(carry: tuple[Cache, jax.Array], index: jax.Array):
+        cache, token = carry
         hidden, cache = model.apply(
             {"params": params}, token[:, None], (lengths + index)[:, None], cache=cache
         )
-        following = jnp.where(done, eos_ids[0], sample(hidden[:, 0], index + 1))
-        return (cache, following, done), following
+        following = sample(hidden[:, 0], index + 1)
+        return (cache, following), following
 
-    start = (cache, first, jnp.zeros(batch, bool))
-    _, rest = jax.lax.scan(step, start, jnp.arange(max_new_tokens - 1, dtype=jnp.int32))
+    _, rest = jax.lax.scan(step, (cache, first), jnp.arange(max_new_tokens - 1, dtype=jnp.int32))
     new = jnp.concatenate([first[:, None], rest.T.astype(first.dtype)], axis=1)
     # A copy on every device, so that every process can read it.
     return partitioning.constrain_replicated(new)
