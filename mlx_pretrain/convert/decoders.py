@@ -240,7 +240,7 @@ def save_decoder(
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     # A single end is a number, as most readers expect it.
     if isinstance(eos_id, Sequence):
-        eos_id = list(eos_id) if len(eos_id) > 1 else eos_id[0]
+        eos_id = list(eos_id) if len(eos_id) > 1 else next(iter(eos_id), None)
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     write_json(folder / GENERATION_CONFIG, ids)
     write_json(folder / CONFIG, {
