@@ -89,8 +89,8 @@ def write_models(scratch: pathlib.Path, smollm2: str | None) -> dict[str, pathli
     found = {"7M": scratch / "7M"}
     if smollm2:
         file, folder = GGUF(smollm2), scratch / "SmolLM2-135M"
-        bos, eos = file.special_ids()
-        save_decoder(folder, *file.load_decoder(), bos_id=bos, eos_id=eos)
+        ids = file.special_ids()
+        save_decoder(folder, *file.load_decoder(), bos_id=ids.bos_id, eos_id=ids.eos_ids)
         (folder / "tokenizer.json").write_bytes(file.tokenizer())
         found["SmolLM2-135M"] = folder
     for folder in found.values():

@@ -19,7 +19,7 @@ def encode_prompts(
     Raises:
       InputError: no room is left for a prompt.
     """
-    room = max_length - max_new_tokens - len(model.before)
+    room = max_length - max_new_tokens - len(model.prefix_ids)
     if room < 1:
         raise InputError(f"generation: {max_new_tokens} new tokens leave no room for a prompt: the model has "
                          f"{max_length} positions")
@@ -45,9 +45,8 @@ def generate_answers(
         batch = order[start : start + TOGETHER]
         # A last batch that is not full repeats a prompt, so that no other program is compiled for it.
         padded = batch + batch[-1:] * (TOGETHER - len(batch))
-        for number, text in zip(batch, model.generate_tokens([prompts[number] for number in padded], **settings)):
-            for stop in filter(None, until):
-                text = text.split(stop)[0]
+        texts = model.generate_tokens([prompts[number] for number in padded], until, **settings)
+        for number, text in zip(batch, texts):
             answers[number] = text
         done(start + len(batch))
     return answers

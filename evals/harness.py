@@ -15,9 +15,12 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from evals.generations import encode_prompts, generate_answers
 from evals.requests import encode_pairs
+from mlx_pretrain.configuration import errors_as_one_line
+from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.inference.scoring import Request, Scorer
 
@@ -30,7 +33,7 @@ class MLXPretrain(LM):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         step: int | None = None,
         dtype: str | None = None,
         max_length: int | None = None,
@@ -38,6 +41,7 @@ class MLXPretrain(LM):
         batch_size: Any = None,
         device: Any = None,
         max_batch_size: Any = None,
+        **unknown: Any,
     ):
         """Loads the model; `batch_size`, `device` and `max_batch_size`, which the harness hands on, change nothing.
 
@@ -45,9 +49,18 @@ class MLXPretrain(LM):
           path, step, dtype: see `load_language_model`.
           max_length: tokens of context and continuation; None: the model's positions.
           max_gen_toks: generated at most, where the task does not say.
+
+        Raises:
+          InputError: no path, an argument that is not one of these, or no model there.
         """
         super().__init__()
-        self._model = load_language_model(path, step=step, dtype=dtype)
+        if unknown or path is None:
+            what = f"unknown {', '.join(sorted(unknown))}" if unknown else "no path"
+            raise InputError(f"model_args: {what}; known are path, step, dtype, max_length, max_gen_toks")
+        for name, value in (("step", step), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
+            if value is not None and (not isinstance(value, int) or value < (name != "step")):
+                raise InputError(f"model_args: {name} = {value!r}: must be a positive integer")
+        self._model = load_language_model(str(path), step=step, dtype=dtype)
         self._scorer = Scorer(self._model.config, self._model.params, self._model.mesh, max_length=max_length)
         self._max_gen_toks = max_gen_toks
 
@@ -64,8 +77,10 @@ class MLXPretrain(LM):
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self._model.tokenizer.encode(request.args[0])
+            if tokens[:1] == [self._model.bos_id]:  # spelt out in the text; the windows begin with it anyway
+                tokens = tokens[1:]
             pairs = utils.get_rolling_token_windows(
-                token_list=tokens, prefix_token=self._model.start, max_seq_len=self._scorer.max_length, context_len=1)
+                token_list=tokens, prefix_token=self._model.bos_id, max_seq_len=self._scorer.max_length, context_len=1)
             for context, continuation in map(utils.make_disjoint_window, pairs):
                 windows.append(Request(np.array(context), np.array(continuation)))
                 owners.append(number)
@@ -82,15 +97,18 @@ class MLXPretrain(LM):
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         for numbers in groups.values():
-            settings = requests[numbers[0]].args[1]
-            until = settings.get("until") or []
-            new = int(settings.get("max_gen_toks", self._max_gen_toks))
+            # Their names for the number of tokens are several, and a task may sample by its temperature alone.
+            try:
+                settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self._max_gen_toks)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{requests[numbers[0]].task_name}: generation_kwargs: {error}") from None
+            new = settings["max_gen_toks"]
             prompts = encode_prompts(
                 self._model, [requests[number].args[0] for number in numbers], new, self._scorer.max_length)
             found = generate_answers(
-                self._model, [ids for ids, _ in prompts], [until] if isinstance(until, str) else until,
+                self._model, [ids for ids, _ in prompts], [stop for stop in settings["until"] if stop],
                 max_new_tokens=new, top_p=float(settings.get("top_p", 1.0)),
-                temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0)
+                temperature=float(settings.get("temperature", 0.0)) if settings["do_sample"] else 0.0)
             for number, text in zip(numbers, found):
                 answers[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -101,5 +119,11 @@ class MLXPretrain(LM):
         return [score for _, scores in self._scorer(windows) for score in scores]
 
 
+def main() -> None:
+    """Runs lm_eval; what is wrong with a model or a request ends it with one line."""
+    with errors_as_one_line():
+        cli_evaluate()
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

@@ -188,7 +188,8 @@ class Paired(NamedTuple):
 
     Attributes:
       difference: accuracy of the second less that of the first.
-      p_value: of McNemar's exact test, that both are right equally often.
+      p_value: exact, that both are right equally often: of all ways to swap the models, item by item, the share with a
+        difference at least as large. For one language that is McNemar's test.
     """
 
     difference: Interval
@@ -207,9 +208,21 @@ def paired(
     first, second = np.atleast_2d(first), np.atleast_2d(second)
     difference = (second.astype(np.float64) - first).mean(axis=0)
     resampled = _weights(len(difference), resamples, seed) @ difference
-    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
-    p_value = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Paired(_interval(float(difference.mean()), resampled, level), float(p_value))
+    gains = second.sum(axis=0, dtype=np.int64) - first.sum(axis=0, dtype=np.int64)
+    return Paired(_interval(float(difference.mean()), resampled, level), _sign_flip_p_value(gains))
+
+
+def _sign_flip_p_value(gains: np.ndarray) -> float:
+    """Two-sided p-value of a sum of integers whose signs are as likely to be the other way round, each by itself."""
+    sizes = np.abs(gains)
+    total, observed = int(sizes.sum()), abs(int(gains.sum()))
+    # Swapping the items of a set T makes the sum total - 2 sum(T); this is the distribution of sum(T).
+    chance = np.ones(1)
+    for size, count in zip(*np.unique(sizes[sizes > 0], return_counts=True)):
+        known, chance = chance, np.zeros(len(chance) + size * count)
+        for swapped, probability in enumerate(scipy.stats.binom.pmf(np.arange(count + 1), count, 0.5)):
+            chance[size * swapped : size * swapped + len(known)] += probability * known
+    return min(1.0, 2 * float(chance[: (total - observed) // 2 + 1].sum()))
 
 
 def matching(answer: str, choices: Sequence[str]) -> int:

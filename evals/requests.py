@@ -6,7 +6,7 @@ import numpy as np
 
 from evals.tasks import Item
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import LanguageModel
+from mlx_pretrain.inference.language_model import LanguageModel, with_prefix
 from mlx_pretrain.inference.scoring import Request
 
 SEPARATOR = "\n\n"  # between examples
@@ -43,17 +43,24 @@ def encode_pairs(model: LanguageModel, pairs: Iterable[tuple[str, str]], num_thr
     White space at the end of a context moves to its continuation; the continuation's tokens are those that the whole
     text has beyond the context's (lm-evaluation-harness, `_encode_pair`). Where a tokenizer joins both into one token,
     that token counts as the continuation's. An empty context is the model's start token.
+
+    Raises:
+      InputError: a continuation that has no tokens of its own: nothing would be scored.
     """
     moved = []
     for context, continuation in pairs:
         kept = context.rstrip()
-        moved.append((kept, context[len(kept) :] + continuation))
+        # White space of the context alone would be scored in place of an empty option.
+        moved.append((kept, context[len(kept) :] + continuation if continuation else ""))
     contexts = list(dict.fromkeys(context for context, _ in moved))
     tokens = dict(zip(contexts, model.tokenizer.encode_batch(contexts, num_threads)))
     wholes = model.tokenizer.encode_batch([context + continuation for context, continuation in moved], num_threads)
-    before, start = np.array(model.before, np.int32), np.array([model.start], np.int32)
+    bos = np.array([model.bos_id], np.int32)
     requests = []
-    for (context, _), whole in zip(moved, wholes):
-        head = np.concatenate([before, tokens[context][: len(whole) - 1]])
-        requests.append(Request(head if len(head) else start, whole[min(len(tokens[context]), len(whole) - 1) :]))
+    for (context, continuation), whole in zip(moved, wholes):
+        if np.array_equal(whole, tokens[context]):
+            raise InputError(f"the option {continuation!r} after {context[-40:]!r} has no tokens that could be scored")
+        head, whole = (with_prefix(model.prefix_ids, ids) for ids in (tokens[context], whole))
+        head = head[: len(whole) - 1]
+        requests.append(Request(head if len(head) else bos, whole[len(head) :]))
     return requests

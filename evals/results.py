@@ -12,7 +12,7 @@ from etils import epath
 
 from evals import metrics
 from evals.languages import ENGLISH
-from evals.tables import choices_of, responses_of
+from evals.tables import choices_of, responses_of, unscored
 from evals.tasks import Aligned, Task
 from mlx_pretrain.files import atomic_writer, write_json
 
@@ -31,6 +31,7 @@ class TaskResults:
       intervals: metric -> see `metrics.intervals`.
       consistency: of the task's own metric; None for one language.
       truncated: language -> options, or generated answers, whose prompt lost its beginning.
+      unscored: language -> items with an option whose log-likelihood is no number.
       rejected, dropped: see `tasks.Aligned`.
     """
 
@@ -43,6 +44,7 @@ class TaskResults:
     intervals: Mapping[str, Mapping[str, Any]]
     consistency: metrics.Consistency | None
     truncated: Mapping[str, int]
+    unscored: Mapping[str, int]
     rejected: tuple[tuple[str, str], ...]
     dropped: Mapping[str, tuple[str, ...]]
 
@@ -62,7 +64,8 @@ def evaluate(task: Task, aligned: Aligned, tables: Mapping[str, pa.Table]) -> Ta
     first = aligned.items[aligned.languages[0]]
     labels = np.array([item.label for item in first])
     by_language = [choices_of(tables[language]) for language in aligned.languages]
-    found = {name: np.stack([choices[name] for choices in by_language]) for name in by_language[0]}
+    found = {name: np.stack([choices[name] for choices in by_language]) for name in by_language[0]
+             if all(name in choices for choices in by_language)}
     reference = aligned.languages.index(ENGLISH) if ENGLISH in aligned.languages else None
     metric = task.metric if task.metric in found else metrics.EXACT_MATCH
     return TaskResults(
@@ -75,6 +78,7 @@ def evaluate(task: Task, aligned: Aligned, tables: Mapping[str, pa.Table]) -> Ta
         intervals={name: metrics.intervals(rows, labels, reference) for name, rows in found.items()},
         consistency=metrics.consistency(found[metric], labels) if len(aligned.languages) > 1 else None,
         truncated={language: int((tables[language]["dropped"].to_numpy() > 0).sum()) for language in aligned.languages},
+        unscored={language: unscored(tables[language]) for language in aligned.languages},
         rejected=aligned.rejected,
         dropped=aligned.dropped,
     )
@@ -107,6 +111,7 @@ def results_json(results: Sequence[TaskResults], settings: Mapping[str, Any]) ->
             "dropped": {id: list(languages) for id, languages in found.dropped.items()},
             "rejected": [{"where": where, "reason": reason} for where, reason in found.rejected],
             "truncated": {language: count for language, count in found.truncated.items() if count},
+            "unscored": {language: count for language, count in found.unscored.items() if count},
         }
     return {
         "results": entries,

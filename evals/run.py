@@ -7,7 +7,9 @@ rows of a batch, and process 0 alone reads and writes the results.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,6 @@ from evals.tasks import Aligned, Item, Task, align, find_tasks, read_examples
 from mlx_pretrain import hardware, programs
 from mlx_pretrain.configuration import run, save_effective
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import sha256
 from mlx_pretrain.inference.language_model import LanguageModel, described_model, load_language_model
 from mlx_pretrain.inference.scoring import Scorer
 from mlx_pretrain.parallel import cluster
@@ -154,12 +155,9 @@ def _measure(
     generate = "template" in settings
     todo: list[_Todo] = []
     for task, by_language in files.items():
-        # Which items are left depends on all the languages' files.
-        sources = {language: sha256(path) for language, path in by_language.items()}
         for language in by_language:
             items, shown = aligned[task].items[language], examples[task][language]
-            depends_on = settings | {"sources": sources, "language": language,
-                                     "examples": [item.id for item in shown]}
+            depends_on = settings | {"language": language, "items": _digest(items), "examples": _digest(shown)}
             path = tables.path_of(folder, "answers" if generate else "log_likelihoods", task, language)
             table = tables.load(path, depends_on) if cluster.is_main() else None
             if table is not None:
@@ -182,6 +180,11 @@ def _measure(
         _say(f"fed {scorer.fed_tokens:,} tokens on {model.mesh.size} devices ({scorer.naive_tokens:,} if nothing were "
              f"shared; {scorer.computed_tokens:,} with padding)")
     return found
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """SHA-256 of items, with all that is in them."""
+    return hashlib.sha256(json.dumps([dataclasses.astuple(item) for item in items]).encode()).hexdigest()
 
 
 def _scored(model: LanguageModel, scorer: Scorer, todo: Sequence[_Todo]) -> Iterator[tuple[Any, Any]]:
@@ -256,7 +259,8 @@ def summary(results: Sequence[TaskResults]) -> list[str]:
             line += f"; MLC {100 * by_name['mlc'].value:.2f} (chance {100 * by_name['chance'].value:.2f})"
         lines.append(line)
         counts = {"rows rejected": len(found.rejected), "items dropped": len(found.dropped),
-                  "prompts cut at their beginning": sum(found.truncated.values())}
+                  "prompts cut at their beginning": sum(found.truncated.values()),
+                  "items wrong for an option whose log-likelihood is no number": sum(found.unscored.values())}
         lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
     return lines
 

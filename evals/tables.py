@@ -145,5 +145,13 @@ def choices_of(table: pa.Table) -> dict[str, np.ndarray]:
     if "answer" in table.schema.names:
         return {EXACT_MATCH: table["chosen"].to_numpy()}
     options = list(options_of(table))
-    found = {name: np.array([choose(measured, name) for measured in options]) for name in NORMALISATIONS}
-    return {name: chosen for name, chosen in found.items() if chosen.min() >= 0}
+    measured = [name for name in NORMALISATIONS
+                if name != "acc_mutual_info" or not np.isnan(table["unconditional"].to_numpy()).all()]
+    return {name: np.array([choose(item, name) for item in options]) for name in measured}
+
+
+def unscored(table: pa.Table) -> int:
+    """Items with an option whose log-likelihood is no number: no choice, and wrong, in every metric."""
+    if "answer" in table.schema.names:
+        return 0
+    return sum(bool(np.isnan(item.log_likelihood).any()) for item in options_of(table))

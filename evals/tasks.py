@@ -1,8 +1,8 @@
 """MuBench's files: `{Dataset}/{mode}_{language}_test.jsonl`, one object `{"_id", "prompt", "choices", "label"}` a line.
 
 Items of one dataset and mode are aligned across languages by `_id`: one that is missing or malformed in a language is
-dropped in all. Prompts have no space at their end and choices none at their beginning; what joins them is a space, or
-nothing in scripts without spaces, or the row's own `delimiter` (ours).
+dropped in all. What joins prompt and choice is one space (those at the end of a prompt or the beginning of a choice do
+not add to it), or nothing in scripts without spaces, or the row's own `delimiter` (ours).
 """
 
 import dataclasses
@@ -172,6 +172,11 @@ def _item(row: Any, language: str) -> Item:
         raise ValueError("two choices are needed, and none may be empty")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         raise ValueError(f"label {label!r} is none of 0 to {len(choices) - 1}")
+    # One space joins them, whoever brings it along.
+    if delimiter.startswith(" "):
+        prompt = prompt.rstrip(" ")
+    if delimiter.endswith(" "):
+        choices = [choice.lstrip(" ") for choice in choices]
     return Item(str(row["_id"]), prompt, tuple(choices), label, delimiter if prompt else "")
 
 

@@ -70,8 +70,10 @@ def read_json(path: epath.PathLike, what: str = "file") -> Any:
         with gcs.named_errors(path):
             content = path.read_bytes()
         return json.loads(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such {what}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a valid JSON {what}: {error}") from None
 

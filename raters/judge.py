@@ -12,7 +12,7 @@ from etils import epath
 
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import load_language_model
+from mlx_pretrain.inference.language_model import load_language_model, with_prefix
 from mlx_pretrain.inference.scoring import Request, Scorer
 
 # AskLLM's question (arXiv 2402.09668, page 4), and the same with the options the other way round: models favour a
@@ -77,7 +77,7 @@ class LanguageModelJudge:
             raise InputError(f"LanguageModelJudge.before and after: {_PLACE} belongs into templates")
         prompts = [(before + template + after).split(_PLACE) for template in templates]
         self._frames = [self._tokenizer.encode_batch(prompt) for prompt in prompts]
-        self._frames = [(np.concatenate([loaded.before, head]).astype(np.int32), tail) for head, tail in self._frames]
+        self._frames = [(with_prefix(loaded.prefix_ids, head), tail) for head, tail in self._frames]
         self._answers = self._tokenizer.encode_batch([yes, no])
         if not all(map(len, self._answers)) or yes == no:
             raise InputError(f"LanguageModelJudge: yes={yes!r} and no={no!r} must differ and not be empty")

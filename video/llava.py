@@ -14,8 +14,6 @@ from mlx_pretrain.errors import InputError
 from video.model import VideoLLMConfig
 
 # What a configuration leaves out.
-_LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "intermediate_size": 11_008, "max_position_embeddings": 2048, "vocab_size": 32_000, "rms_norm_eps": 1e-6}
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
           "multimodal_projector_bias": True}  # fmt: skip
 # Layers behind the one that is used, the pooling head, the image's newline of LLaVA-NeXT's tiles.
@@ -59,7 +57,7 @@ def load_llava(
         raise InputError(f"{path}: vision_feature_layer is {last!r}; one layer of the tower's {layers} is needed")
     used = last if last > 0 else layers + 1 + last
     vision = vision_config(path, parts["vision_config"], used, final_norm=False, dtype=dtype)
-    decoder = decoder_config(path, {**_LLAMA, **parts["text_config"]}, dtype)
+    decoder = decoder_config(path, {"model_type": "llama", **parts["text_config"]}, dtype)
     config = VideoLLMConfig(vision, decoder, pooled_side, prompt)
     ignored = [ROTARY.pattern, _UNUSED] + (["lm_head\\.weight"] if decoder.tie_embeddings else [])
     with open_weights(folder, _rename, re.compile("|".join(ignored))) as read:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.checkpoints import COMPUTE_FIELDS
 from mlx_pretrain.convert.decoders import CONFIG
+from mlx_pretrain.convert.special_ids import read_special_ids
 from mlx_pretrain.convert.weights import read_object
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.data.subword import SubwordTokenizer
@@ -21,7 +22,6 @@ from mlx_pretrain.inference.language_model import (
     fingerprint,
     foreign_model,
     own_model,
-    special_ids,
 )
 from mlx_pretrain.train_state import abstract_params
 from video.llava import load_llava
@@ -59,11 +59,12 @@ class VideoLLM:
         return Prompts.of(self.config, self.language_model)
 
     def fingerprint(self) -> str:
-        """Of configuration, tokenizer and parameters (through their sums), the same on any mesh up to rounding."""
+        """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         content = dataclasses.asdict(self.config)
         for part in ("vision", "decoder"):
             content[part] = {name: value for name, value in content[part].items() if name not in COMPUTE_FIELDS}
-        return fingerprint(self.params, content, self.language_model.tokenizer.sha256)
+        model = self.language_model
+        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids])
 
 
 @gin.configurable(denylist=["mesh"])
@@ -92,11 +93,12 @@ def load_video_llm(
     if (path / CONFIG).exists():
         config, params = load_llava(path, dtype or "float32", **changes)
         raw = read_object(path / CONFIG)
-        ids = special_ids(path / CONFIG, {**raw, **raw["text_config"]})
+        said = {name: value for name, value in raw.items() if value is not None}
         with partitioning.use(mesh):
             layout = abstract_params(config, mesh)
             params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
+        ids = read_special_ids(path, {**raw["text_config"], **said}, tokenizer)
         decoder = foreign_model(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
         return VideoLLM(str(path), None, config, params, mesh, decoder)
     config = checkpoints.load_model(path, VideoLLMConfig)

@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mlx_pretrain.data.store import PAD_ID
-from mlx_pretrain.inference.language_model import LanguageModel
+from mlx_pretrain.inference.language_model import LanguageModel, with_prefix
 from video.model import VideoLLMConfig
 
 Encode = Callable[[list[str]], list[np.ndarray]]
 
 
 def split_words(
-    prompt: str, questions: Sequence[str], before: Sequence[int], encode: Encode
+    prompt: str, questions: Sequence[str], prefix_ids: Sequence[int], encode: Encode
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """What stands before and behind the frames in a prompt: int32 `[tokens]` each, for every question."""
     texts = [prompt.replace("{question}", question).split("{frames}") for question in questions]
     ids = [np.asarray(x, np.int32) for x in encode([text for pair in texts for text in pair])]
-    return [(np.concatenate([before, first]).astype(np.int32), second) for first, second in zip(ids[::2], ids[1::2])]
+    return [(with_prefix(prefix_ids, first), second) for first, second in zip(ids[::2], ids[1::2])]
 
 
 class Prompts:
@@ -34,7 +34,7 @@ class Prompts:
     @classmethod
     def of(cls, config: VideoLLMConfig, model: LanguageModel) -> "Prompts":
         """Those of a Video-LLM with this language model's tokenizer."""
-        return cls(config, model.before, model.end, model.tokenizer.encode_batch)
+        return cls(config, model.prefix_ids, model.eos_ids[0], model.tokenizer.encode_batch)
 
     def words(self, questions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """What stands before and behind the frames: int32 `[tokens]` each, for every question."""
@@ -64,7 +64,7 @@ class PaddedPrompts:
         self._words = max((len(first) + len(second) for first, second in self._parts(questions)), default=0)
 
     def _parts(self, questions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return split_words(self._prompt, questions, self._model.before, self._model.tokenizer.encode_batch)
+        return split_words(self._prompt, questions, self._model.prefix_ids, self._model.tokenizer.encode_batch)
 
     def length(self, candidates: int) -> int:
         """Tokens of a row, a multiple of 8."""

@@ -4,7 +4,7 @@ them."""
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from mlx_pretrain.convert.special_ids import CONFIG, GENERATION_CONFIG
 from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, write_json
@@ -20,7 +21,37 @@ from mlx_pretrain.models.decoder import DecoderConfig
 # Tables that follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
+
+# Fields of config.json. Numbers, with what a configuration has that leaves one out (transformers' LlamaConfig).
+DEFAULTS = {"vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "intermediate_size": 11_008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0}  # fmt: skip
+READ = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "rope_scaling")
+# Those that change what is computed, with the values that stand for what `Decoder` does.
+NEEDED = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+          "partial_rotary_factor": (1,), "rope_interleaved": (False,), "use_sliding_window": (False,),
+          "is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},)}  # fmt: skip
+# Those that do not: all others are refused.
+HARMLESS = re.compile("|".join((
+    r"\w+_token_(id|index)",
+    # Names and versions.
+    r"_name_or_path|name_or_path|architectures|auto_map|is_llama_config|tokenizer_class|_commit_hash|\w+_version"
+    r"|transformers\.js_config|unsloth_\w+",
+    # How it is computed, and what is given back.
+    r"dtype|torch_dtype|use_cache|pretraining_tp|chunk_size_feed_forward|gradient_checkpointing|torchscript"
+    r"|use_bfloat16|_?attn_implementation\w*|_flash_attn_2_enabled|output_attentions|output_hidden_states|return_dict",
+    # Training.
+    r"initializer_range|\w+_dropout|neftune_noise_alpha|max_sequence_length|model_max_length|tf_legacy_loss",
+    # Heads for other tasks, and other halves of a model.
+    r"id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|prefix|is_decoder"
+    r"|tie_encoder_decoder",
+    # Sampling, which has settings of its own here.
+    r"do_sample|temperature|top_[kp]|typical_p|num_beams|num_beam_groups|diversity_penalty|num_return_sequences"
+    r"|max_length|min_length|max_new_tokens|early_stopping|length_penalty|repetition_penalty|no_repeat_ngram_size"
+    r"|encoder_no_repeat_ngram_size|bad_words_ids|suppress_tokens|begin_suppress_tokens|output_scores"
+    r"|return_dict_in_generate|remove_invalid_values|exponential_decay_length_penalty",
+)))
 STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # dtypes of weights
 
 
@@ -64,20 +95,14 @@ def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig
 
 def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     """The configuration that an object of the config.json at `path` describes; errors as in `load_decoder`."""
-    # Since transformers 5 the rotary settings are a dictionary of their own.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_parameters or rope_scaling is {rope!r}, not an object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    found = {**raw, "rope_type": rope_type, "rope_theta": raw.get("rope_theta", rope.get("rope_theta", 10_000.0))}
-    needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-              "rope_type": "default"}  # fmt: skip
-    for key, known in needed.items():
-        if (value := found.get(key, None if key == "model_type" else known)) != known:
-            raise InputError(f"{path}: {key} is {value!r}; a decoder here has {known!r}")
+    _check_fields(path, raw)
+    found = {**DEFAULTS, **raw, "rope_theta": _rope_theta(path, raw)}
     get = functools.partial(get_number, path, found)
     heads, embed = get("num_attention_heads"), get("hidden_size")
     try:
+        tied = raw.get("tie_word_embeddings") or False
+        if not isinstance(tied, bool):
+            raise InputError(f"tie_word_embeddings is {tied!r}, neither true nor false")
         return DecoderConfig(
             vocab_size=get("vocab_size"),
             embed_dim=embed,
@@ -89,11 +114,42 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
             max_length=get("max_position_embeddings"),
             rope_theta=float(get("rope_theta", (int, float))),
             norm_epsilon=float(get("rms_norm_eps", (int, float))),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_embeddings=tied,
             dtype=dtype,
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _check_fields(path: epath.Path, raw: Mapping[str, Any]) -> None:
+    """Raises InputError for a field of a config.json that asks for what `Decoder` does not do; null is not set."""
+    if raw.get("model_type") not in NEEDED["model_type"]:
+        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; a decoder here has 'llama'")
+    for key, value in raw.items():
+        if value is None or key in DEFAULTS or key in READ or HARMLESS.fullmatch(key):
+            continue
+        if key not in NEEDED:
+            raise InputError(f"{path}: {key} is {value!r}; a decoder here has no such setting (if the model "
+                             "computes the same without it, take it out)")
+        if value not in NEEDED[key]:
+            raise InputError(f"{path}: {key} is {value!r}; a decoder here has {NEEDED[key][0]!r}")
+
+
+def _rope_theta(path: epath.Path, raw: Mapping[str, Any]) -> Any:
+    """The base of the rotary frequencies; what else the rotary settings say must be what `Decoder` does."""
+    # Since transformers 5 they are an object of their own, which comes before the fields beside it.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_parameters or rope_scaling is {rope!r}, not an object")
+    rest = {key: value for key, value in rope.items() if value is not None and key != "rope_theta"}
+    # The type comes first, for the others follow from it.
+    needed = {"rope_type": "default", "partial_rotary_factor": 1}
+    asked = {"rope_type": rest.pop("rope_type", rest.pop("type", "default")), **rest}
+    for key, value in asked.items():
+        if key not in needed or value != needed[key]:
+            known = repr(needed[key]) if key in needed else "no such rotary setting"
+            raise InputError(f"{path}: {key} is {value!r}; a decoder here has {known}")
+    return rope.get("rope_theta", raw.get("rope_theta", DEFAULTS["rope_theta"]))
 
 
 def decoder_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
@@ -161,15 +217,16 @@ def save_decoder(
     params: Any,
     *,
     bos_id: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Writes config.json and model.safetensors, which `load_decoder` and transformers' LlamaForCausalLM read.
+    """Writes a folder that `load_decoder` and transformers' LlamaForCausalLM read: config.json, generation_config.json,
+    model.safetensors.
 
     Args:
       folder: created if needed; files of these names are replaced.
       config, params: of the decoder; numpy arrays or arrays of one process.
-      bos_id, eos_id: that begin and end a document.
+      bos_id, eos_id: that begin and end a document; several may end one.
       dtype: of the stored weights, "float32" or "bfloat16".
 
     Raises:
@@ -181,6 +238,11 @@ def save_decoder(
     tensors = {name: np.ascontiguousarray(value, STORED[dtype]) for name, value in _tensors(config, params)}
     with atomic_writer(folder / WEIGHTS) as file:
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    # A single end is a number, as most readers expect it.
+    if isinstance(eos_id, Sequence):
+        eos_id = list(eos_id) if len(eos_id) > 1 else next(iter(eos_id), None)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    write_json(folder / GENERATION_CONFIG, ids)
     write_json(folder / CONFIG, {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -198,10 +260,8 @@ def save_decoder(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
         "torch_dtype": dtype,
-    })
+    } | ids)
 
 
 def _tensors(config: DecoderConfig, params: Any):

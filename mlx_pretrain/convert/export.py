@@ -3,25 +3,26 @@
     python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo --gin.export_model.output=hf/demo
 """
 
+from typing import Any
+
 import gin
 from etils import epath
 
 from mlx_pretrain.configuration import run
 from mlx_pretrain.convert.decoders import CONFIG, STORED, WEIGHTS, save_decoder
+from mlx_pretrain.convert.special_ids import TOKENIZER_CONFIG
 from mlx_pretrain.convert.tokenizer import tokenizer_json
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
-from mlx_pretrain.inference.language_model import HF_TOKENIZER, load_language_model
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
+from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, load_language_model
 
 
 @gin.configurable
 def export_model(
     model: str = gin.REQUIRED, output: str = gin.REQUIRED, step: int | None = None, dtype: str = "float32"
 ) -> None:
-    """Writes config.json, model.safetensors, tokenizer.json and, for our own tokenizers, tokenizer_config.json.
+    """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
     Args:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file (its weights dequantised).
@@ -41,14 +42,26 @@ def export_model(
     # config.json, which makes the folder a model, is written last.
     if isinstance(found.tokenizer, Tokenizer):
         tokenizer, settings = tokenizer_json(found.tokenizer)
-        write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": found.config.max_length})
-        write_atomic(folder / HF_TOKENIZER, tokenizer)
     else:
-        write_atomic(folder / HF_TOKENIZER, found.tokenizer.model)
-    save_decoder(folder, found.config, found.params, bos_id=found.start, eos_id=found.end, dtype=dtype)
+        tokenizer, settings = _foreign_tokenizer(found)
+    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": found.config.max_length})
+    write_atomic(folder / HF_TOKENIZER, tokenizer)
+    save_decoder(folder, found.config, found.params, bos_id=found.bos_id, eos_id=found.eos_ids, dtype=dtype)
     where = f", step {found.step}" if found.step is not None else ""
     print(f"{folder}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {model}{where}, {found.config.parameters():,} parameters "
           f"in {dtype}")
+
+
+def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
+    """The contents of tokenizer.json and tokenizer_config.json, which agree on what stands before a text."""
+    pieces = {token: piece for piece, token in model.tokenizer.vocabulary().items()}
+    prefix_ids = model.prefix_ids
+    same = prefix_ids == tuple(model.tokenizer.before.tolist())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "bos_token": pieces.get(model.bos_id), "eos_token": pieces.get(model.eos_ids[0])}
+    if prefix_ids in ((), (model.bos_id,)):
+        settings["add_bos_token"] = bool(prefix_ids)
+    return model.tokenizer.model if same else model.tokenizer.with_template(prefix_ids), settings
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_pretrain.convert.decoders import decoder_params
+from mlx_pretrain.convert.special_ids import SpecialIds
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 
@@ -27,8 +28,13 @@ NAMES = {
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
-# Tensors that follow from the configuration.
-IGNORED = ("rope_freqs.weight",)
+# Factors of the rotary frequencies' wave lengths (LLaMA-3's scaling): read only where all of them are one.
+ROPE_FACTORS = "rope_freqs.weight"
+# Settings of `llama.*` that are read, and others that change nothing.
+FIELDS = ("embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+          "attention.value_length", "feed_forward_length", "context_length", "rope.dimension_count", "rope.freq_base",
+          "rope.scaling.type", "attention.layer_norm_rms_epsilon")  # fmt: skip
+HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned")
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()]),
     "gpt-2": lambda: _bytes(),
@@ -104,7 +110,11 @@ class GGUF:
             return values
 
         params = decoder_params(config, read)
-        unknown = sorted(set(tensors) - used - set(IGNORED))
+        if ROPE_FACTORS in tensors:
+            factors = tensors[ROPE_FACTORS]
+            if not (np.asarray(self._dequantize(factors.data, factors.tensor_type)) == 1).all():
+                raise InputError(f"{self.path}: {ROPE_FACTORS} scales the rotary positions; a decoder here does not")
+        unknown = sorted(set(tensors) - used - {ROPE_FACTORS})
         if unknown:
             raise InputError(f"{self.path}: tensor {unknown[0]} has no place in this model ({len(unknown)} such)")
         return config, params
@@ -134,9 +144,10 @@ class GGUF:
                 single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], int(bos))])
         return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()
 
-    def special_ids(self) -> tuple[int | None, int | None]:
-        """Ids of the tokens that begin and end a document."""
-        return tuple(self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos"))
+    def special_ids(self) -> SpecialIds:
+        """Ids of the tokens that begin and end a document; a turn or a message that ends is an end, as in llama.cpp."""
+        bos, *ends = (self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos", "eot", "eom"))
+        return SpecialIds(bos, tuple(dict.fromkeys(token for token in ends if token is not None)))
 
     def decoder_config(self, dtype: str = "float32") -> DecoderConfig:
         """The configuration; raises InputError for another architecture."""
@@ -144,8 +155,16 @@ class GGUF:
             raise InputError(f"{self.path}: architecture {kind!r}; a decoder here has 'llama'")
         if (scaling := self._get("llama.rope.scaling.type", "none")) != "none":
             raise InputError(f"{self.path}: llama.rope.scaling.type is {scaling!r}; a decoder here has 'none'")
+        known = set(FIELDS + HARMLESS)
+        for name in self._reader.fields:
+            if name.startswith("llama.") and name.removeprefix("llama.") not in known and self._get(name):
+                raise InputError(f"{self.path}: {name} is {self._get(name)!r}; a decoder here has no such setting")
         get = lambda name, *default: self._get(f"llama.{name}", *default)  # noqa: E731
         embed, heads = get("embedding_length"), get("attention.head_count")
+        head_dim = get("attention.key_length", get("rope.dimension_count", embed // heads))
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if (found := get(name, head_dim)) != head_dim:
+                raise InputError(f"{self.path}: llama.{name} is {found}; a decoder here has its head's {head_dim}")
         try:
             return DecoderConfig(
                 vocab_size=len(self._get("tokenizer.ggml.tokens")),
@@ -153,7 +172,7 @@ class GGUF:
                 n_layers=get("block_count"),
                 n_heads=heads,
                 n_kv_heads=get("attention.head_count_kv", heads),
-                head_dim=get("attention.key_length", get("rope.dimension_count", embed // heads)),
+                head_dim=head_dim,
                 mlp_dim=get("feed_forward_length"),
                 max_length=get("context_length"),
                 rope_theta=_decimal(get("rope.freq_base", 10_000.0)),

@@ -15,6 +15,7 @@ from mlx_pretrain.files import read_json
 
 log = logging.getLogger(__name__)
 
+DTYPES = ("F64", "F32", "F16", "BF16")  # of weights; smaller ones are quantised, with scales beside them
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
@@ -31,8 +32,8 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
       `read(name, shape)`, a tensor as a numpy float32 array.
 
     Raises:
-      InputError: a file is missing or malformed; a tensor is missing, there twice, or has another shape; at the end of
-        the block, one that is not among `ignored` has not been read.
+      InputError: a file is missing or malformed; a tensor is missing, there twice, quantised, or of another
+        shape; at the end of the block, one that is not among `ignored` has not been read.
     """
     folder = epath.Path(folder)
     with contextlib.ExitStack() as stack:
@@ -44,7 +45,10 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
                 raise InputError(f"{folder}: no tensor {name} in its safetensors")
             used.add(name)
             path, stored, file = tensors[name]
-            found = tuple(file.get_slice(stored).get_shape())
+            part = file.get_slice(stored)
+            if (dtype := part.get_dtype()) not in DTYPES:
+                raise InputError(f"{path}: tensor {stored} is stored as {dtype}; only {', '.join(DTYPES)} are read")
+            found = tuple(part.get_shape())
             if found != shape:
                 raise InputError(f"{path}: tensor {stored} has shape {list(found)}, config.json says {list(shape)}")
             return np.asarray(file.get_tensor(stored), np.float32)

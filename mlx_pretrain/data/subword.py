@@ -20,6 +20,7 @@ class SubwordTokenizer:
       model: the file's bytes.
       sha256: their fingerprint, as manifests record it.
       before, after: int32 ids that the model's template puts around a text, e.g. <s> and </s>; may be empty.
+      special_tokens: id -> text of the special tokens, which `decode` leaves out.
     """
 
     def __init__(self, path: epath.PathLike, model: bytes | None = None):
@@ -41,9 +42,11 @@ class SubwordTokenizer:
         # A model's own limits, often shorter than its positions, would cut or fill up texts unasked.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.before, self.after = self._special_tokens()
+        self.before, self.after = self._template()
+        self.special_tokens = {token: added.content
+                               for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
 
-    def _special_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+    def _template(self) -> tuple[np.ndarray, np.ndarray]:
         """What the model's template puts before and after a text's ids."""
         text = self._tokenizer.encode("a", add_special_tokens=False)
         wrapped = self._tokenizer.post_process(text, None, True)
@@ -77,6 +80,15 @@ class SubwordTokenizer:
     def wrap(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The ids with the model's special tokens around them, e.g. <s> ... </s>: int32 [tokens + len(wrap([]))]."""
         return np.concatenate([self.before, np.asarray(ids, np.int32), self.after])
+
+    def with_template(self, prefix_ids: Sequence[int]) -> bytes:
+        """A tokenizer.json like this one whose template puts only these ids around a text, before it."""
+        changed = tokenizers.Tokenizer.from_buffer(self.model)
+        pieces = [(changed.id_to_token(token), token) for token in prefix_ids]
+        changed.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*(piece for piece, _ in pieces), "$A"], pair=[*(piece for piece, _ in pieces), "$A", "$B"],
+            special_tokens=pieces)
+        return changed.to_str().encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids below `vocab_size`; special tokens leave nothing."""

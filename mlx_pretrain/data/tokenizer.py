@@ -17,6 +17,7 @@ class Tokenizer:
     Attributes:
       model: the file's bytes.
       sha256: their fingerprint, as manifests record it.
+      special_tokens: id -> text of the special tokens, which `decode` leaves out.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -41,6 +42,7 @@ class Tokenizer:
         if found != (PAD_ID, EOS_ID, UNK_ID, BOS_ID):
             raise InputError(f"{path}: pad, eos, unk, bos are {found}, not {(PAD_ID, EOS_ID, UNK_ID, BOS_ID)}; "
                              "train the tokenizer with data_mixtures.tokenizer")
+        self.special_tokens = {token: self._processor.id_to_piece(token) for token in (PAD_ID, BOS_ID, EOS_ID)}
 
     @property
     def vocab_size(self) -> int:
@@ -61,4 +63,4 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids below `vocab_size`; pad, bos and eos leave nothing, bytes that are no UTF-8 become U+FFFD."""
-        return self._processor.decode([int(i) for i in ids if i not in (PAD_ID, BOS_ID, EOS_ID)])
+        return self._processor.decode([int(i) for i in ids if i not in self.special_tokens])

@@ -1,6 +1,7 @@
 """Sampling from a decoder with a key-value cache: prompts of unlike length in one batch, static shapes."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,26 +25,26 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     vocab_size: int | None = None,
-    before: Sequence[int] = (BOS_ID,),
-    end: int = EOS_ID,
-    never: Sequence[int] = (PAD_ID, UNK_ID, BOS_ID),
+    prefix_ids: Sequence[int] = (BOS_ID,),
+    eos_ids: Sequence[int] = (EOS_ID,),
+    suppressed_ids: Sequence[int] = (PAD_ID, UNK_ID, BOS_ID),
 ) -> list[list[int]]:
-    """Continues prompts (token ids) until `end` or `max_new_tokens`.
+    """Continues prompts (token ids) until one of `eos_ids` or `max_new_tokens`.
 
     Args:
       config, params: the decoder.
-      prompts: may be empty lists, unless `before` is empty as well.
+      prompts: may be empty lists, unless `prefix_ids` is empty as well.
       max_new_tokens: at most so many per prompt.
       temperature: 0 takes the most likely token.
       top_p: samples from the smallest set of tokens that holds this probability (arXiv 1904.09751).
       seed: of the sampling; row i of a batch draws from a stream of its own.
       vocab_size: of the tokenizer; ids from there on, rows that pad the model's vocabulary, are never taken.
-      before: ids put before every prompt; this and what follows are those of our own tokenizer by default.
-      end: id that ends a text.
-      never: ids that are never taken.
+      prefix_ids: put before every prompt; these and the next are those of our own tokenizer by default.
+      eos_ids: each of them ends a text; at least one.
+      suppressed_ids: never taken.
 
     Returns:
-      The new tokens of each prompt, `end` left out.
+      The new tokens of each prompt, without the id that ended it.
 
     Raises:
       InputError: a prompt and its continuation do not fit the model's positions, or a sampling parameter is off.
@@ -53,7 +54,7 @@ def generate(
             f"generate: temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], "
             f"max_new_tokens={max_new_tokens} >= 1"
         )
-    lengths = np.array([len(before) + len(prompt) for prompt in prompts], np.int32)
+    lengths = np.array([len(prefix_ids) + len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
         raise InputError("generate: an empty prompt, and nothing that is put before it")
     if (longest := int(lengths.max())) + max_new_tokens > config.max_length:
@@ -65,28 +66,26 @@ def generate(
     width = min(-(-longest // 32) * 32, config.max_length)
     tokens = np.full((len(prompts), width), PAD_ID, np.int32)
     for row, prompt in zip(tokens, prompts):
-        row[: len(before)], row[len(before) : len(before) + len(prompt)] = before, prompt
-    never = np.array([*never, *range(vocab_size or config.vocab_size, config.vocab_size)], np.int32)
+        row[: len(prefix_ids) + len(prompt)] = [*prefix_ids, *prompt]
+    suppressed = np.array([*suppressed_ids, *range(vocab_size or config.vocab_size, config.vocab_size)], np.int32)
     key = jax.random.key(seed)
     new = _generate(
-        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, never, end, key
+        config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, suppressed, key
     )
-    results = []
-    for row in np.asarray(new).tolist():
-        results.append(row[: row.index(end)] if end in row else row)
-    return results
+    ends = frozenset(eos_ids)
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in np.asarray(new).tolist()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, never, end, key):
-    """New tokens `[batch, max_new_tokens]`; after `end` only that."""
+def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, suppressed, key):
+    """New tokens `[batch, max_new_tokens]`, whatever ends a text among them."""
     batch, width = tokens.shape
     model = Decoder(config)
     rows = jnp.arange(batch)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
     def sample(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        scores = logits(params, hidden).at[:, never].set(-jnp.inf)
+        scores = logits(params, hidden).at[:, suppressed].set(-jnp.inf)
         if greedy:
             return jnp.argmax(scores, axis=-1)
         scores = keep_top_p(scores / temperature, top_p)
@@ -98,17 +97,15 @@ def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperatu
     hidden, cache = model.apply({"params": params}, tokens, positions, cache=cache)
     first = sample(hidden[rows, lengths - 1], jnp.int32(0))
 
-    def step(carry: tuple[Cache, jax.Array, jax.Array], index: jax.Array):
-        cache, token, done = carry
-        done |= token == end
+    def step(carry: tuple[Cache, jax.Array], index: jax.Array):
+        cache, token = carry
         hidden, cache = model.apply(
             {"params": params}, token[:, None], (lengths + index)[:, None], cache=cache
         )
-        following = jnp.where(done, end, sample(hidden[:, 0], index + 1))
-        return (cache, following, done), following
+        following = sample(hidden[:, 0], index + 1)
+        return (cache, following), following
 
-    start = (cache, first, jnp.zeros(batch, bool))
-    _, rest = jax.lax.scan(step, start, jnp.arange(max_new_tokens - 1, dtype=jnp.int32))
+    _, rest = jax.lax.scan(step, (cache, first), jnp.arange(max_new_tokens - 1, dtype=jnp.int32))
     new = jnp.concatenate([first[:, None], rest.T.astype(first.dtype)], axis=1)
     # A copy on every device, so that every process can read it.
     return partitioning.constrain_replicated(new)

@@ -2,20 +2,22 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.checkpoints import COMPUTE_FIELDS
+from mlx_pretrain.checksums import checksums
 from mlx_pretrain.convert.decoders import CONFIG, load_decoder, read_config
 from mlx_pretrain.convert.gguf import GGUF
+from mlx_pretrain.convert.special_ids import SpecialIds, read_special_ids
 from mlx_pretrain.convert.weights import read_object
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, TOKENIZER, UNK_ID
 from mlx_pretrain.data.subword import SubwordTokenizer
@@ -38,10 +40,10 @@ class LanguageModel:
       config, params: of the decoder; `params` on `mesh`.
       mesh: its devices.
       tokenizer: ours or Hugging Face's.
-      before: ids put before every text, BOS where the model was trained with one.
-      start: id to predict the first token from where nothing is before it: BOS, or else what ends documents.
-      end: id that ends documents.
-      never: ids that are in no text.
+      prefix_ids: put before every text, BOS where the model was trained with one.
+      bos_id: to predict the first token from where nothing is before it: BOS, or else what ends documents.
+      eos_ids: each of them ends a document.
+      suppressed_ids: in no text.
     """
 
     path: str
@@ -50,41 +52,91 @@ class LanguageModel:
     params: Any
     mesh: Mesh
     tokenizer: Tokenizer | SubwordTokenizer
-    before: tuple[int, ...]
-    start: int
-    end: int
-    never: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...]
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...] = ()
 
     def fingerprint(self) -> str:
-        """Of configuration, tokenizer and parameters (through their sums), the same on any mesh up to rounding."""
+        """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
-        return fingerprint(self.params, config, self.tokenizer.sha256)
+        ids = [self.prefix_ids, self.bos_id, self.eos_ids, self.suppressed_ids]
+        return fingerprint(self.params, config, self.tokenizer.sha256, ids)
 
-    def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
-        """Continuations of texts; `settings` as in `generation.generate`, which does it."""
-        return self.generate_tokens(self.tokenizer.encode_batch(list(prompts)), **settings)
+    def generate(self, prompts: Sequence[str], until: Sequence[str] = (), **settings: Any) -> list[str]:
+        """Continuations of texts, see `generate_tokens`."""
+        return self.generate_tokens(self.tokenizer.encode_batch(list(prompts)), until, **settings)
 
-    def generate_tokens(self, prompts: Sequence[np.ndarray], **settings: Any) -> list[str]:
-        """Continuations of token ids, without `before`."""
-        prompts = [ids if len(ids) + len(self.before) else [self.start] for ids in prompts]
+    def generate_tokens(
+        self, prompts: Sequence[np.ndarray], until: Sequence[str] = (), **settings: Any
+    ) -> list[str]:
+        """Continues token ids.
+
+        Args:
+          prompts: int `[tokens]` each; `prefix_ids` are put before those that do not begin with them.
+          until: texts that end a continuation and are left out; special tokens spelt out among them.
+          settings: of `generation.generate`, which does it.
+
+        Returns:
+          What each continuation adds to its prompt's text, without special tokens.
+        """
+        prompts = [with_prefix(self.prefix_ids, ids) for ids in prompts]
+        prompts = [ids if len(ids) else np.array([self.bos_id], np.int32) for ids in prompts]
         with partitioning.use(self.mesh):
             new = generate(
-                self.config, self.params, prompts, before=self.before, end=self.end, never=self.never,
-                vocab_size=self.tokenizer.vocab_size, **settings,
+                self.config, self.params, prompts, prefix_ids=(), eos_ids=self.eos_ids,
+                suppressed_ids=self.suppressed_ids, vocab_size=self.tokenizer.vocab_size, **settings,
             )
-        return [self.tokenizer.decode(tokens) for tokens in new]
+        return [continuation(self.tokenizer, *pair, until) for pair in zip(prompts, new)]
+
+
+def with_prefix(prefix_ids: Sequence[int], ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Ids int32 `[tokens]` with `prefix_ids` before them; once, where a text begins with these tokens spelt out."""
+    prefix, ids = np.asarray(prefix_ids, np.int32), np.asarray(ids, np.int32)
+    return ids if np.array_equal(ids[: len(prefix)], prefix) else np.concatenate([prefix, ids])
+
+
+def continuation(
+    tokenizer: Tokenizer | SubwordTokenizer, prompt: Sequence[int] | np.ndarray, new: Sequence[int],
+    until: Sequence[str] = (),
+) -> str:
+    """What new ids add to the text of a prompt: decoders of many models drop the space that a text begins with.
+
+    Args:
+      tokenizer: of both.
+      prompt, new: ids.
+      until: texts of which the first ends the continuation; special tokens spelt out among them.
+
+    Returns:
+      The text before that, without special tokens.
+    """
+    special, ids, text = tokenizer.special_tokens, list(prompt), tokenizer.decode(prompt)
+    # Pieces of the text: (as `until` sees it, as it is returned).
+    pieces: list[tuple[str, str]] = []
+    for is_special, run in itertools.groupby(new, special.__contains__):
+        run = list(run)
+        ids += run
+        if is_special:
+            pieces += [(special[token], "") for token in run]
+            continue
+        longer = tokenizer.decode(ids)
+        # Half a character, at the end of what is written, may garble what is before it.
+        added = longer.removeprefix(text) if longer.startswith(text) else tokenizer.decode(run)
+        pieces.append((added, added))
+        text = longer
+    seen = "".join(piece for piece, _ in pieces)
+    for stop in filter(None, until):
+        seen = seen.split(stop)[0]
+    left, kept = len(seen), []
+    for piece, plain in pieces:
+        kept.append(plain[: max(left, 0)])
+        left -= len(piece)
+    return "".join(kept)
 
 
 def fingerprint(params: Any, *facts: Any) -> str:
-    """Of parameters (through their sums) and facts in JSON, the same on any mesh up to rounding."""
-    shardings = jax.tree.map(lambda x: partitioning.replicated(x.sharding.mesh), params)
-    sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_sums, params), out_shardings=shardings)(params))
-    rounded = [f"{x:.4g}" for leaf in jax.tree.leaves(sums) for x in leaf]
-    return hashlib.sha256(json.dumps([*facts, rounded], sort_keys=True).encode()).hexdigest()
-
-
-def _sums(x: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.sum(x, dtype=jnp.float32), jnp.sum(jnp.abs(x), dtype=jnp.float32)])
+    """Digest of the parameters' bytes and of facts in JSON, the same on any mesh."""
+    return hashlib.sha256(json.dumps([*facts, checksums(params)], sort_keys=True).encode()).hexdigest()
 
 
 def load_language_model(
@@ -117,7 +169,8 @@ def load_language_model(
         tokenizer, ids = SubwordTokenizer(path, file.tokenizer()), file.special_ids()
     else:
         config, params = load_decoder(path, dtype or "float32")
-        tokenizer, ids = SubwordTokenizer(path / HF_TOKENIZER), special_ids(path / CONFIG, read_object(path / CONFIG))
+        tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
+        ids = read_special_ids(path, read_object(path / CONFIG), tokenizer)
     return foreign_model(path, config, params, mesh, tokenizer, ids)
 
 
@@ -139,40 +192,32 @@ def foreign_model(
     params: Any,
     mesh: Mesh,
     tokenizer: SubwordTokenizer,
-    ids: tuple[int | None, int | None],
+    ids: SpecialIds,
 ) -> LanguageModel:
-    """A model with somebody else's tokenizer; `params`, where in host memory, are put on `mesh`; `ids` begin and end a
-    document.
+    """A model with somebody else's tokenizer; `params`, where in host memory, are put on `mesh`.
 
     Raises:
-      InputError: the tokenizer's ids exceed the vocabulary, or no id ends a document.
+      InputError: the tokenizer's ids, or those that begin or end a document, exceed the vocabulary, or nothing does.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    bos, eos = ids
-    start, end = bos if bos is not None else eos, eos if eos is not None else bos
-    if start is None:
+    bos = () if ids.bos_id is None else (ids.bos_id,)
+    if not bos + ids.eos_ids:
         raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
+    prefix_ids = tuple(tokenizer.before.tolist()) if ids.prefix_ids is None else ids.prefix_ids
+    for name, found in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
+        if beyond := [token for token in found if not 0 <= token < config.vocab_size]:
+            raise InputError(f"{path}: {name} {beyond[0]} is none of the model's {config.vocab_size} ids")
     with partitioning.use(mesh):
         params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put(x, like.sharding),
                               params, abstract_params(config, mesh))
-    before = tuple(tokenizer.before.tolist())
-    return LanguageModel(str(path), None, config, params, mesh, tokenizer, before, start, end)
+    return LanguageModel(str(path), None, config, params, mesh, tokenizer, prefix_ids, (bos or ids.eos_ids)[0],
+                         ids.eos_ids or bos)
 
 
 def own_model(
     path: epath.PathLike, step: int | None, config: DecoderConfig, params: Any, mesh: Mesh, tokenizer: Tokenizer
 ) -> LanguageModel:
     """A model with one of our own tokenizers; `params` may be None where only texts are encoded."""
-    return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, EOS_ID,
+    return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, (EOS_ID,),
                          (PAD_ID, UNK_ID, BOS_ID))
-
-
-def special_ids(path: epath.Path, raw: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Ids that begin and end a document in an object of the config.json at `path`; of several ends, the first."""
-    ids = [raw.get(f"{name}_token_id") for name in ("bos", "eos")]
-    ids = [found[0] if isinstance(found, list) and found else found for found in ids]
-    for found in ids:
-        if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
-            raise InputError(f"{path}: bos_token_id and eos_token_id must be numbers")
-    return tuple(ids)

@@ -18,7 +18,7 @@ from evals.compare import compare
 from evals.report import report
 from evals.run import run_tasks
 from evals.tasks import Item, Task, write_items
-from mlx_pretrain.convert.decoders import save_decoder
+from mlx_pretrain.convert.decoders import load_decoder, save_decoder
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.models.decoder import DecoderConfig
@@ -134,6 +134,38 @@ def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path, caps
     assert "done before" not in said.err and "10 items" in said.out
 
 
+def test_a_language_more_leaves_the_tables_of_the_others(model, tasks, tmp_path, capsys):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    folder = tmp_path / "tasks/StoryClozeDataset"
+    english = folder / "lighteval_en_test.jsonl"
+    english.write_text("".join(english.read_text().splitlines(keepends=True)[:30]))  # those that German has
+    settings = {"model": str(model), "tasks": [f"{folder}/*_test.jsonl"], "output": str(tmp_path / "out"),
+                "few_shot": 1, "limit": 4}
+
+    def done_before(**more):
+        run_tasks(**settings | more)
+        found = re.search(r"(\d) of (\d) files were done before", capsys.readouterr().err)
+        return found.groups() if found else None
+
+    assert done_before(languages=["en"]) is None and done_before() == ("1", "2") and done_before() == ("2", "2")
+    # Other words under the same ids.
+    for name in ("dev", "test"):
+        changed = folder / f"lighteval_de_{name}.jsonl"
+        rows = [json.loads(line) for line in changed.read_text().splitlines()]
+        rows[0]["prompt"] += " anders"
+        changed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert done_before() == ("1", "2")
+    # Another model, in the same folder: its layers are swapped.
+    shutil.copytree(model, tmp_path / "model")
+    config, params = load_decoder(model)
+    save_decoder(tmp_path / "model", config, params | {"layers": jax.tree.map(lambda x: x[::-1], params["layers"])},
+                 bos_id=0, eos_id=0)
+    settings["model"] = str(tmp_path / "model")
+    assert done_before() is None and done_before() == ("2", "2")
+    save_decoder(tmp_path / "model", config, params, bos_id=0, eos_id=0)
+    assert done_before() is None
+
+
 def test_two_processes_find_the_same_and_share_the_work(model, tasks, runs, tmp_path):
     ended = run_job("evals.run", f"--gin.evaluate.model={model}", f'--gin.evaluate.tasks=["{tasks}/*/*_test.jsonl"]',
                     "--gin.evaluate.output=out", "--gin.evaluate.mutual_information=True", folder=tmp_path)
@@ -245,6 +277,12 @@ metric_list: [{{metric: byte_perplexity}}]
     assert len(answers) == 5 and any(answers) and not any("cat" in answer for answer in answers)
 
 
+def _permuted(gains) -> float:
+    """How often signs drawn at random make the sum as large, either way."""
+    signs = np.random.default_rng(0).choice((-1, 1), (20_000, len(gains)))
+    return np.mean(np.abs(signs @ gains) >= abs(np.sum(gains)))
+
+
 def test_two_runs_are_compared_item_by_item(tmp_path, runs):
     """With and without examples; the same by hand from the samples."""
     none, two = (runs[shots][0] / "out" for shots in (0, 2))
@@ -261,8 +299,11 @@ def test_two_runs_are_compared_item_by_item(tmp_path, runs):
         assert row["paired"]["difference"]["value"] == pytest.approx(np.mean(b) - np.mean(a))
         gained = sum(y > x for x, y in zip(a, b))
         changed = sum(y != x for x, y in zip(a, b))
-        expected = scipy.stats.binomtest(gained, changed).pvalue if changed else 1
-        assert row["paired"]["p_value"] == pytest.approx(expected)
+        if row["language"] != "all":  # see test_metrics for items in several languages
+            expected = scipy.stats.binomtest(gained, changed).pvalue if changed else 1
+            assert row["paired"]["p_value"] == pytest.approx(expected)
+    by_item = [np.sum(right[k], axis=0) for k in (0, 1)]
+    assert compared[-1]["paired"]["p_value"] == pytest.approx(_permuted(by_item[1] - by_item[0]), abs=0.02)
     with pytest.raises(InputError, match=r"not the output of evals\.run"):
         compare(str(none), str(tmp_path))
     with pytest.raises(InputError, match="no results_"):

@@ -110,6 +110,30 @@ def test_items_in_several_languages_are_drawn_whole():
     assert copies.difference == pytest.approx(alone.difference)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_p_values_are_shares_of_all_ways_to_swap_the_models_item_by_item(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.random((2, 5, 11)) < np.array([[[0.5]], [[0.5 + 0.1 * seed]]])
+    gains = second.sum(axis=0).astype(int) - first.sum(axis=0)
+    sums = [np.dot(signs, gains) for signs in itertools.product((-1, 1), repeat=11)]
+    expected = np.mean(np.abs(sums) >= abs(gains.sum()))
+    assert metrics.paired(first, second).p_value == pytest.approx(expected)
+    # Of one language it is McNemar's exact test.
+    gained, lost = (second[0] & ~first[0]).sum(), (first[0] & ~second[0]).sum()
+    expected = scipy.stats.binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1
+    assert metrics.paired(first[0], second[0]).p_value == pytest.approx(expected)
+
+
+def test_equal_models_differ_by_chance_in_one_of_twenty_comparisons():
+    """61 languages whose items are as hard in all of them: .76 of the comparisons if each language counted as items."""
+    rng = np.random.default_rng(5)
+    trials, languages, items = 200, 61, 40
+    shared, own = rng.normal(size=(2, trials, 1, items)), rng.normal(size=(2, trials, languages, items))
+    first, second = shared + own > 0
+    p_values = [metrics.paired(a, b, resamples=10).p_value for a, b in zip(first, second)]
+    assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.05, abs=0.03)
+
+
 @pytest.mark.parametrize("answer, place", [
     (" The  Cat.", 1), ("猫。", 2), ("cats", -1), ("STRASSE", 0), ("the cat sat", -1), ("", -1)])
 def test_answers_match_apart_from_case_space_and_punctuation(answer, place):

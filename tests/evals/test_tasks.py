@@ -102,6 +102,16 @@ def test_what_joins_prompt_and_choice(tmp_path):
     for language, joins in {"en": " ", "ja": ""}.items():
         items, _ = read_items(tmp_path / "x.jsonl", language)
         assert [item.delimiter for item in items.values()] == [joins, "\n", ""]
+    write(tmp_path, "y.jsonl", [
+        row(1, choices=[" one", "two", "  three"]), row(2, prompt="prompt 2 ", choices=["one", "two"]),
+        row(3, choices=[" a", "b"], delimiter=" "),
+        row(4, choices=["  a", "b"], delimiter="\n"), row(5, prompt="  ", choices=[" a", "b"])])
+    items, _ = read_items(tmp_path / "y.jsonl", "en")
+    joined = [[item.prompt + item.delimiter + choice for choice in item.choices] for item in items.values()]
+    assert joined == [["prompt 1 one", "prompt 1 two", "prompt 1 three"], ["prompt 2 one", "prompt 2 two"],
+                      ["prompt 3 a", "prompt 3 b"], ["prompt 4\n  a", "prompt 4\nb"], ["a", "b"]]
+    items, _ = read_items(tmp_path / "y.jsonl", "ja")  # without a delimiter, what is in the file
+    assert items["1"].choices == (" one", "two", "  three") and items["2"].prompt == "prompt 2 "
     shown = Item("s", "two and two is", ("three", "four"), 1, " ")
     assert prompt_of(Item("t", "one and one is", ("two", "one"), 0, " "), [shown]) == (
         "two and two is four\n\none and one is")
@@ -129,7 +139,7 @@ class Bytes:
 
 class Model:
     def __init__(self, before):
-        self.tokenizer, self.before, self.start = Bytes(), before, 1
+        self.tokenizer, self.prefix_ids, self.bos_id = Bytes(), before, 1
 
 
 PAIRS = [("a cat", " sat"), ("a cat ", "sat"), ("a cat  ", " sat"), ("", "x y"), ("a", "\n\nb"), ("ab", "c")]

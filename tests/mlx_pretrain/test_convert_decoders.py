@@ -7,6 +7,7 @@ import shutil
 
 import gguf
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
@@ -36,6 +37,62 @@ def test_logits_are_those_of_transformers():
     golden = load_file(LLAMA / "golden.safetensors")
     np.testing.assert_allclose(forward(config, params, golden["tokens"]), golden["logits"], atol=2e-5)
     assert config.parameters() == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def transformers_logits(config, tensors, tokens):
+    """transformers' LlamaForCausalLM in NumPy, from its tensors: what the golden logits were computed with."""
+    heads, kv_heads, size, theta = (config[key] for key in (
+        "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta"))
+    x = tensors["model.embed_tokens.weight"][tokens].astype(np.float64)
+    angles = np.arange(len(tokens))[:, None] / theta ** (np.arange(0, size, 2) / size)
+    cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2))
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * tensors[f"{name}.weight"]
+
+    def rotate(x):
+        return x * cos[:, None] + np.concatenate([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin[:, None]
+
+    for n in range(config["num_hidden_layers"]):
+        linear = lambda x, part, n=n: x @ tensors[f"model.layers.{n}.{part}.weight"].T  # noqa: E731
+        h = norm(x, f"model.layers.{n}.input_layernorm")
+        q, k, v = (linear(h, f"self_attn.{part}_proj").reshape(len(tokens), -1, size) for part in "qkv")
+        k, v = (np.repeat(part, heads // kv_heads, axis=1) for part in (rotate(k), v))
+        scores = np.einsum("qhd,khd->hqk", rotate(q), k) / np.sqrt(size)
+        scores = np.where(np.tri(len(tokens)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)
+        x = x + linear(mixed.reshape(len(tokens), -1), "self_attn.o_proj")
+        h = norm(x, f"model.layers.{n}.post_attention_layernorm")
+        gate = linear(h, "mlp.gate_proj")
+        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, "mlp.up_proj"), "mlp.down_proj")
+    return norm(x, "model.norm") @ tensors["lm_head.weight"].T
+
+
+def test_heads_of_another_size_than_the_width_says(tmp_path):
+    """head_dim 6 where 16 / 4 would be 4."""
+    raw, tensors = json.loads((LLAMA / "config.json").read_text()), load_file(LLAMA / "model.safetensors")
+    raw |= {"rope_theta": raw["rope_parameters"]["rope_theta"]}
+    golden = load_file(LLAMA / "golden.safetensors")
+    np.testing.assert_allclose(transformers_logits(raw, tensors, golden["tokens"][0]), golden["logits"][0], atol=2e-5)
+    rng = np.random.default_rng(5)
+    for n in range(2):
+        for part, heads in {"q": 4, "k": 2, "v": 2}.items():
+            shape = (heads * 6, 16)
+            tensors[f"model.layers.{n}.self_attn.{part}_proj.weight"] = rng.normal(0, 0.3, shape).astype(np.float32)
+        tensors[f"model.layers.{n}.self_attn.o_proj.weight"] = rng.normal(0, 0.3, (16, 24)).astype(np.float32)
+    raw["head_dim"] = 6
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, tmp_path / "model.safetensors")
+    config, params = load_decoder(tmp_path)
+    expected = transformers_logits(raw, tensors, golden["tokens"][1])
+    np.testing.assert_allclose(forward(config, params, golden["tokens"][1:])[0], expected, atol=2e-5)
+    save_decoder(tmp_path / "again", config, params)
+    assert_same(load_file(tmp_path / "again/model.safetensors"), tensors)
+    raw.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"q_proj\.weight has shape \[24, 16\], config\.json says \[16, 16\]"):
+        load_decoder(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -74,6 +131,20 @@ def test_bfloat16_is_rounded_once(tmp_path):
     ({"attention_bias": True}, "attention_bias is True"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; a decoder here has 1"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+     "partial_rotary_factor is 0.25"),
+    ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "factor is 2.0; a decoder here has no such rotary"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention is {'rope_theta'"),
+    ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None, not a number"),
+    ({"rope_interleaved": True}, "rope_interleaved is True; a decoder here has False"),
+    ({"sliding_window": 16}, "sliding_window is 16; a decoder here has no such setting"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ({"embedding_multiplier": 12}, "embedding_multiplier is 12"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
+    ({"per_layer_config": {"1": {"hidden_size": 8}}}, "per_layer_config is"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None, not a number"),
     ({"vocab_size": "many"}, "vocab_size is 'many', not a number"),
     ({"num_key_value_heads": 3}, "n_kv_heads=3 does not divide"),
     ({"intermediate_size": 32}, "has shape [24, 16], config.json says [32, 16]"),
@@ -98,6 +169,33 @@ def test_old_configurations_are_read(tmp_path):
     raw.pop("num_key_value_heads")
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert (read_config(tmp_path).n_kv_heads, read_config(tmp_path).rope_theta) == (4, 10_000.0)
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"rope_theta": None}, {"rope_theta": 500.0}),  # beside rope_parameters
+    ({"rope_theta": 9e3}, {"rope_theta": 500.0}),  # which come first
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 9e3}, {"rope_theta": 9e3}),
+    ({"rope_parameters": None}, {"rope_theta": 10_000.0}),
+    ({"rms_norm_eps": ...}, {"norm_epsilon": 1e-6}),
+    ({"num_key_value_heads": None, "head_dim": None}, {"n_kv_heads": 4, "head_dim": 4}),
+    ({"max_position_embeddings": ...}, {"max_length": 2048}),
+    ({"hidden_act": "swish", "partial_rotary_factor": 1.0, "sliding_window": None, "transformers_version": "4.0",
+      "pad_token_id": 3, "torch_dtype": "float16", "temperature": 0.6, "rope_interleaved": False}, {}),
+])
+def test_fields_that_are_left_out_or_change_nothing(tmp_path, change, expected):
+    raw = json.loads((LLAMA / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+    assert read_config(tmp_path) == dataclasses.replace(read_config(LLAMA), **expected)
+
+
+def test_quantised_tensors_are_named(tmp_path):
+    tensors = load_file(LLAMA / "model.safetensors")
+    shutil.copy(LLAMA / "config.json", tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype, stored in ((ml_dtypes.float8_e4m3fn, "F8_E4M3"), (ml_dtypes.float8_e5m2, "F8_E5M2"), (np.int8, "I8")):
+        save_file(tensors | {name: tensors[name].astype(dtype)}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=rf"model\.safetensors: tensor {name} is stored as {stored}"):
+            load_decoder(tmp_path)
 
 
 def test_missing_and_superfluous_tensors_are_named(tmp_path):
@@ -146,6 +244,13 @@ def write_gguf(path, config, params, tokenizer, **metadata):
     writer.add_token_merges([" ".join(merge) for merge in content["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    for field in ("eot", "eom"):
+        if field in metadata:
+            getattr(writer, f"add_{field}_token_id")(metadata[field])
+    for name, value in metadata.get("llama", {}).items():
+        writer.add_uint32(f"llama.{name}", value)
+    if "rope_freqs" in metadata:
+        writer.add_tensor("rope_freqs.weight", metadata["rope_freqs"])
     if metadata.get("add_bos"):
         writer.add_add_bos_token(True)
 
@@ -204,11 +309,12 @@ def test_gguf_gives_the_weights_and_the_tokenizer(gguf_model, tokenizer):
 def test_models_from_gguf_and_hugging_face_are_used_alike(gguf_model, tmp_path):
     path, config, _ = gguf_model
     model = load_language_model(path)
-    save_decoder(tmp_path, config, model.params, bos_id=model.start, eos_id=model.end)
+    save_decoder(tmp_path, config, model.params, bos_id=model.bos_id, eos_id=model.eos_ids)
     (tmp_path / "tokenizer.json").write_bytes(model.tokenizer.model)
     same = load_language_model(tmp_path)
     assert same.fingerprint() == model.fingerprint()
-    assert (same.start, same.end, same.before) == (model.start, model.end, model.before) == (0, 1, ())
+    ids = [(one.bos_id, one.eos_ids, one.prefix_ids) for one in (same, model)]
+    assert ids == [(0, (1,), ())] * 2
     prompts = ["the cat", "", "1998 dogs ran"]
     settings = {"max_new_tokens": 5, "temperature": 0.0}
     assert same.generate(prompts, **settings) == model.generate(prompts, **settings)
@@ -225,7 +331,29 @@ def test_gguf_files_that_are_none(gguf_model, tmp_path, tokenizer):
     with pytest.raises(InputError, match="pre-tokenizer 'qwen2'"):
         GGUF(tmp_path / "other.gguf").tokenizer()
     write_gguf(tmp_path / "bos.gguf", config, params, tokenizer, add_bos=True)
-    assert load_language_model(tmp_path / "bos.gguf").before == (0,)
+    assert load_language_model(tmp_path / "bos.gguf").prefix_ids == (0,)
+
+
+@pytest.mark.parametrize("metadata, message", [
+    ({"rope_freqs": np.array([1, 1, 8, 8], np.float32)}, "rope_freqs.weight scales the rotary positions"),
+    ({"llama": {"rope.dimension_count": 4, "attention.key_length": 8}}, "llama.rope.dimension_count is 4"),
+    ({"llama": {"attention.sliding_window": 16}}, "llama.attention.sliding_window is 16"),
+    ({"llama": {"expert_count": 8}}, "llama.expert_count is 8"),
+])
+def test_gguf_files_that_ask_for_more(gguf_model, tmp_path, tokenizer, metadata, message):
+    _, config, params = gguf_model
+    write_gguf(tmp_path / "other.gguf", config, params, tokenizer, **metadata)
+    with pytest.raises(InputError) as error:
+        GGUF(tmp_path / "other.gguf").load_decoder()
+    assert message in str(error.value)
+
+
+def test_gguf_settings_that_change_nothing(gguf_model, tmp_path, tokenizer):
+    _, config, params = gguf_model
+    write_gguf(tmp_path / "same.gguf", config, params, tokenizer, rope_freqs=np.ones(4, np.float32), eot=5, eom=1,
+               llama={"expert_count": 0, "vocab_size": 280, "rope.dimension_count": 8})
+    assert GGUF(tmp_path / "same.gguf").load_decoder()[0] == config
+    assert load_language_model(tmp_path / "same.gguf").eos_ids == (1, 5)
 
 
 def test_folders_without_what_is_needed(tmp_path):
