@@ -188,7 +188,7 @@ def test_two_slices_exchange_gradients_and_nothing_else(run_file, low_effort):
     ([], "--topology=TOPOLOGY is missing"),
     (["--topology=v5e:2x2", "--slices=two"], "--slices=two"),
     (["--topology=v5e:2x2", "--shape=2"], "--shape=2: unknown flag"),
-    (["--topology=v5e:2x2"], "configure no program: none of train.steps"),
+    (["--topology=v5e:2x2"], "configure no program: none of .*train.steps"),
 ])
 def test_errors_of_the_command_line(arguments, message):
     with pytest.raises(InputError, match=message):
