@@ -89,6 +89,13 @@ def try_frames(path: str, *, size: int, count: int, fit: str) -> Candidates | st
         return str(error)
 
 
+def notes(video: str, found: Candidates, count: int) -> list[str]:
+    """What is to be said of a video of which `count` different frames are needed, a sentence each."""
+    different = len(np.unique(found.numbers))
+    few = [f"{video}: {different} different frames, fewer than the {count} asked for"] if different < count else []
+    return [found.damage, *few] if found.damage else few
+
+
 class _OutOfOrderError(Exception):
     """The time stamps of decoded frames do not ascend."""
 
@@ -174,7 +181,8 @@ def _scan(path: epath.PathLike) -> _Track:
     with _opened(path) as container:
         stream = _video_stream(path, container)
         index = stream.index
-        for packet in _packets(container, damage):
+        # A track without a length of its own may be shorter than others, so all count.
+        for packet in _packets(container, damage, stream if stream.duration else None):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is not None:
                 last = max(last, (stamp + (packet.duration or 0)) * float(packet.time_base))
@@ -189,7 +197,6 @@ def _scan(path: epath.PathLike) -> _Track:
         if stamps is None:  # frames of one length
             times = np.arange(len(packets)) / rate
             return _Track(index, times, times, len(packets) / rate, np.zeros((0, 2), int), False, tuple(damage))
-        # A track that has no length of its own may be shorter than others, so all count.
         promised = float(stream.duration * unit) if stream.duration else (container.duration or 0) / av.time_base
         final = max(packets, key=lambda packet: packet.pts) if ordered else packets[-1]
         end = stamps[-1] + (final.duration or (round(np.median(np.diff(stamps))) if len(stamps) > 1 else
