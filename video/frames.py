@@ -147,7 +147,10 @@ def _video_stream(path: epath.PathLike, container: av.container.InputContainer) 
     if not moving:
         types = ["cover picture" if stream.type == "video" else stream.type for stream in container.streams]
         raise InputError(f"{path}: no moving pictures in it ({', '.join(types) or 'empty'})")
-    return next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
+    stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
+    if stream.codec_context is None:
+        raise InputError(f"{path}: FFmpeg has no decoder for the codec of its pictures")
+    return stream
 
 
 def _packets(
@@ -187,6 +190,8 @@ def _scan(path: epath.PathLike) -> _Track:
             if stamp is not None:
                 last = max(last, (stamp + (packet.duration or 0)) * float(packet.time_base))
             if packet.stream_index == index and packet.size and not packet.is_discard:
+                if packet.is_corrupt:
+                    damage.append(f"at {_place(packet)} (FFmpeg says: corrupt packet)")
                 packets.append(_Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe))
         if not packets:
             raise InputError(f"{path}: no frames in it")

@@ -267,3 +267,30 @@ def test_counted_frames_of_a_damaged_file_are_refused(tmp_path):
     damage_packet(path, 20)
     with pytest.raises(InputError, match=r"a\.avi: damaged .*without presentation times it cannot be read"):
         read_frames(path, 16, count=10)
+
+
+def test_unknown_codecs_and_lost_packets_are_named(tmp_path):
+    whole = write_grey(tmp_path / "a.mkv", "libx264", FIFTHS, 5, 1000).read_bytes()
+    (tmp_path / "b.mkv").write_bytes(whole.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"))
+    with pytest.raises(InputError, match=r"b\.mkv: FFmpeg has no decoder"):
+        read_frames(tmp_path / "b.mkv", 16, count=4)
+    path = write_grey(tmp_path / "a.ts", "libx264", FIFTHS, 5, 5, b_frames=2, key_frames=10)
+    packets = bytearray(path.read_bytes())
+    packets[25000:26000] = b"\xff" * 1000
+    path.write_bytes(packets)
+    assert "a.ts: damaged at time stamp" in read_frames(path, 16, count=4).damage
+
+
+def test_the_default_one_of_several_tracks(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as output:
+        streams = [output.add_stream("libx264", rate=5) for _ in range(2)]
+        streams[0].disposition, streams[1].disposition = av.stream.Disposition(0), av.stream.Disposition.default
+        for level, stream in zip((20, 200), streams):
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for number in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = number, fractions.Fraction(1, 5)
+                output.mux(stream.encode(frame))
+        for stream in streams:
+            output.mux(stream.encode())
+    assert read_frames(tmp_path / "a.mkv", 16, count=4).frames.min() > 190
