@@ -214,7 +214,8 @@ def _scan(path: epath.PathLike) -> _Track:
     keys = [(packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts))
             for packet in packets if packet.key and ordered]
     if ordered and not (packets[0].key and packets[0].pts == stamps[0]):
-        stamps = stamps[np.searchsorted(stamps, _first_stamp(path, index)) :]
+        first = _first_stamp(path, index)
+        stamps = stamps if first is None else stamps[np.searchsorted(stamps, first) :]
     keys = np.array(sorted(key for key in keys if key[0] >= stamps[0]), np.int64).reshape(-1, 2)
     keys[:, 0] = np.searchsorted(stamps, keys[:, 0])
     # One division, so that 4,400 thousandths are 4.4.
@@ -243,15 +244,15 @@ def _stamps(packets: Sequence[_Packet], second: float, delayed: bool) -> tuple[n
     return None, False
 
 
-def _first_stamp(path: epath.PathLike, index: int) -> int:
-    """Time stamp of the first frame that can be decoded, where a recording begins between key frames."""
+def _first_stamp(path: epath.PathLike, index: int) -> int | None:
+    """Time stamp of the first frame that can be decoded, where a recording begins between key frames; None: damage."""
     said: list[str] = []
     with _opened(path) as container:
         for packet in _packets(container, said, container.streams[index]):
             try:
                 for frame in packet.decode():
                     if frame.pts is not None:
-                        return frame.pts
+                        return None if said else frame.pts
             except av.FFmpegError as error:
                 said.append(_failure(packet, error))
     raise InputError(f"{path}: no frame in it can be decoded{_because(said)}")
@@ -285,16 +286,17 @@ class _Decoder:
 
     Attributes:
       damage: where the decoder failed, and what it said.
-      pixel_aspect: width of a pixel in heights, or None.
+      pixel_aspect: width of a pixel in heights, or None; known with the first frame.
     """
 
     def __init__(self, path: epath.PathLike, track: _Track):
+        self.damage: list[str] = []
         self._path, self._track = path, track
         self._keys = track.keys if track.ordered else track.keys[:0]
         self._stack = contextlib.ExitStack()
+        self._container: av.container.InputContainer | None = None
 
     def __enter__(self) -> "_Decoder":
-        self._open()
         return self
 
     def __exit__(self, *error) -> bool | None:
@@ -303,7 +305,7 @@ class _Decoder:
     def _open(self) -> None:
         """Begins with the first frame."""
         self._stack.close()
-        self.damage: list[str] = []
+        self.damage = []
         self._container = self._stack.enter_context(_opened(self._path))
         self._stream = self._container.streams[self._track.index]
         self._stream.thread_type = "AUTO"
@@ -318,11 +320,14 @@ class _Decoder:
     def frame(self, number: int) -> tuple[int, av.VideoFrame]:
         """The frame on screen when frame `number` should appear, and its own number.
 
-        This is an earlier frame, and noted as damage, where the decoder does not give the one that should appear.
+        This is the one before (at the beginning, the next), and noted as damage, where the decoder does not give the
+        frame that should appear.
 
         Raises:
-          InputError: the decoder gave nothing so far, or stops long before.
+          InputError: nothing can be decoded, or nothing from long before the frame on.
         """
+        if self._container is None:
+            self._open()
         before = int(np.searchsorted(self._keys[:, 0], number, side="right")) - 1
         reached = self._now[0] if self._now else 0
         if before > 0 and self._keys[before, 0] - reached > _JUMP:
@@ -333,13 +338,14 @@ class _Decoder:
             self._open()
         self._advance(number)
         track, where = self._track, f"{self._track.times[number]:.2f} s"
+        self._now = self._now or self._next
         if self._now is None:
-            raise InputError(f"{self._path}: no frame up to {where} can be decoded{_because(self.damage)}")
+            raise InputError(f"{self._path}: no frame in it can be decoded{_because(self.damage)}")
         if self._next is None and track.times[number] - track.times[self._now[0]] > _MISSING * track.duration:
             raise InputError(f"{self._path}: nothing can be decoded behind {track.times[self._now[0]]:.2f} of "
                              f"{track.duration:.2f} s{_because(self.damage)}")
         if self._now[0] != number:
-            self.damage.append(f"at {where}: no frame of its own, the one before is taken")
+            self.damage.append(f"at {where}: no frame of its own, a neighbour is taken")
         elif self._now[1].is_corrupt:
             self.damage.append(f"at {where}: the decoder calls this frame corrupt")
         return self._now

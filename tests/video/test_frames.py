@@ -256,7 +256,11 @@ def test_goes_on_behind_damage_and_says_where(tmp_path, name):
     right = [0, 1, 2, 3, 6, 7, 8, 9]
     assert grey(chosen.frames)[right].tolist() == chosen.numbers[right].tolist() == [2, 7, 12, 17, 32, 37, 42, 47]
     assert f"{name}: damaged at" in chosen.damage and " 4." in chosen.damage
-    for number in (0, 10, 30, 40):
+    damage_packet(path, 0)
+    chosen = read_frames(path, 16, count=10)
+    assert grey(chosen.frames)[[0, 2, 3]].tolist() == chosen.numbers[[0, 2, 3]].tolist() and chosen.damage
+    assert chosen.numbers[2:4].tolist() == [12, 17] and chosen.numbers[6:].tolist() == [32, 37, 42, 47]
+    for number in (10, 30, 40):
         damage_packet(path, number)
     with pytest.raises(InputError, match=f"{name}: no frame .* can be decoded: damaged at .*decoder says"):
         read_frames(path, 16, count=10)
