@@ -1,7 +1,8 @@
 """Decodes the videos of questions into a store of frames: `python -m video.decode --gin_file=gin/video/decode.gin`.
 
 Training reads frames thousands of times, so they are decoded once: M candidates of every video, resized, in worker
-processes. Videos that cannot be decoded go to rejects with the reason. The store is a `video.store` of kind "frames"
+processes. Videos that cannot be decoded go to rejects with the reason; of a video with fewer frames some stand more
+than once, and it is said. The store is a `video.store` of kind "frames"
 with an array "frames" uint8 `[videos, candidates, size, size, 3]`; the id of a row is the video's path.
 """
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from mlx_pretrain import configuration
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
-from video.frames import FITS, try_frames
+from video.frames import FITS, notes, try_frames
 from video.questions import read_questions
 from video.store import RowStore, RowWriter
 
@@ -67,6 +68,8 @@ def decode(
                 writer.reject(video, found)
                 print(f"rejected: {found}")
             else:
+                for note in notes(video, found, candidates):
+                    print(f"note: {note}")
                 writer.add(video, {"frames": found.frames, "times": found.times}, duration=found.duration)
     if len(writer.done) == writer.rejected:
         raise InputError(f"{folder}: none of {len(videos):,} videos can be decoded")

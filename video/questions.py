@@ -5,19 +5,24 @@
 
 `video` is relative to the file's folder. `type` parts the questions in tables; `options` are what answers are chosen
 from; `evidence`, where it is known, are the seconds between which what matters is on screen; with "clip": [2.0, 3.1]
-the question is about this part of the video alone, as captions are.
+the question is about this part of the video alone, as captions are. As in Video-MME, the answer may be a letter, and
+the options may begin with theirs: "options": ["A. star", "B. cross"], "answer": "A" is read as the above.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl, write_atomic
+
+# "A. red", "A) red", "A: red", "(A) red".
+_LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s*(\S.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,29 @@ def read_questions(path: epath.PathLike) -> list[Question]:
     return list(found.values())
 
 
+def _lettered(where: str, options: Sequence[str], answer: str) -> tuple[Sequence[str], str]:
+    """Options without their letters, and the one whose letter, or whose text, the answer is.
+
+    Letters go, for the likelihood of an option would be mostly that of its letter.
+    """
+    parts = [_LETTER.fullmatch(option) for option in options]
+    letters = [part and (part[1] or part[2]) for part in parts]
+    if letters == list(string.ascii_uppercase[: len(options)]):
+        options = [part[3] for part in parts]
+    if letter := re.fullmatch(r"\(?([A-Za-z])[.:)]?", answer.strip()):
+        letter = letter[1].upper()
+        place = string.ascii_uppercase.index(letter)
+        if letter in letters and letters.index(letter) != place:
+            raise InputError(f"{where}: the options' letters are not A, B, C, ... in this order")
+        if place < len(options):
+            answer = options[place]
+    if answer not in options:
+        raise InputError(f"{where}: the answer {answer!r} is not among the options")
+    if len(set(options)) < len(options):
+        raise InputError(f"{where}: an option is there twice")
+    return options, answer
+
+
 def _question(where: str, raw: dict[str, Any]) -> Question:
     texts = {name: raw.get(name, "") for name in ("id", "video", "question", "answer", "type")}
     for name, value in texts.items():
@@ -75,10 +103,10 @@ def _question(where: str, raw: dict[str, Any]) -> Question:
     if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.([/\\]|$)|://", texts["video"]):
         raise InputError(f"{where}: video {texts['video']!r} is not a path inside the file's folder")
     options = raw.get("options") or ()
-    if not all(isinstance(option, str) and option for option in options):
-        raise InputError(f"{where}: options must be texts")
+    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) and option for option in options):
+        raise InputError(f"{where}: options must be a list of texts")
     if options and texts["answer"] not in options:
-        raise InputError(f"{where}: the answer {texts['answer']!r} is not among the options")
+        options, texts["answer"] = _lettered(where, options, texts["answer"])
     try:
         spans = [(float(start), float(end)) for start, end in (*(raw.get("evidence") or ()), raw.get("clip") or (0, 0))]
     except (TypeError, ValueError):

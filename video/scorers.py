@@ -1,6 +1,7 @@
 """Scores of candidate frames for a question: Frame-Voyager's rewards, or how close frame and question are."""
 
 import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import gin
@@ -37,6 +38,19 @@ class Scorer(Protocol):
         """float32 `[candidates]`; frames uint8 `[candidates, size, size, 3]` of a video."""
 
 
+class _Last:
+    """Features of frames, kept for the next question on the very same array."""
+
+    def __init__(self, encode: Callable[[np.ndarray], jax.Array]):
+        self._encode = encode
+        self._frames: np.ndarray | None = None
+
+    def __call__(self, frames: np.ndarray) -> jax.Array:
+        if self._frames is not frames:
+            self._features, self._frames = self._encode(frames), frames
+        return self._features
+
+
 @gin.configurable
 class Voyager:
     """Rewards of Frame-Voyager."""
@@ -57,19 +71,16 @@ class Voyager:
             raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
         self.size = llm.config.vision.image_size
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
-        self._encode = functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params)
+        self._encode = _Last(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
         self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
         self._rewards = jax.jit(functools.partial(rewards, self._config))
-        self._video: tuple[str, jax.Array] | None = None
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        if self._video is None or self._video[0] != video:
-            self._video = video, self._encode(frames)
         tokens, places = self._prompts([question], len(frames))
         if tokens.shape[1] > self._config.decoder.max_length:
             raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
-        return np.asarray(self._rewards(self._params, self._video[1][None], tokens, places))[0]
+        return np.asarray(self._rewards(self._params, self._encode(frames)[None], tokens, places))[0]
 
 
 @gin.configurable
@@ -85,17 +96,14 @@ class Similarity:
         params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
         self.size, self._length = config.vision.image_size, config.max_length
         self._tokenizer = Tokenizer(epath.Path(run_dir) / TOKENIZER)
-        self._frames = functools.partial(jax.jit(functools.partial(embed_frames, config)), params)
+        self._frames = _Last(functools.partial(jax.jit(functools.partial(embed_frames, config)), params))
         self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), params)
-        self._video: tuple[str, jax.Array] | None = None
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        if self._video is None or self._video[0] != video:
-            self._video = video, self._frames(frames)
         tokens = np.full((1, self._length), PAD_ID, np.int32)
         ids = self._tokenizer.encode(question)[: self._length]
         tokens[0, : len(ids)] = ids
-        return np.asarray(self._video[1] @ self._texts(tokens)[0])
+        return np.asarray(self._frames(frames) @ self._texts(tokens)[0])
 
 
 @gin.configurable

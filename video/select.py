@@ -15,10 +15,13 @@ the frames.
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import statistics
 import time
+import urllib.parse
+import warnings
 
 import gin
 import numpy as np
@@ -33,10 +36,12 @@ from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 from video import selectors
 from video.contact_sheet import contact_sheet
-from video.frames import Candidates, read_frames, try_frames
+from video.frames import Candidates, notes, read_frames, try_frames
 from video.questions import Question, read_questions
 from video.scorers import Scorer
 
+# Bytes of a file name without its suffix; file systems take 255, and writing adds some for a moment.
+_LONGEST_NAME = 180
 CHOICES = {"top": selectors.top, "bolt": selectors.bolt, "aks": selectors.aks}
 
 
@@ -45,8 +50,9 @@ class Selection:
     """What was chosen for a question.
 
     Attributes:
-      places: among the candidates, ascending: int64 `[chosen]`.
-      numbers: of the frames in the video.
+      places: among the candidates, ascending: int64 `[chosen]`; fewer than were asked for where the video has no more
+        frames.
+      numbers: of the frames in the video, each one once.
       seconds: their times.
       scores: of all candidates, or None.
       candidates: the frames it was chosen from.
@@ -82,14 +88,20 @@ class Selector:
     def choose(self, video: str, candidates: Candidates, question: str) -> Selection:
         """From frames that were decoded before."""
         scores = None if self.scorer is None else self.scorer(video, candidates.frames, question)
-        count = len(candidates.frames)
-        places = (selectors.even(count, self.frames) if scores is None
-                  else CHOICES[self.choice](scores, self.frames))
+        _, distinct = np.unique(candidates.numbers, return_index=True)
+        places = distinct[selectors.even(len(distinct), self.frames) if scores is None
+                          else CHOICES[self.choice](scores[distinct], self.frames)]
         return Selection(places, candidates.numbers[places], candidates.times[places], scores, candidates)
 
     def select(self, video: epath.PathLike, question: str) -> list[int]:
-        """Numbers of the frames of a video file to be seen for a question; raises InputError as `read_frames`."""
+        """Numbers of the frames of a video file to be seen for a question; warns of damage and of too few frames.
+
+        Raises:
+          InputError: as `read_frames`.
+        """
         found = read_frames(video, self.size, count=self.candidates, fit=self.fit)
+        for note in notes(str(video), found, self.frames):
+            warnings.warn(note, stacklevel=2)
         return self.choose(str(video), found, question).numbers.tolist()
 
 
@@ -131,6 +143,9 @@ def select_all(
     with Workers(read, processes) as workers:
         items = ((video, str(folder / video)) for video in by_video)
         for video, candidates in tqdm(workers.map(items), "videos", len(by_video), disable=None):
+            if not isinstance(candidates, str):
+                for note in notes(video, candidates, selector.frames):
+                    print(f"note: {note}")
             for question in by_video[video]:
                 if isinstance(candidates, str):
                     rejects.append({"id": question.id, "reason": candidates})
@@ -162,7 +177,16 @@ def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:
             if selection.scores is not None else f"{len(selection.places)} frames"]
     figure = contact_sheet(selection.candidates.frames, selection.candidates.times, selection.places,
                            question.question, " · ".join(said), scores, question.evidence)
-    save_figure(figure, folder, re.sub(r"[^\w.-]", "_", question.id))
+    save_figure(figure, folder, sheet_name(question.id))
+
+
+def sheet_name(id: str) -> str:
+    """Name of a question's contact sheet, its own: what no file name may hold is written as %2F, long ids are cut."""
+    name = re.sub(r"[^\w.-]", lambda match: urllib.parse.quote(match[0], safe=""), id)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    start = name.encode()[: _LONGEST_NAME - 65].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(id.encode()).hexdigest()}"
 
 
 def main() -> None:

@@ -42,6 +42,31 @@ def write_video(path, codec, times, *, width=96, height=64, key_frames=12, rotat
     return pathlib.Path(path)
 
 
+def write_grey(path, codec, times, rate, units, *, b_frames=0, key_frames=12, options=None, container=None,
+               audio=0, offset=0):
+    """Frame i, shown from times[i] + offset on, is grey of level 20 + 4 i; `audio`: seconds of silence beside it."""
+    with av.open(str(path), "w", container_options=container or {}) as output:
+        stream = output.add_stream(codec, rate=rate, options={"threads": "1", "crf": "5", **(options or {})})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = key_frames, b_frames
+        stream.codec_context.time_base = fractions.Fraction(1, units)
+        sound = output.add_stream("aac", rate=8000) if audio else None
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 + 4 * number, np.uint8), format="rgb24")
+            frame.time_base = stream.codec_context.time_base
+            frame.pts = round((time + offset) * units)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+        for place in range(0, int(audio * 8000), 1024):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            samples.rate, samples.pts, samples.time_base = 8000, place, fractions.Fraction(1, 8000)
+            output.mux(sound.encode(samples))
+        if sound:
+            output.mux(sound.encode())
+    return pathlib.Path(path)
+
+
 @pytest.fixture(scope="session")
 def config():
     """Seven by seven patches averaged to two by two; the question stands before the frames."""

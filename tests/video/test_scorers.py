@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mlx_pretrain.errors import InputError
-from video.scorers import Embeddings
+from video.scorers import Embeddings, _Last
 
 
 def test_cosines_of_a_file(tmp_path):
@@ -27,3 +27,12 @@ def test_no_such_file_or_another_kind(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(InputError, match="not a safetensors file"):
         Embeddings(tmp_path / "text")
+
+
+def test_features_are_kept_for_the_same_frames_alone():
+    encoded = []
+    features = _Last(lambda frames: encoded.append(len(frames)) or frames.sum(axis=1))
+    few, many = np.ones((4, 2)), np.full((9, 2), 2.0)
+    for frames, expected in ((few, [2] * 4), (few, [2] * 4), (many, [4] * 9), (few, [2] * 4), (many[:4], [4] * 4)):
+        assert features(frames).tolist() == expected
+    assert encoded == [4, 9, 4, 4]

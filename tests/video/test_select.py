@@ -1,0 +1,58 @@
+"""Frames chosen for questions: each one once, and a contact sheet for each question."""
+
+import json
+
+import gin
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.video.conftest import write_grey
+from video.select import Selector, select_all, sheet_name
+
+
+class Level:
+    """Scores frames by their brightness."""
+
+    size, fit = 16, "stretch"
+
+    def __call__(self, video, frames, question):
+        return frames[:, 8, 8, 0].astype(np.float32)
+
+
+@pytest.mark.parametrize("scorer", [None, Level()])
+@pytest.mark.parametrize("choice", ["top", "bolt", "aks"])
+def test_every_frame_is_chosen_once(tmp_path, scorer, choice):
+    path = write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
+    with pytest.warns(UserWarning, match=r"q\.mp4: 5 different frames, fewer than the 8 asked for"):
+        assert Selector(scorer, choice, candidates=16, frames=8).select(path, "Which?") == [0, 1, 2, 3, 4]
+    assert len(set(Selector(scorer, choice, candidates=16, frames=3).select(path, "Which?"))) == 3
+    if scorer and choice == "top":
+        assert Selector(scorer, choice, candidates=16, frames=3).select(path, "Which?") == [2, 3, 4]
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=9, unique=True))
+def test_sheets_have_names_of_their_own(ids):
+    names = [sheet_name(id) for id in ids]
+    assert len(set(names)) == len(ids)
+    assert all("/" not in name and "\0" not in name and len(f"{name}.png".encode()) < 200 for name in names)
+
+
+def test_names_of_sheets():
+    assert [sheet_name(id) for id in ("q/1", "q_1", "q%2F1", "v1.2-x")] == ["q%2F1", "q_1", "q%252F1", "v1.2-x"]
+    long = [sheet_name("x" * 300 + end) for end in "ab"]
+    assert long[0] != long[1] and max(map(len, long)) <= 180
+
+
+def test_short_videos_are_told_and_sheets_are_kept_apart(tmp_path, capsys):
+    write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
+    lines = [{"id": id, "video": "q.mp4", "question": "Which?", "options": ["A. red", "B. green"], "answer": "A"}
+             for id in ("q/1", "q_1")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with gin.unlock_config():
+        select_all(tmp_path / "q.jsonl", tmp_path / "out", Selector(None, candidates=16, frames=8), sheets=2,
+                   processes=1, compilation_cache=None)
+    assert capsys.readouterr().out.count("note: q.mp4: 5 different frames, fewer than the 8 asked for\n") == 1
+    assert json.loads((tmp_path / "out/selected_frames.json").read_text()) == [[0, 1, 2, 3, 4]] * 2
+    assert sorted(sheet.name for sheet in (tmp_path / "out/sheets").glob("*.png")) == ["q%2F1.png", "q_1.png"]
