@@ -22,6 +22,7 @@ from mlx_pretrain.errors import InputError
 
 RATIO, LOSS = "ratio/", "loss/"
 _SUM_TOLERANCE = 0.01
+_COMPARED_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,28 @@ def make_runs(
     ratios = ratios / ratios.sum(axis=1, keepdims=True)
     names = np.array([str(name) for name in run])
     return ProxyRuns(tuple(languages), tuple(targets), names, n_params, tokens, ratios, losses)
+
+
+def outliers(runs: ProxyRuns) -> list[str]:
+    """Rows whose loss is far outside the range of the others, each with its run, tokens, target and loss.
+
+    A loss is compared with those of the same target in rows that have some of its language, or none, as it does: it is
+    far outside where it is more than 3 times as large or as small as their median, and further from it, in logarithms,
+    than 5 standard deviations as the median absolute deviation tells them. One diverged run does not move either.
+    """
+    found = []
+    for target, own, losses in zip(runs.targets, runs.own, np.log(runs.losses.T)):
+        has_own = runs.ratios[:, own] > 0 if own >= 0 else np.ones(len(runs), bool)
+        for group in (has_own, ~has_own):
+            # Where few rows compare, all do.
+            others = losses[group] if group.sum() >= _COMPARED_ROWS else losses
+            distance = np.abs(losses - np.median(others))
+            deviation = 1.4826 * np.median(np.abs(others - np.median(others)))
+            for row in np.flatnonzero(group & (distance > max(np.log(3), 5 * deviation))):
+                found.append(f"run {str(runs.run[row])!r} at {runs.tokens[row]:,.0f} tokens: the loss of {target!r} is "
+                             f"{runs.losses[row, runs.targets.index(target)]:.4g}, far outside the others' range "
+                             f"(median {np.exp(np.median(others)):.4g})")
+    return found
 
 
 def _read_csv(path: epath.PathLike) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_mixtures.climb.runs import olmix_runs, proxy_runs, regmix_runs
+from data_mixtures.climb.runs import make_runs, olmix_runs, outliers, proxy_runs, regmix_runs
 from mlx_pretrain.errors import InputError
 
 OURS = """run,step,n_params,tokens,ratio/fi,ratio/sv,loss/fi,loss/sv
@@ -70,6 +70,21 @@ def test_an_empty_or_missing_table(write, tmp_path):
         proxy_runs(write("runs.csv", OURS.splitlines()[0]))
     with pytest.raises(InputError, match="no such table"):
         proxy_runs(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("row, column, loss", [(2, 0, 11000.0), (2, 1, 40.0), (9, 1, 0.01)])
+def test_rows_far_outside_the_others_are_named(row, column, loss):
+    """A foreign loss of 9 beside 3 is no outlier; ten runs, the last two of one language each."""
+    rng = np.random.default_rng(0)
+    ratios = np.concatenate([rng.dirichlet([5, 5], 8), np.eye(2)])
+    losses = 3 * (ratios + 1e-3) ** -0.15
+    runs = make_runs("t", ("fi", "sv"), ("fi", "sv"), range(10), [1e6] * 10, [5e6] * 10, ratios, losses)
+    assert outliers(runs) == []
+    losses[row, column] = loss
+    losses[0] += 50 * (loss > 50)  # a second diverged run hides neither
+    found = outliers(make_runs("t", ("fi", "sv"), ("fi", "sv"), range(10), [1e6] * 10, [5e6] * 10, ratios, losses))
+    start = f"run '{row}' at 5,000,000 tokens: the loss of '{('fi', 'sv')[column]}' is {loss:.4g}, far outside"
+    assert sum(line.startswith(start) for line in found) == 1 and len(found) == (3 if loss > 50 else 1)
 
 
 def test_olmix_layout_is_joined_on_run(write):
