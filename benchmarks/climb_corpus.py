@@ -171,9 +171,9 @@ def joined(tables: list[ProxyRuns]) -> ProxyRuns:
 def wider(work: pathlib.Path, proxies: ProxyRuns, tokens: list[int], arguments: argparse.Namespace) -> dict[str, dict]:
     """Scores of the laws on new mixtures of a model of twice the width."""
     few = {"planned_mixtures__pairs": 0, "planned_mixtures__leave_one_out": False, "planned_mixtures__seed": 1}
-    narrow = train(work, "narrow.csv", tokens, arguments.threads, WIDTH // 2, **few,
+    narrow = train(work, "narrow", tokens, arguments.threads, WIDTH // 2, **few,
                    planned_mixtures__mixtures=arguments.mixtures // 3)
-    wide = train(work, "wide.csv", tokens, arguments.threads, 2 * WIDTH, **few, planned_mixtures__monolingual=False,
+    wide = train(work, "wide", tokens, arguments.threads, 2 * WIDTH, **few, planned_mixtures__monolingual=False,
                  planned_mixtures__mixtures=max(2, arguments.mixtures // 6))
     found = compare_laws(joined([proxies, narrow]), wide, arguments.families)
     show_laws(f"New mixtures at {wide.n_params[0] / 1e6:.2f}M parameters, from proxies of "
@@ -204,7 +204,7 @@ def main() -> None:
     command("data_mixtures.export", Corpus__folder=work / "documents", export_tokens__corpus="@Corpus()",
             export_tokens__tokenizer=tokenizer, export_tokens__store=store, export_tokens__sequence_length=LENGTH)
     tokens = [arguments.tokens // k for k in (8, 4, 2, 1)]
-    runs = train(work, "proxies.csv", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)
+    runs = train(work, "proxies", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)
     unseen = unseen_mixtures(runs)
     laws = compare_laws(runs.rows(~unseen), runs.rows(unseen), arguments.families)
     show_laws(f"Held-out mixtures, {len(np.unique(runs.run[unseen]))} runs x {len(tokens) - 1} token counts", laws)
@@ -213,7 +213,7 @@ def main() -> None:
     target, chosen = 4 * arguments.tokens, {}
     for weights in WEIGHTS:
         folder = work / f"allocation-{weights}"
-        command("data_mixtures.climb.allocate", allocate__runs="@proxy_runs()", proxy_runs__path=work / "proxies.csv",
+        command("data_mixtures.climb.allocate", allocate__runs="@proxy_runs()", proxy_runs__path=work / "proxies",
                 proxy_runs__min_tokens=arguments.tokens / 4 - 1, allocate__output=folder,
                 allocate__n_params=runs.n_params[0], allocate__tokens=target, allocate__token_store=store,
                 allocate__weights=weights, allocate__max_epochs=4.0)
@@ -224,7 +224,7 @@ def main() -> None:
     rates = {mixture: tuple(sorted((l, round(r, 6)) for l, r in load_rates(path).items()))
              for mixture, path in chosen.items()}
     first = {value: mixture for mixture, value in reversed(rates.items())}
-    final = train(work, "final.csv", [target], arguments.threads, proxies__plan="@given_mixtures",
+    final = train(work, "final", [target], arguments.threads, proxies__plan="@given_mixtures",
                   given_mixtures__paths=[str(chosen[mixture]) for mixture in rates if first[rates[mixture]] == mixture],
                   proxies__seeds=list(range(arguments.seeds)))
     extrapolated = compare_laws(runs, final, arguments.families)

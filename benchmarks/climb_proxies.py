@@ -45,7 +45,7 @@ def tokens_per_second(folder: pathlib.Path, name: str, pack: int, threads: int, 
     """Trains `runs` mixtures after as many as one program takes, which compile it."""
     tokens, first = steps * BATCH * LENGTH, pack * threads
     flags = {
-        "proxies.output": folder / f"{name}.csv", "proxies.token_store": folder / "store",
+        "proxies.output": folder / name, "proxies.token_store": folder / "store",
         "proxies.models": "[@DecoderConfig()]", "proxies.tokens": [tokens], "proxies.batch_size": BATCH,
         "proxies.optimizer": "@muon", "proxies.learning_rate": "@constant_schedule()", "constant_schedule.value": 1e-3,
         "proxies.pack": pack, "proxies.threads": threads, "planned_mixtures.mixtures": first + runs,

@@ -271,7 +271,7 @@ def pretraining(
         command("data_mixtures.export", Corpus__folder=work / arm, Corpus__pattern="{split}/{language}/*",
                 export_tokens__corpus="@Corpus()", export_tokens__tokenizer=work / "web_tokenizer.model",
                 export_tokens__store=store, export_tokens__sequence_length=128)
-        runs = train(work, f"{arm}.csv", [tokens], 2, proxies__token_store=store, proxies__eval_sequences=128,
+        runs = train(work, f"{arm}-proxies", [tokens], 2, proxies__token_store=store, proxies__eval_sequences=128,
                      proxies__plan="@given_mixtures", given_mixtures__paths=[str(work / "rates.json")],
                      proxies__seeds=list(range(seeds)))  # fmt: skip
         kept = [document.extra["intact"] for path in sorted((work / arm / "train").glob("*/*.gz"))

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,8 +26,8 @@ from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, Law, float64
 from data_mixtures.climb.laws import LAWS, default_law
 from data_mixtures.climb.parametric import EffectiveFit, ParametricFit, bootstrap
-from data_mixtures.climb.runs import ProxyRuns
-from data_mixtures.climb.validation import cross_validate, measured_effective_ratios
+from data_mixtures.climb.runs import ProxyRuns, outliers
+from data_mixtures.climb.validation import CrossValidation, cross_validate, measured_effective_ratios
 from mlx_pretrain import __version__
 from mlx_pretrain.configuration import run
 from mlx_pretrain.data.rates import save_rates
@@ -65,6 +64,8 @@ class AllocateConfig:
       replicates: of the bootstrap behind the intervals.
       folds: of the cross-validation, by run.
       seed: of everything drawn.
+      allow_poor_law: writes the recommendation of a law that predicts held-out runs worse than their mean does, and
+        notes it; otherwise that is an error and nothing is written.
     """
 
     runs: ProxyRuns = gin.REQUIRED
@@ -84,6 +85,7 @@ class AllocateConfig:
     replicates: int = 100
     folds: int = 5
     seed: int = 0
+    allow_poor_law: bool = False
 
     def __post_init__(self):
         if not isinstance(self.runs, ProxyRuns):
@@ -247,18 +249,32 @@ def _unique_tokens(config: AllocateConfig) -> dict[str, float] | None:
     return {language: text[language] for language in config.runs.languages}
 
 
-def _validation(config: AllocateConfig, law: Law, laws: Mapping[str, Law]) -> tuple[dict[str, Any], np.ndarray]:
-    """Cross-validated scores of all laws, and the recommended one's predictions out of fold `[rows, targets]`."""
-    found, predicted = {}, None
+def _validation(config: AllocateConfig, law: Law, laws: Mapping[str, Law]) -> dict[str, CrossValidation]:
+    """Cross-validation by name of the law, the recommended one first; others that cannot be fitted are left out."""
+    found: dict[str, CrossValidation] = {}
     for name, other in {law.name: law, **laws}.items():
-        started = time.perf_counter()
-        result = cross_validate(other, config.runs, config.folds, config.seed)
-        predicted = result.predicted if predicted is None else predicted
-        found[name] = {key: getattr(result.scores, key).tolist() for key in ("r2", "mae", "spearman")}
-        found[name]["seconds"] = (time.perf_counter() - started) / config.folds
-        _say(f"{name}: cross-validated R2 {result.scores.mean['r2']:.4f}, MAE {result.scores.mean['mae']:.4f}, "
-             f"Spearman {result.scores.mean['spearman']:.4f}")
-    return found, predicted
+        try:
+            found[name] = cross_validate(other, config.runs, config.folds, config.seed)
+        except InputError as error:
+            if other is law:
+                raise
+            _say(f"note: left out of the comparison: {error}")
+            continue
+        mean = found[name].scores.mean
+        _say(f"{name}: cross-validated R2 {mean['r2']:.4f}, MAE {mean['mae']:.4f}, Spearman {mean['spearman']:.4f}")
+    return found
+
+
+def _poor(name: str, validation: CrossValidation, targets: Sequence[str]) -> str | None:
+    """What is wrong with a law that predicts held-out runs no better than their mean; None for a better one."""
+    scores = validation.scores
+    if scores.mean["r2"] >= 0 and scores.pooled_r2 >= 0:
+        return None
+    if np.isnan(scores.pooled_r2):
+        return f"cross-validation cannot judge {name}: the losses to compare do not vary"
+    worst = int(np.nanargmin(scores.r2))
+    return (f"{name} predicts held-out runs worse than their mean does: cross-validated R2 {scores.mean['r2']:.2f} "
+            f"({scores.pooled_r2:.2f} with all losses together; {targets[worst]}: {scores.r2[worst]:.2f})")
 
 
 def _transfer(fitted: FittedLaw, replicates: Sequence[ParametricFit]) -> dict[str, Any] | None:
@@ -289,7 +305,7 @@ def _effective(fitted: FittedLaw, runs: ProxyRuns) -> dict[str, Any] | None:
         predicted = np.asarray(fitted.effective_ratios(runs.ratios, runs.n_params, runs.tokens))
     return {
         "ratio": runs.ratios[:, runs.own].tolist(),
-        "effective": np.where(np.isfinite(measured), measured.astype(object), None).tolist(),
+        "effective": _gaps(measured),
         "predicted": predicted.tolist(),
         "tokens": runs.tokens.tolist(),
     }
@@ -345,7 +361,8 @@ def allocate() -> None:
     _say(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
          "losses")
     allocator = Allocator(config)
-    for note in allocator.fitted.notes:
+    notes = [*outliers(runs), *allocator.fitted.notes]
+    for note in notes:
         _say(f"note: {note}")
     laws, fitted = {}, {}
     for name in config.compared:
@@ -356,10 +373,20 @@ def allocate() -> None:
             laws[name] = LAWS[name]()
         except InputError as error:
             _say(f"note: left out of the comparison: {error}")
-    validation, predicted = _validation(config, allocator.law, laws)
+    validation = _validation(config, allocator.law, laws)
+    judged = validation[allocator.law.name]
+    for note in judged.notes:
+        _say(f"note: {note}")
+    notes += judged.notes
+    if poor := _poor(allocator.law.name, judged, runs.targets):
+        if not config.allow_poor_law:
+            raise InputError(f"{config.output}: nothing is written: {poor}; look at the rows named above, choose "
+                             "another allocate.law, or set allocate.allow_poor_law = True")
+        _say(f"WARNING: {poor}; its recommendation is written because allocate.allow_poor_law is True")
+        notes.append(poor)
     chosen, methods = allocator.recommended()
     methods |= allocator.baselines(fitted)
-    _write(allocator, made_from, chosen, methods, validation, predicted)
+    _write(allocator, made_from, chosen, methods, validation, notes)
     best = methods[chosen]
     _say(f"{config.output}/rates.json: {chosen} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT residual "
          f"{best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {chosen}")
@@ -372,13 +399,13 @@ def _write(
     made_from: Mapping[str, Any],
     chosen: str,
     methods: Mapping[str, Mapping[str, Any]],
-    validation: Mapping[str, Any],
-    predicted: np.ndarray,
+    validation: Mapping[str, CrossValidation],
+    notes: Sequence[str],
 ) -> None:
     """Writes the rates files and, last, allocation.json."""
     config, runs, fitted = allocator.config, allocator.runs, allocator.fitted
     folder = epath.Path(config.output)
-    law = {"name": allocator.law.name, "family": getattr(allocator.law, "family", None), "notes": list(fitted.notes),
+    law = {"name": allocator.law.name, "family": getattr(allocator.law, "family", None), "notes": list(notes),
            "parameters": _parameters(fitted)}
     provenance = {**made_from, "runs": len(np.unique(runs.run)), "rows": len(runs),
                   "law": {k: law[k] for k in ("name", "family", "notes")}}
@@ -416,13 +443,19 @@ def _write(
         "method": chosen,
         "methods": methods,
         "transfer": _transfer(fitted, allocator.replicates),
-        "validation": validation,
+        "validation": {name: {score: _gaps(getattr(one.scores, score)) for score in ("r2", "mae", "spearman")}
+                       | {"seconds": one.seconds / config.folds} for name, one in validation.items()},
         "predictions": {"run": runs.run.tolist(), "n_params": runs.n_params.tolist(), "tokens": runs.tokens.tolist(),
-                        "measured": runs.losses.tolist(), "predicted": predicted.tolist()},
+                        "measured": runs.losses.tolist(), "predicted": _gaps(validation[law["name"]].predicted)},
         "effective": _effective(fitted, runs),
         "proxies": {"runs": len(np.unique(runs.run)), "rows": len(runs)},
         "provenance": provenance,
     })
+
+
+def _gaps(values: np.ndarray) -> list[Any]:
+    """The values as JSON has them: None for those that are not finite."""
+    return np.where(np.isfinite(values), values.astype(object), None).tolist()
 
 
 def _pairs(low: Sequence[float] | None, high: Sequence[float] | None) -> list[list[float]] | None:

@@ -26,7 +26,7 @@ _NOISE = 0.02
 _NOISE_RANGE = (0.002, 0.1)
 _DEVIATION_RANGE = (0.1, 10.0)
 _RIDGE_PASSES = 3
-_FOREIGN_WEIGHT = 0.03
+_FEW_LANGUAGES, _FOREIGN_WEIGHT = 2, 0.03
 
 _STATIC = ("model", "languages", "targets", "notes")
 
@@ -259,13 +259,13 @@ def _weights(model, runs: ProxyRuns) -> np.ndarray:
 
     Laws without interaction say nothing of a language that a run has none of. As for transfer, the loss on a language
     that a run of one or two others never saw tells how models fail on foreign text, and gets little weight; mixtures
-    that leave a language out count in full.
+    of more languages that leave one out count in full, however large one share is.
     """
     if isinstance(model, MixingModel):
         return np.ones(runs.losses.shape)
     if model.interaction is None:
         return _present(runs)
-    mixed = (runs.ratios.max(axis=1) < 0.5)[:, None]
+    mixed = ((runs.ratios > 0).sum(axis=1) > _FEW_LANGUAGES)[:, None]
     return np.where((_present(runs) > 0) | mixed, 1.0, _FOREIGN_WEIGHT)
 
 

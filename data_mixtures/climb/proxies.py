@@ -1,9 +1,10 @@
 """Trains the proxy runs of a plan: `python -m data_mixtures.climb.proxies --gin_file=gin/runs/proxies.gin`.
 
 Every run is a small model trained by the normal training step at a constant rate, so evaluations on the way are runs
-of fewer tokens for free (WSD without the decay, arXiv 2404.06395). One row per (run, token count) goes into the CSV
-of `data_mixtures.climb.runs`. The same command goes on where it was: finished runs are skipped, a run that was cut
-off continues from its last evaluation (with threads > 1: starts anew).
+of fewer tokens for free (WSD without the decay, arXiv 2404.06395). Every run has a CSV file in the output folder, in
+the layout of `data_mixtures.climb.runs`, with a row per token count. The same command goes on where it was: finished
+runs are skipped, a run that was cut off continues from its last evaluation (with threads > 1: starts anew). Commands
+on many machines may have one folder: each takes its part of the plan (`--shard=I/N`, or a SLURM array).
 
 Small models leave hardware idle in two ways. `pack` trains several at once as one vmapped program, for accelerators;
 `threads` trains several side by side, for CPUs, where many small operations do not share the cores well.
@@ -32,7 +33,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_mixtures.climb.plan import Mixtures, planned_mixtures
-from data_mixtures.climb.runs import LOSS, RATIO, proxy_runs
+from data_mixtures.climb.runs import LOSS, RATIO, proxy_runs, read_tables
 from mlx_pretrain import hardware, optimizers, partitioning
 from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.configuration import run
@@ -46,6 +47,8 @@ from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.train_state import TrainState, abstract_state, make_initial_state
 from mlx_pretrain.trainer import make_decoder_loss, make_train_step
+
+_SETTINGS = "settings.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class ProxiesConfig:
     """A set of proxy runs.
 
     Attributes:
-      output: the CSV file; a .json with the settings stands beside it.
+      output: folder of the CSV files, one per run, and of settings.json.
       token_store: folder made by the exporter.
       models: shapes to train, one or more N.
       tokens: token counts D to evaluate at, ascending; the last is the length of a run. Rounded to whole steps.
@@ -115,7 +118,10 @@ class ProxiesConfig:
 
 
 class Table:
-    """The CSV file, whole after every row: a killed command leaves the old file or the new one."""
+    """A folder with a CSV file for every run, each whole after every row: a killed command leaves the old or the new.
+
+    Commands that share the folder never write the same file, unless they train the same run.
+    """
 
     def __init__(
         self, path: epath.PathLike, settings: Mapping[str, Any], languages: Sequence[str], targets: Sequence[str]
@@ -123,46 +129,62 @@ class Table:
         """Reads the rows that are there.
 
         Raises:
-          InputError: the table was made with other settings, or cannot be read.
+          InputError: the runs were made with other settings, or cannot be read.
         """
-        self._path = epath.Path(path)
+        self._folder = epath.Path(path)
         self._header = ["run", "step", "n_params", "tokens"]
         self._header += [RATIO + language for language in languages] + [LOSS + target for target in targets]
         self._languages, self.targets = languages, targets
-        self._rows: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
-        sidecar = self._path.with_suffix(".json")
+        self._read: dict[str, dict[int, epath.Path]] = {}  # run -> step -> file
         if not cluster.is_main():  # process 0 alone has the table
             return
-        if self._path.exists():
-            found = read_json(sidecar, "settings of these proxy runs")
-            if different := [name for name in settings if found.get(name) != settings[name]]:
-                name = different[0]
-                raise InputError(f"{self._path}: these runs were made with another {name} ({found.get(name)!r}, now "
-                                 f"{settings[name]!r}); choose another proxies.output")
-            proxy_runs(self._path)  # checks it
-            self._rows = list(csv.DictReader(io.StringIO(self._path.read_text())))
+        if self._folder.is_file():
+            raise InputError(f"{path}: a single table; proxies.output is a folder: to add to this table, move it into "
+                             f"a folder, with its settings as {_SETTINGS}")
+        self._settings = settings
+        if not any(self._folder.glob("*.csv")):
+            write_json(self._folder / _SETTINGS, settings)
         else:
-            write_json(sidecar, settings)
+            self._check_settings()
+            runs = proxy_runs(self._folder)  # checks it
+            if differ := set(runs.languages) ^ set(languages) or set(runs.targets) ^ set(targets):
+                raise InputError(f"{self._folder}: these runs were made with other languages "
+                                 f"({', '.join(sorted(differ))}); choose another proxies.output")
+            for file, _, row in read_tables(self._folder)[1]:
+                self._read.setdefault(row["run"], {})[int(row["step"])] = file
+
+    def _check_settings(self) -> None:
+        found, settings = read_json(self._folder / _SETTINGS, "settings of these proxy runs"), self._settings
+        if different := [name for name in settings if found.get(name) != settings[name]]:
+            name = different[0]
+            raise InputError(f"{self._folder}: these runs were made with another {name} ({found.get(name)!r}, now "
+                             f"{settings[name]!r}); choose another proxies.output")
 
     def steps(self, name: str) -> set[int]:
-        """Steps at which a run has been evaluated."""
-        return {int(row["step"]) for row in self._rows if row["run"] == name}
+        """Steps at which a run had been evaluated when the command began."""
+        return set(self._read.get(name, ()))
 
     def add(self, proxy: Run, step: int, tokens: int, losses: Mapping[str, float]) -> None:
-        """Adds one row, in place of an earlier one of the same run and step."""
+        """Adds one row, in place of an earlier one of the same run and step.
+
+        Raises:
+          InputError: another command has begun to fill the folder with runs of other settings.
+        """
         if not cluster.is_main():
             return
+        self._check_settings()
         values = [proxy.name, step, proxy.model.parameters(), tokens,
                   *(repr(float(proxy.rates.get(l, 0.0))) for l in self._languages), *(repr(x) for x in losses.values())]
-        row = {name: str(value) for name, value in zip(self._header, values)}
-        with self._lock:
-            self._rows = [r for r in self._rows if (r["run"], r["step"]) != (row["run"], row["step"])] + [row]
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self._header, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows)
-            write_atomic(self._path, text.getvalue())
+        path = self._folder / f"{proxy.name}.csv"
+        if self._read.get(proxy.name, {}).get(step, path) != path:
+            return  # in a file of several runs, which is left as it is
+        rows = read_tables(path)[1] if path.exists() else []
+        rows = [row for _, _, row in rows if int(row["step"]) != step] + [dict(zip(self._header, map(str, values)))]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: int(row["step"])))
+        write_atomic(path, text.getvalue())
 
 
 class Stopped(Exception):
@@ -346,9 +368,12 @@ def train_proxies() -> None:
     targets = [l for l in sorted(store.parts("heldout")) if store.part("heldout", l).sequences and l in languages]
     steps = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)
     table = Table(config.output, _settings(config, store, steps[-1]), languages, targets)
+    shard, shards = cluster.shard()
+    runs = runs[shard::shards]
     left = list(itertools.compress(runs, cluster.share([not set(steps) <= table.steps(run.name) for run in runs])))
-    _say(f"{config.output}: {len(runs)} runs of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them done; "
-         f"{len(languages)} languages")
+    part = f" in shard {shard} of {shards}" if shards > 1 else ""
+    _say(f"{config.output}: {len(runs)} runs{part} of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them "
+         f"done; {len(languages)} languages")
     if left:
         _train_all(config, store, table, _packs(left, config.pack), len(runs) - len(left), len(runs))
 
@@ -387,8 +412,9 @@ def _train_all(
         finally:
             stop.reason = stop.reason or "error"  # the other workers leave too
             pool.shutdown(cancel_futures=True)
-    if cluster.is_main() and work.exists():
-        work.rmtree()
+    if cluster.is_main():
+        with contextlib.suppress(OSError):  # other commands on the same output still have checkpoints there
+            os.rmdir(work)
 
 
 def _say(line: str) -> None:
@@ -397,4 +423,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run(train_proxies, "data_mixtures.climb.proxies", joins=True)
+    run(train_proxies, "data_mixtures.climb.proxies", joins=True, shards=True)

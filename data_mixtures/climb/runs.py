@@ -1,6 +1,6 @@
 """Tables of proxy runs: mixture, model size and token count of each, and the held-out losses it reached.
 
-Our own layout is one CSV with a row per (run, checkpoint):
+Our own layout is CSV with a row per (run, checkpoint), in one file or many, such as a file per run:
 
     run,step,n_params,tokens,ratio/<language>...,loss/<target>...
 
@@ -8,6 +8,7 @@ Tables made elsewhere are read too: Olmix's pair of files, joined on `run`, and 
 Nothing is dropped silently: a missing cell, a repeated run or ratios that do not sum to 1 end with the file and line.
 """
 
+import concurrent.futures
 import csv
 import dataclasses
 import io
@@ -22,6 +23,7 @@ from mlx_pretrain.errors import InputError
 
 RATIO, LOSS = "ratio/", "loss/"
 _SUM_TOLERANCE = 0.01
+_COMPARED_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +76,14 @@ def make_runs(
     tokens: Sequence[float],
     ratios: np.ndarray,
     losses: np.ndarray,
-    lines: Sequence[int] | None = None,
+    places: Sequence[str] | None = None,
 ) -> ProxyRuns:
     """Checks a table and normalises its ratios.
 
     Args:
       where: names the table in errors.
       languages, targets, run, n_params, tokens, ratios, losses: see `ProxyRuns`.
-      lines: the line of the file each row comes from; None: rows are counted from 1.
+      places: the file and line each row comes from; None: rows are counted from 1.
 
     Raises:
       InputError: no rows; a value that is not finite; a negative ratio; ratios whose sum is not within 0.01 of 1; a
@@ -89,7 +91,7 @@ def make_runs(
     """
     n_params, tokens = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
     ratios, losses = np.asarray(ratios, np.float64), np.asarray(losses, np.float64)
-    lines = range(1, len(run) + 1) if lines is None else lines
+    places = [f"{where}:{row}" for row in range(1, len(run) + 1)] if places is None else places
     if not len(run):
         raise InputError(f"{where}: no runs")
     for kind, names in (("ratio", languages), ("loss", targets)):
@@ -97,9 +99,9 @@ def make_runs(
             raise InputError(f"{where}: no {kind} columns")
         if repeated := sorted({name for name in names if list(names).count(name) > 1}):
             raise InputError(f"{where}: {kind} column {repeated[0]!r} stands twice")
-    seen: dict[tuple[str, float], int] = {}
-    for row, line in enumerate(lines):
-        place = f"{where}:{line}: run {run[row]!r}"
+    seen: dict[tuple[str, float], str] = {}
+    for row, source in enumerate(places):
+        place = f"{source}: run {run[row]!r}"
         for name, value in (("n_params", n_params[row]), ("tokens", tokens[row])):
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{place}: {name} is {value}, not a positive number")
@@ -114,11 +116,33 @@ def make_runs(
             raise InputError(f"{place}: the loss of {targets[int(np.argmin(losses[row]))]!r} is not positive")
         key = (str(run[row]), float(tokens[row]))
         if key in seen:
-            raise InputError(f"{place}: stands twice with {tokens[row]:.0f} tokens (line {seen[key]} too)")
-        seen[key] = line
+            raise InputError(f"{place}: stands twice with {tokens[row]:.0f} tokens ({seen[key]} too)")
+        seen[key] = source
     ratios = ratios / ratios.sum(axis=1, keepdims=True)
     names = np.array([str(name) for name in run])
     return ProxyRuns(tuple(languages), tuple(targets), names, n_params, tokens, ratios, losses)
+
+
+def outliers(runs: ProxyRuns) -> list[str]:
+    """Rows whose loss is far outside the range of the others, each with its run, tokens, target and loss.
+
+    A loss is compared with those of the same target in rows that have some of its language, or none, as it does: it is
+    far outside where it is more than 3 times as large or as small as their median, and further from it, in logarithms,
+    than 5 standard deviations as the median absolute deviation tells them. One diverged run does not move either.
+    """
+    found = []
+    for target, own, losses in zip(runs.targets, runs.own, np.log(runs.losses.T)):
+        has_own = runs.ratios[:, own] > 0 if own >= 0 else np.ones(len(runs), bool)
+        for group in (has_own, ~has_own):
+            # Where few rows compare, all do.
+            others = losses[group] if group.sum() >= _COMPARED_ROWS else losses
+            distance = np.abs(losses - np.median(others))
+            deviation = 1.4826 * np.median(np.abs(others - np.median(others)))
+            for row in np.flatnonzero(group & (distance > max(np.log(3), 5 * deviation))):
+                found.append(f"run {str(runs.run[row])!r} at {runs.tokens[row]:,.0f} tokens: the loss of {target!r} is "
+                             f"{runs.losses[row, runs.targets.index(target)]:.4g}, far outside the others' range "
+                             f"(median {np.exp(np.median(others)):.4g})")
+    return found
 
 
 def _read_csv(path: epath.PathLike) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -160,35 +184,64 @@ def _numbers(path: epath.PathLike, line: int, row: dict[str, str], columns: Iter
     return [_number(path, line, column, row[column]) for column in columns]
 
 
-@gin.configurable
-def proxy_runs(path: epath.PathLike = gin.REQUIRED, min_tokens: float = 0) -> ProxyRuns:
-    """Reads a table in our layout (written by `data_mixtures.climb.proxies`).
+def read_tables(path: epath.PathLike) -> tuple[list[str], list[tuple[epath.Path, int, dict[str, str]]]]:
+    """Header and (file, line number, row) of a CSV file in our layout, or of many.
 
     Args:
-      path: the CSV file.
+      path: a file, a folder (every .csv in it), or a pattern of file names (proxies/mix-*.csv).
+
+    Raises:
+      InputError: there is no such file; one has not the ratio and loss columns of the others.
+    """
+    path = epath.Path(path)
+    pattern = any(wildcard in path.name for wildcard in "*?[") and not path.exists()
+    paths = [path]
+    if pattern or path.is_dir():
+        found = path.parent.glob(path.name) if pattern else path.glob("*.csv")
+        paths = sorted(each for each in found if not each.name.startswith("."))
+        if not paths:
+            raise InputError(f"{path}: no such table of proxy runs: no CSV file {'matches' if pattern else 'in it'}")
+    with concurrent.futures.ThreadPoolExecutor(min(16, len(paths))) as pool:
+        tables = list(pool.map(_read_csv, paths))
+    header, rows = tables[0][0], []
+    for file, (columns, read) in zip(paths, tables):
+        if missing := [name for name in ("run", "n_params", "tokens") if name not in columns]:
+            raise InputError(f"{file}:1: no column {missing[0]!r}")
+        for one, other, there in ((header, columns, paths[0]), (columns, header, file)):
+            if differ := [name for name in one if name.startswith((RATIO, LOSS)) and name not in other]:
+                raise InputError(f"{file}:1: its columns are not those of {paths[0]}: only {there} has {differ[0]!r}")
+        rows += [(file, line, row) for line, row in read]
+    return header, rows
+
+
+@gin.configurable
+def proxy_runs(path: epath.PathLike = gin.REQUIRED, min_tokens: float = 0) -> ProxyRuns:
+    """Reads tables in our layout (written by `data_mixtures.climb.proxies`).
+
+    Args:
+      path: the folder of CSV files, one of them, or a pattern of file names; see `read_tables`.
       min_tokens: rows of fewer training tokens are left out: models that have just begun, and are still learning how
         frequent each token is, follow no power law.
 
     Raises:
-      InputError: see `make_runs`; a column is missing or a cell is empty or no number; `min_tokens` leaves no row.
+      InputError: see `make_runs` and `read_tables`; a column is missing or a cell is empty or no number; `min_tokens`
+        leaves no row.
     """
-    header, rows = _read_csv(path)
-    if missing := [name for name in ("run", "n_params", "tokens") if name not in header]:
-        raise InputError(f"{path}:1: no column {missing[0]!r}")
+    header, rows = read_tables(path)
     ratio = [name for name in header if name.startswith(RATIO)]
     loss = [name for name in header if name.startswith(LOSS)]
-    values = [_numbers(path, line, row, ["n_params", "tokens", *ratio, *loss]) for line, row in rows]
+    values = [_numbers(file, line, row, ["n_params", "tokens", *ratio, *loss]) for file, line, row in rows]
     values = np.array(values).reshape(len(rows), 2 + len(ratio) + len(loss))
     runs = make_runs(
         str(path),
         [name.removeprefix(RATIO) for name in ratio],
         [name.removeprefix(LOSS) for name in loss],
-        [row["run"] for _, row in rows],
+        [row["run"] for _, _, row in rows],
         values[:, 0],
         values[:, 1],
         values[:, 2 : 2 + len(ratio)],
         values[:, 2 + len(ratio) :],
-        [line for line, _ in rows],
+        [f"{file}:{line}" for file, line, _ in rows],
     )
     late = runs.tokens >= min_tokens
     if not late.any():
@@ -235,7 +288,7 @@ def _joined(
         [tokens] * len(ratio_rows),
         np.array(ratios).reshape(len(ratio_rows), len(ratio_columns)),
         np.array(losses).reshape(len(ratio_rows), len(loss_columns)),
-        [line for line, _ in ratio_rows],
+        [f"{ratios_path}:{line}" for line, _ in ratio_rows],
     )
 
 

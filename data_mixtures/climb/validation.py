@@ -1,6 +1,8 @@
 """How well a law predicts runs it has not seen, and what effective ratios the runs really had."""
 
 import dataclasses
+import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,21 +22,26 @@ class Scores:
         losses of a target are all the same.
       mae: float64 `[targets]`, mean absolute error, nats per token.
       spearman: float64 `[targets]`, rank correlation; nan where the measured or the predicted losses are all the same.
+      pooled_r2: share of the variance explained of all targets' losses together, each about its target's mean.
+
+    A target with fewer than 2 rows to compare has nan for each of its scores.
     """
 
     r2: np.ndarray
     mae: np.ndarray
     spearman: np.ndarray
+    pooled_r2: float
 
     @property
     def mean(self) -> dict[str, float]:
-        """`{"r2", "mae", "spearman"}`: means over the targets."""
-        return {field.name: float(getattr(self, field.name).mean()) for field in dataclasses.fields(self)}
+        """`{"r2", "mae", "spearman"}`: means over the targets that have the score; nan where none has."""
+        values = {name: getattr(self, name) for name in ("r2", "mae", "spearman")}
+        return {name: float(np.nanmean(v)) if not np.isnan(v).all() else float("nan") for name, v in values.items()}
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     # SciPy warns of constant input; the answer is the same nan.
-    return float("nan") if np.ptp(x) == 0 or np.ptp(y) == 0 else float(stats.spearmanr(x, y).statistic)
+    return float("nan") if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0 else float(stats.spearmanr(x, y).statistic)
 
 
 def scores(measured: np.ndarray, predicted: np.ndarray, counted: np.ndarray | None = None) -> Scores:
@@ -45,23 +52,24 @@ def scores(measured: np.ndarray, predicted: np.ndarray, counted: np.ndarray | No
       counted: bool `[rows, targets]`, which of them to compare; None: all.
 
     Raises:
-      InputError: the shapes differ, or a target has fewer than 2 rows to compare.
+      InputError: the shapes differ, or no target has 2 rows to compare.
     """
     measured, predicted = np.asarray(measured, np.float64), np.asarray(predicted, np.float64)
     if measured.shape != predicted.shape or measured.ndim != 2:
         raise InputError(f"scores: measured losses are {measured.shape}, predicted ones {predicted.shape}")
     counted = np.ones(measured.shape, bool) if counted is None else counted
-    if counted.sum(axis=0).min() < 2:
+    counted = counted & (counted.sum(axis=0) >= 2)
+    if not counted.any():
         raise InputError("scores: at least 2 rows are needed to compare")
     pairs = [(m[c], p[c]) for m, p, c in zip(measured.T, predicted.T, counted.T)]
-    r2 = []
-    for m, p in pairs:
-        variation = ((m - m.mean()) ** 2).sum()
-        r2.append(1 - ((m - p) ** 2).sum() / variation if variation > 0 else np.nan)
+    variation = np.array([((m - m.mean()) ** 2).sum() if len(m) else 0.0 for m, _ in pairs])
+    error = np.array([((m - p) ** 2).sum() for m, p in pairs])
+    explained = lambda e, v: 1 - e / v if v > 0 else np.nan  # noqa: E731
     return Scores(
-        r2=np.array(r2),
-        mae=np.array([np.abs(m - p).mean() for m, p in pairs]),
+        r2=np.array([explained(e, v) for e, v in zip(error, variation)]),
+        mae=np.array([np.abs(m - p).mean() if len(m) else np.nan for m, p in pairs]),
         spearman=np.array([_spearman(m, p) for m, p in pairs]),
+        pooled_r2=float(explained(error.sum(), variation.sum())),
     )
 
 
@@ -70,31 +78,59 @@ class CrossValidation:
     """Predictions of a law for runs it was not fitted to.
 
     Attributes:
-      predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run.
+      predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run; nan where the other
+        runs have none of the target's language.
       scores: of all these predictions together, where the run has some of the target's language: laws without
-        interaction have no prediction for a language a run does not train on.
+        interaction have no prediction for a language a run does not train on. Rows with a language that no run the law
+        was fitted to has are left out: nothing told the law what its text is worth.
+      seconds: that all folds took.
+      notes: what could not be judged.
     """
 
     predicted: np.ndarray
     scores: Scores
+    seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def cross_validate(law: Law, runs: ProxyRuns, folds: int = 5, seed: int = 0) -> CrossValidation:
     """Leaves out one of `folds` parts of the runs at a time; all rows (checkpoints) of a run are in one part.
 
+    Where only runs of one part have any of a language, the law is fitted without that target in that fold.
+
     Raises:
-      InputError: fewer than 2 folds, or fewer runs than folds.
+      InputError: fewer than 2 folds, or fewer runs than folds; no target has 2 rows that can be judged.
     """
+    started = time.perf_counter()
     names, which = np.unique(runs.run, return_inverse=True)
     if not 2 <= folds <= len(names):
         raise InputError(f"cross_validate: {folds} folds of {len(names)} runs; 2 to {len(names)} are possible")
     fold = np.random.default_rng(seed).permutation(np.arange(len(names)) % folds)[which]
-    predicted = np.empty_like(runs.losses)
-    for number in range(folds):
-        held_out = fold == number
-        predicted[held_out] = law.fit(runs.rows(~held_out), seed).predict(runs.rows(held_out))
+    predicted = np.full(runs.losses.shape, np.nan)
     counted = np.where(runs.own >= 0, runs.ratios[:, runs.own] > 0, True)
-    return CrossValidation(predicted, scores(runs.losses, predicted, counted))
+    unseen: dict[str, int] = {}  # language -> rows that have it where the law has not
+    for number in range(folds):
+        held_out = np.flatnonzero(fold == number)
+        training = runs.rows(fold != number)
+        missing = ~(training.ratios > 0).any(axis=0)
+        judged = np.flatnonzero((runs.own < 0) | ~missing[runs.own])
+        if len(judged):
+            fitted = law.fit(_of_targets(training, judged), seed)
+            predicted[np.ix_(held_out, judged)] = fitted.predict(_of_targets(runs.rows(held_out), judged))
+        foreign = runs.ratios[held_out][:, missing] > 0
+        counted[held_out[foreign.any(axis=1)]] = False
+        unseen |= dict(zip(np.array(runs.languages)[missing].tolist(), foreign.sum(axis=0).tolist()))
+    notes = tuple(f"not judged by cross-validation: {rows} rows with {language}, which no run of the other folds has"
+                  for language, rows in unseen.items())
+    if few := [target for target, rows in zip(runs.targets, counted.sum(axis=0)) if rows < 2]:
+        notes += (f"not judged by cross-validation: the loss of {', '.join(few)}, with fewer than 2 rows to compare",)
+    return CrossValidation(predicted, scores(runs.losses, predicted, counted), time.perf_counter() - started, notes)
+
+
+def _of_targets(runs: ProxyRuns, which: Sequence[int]) -> ProxyRuns:
+    """The table with those loss columns only."""
+    targets = tuple(runs.targets[at] for at in which)
+    return dataclasses.replace(runs, targets=targets, losses=runs.losses[:, which])
 
 
 def measured_effective_ratios(law: EffectiveLaw, runs: ProxyRuns) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 import xml.etree.ElementTree
 
@@ -31,7 +32,7 @@ DecoderConfig.head_dim = 16
 DecoderConfig.mlp_dim = 32
 DecoderConfig.max_length = 64
 
-proxies.output = 'proxies.csv'
+proxies.output = 'proxies'
 proxies.token_store = '{store}'
 proxies.models = [@DecoderConfig()]
 proxies.tokens = [{short}, {long}]
@@ -44,7 +45,7 @@ constant_schedule.value = 1e-2
 planned_mixtures.mixtures = 6
 
 allocate.runs = @proxy_runs()
-proxy_runs.path = 'proxies.csv'
+proxy_runs.path = 'proxies'
 allocate.output = 'climb'
 allocate.n_params = 5000
 allocate.tokens = 20000
@@ -57,6 +58,11 @@ allocate.folds = 2
 Climb.starts = 1
 MSL.starts = 1
 """
+
+
+def rows(folder: pathlib.Path) -> list[str]:
+    """Rows of all tables in a folder, without headers."""
+    return sorted(line for path in folder.glob("*.csv") for line in path.read_text().splitlines()[1:])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def finished(climb_gin, tmp_path_factory) -> tuple[pathlib.Path, Ended]:
 
 
 def test_the_proxies_are_complete(finished):
-    runs = proxy_runs(finished[0] / "proxies.csv")
+    runs = proxy_runs(finished[0] / "proxies")
     assert len(runs) == 2 * (3 + 3 + 3 + 6) and not (finished[0] / "proxies.work").exists()
 
 
@@ -129,17 +135,17 @@ def test_the_trainer_takes_the_rates(finished, tiny_gin, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_plan_goes_on_and_ends_the_same(finished, climb_gin, tmp_path, number):
-    whole = (finished[0] / "proxies.csv").read_text().splitlines()
-    table = tmp_path / "proxies.csv"
+    whole = rows(finished[0] / "proxies")
+    table = tmp_path / "proxies"
     with started(PROXIES, climb_gin, folder=tmp_path) as process:
-        process.wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 5)
+        process.wait_for(lambda: len(rows(table)) > 4)
         process.signal(number)
         ended = process.end()
     assert ended.code == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    assert 5 < len(table.read_text().splitlines()) < len(whole)
+    assert 4 < len(rows(table)) < len(whole)
     again = run(PROXIES, climb_gin, folder=tmp_path)
     assert again.code == 0, again.err
-    assert sorted(table.read_text().splitlines()) == sorted(whole)
+    assert rows(table) == whole
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -148,11 +154,11 @@ def test_a_stopped_plan_goes_on_and_ends_the_same(finished, climb_gin, tmp_path,
     (["--gin.proxy_runs.path=none.csv"], r"none\.csv: no such table of proxy runs"),
 ])
 def test_impossible_allocations_are_refused_in_one_line(finished, climb_gin, tmp_path, flags, message):
-    (tmp_path / "proxies.csv").write_text((finished[0] / "proxies.csv").read_text())
+    shutil.copytree(finished[0] / "proxies", tmp_path / "proxies")
     ended = run(ALLOCATE, climb_gin, *flags, folder=tmp_path)
     assert ended.code == 1
     assert re.fullmatch(f"error: {message}", ended.err.splitlines()[-1]), ended.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["proxies.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["proxies"]
 
 
 @pytest.mark.slow
@@ -161,16 +167,16 @@ def test_two_processes_stop_together_and_go_on_to_the_same_table(climb_gin, tmp_
     (tmp_path / "alone").mkdir()
     alone = run(PROXIES, *flags, folder=tmp_path / "alone")
     assert alone.code == 0, alone.err
-    table = tmp_path / "proxies.csv"
+    table = tmp_path / "proxies"
     with started_job(PROXIES, *flags, folder=tmp_path) as job:
-        job[0].wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3)
+        job[0].wait_for(lambda: len(rows(table)) > 2)
         job[1].signal(signal.SIGTERM)
         ended = end_all(job)
     assert [process.code for process in ended] == [143, 143], ended
     assert "SIGTERM: " in ended[0].err and "SIGTERM: " not in ended[1].err
     ended = run_job(PROXIES, *flags, folder=tmp_path)
     assert [process.code for process in ended] == [0, 0], ended
-    ours, theirs = proxy_runs(table), proxy_runs(tmp_path / "alone" / "proxies.csv")
+    ours, theirs = proxy_runs(table), proxy_runs(tmp_path / "alone" / "proxies")
     order = [np.lexsort((runs.tokens, runs.run)) for runs in (ours, theirs)]
     assert list(ours.run[order[0]]) == list(theirs.run[order[1]])
     np.testing.assert_allclose(ours.losses[order[0]], theirs.losses[order[1]], rtol=1e-4)

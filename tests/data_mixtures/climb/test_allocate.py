@@ -77,7 +77,8 @@ def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
 @pytest.mark.parametrize("law", [StructuredProcess(draws=2, warm_up=2), LightGBM()])
 def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     alone = runs.rows(runs.tokens == TOKENS)
-    found = run(monkeypatch, tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3)
+    found = run(monkeypatch, tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
+                allow_poor_law=law.name == "lightgbm")  # too few runs for a leaf: it predicts the mean
     best = found["methods"][found["method"]]
     assert found["method"] == {"process": "process-joint", "lightgbm": "lightgbm-sampling"}[law.name]
     assert best["ratios"][2] == pytest.approx(0.25) and min(best["ratios"]) >= 0.15 - 1e-9
@@ -86,6 +87,36 @@ def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     assert found["transfer"] is None and found["effective"] is None
     assert (best["loss_low"] is None) == (law.name == "lightgbm")
     assert found["interval"] == [0.05, 0.95]
+
+
+def test_a_law_worse_than_the_mean_recommends_nothing_unless_told_to(runs, monkeypatch, tmp_path, capsys):
+    """One of ten runs diverged, and stayed finite, in one language."""
+    diverged = runs.rows(np.flatnonzero(runs.tokens == TOKENS)[:10])
+    diverged.losses[3, 1] = 11000.0
+    settings = {"runs": diverged, "law": Isolated(starts=2), "compared": ("lightgbm",)}
+    with pytest.raises(InputError, match=r"nothing is written: isolated predicts held-out runs worse than their mean "
+                                         r"does: cross-validated R2 .*sv: -"):
+        run(monkeypatch, tmp_path, **settings)
+    assert list(tmp_path.iterdir()) == []
+    named = "run 'run3' at 1,000,000 tokens: the loss of 'sv' is 1.1e+04, far outside the others' range"
+    assert named in capsys.readouterr().err
+    found = run(monkeypatch, tmp_path, **settings, allow_poor_law=True)
+    assert "WARNING: isolated predicts held-out runs worse than their mean does" in capsys.readouterr().err
+    assert named in found["law"]["notes"][0] and "worse than their mean" in found["law"]["notes"][-1]
+    assert (tmp_path / "rates.json").exists()
+
+
+def test_a_language_of_one_run_only_is_allocated_with_a_note(runs, monkeypatch, tmp_path, capsys):
+    ratios = np.array(runs.ratios)
+    ratios[3:, 1] = 0
+    few = make_runs("made up", LANGUAGES, LANGUAGES, runs.run, runs.n_params, runs.tokens,
+                    ratios / ratios.sum(axis=1, keepdims=True),
+                    isolated_losses(np.maximum(ratios, 1e-3), runs.tokens))
+    found = run(monkeypatch, tmp_path, runs=few, law=Isolated(starts=2), compared=("msl",))
+    assert "the loss of sv, with fewer than 2 rows" in capsys.readouterr().err
+    assert found["validation"]["isolated"]["r2"][1] is None and found["validation"]["msl"]["r2"][0] > 0.5
+    assert found["predictions"]["predicted"][0][1] is None
+    assert any("3 rows with sv" in note for note in found["law"]["notes"])
 
 
 def test_bad_settings_and_tables_are_named(runs, monkeypatch, tmp_path):

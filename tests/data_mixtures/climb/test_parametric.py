@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_mixtures.climb.forms import EffectiveModel, Shared
 from data_mixtures.climb.interactions import INTERACTIONS, floored
 from data_mixtures.climb.law import float64
-from data_mixtures.climb.parametric import MSL, Climb, Isolated, MixingLaw, bootstrap
+from data_mixtures.climb.parametric import MSL, Climb, Isolated, MixingLaw, _weights, bootstrap
 from data_mixtures.climb.runs import ProxyRuns, make_runs
 from data_mixtures.climb.validation import scores
 from mlx_pretrain.errors import InputError
@@ -166,6 +167,17 @@ def test_mixing_law_finds_its_own_data():
     np.testing.assert_allclose(fitted.predict(unseen), unseen.losses, atol=0.01)
     assert fitted.notes == ()
     assert "ignores N and D" in MixingLaw(starts=1).fit(climb_table(1, 0)).notes[0]
+
+
+def test_rows_of_few_languages_weigh_little_whatever_the_largest_share():
+    """English has half or more of every mixture; the first five rows are one run each without cc."""
+    names = ("en", "aa", "bb", "cc")
+    ratios = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.25, 0.25, 0], [0.9, 0.09, 0.01, 0], [0.4, 0.3, 0.3, 0],
+                       [0.7, 0.1, 0.1, 0.1]])
+    runs = make_runs("table", names, names, range(6), [1e6] * 6, [1e5] * 6, ratios, np.full((6, 4), 3.0))
+    model = EffectiveModel(4, Shared(False, False, True), INTERACTIONS["substitution_fading"](False))
+    np.testing.assert_array_equal(_weights(model, runs)[:, 3], [0.03, 0.03, 1, 1, 1, 1])
+    np.testing.assert_array_equal(_weights(model, runs)[:, 0], np.ones(6))
 
 
 def test_languages_without_ratios_or_runs_are_refused():

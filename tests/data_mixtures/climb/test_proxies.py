@@ -1,14 +1,16 @@
 """Proxy runs: what the normal trainer computes, whichever way they are packed, stopped and started again."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from data_mixtures.climb import proxies
-from data_mixtures.climb.proxies import ProxiesConfig, train_proxies
+from data_mixtures.climb.proxies import ProxiesConfig, Run, Table, train_proxies
 from data_mixtures.climb.runs import proxy_runs
 from mlx_pretrain import optimizers
 from mlx_pretrain.data.rates import save_rates
@@ -36,6 +38,11 @@ def settings(store_dir, tiny_config):
     }
 
 
+def lines(output) -> list[str]:
+    """Rows of all tables in a folder, without headers."""
+    return [line for path in sorted(pathlib.Path(output).glob("*.csv")) for line in path.read_text().splitlines()[1:]]
+
+
 def train(monkeypatch, **settings) -> str:
     monkeypatch.setattr(proxies, "ProxiesConfig", lambda: ProxiesConfig(**settings))
     train_proxies()
@@ -45,7 +52,7 @@ def train(monkeypatch, **settings) -> str:
 @pytest.fixture(scope="module")
 def table(settings, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        output = str(tmp_path_factory.mktemp("proxies") / "runs.csv")
+        output = str(tmp_path_factory.mktemp("proxies") / "runs")
         return train(patch, **settings, output=output)
 
 
@@ -75,7 +82,7 @@ def test_a_proxy_is_a_run_of_the_normal_trainer(table, settings, tmp_path):
 
 
 def test_packed_runs_are_the_same_runs(table, settings, monkeypatch, tmp_path):
-    packed = proxy_runs(train(monkeypatch, **settings, output=str(tmp_path / "packed.csv"), pack=2))
+    packed = proxy_runs(train(monkeypatch, **settings, output=str(tmp_path / "packed"), pack=2))
     alone = proxy_runs(table)
     order = [np.lexsort((runs.tokens, runs.run)) for runs in (packed, alone)]
     assert list(packed.run[order[0]]) == list(alone.run[order[1]])
@@ -83,17 +90,54 @@ def test_packed_runs_are_the_same_runs(table, settings, monkeypatch, tmp_path):
 
 
 def test_finished_runs_are_skipped_and_others_added(table, settings, monkeypatch, tmp_path, capsys):
-    text = pathlib.Path(table).read_text()
-    output = tmp_path / "runs.csv"
-    output.write_text("".join(line for line in text.splitlines(True) if not line.startswith("only")))
-    (tmp_path / "runs.json").write_text(pathlib.Path(table).with_suffix(".json").read_text())
+    output = tmp_path / "runs"
+    shutil.copytree(table, output, ignore=shutil.ignore_patterns("only*"))
     train(monkeypatch, **settings, output=str(output))
     assert "3 runs of 2,304 tokens, 2 of them done" in capsys.readouterr().err
-    assert sorted(output.read_text().splitlines()) == sorted(text.splitlines())
+    assert lines(output) == lines(table)
+
+
+def test_a_table_in_one_file_is_extended_in_a_folder(table, settings, monkeypatch, tmp_path, capsys):
+    """As the command wrote it before there was a file per run; its last run was cut off."""
+    output = tmp_path / "runs"
+    output.mkdir()
+    header = next(pathlib.Path(table).glob("*.csv")).read_text().splitlines()[0]
+    (output / "proxies.csv").write_text("\n".join([header, *lines(table)[:-1]]) + "\n")
+    (output / "settings.json").write_text((pathlib.Path(table) / "settings.json").read_text())
+    train(monkeypatch, **settings, output=str(output))
+    assert "3 runs of 2,304 tokens, 2 of them done" in capsys.readouterr().err
+    assert lines(output / "") == [*lines(table)[-1:], *lines(table)[:-1]]
+    with pytest.raises(InputError, match=r"proxies\.csv: a single table; proxies\.output is a folder"):
+        train(monkeypatch, **settings, output=str(output / "proxies.csv"))
+
+
+def test_commands_that_share_a_folder_lose_no_row(table, settings, monkeypatch, tmp_path, capsys):
+    """Each began before the other had a row; with --shard each trains its part."""
+    mixed = Run("mix", settings["models"][0], {"aa": 1.0}, 0)
+    common = (tmp_path / "runs", {"batch_size": 8}, ("aa", "bb"), ("aa",))
+    first, second = Table(*common), Table(*common)
+    for step in (4, 9):
+        first.add(mixed, step, step * 10, {"aa": 3.0})
+        second.add(dataclasses.replace(mixed, name="other"), step, step * 10, {"aa": 4.0})
+    runs = proxy_runs(tmp_path / "runs")
+    assert runs.run.tolist() == ["mix", "mix", "other", "other"] and runs.tokens.tolist() == [40, 90, 40, 90]
+    late = Table(tmp_path / "late", {"batch_size": 8}, *common[2:])
+    early = Table(tmp_path / "late", {"batch_size": 16}, *common[2:])
+    early.add(mixed, 4, 40, {"aa": 3.0})
+    with pytest.raises(InputError, match=r"late: these runs were made with another batch_size \(16, now 8\)"):
+        late.add(mixed, 4, 40, {"aa": 3.0})
+    output = str(tmp_path / "shared")
+    for number in range(2):
+        monkeypatch.setattr(proxies.cluster, "shard", lambda: (number, 2))  # noqa: B023
+        train(monkeypatch, **settings, output=output)
+        said = capsys.readouterr().err
+        assert f"{2 - number} runs in shard {number} of 2 of 2,304 tokens, 0 of them done" in said
+    assert lines(output) == lines(table)
+    assert not (tmp_path / "shared.work").exists()
 
 
 def test_a_run_goes_on_from_its_last_evaluation(table, settings, monkeypatch, tmp_path):
-    output = str(tmp_path / "runs.csv")
+    output = str(tmp_path / "runs")
     only = {**settings, "plan": lambda counts: {"all": MIXTURES["all"]}, "output": output}
     step, calls = proxies.make_train_step, []
 
@@ -114,26 +158,27 @@ def test_a_run_goes_on_from_its_last_evaluation(table, settings, monkeypatch, tm
         patch.setattr(proxies.Table, "add", failing)
         with pytest.raises(InputError, match="the power fails"):
             train(patch, **only)
-    assert [int(line.split(",")[1]) for line in pathlib.Path(output).read_text().splitlines()[1:]] == [4]
+    assert [int(line.split(",")[1]) for line in lines(output)] == [4]
     monkeypatch.setattr(proxies, "make_train_step", counting)
     train(monkeypatch, **only)
     jax.effects_barrier()
     assert sorted(set(calls)) == [4, 5, 6, 7, 8]
-    whole = [line for line in pathlib.Path(table).read_text().splitlines() if line.startswith("all")]
-    assert pathlib.Path(output).read_text().splitlines()[1:] == whole
+    assert lines(output) == [line for line in lines(table) if line.startswith("all")]
 
 
 def test_a_table_of_other_settings_is_not_extended(table, settings, monkeypatch):
-    with pytest.raises(InputError, match=r"runs\.csv: these runs were made with another batch_size"):
+    with pytest.raises(InputError, match=r"runs: these runs were made with another batch_size"):
         train(monkeypatch, **{**settings, "batch_size": 16}, output=table)
     with pytest.raises(InputError, match="made with another learning_rate"):
         train(monkeypatch, **{**settings, "learning_rate": optimizers.constant(1e-3)}, output=table)
+    with pytest.raises(InputError, match=r"runs: these runs were made with other languages \(cc\)"):
+        train(monkeypatch, **{**settings, "languages": ["aa", "bb"]}, output=table)
 
 
 def test_a_diverging_proxy_is_an_error_with_its_name(settings, monkeypatch, tmp_path):
     exploding = {**settings, "learning_rate": optimizers.constant(1e30)}
     with pytest.raises(InputError, match=r"run 'half-0.0217M-seed0': the loss or gradient was not finite in \d of 4"):
-        train(monkeypatch, **exploding, output=str(tmp_path / "runs.csv"))
+        train(monkeypatch, **exploding, output=str(tmp_path / "runs"))
 
 
 @pytest.mark.parametrize("change, cause", [
@@ -147,10 +192,10 @@ def test_a_diverging_proxy_is_an_error_with_its_name(settings, monkeypatch, tmp_
 ])
 def test_settings_that_cannot_work(settings, monkeypatch, tmp_path, change, cause):
     with pytest.raises(InputError, match=cause):
-        train(monkeypatch, **{**settings, **change}, output=str(tmp_path / "runs.csv"))
-    assert not (tmp_path / "runs.csv").exists()
+        train(monkeypatch, **{**settings, **change}, output=str(tmp_path / "runs"))
+    assert not list(tmp_path.glob("runs/*.csv"))
 
 
-def test_the_settings_stand_beside_the_table(table):
-    found = json.loads(pathlib.Path(table).with_suffix(".json").read_text())
+def test_the_settings_stand_beside_the_tables(table):
+    found = json.loads((pathlib.Path(table) / "settings.json").read_text())
     assert found["batch_size"] == BATCH and found["learning_rate"] == pytest.approx([0.01] * 3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_mixtures.climb.runs import olmix_runs, proxy_runs, regmix_runs
+from data_mixtures.climb.runs import make_runs, olmix_runs, outliers, proxy_runs, regmix_runs
 from mlx_pretrain.errors import InputError
 
 OURS = """run,step,n_params,tokens,ratio/fi,ratio/sv,loss/fi,loss/sv
@@ -33,6 +33,46 @@ def test_our_layout(write):
     np.testing.assert_array_equal(runs.own, [0, 1])
 
 
+@pytest.mark.parametrize("where", ["", "*.csv", "[ab].csv"])
+def test_many_files_are_one_table(write, tmp_path, where):
+    """Columns in any order; .json files, hidden ones and folders beside them are none."""
+    header, *rows = OURS.splitlines()
+    write("a.csv", "\n".join([header, *rows[:2]]))
+    write("b.csv", "run,n_params,epochs,tokens,ratio/sv,ratio/fi,loss/fi,loss/sv\nb,1000,2,5000,0.0,1.0,3.1,5.5\n")
+    write("settings.json", "{}")
+    write(".c.csv", "half a li")
+    runs, alone = proxy_runs(tmp_path / where), proxy_runs(write("all", OURS))
+    assert list(runs.run) == ["a", "a", "b"] and runs.languages == alone.languages == ("fi", "sv")
+    np.testing.assert_array_equal(runs.ratios, alone.ratios)
+    np.testing.assert_array_equal(runs.losses, alone.losses)
+    assert list(proxy_runs(tmp_path / "b*.csv").run) == ["b"]
+
+
+@pytest.mark.parametrize("second, cause", [
+    (OURS, "b.csv:2: run 'a': stands twice with 5000 tokens ({folder}/a.csv:2 too)"),
+    (OURS.replace("a,", "c,").replace("sv", "en"),
+     "b.csv:1: its columns are not those of {folder}/a.csv: only {folder}/a.csv has 'ratio/sv'"),
+    ("run,step,n_params,tokens,ratio/fi,ratio/sv,loss/fi,loss/sv,loss/en\n",
+     "b.csv:1: its columns are not those of {folder}/a.csv: only {folder}/b.csv has 'loss/en'"),
+    ("run,n_params\n", "b.csv:1: no column 'tokens'"),
+    (OURS.replace("a,10,1000,5000,0.25", "c,10,1000,5000,x"), "b.csv:2: ratio/fi is 'x', not a number"),
+])
+def test_files_that_do_not_belong_together_are_named(write, tmp_path, second, cause):
+    write("a.csv", OURS)
+    write("b.csv", second)
+    with pytest.raises(InputError) as error:
+        proxy_runs(tmp_path)
+    assert str(error.value).splitlines()[0] == f"{tmp_path}/{cause}".format(folder=tmp_path)
+
+
+def test_a_folder_or_pattern_without_tables(write, tmp_path):
+    write("settings.json", "{}")
+    with pytest.raises(InputError, match="no such table of proxy runs: no CSV file in it"):
+        proxy_runs(tmp_path)
+    with pytest.raises(InputError, match="no such table of proxy runs: no CSV file matches"):
+        proxy_runs(tmp_path / "mix-*.csv")
+
+
 def test_rows_that_nearly_sum_to_one_are_renormalised(write):
     runs = proxy_runs(write("runs.csv", OURS.replace("0.25,0.75", "0.249,0.745")))
     np.testing.assert_allclose(runs.ratios.sum(axis=1), 1, rtol=0, atol=1e-15)
@@ -49,7 +89,7 @@ def test_rows_that_nearly_sum_to_one_are_renormalised(write):
         ("3.5,3.25", "3.5,-1", ":2: run 'a': the loss of 'sv' is not positive"),
         ("0.25,0.75,3.0", "0.25,0.70,3.0", ":3: run 'a': the ratios sum to 0.9500, not to 1 within 0.01"),
         ("1.0,0.0", "1.2,-0.2", ":4: run 'b': the ratio of 'sv' is negative"),
-        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': stands twice with 5000 tokens (line 2 too)"),
+        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': stands twice with 5000 tokens ({path}:2 too)"),
         ("b,10,1000", "b,10,0", ":4: run 'b': n_params is 0.0, not a positive number"),
         ("n_params,tokens", "n_params,d", ":1: no column 'tokens'"),
         ("ratio/sv", "ratio/fi", ":1: column 'ratio/fi' stands twice"),
@@ -60,7 +100,7 @@ def test_bad_tables_name_the_line(write, old, new, cause):
     path = write("runs.csv", OURS.replace(old, new))
     with pytest.raises(InputError) as error:
         proxy_runs(path)
-    assert str(error.value).startswith(path + cause)
+    assert str(error.value).startswith(path + cause.format(path=path))
 
 
 def test_an_empty_or_missing_table(write, tmp_path):
@@ -70,6 +110,21 @@ def test_an_empty_or_missing_table(write, tmp_path):
         proxy_runs(write("runs.csv", OURS.splitlines()[0]))
     with pytest.raises(InputError, match="no such table"):
         proxy_runs(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("row, column, loss", [(2, 0, 11000.0), (2, 1, 40.0), (9, 1, 0.01)])
+def test_rows_far_outside_the_others_are_named(row, column, loss):
+    """A foreign loss of 9 beside 3 is no outlier; ten runs, the last two of one language each."""
+    rng = np.random.default_rng(0)
+    ratios = np.concatenate([rng.dirichlet([5, 5], 8), np.eye(2)])
+    losses = 3 * (ratios + 1e-3) ** -0.15
+    runs = make_runs("t", ("fi", "sv"), ("fi", "sv"), range(10), [1e6] * 10, [5e6] * 10, ratios, losses)
+    assert outliers(runs) == []
+    losses[row, column] = loss
+    losses[0] += 50 * (loss > 50)  # a second diverged run hides neither
+    found = outliers(make_runs("t", ("fi", "sv"), ("fi", "sv"), range(10), [1e6] * 10, [5e6] * 10, ratios, losses))
+    start = f"run '{row}' at 5,000,000 tokens: the loss of '{('fi', 'sv')[column]}' is {loss:.4g}, far outside"
+    assert sum(line.startswith(start) for line in found) == 1 and len(found) == (3 if loss > 50 else 1)
 
 
 def test_olmix_layout_is_joined_on_run(write):

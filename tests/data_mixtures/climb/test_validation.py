@@ -99,6 +99,45 @@ def test_too_few_runs_for_the_folds(folds):
         cross_validate(RememberingLaw(), table(7), folds=folds)
 
 
+class KnownLanguagesLaw:
+    """The mean of the runs that have the target's language; refuses a target no run has."""
+
+    name = "known languages"
+
+    def fit(self, runs, seed=0):
+        for target, own in zip(runs.targets, runs.own):
+            if not (runs.ratios[:, own] > 0).any():
+                raise InputError(f"no run has any {target!r}")
+        return Remembering(set(runs.run))
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_a_language_of_one_run_only_is_not_judged(n_rows):
+    """The other languages are, from the runs without it."""
+    runs = table(7)
+    ratios = np.concatenate([runs.ratios, np.zeros((21, 1))], axis=1)
+    ratios[:n_rows] = 0.3, 0.3, 0.4  # rows of run0
+    names = ("aa", "bb", "cc")
+    runs = make_runs("table", names, names, runs.run, runs.n_params, runs.tokens, ratios,
+                     np.tile(runs.losses, 2)[:, :3])
+    found = cross_validate(KnownLanguagesLaw(), runs, folds=3)
+    assert np.isnan(found.predicted[:3, 2]).all() and not np.isnan(found.predicted[:, :2]).any()
+    late = scores(runs.losses[n_rows:, :2], np.full((21 - n_rows, 2), 2.0))
+    np.testing.assert_allclose(found.scores.r2, [*late.r2, np.nan])
+    assert found.scores.mean["mae"] == pytest.approx(late.mae.mean())
+    assert found.notes == (
+        f"not judged by cross-validation: {n_rows} rows with cc, which no run of the other folds has",
+        "not judged by cross-validation: the loss of cc, with fewer than 2 rows to compare")
+
+
+def test_pooled_r2_weighs_targets_by_their_variation():
+    """Errors of squares 1 and 300 about means of squares 2 and 200."""
+    measured = np.array([[1.0, 10.0], [3.0, 30.0]])
+    found = scores(measured, np.array([[1.0, 0.0], [2.0, 30 + np.sqrt(200)]]))
+    np.testing.assert_allclose(found.r2, [0.5, -0.5])
+    assert found.pooled_r2 == pytest.approx(1 - 301 / 202) and found.mean["r2"] == pytest.approx(0)
+
+
 def test_effective_ratios_are_those_that_explain_the_losses():
     runs = table(5)
     ratios = np.random.default_rng(1).uniform(1e-4, 3, runs.losses.shape)
