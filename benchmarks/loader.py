@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens, seconds, rounds = (4_000_000, 0.25, 1) if arguments.quick else (100_000_000, 3.0, arguments.rounds)
     rates = {language: 1 / (number + 1) for number, language in enumerate(LANGUAGES)}  # the smallest the most often
-    shares = np.array(list(rates.values())) / sum(rates.values())
+    shares = np.array([rates[language] for language in sorted(rates)]) / sum(rates.values())
 
     speeds: dict[int, list[float]] = {length: [] for length in LENGTHS}
     error = 0.0
@@ -75,7 +75,8 @@ def main() -> None:
         for number in range(1, rounds + 1):
             for length in LENGTHS:
                 batch_size = arguments.batch_tokens // length
-                source = loader.BatchSource(stores[length], rates, batch_size, seed=number)
+                mixture = loader.store_mixture(stores[length], rates, batch_size, seed=number)
+                source = loader.BatchSource(stores[length], mixture)
                 speed, counts = read(source, arguments.threads, seconds, batch_size * length)
                 asked = np.arange(1, len(counts) + 1)[:, None] * batch_size * shares
                 worst = float(np.abs(counts - asked).max())

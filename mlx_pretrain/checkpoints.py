@@ -24,6 +24,7 @@ from etils import epath
 from mlx_pretrain import gcs
 from mlx_pretrain.checkpoint_errors import first_line, is_damage
 from mlx_pretrain.checksums import DIGESTS, changed_arrays, changed_files, checksums, named_leaves, write_digests
+from mlx_pretrain.data.loader import Mixture
 from mlx_pretrain.data.store import TOKENIZER
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import absolute, move_folder, read_json, sha256, write_atomic, write_json
@@ -50,14 +51,18 @@ class Progress:
       sequences: consumed from the training stream: the loader's state.
       tokens: language -> tokens delivered, padding not counted.
       unfinished: kinds of the evaluations that were due after this step and that a stop cut short.
+      mixture: from which the next batch follows; None: of an earlier version, which did not save it.
     """
 
     sequences: int
     tokens: Mapping[str, int]
     unfinished: Sequence[str] = ()
+    mixture: Mixture | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "unfinished", tuple(self.unfinished))  # JSON has no tuples
+        if isinstance(self.mixture, dict):  # nor classes
+            object.__setattr__(self, "mixture", Mixture(**self.mixture))
 
 
 @dataclasses.dataclass

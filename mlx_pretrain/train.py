@@ -16,9 +16,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, configuration, partitioning, programs
-from mlx_pretrain.data.loader import Batch, BatchSource
+from mlx_pretrain.data.loader import Batch, BatchSource, Mixture, store_mixture
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import MANIFEST, PAD_ID, TOKENIZER, TokenStore, used_languages
+from mlx_pretrain.data.store import MANIFEST, PAD_ID, TOKENIZER, TokenStore
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.files import read_json
@@ -103,8 +103,8 @@ class Pretraining(DecoderComputation):
         self._config = config
         self._store = TokenStore(config.token_store)
         self._rates = load_rates(config.rates, known=self._store.parts("train"))
-        self._languages = used_languages(self._store, "train", self._rates)
-        self._store.arrays("train", self._languages)  # checks the files
+        self.mixture = store_mixture(self._store, self._rates, config.batch_size, config.seed)
+        self._languages = list(self.mixture.rates)
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         # A run that goes on needs them no more, and they may be gone.
         fresh = config.init_from is not None and not checkpoints.saved_steps(config.run_dir)
@@ -112,9 +112,8 @@ class Pretraining(DecoderComputation):
         self._weights = InitialWeights(config.init_from, config.model, tokenizer) if fresh else None
         super().__init__(config, self._store.manifest.sequence_length)
 
-    def source(self, first_sequence: int, rows: np.ndarray) -> BatchSource:
-        config = self._config
-        return BatchSource(self._store, self._rates, config.batch_size, config.seed, first_sequence, rows)
+    def source(self, mixture: Mixture, rows: np.ndarray) -> BatchSource:
+        return BatchSource(self._store, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         real = (batch["tokens"] != PAD_ID).sum(axis=1)

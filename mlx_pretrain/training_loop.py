@@ -113,8 +113,7 @@ def _is_schedule(value: Any) -> bool:
 
 
 class Source(Protocol):
-    """Batches by number; batch b of a run that resumes after s sequences is the global batch from sequence
-    s + b * batch_size on."""
+    """Batches by number; batch 0 is the next one of the mixture that it was made with."""
 
     def __getitem__(self, batch: int) -> loader.Batch:
         """This host's rows of a batch: name -> `[rows, ...]`."""
@@ -171,10 +170,16 @@ class Computation(Protocol):
 
 
 class Task(Computation, Protocol):
-    """What is trained, on what."""
+    """What is trained, on what.
 
-    def source(self, first_sequence: int, rows: np.ndarray) -> Source:
-        """The batches after the first so many sequences of the stream, these rows of each."""
+    Attributes:
+      mixture: the training data as configured, from their beginning.
+    """
+
+    mixture: loader.Mixture
+
+    def source(self, mixture: loader.Mixture, rows: np.ndarray) -> Source:
+        """The batches that are next in `mixture`, these rows of each."""
 
     def tokens(self, batch: loader.Batch) -> collections.Counter[str]:
         """language -> tokens of a batch's rows, padding left out."""
@@ -352,7 +357,8 @@ class TrainingLoop:
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Batches from where the state stands, and everything that writes or listens."""
         config, task = self._config, self._task
-        self._source = task.source(self._progress.sequences, self._rows)
+        mixture, changes = self._continued_mixture()
+        self._mixture, self._source = mixture, task.source(mixture, self._rows)
         self._batches = loader.batches(self._source)
         peak = self._peak_flops()
         cluster.on_main(lambda: write_json(self._run_dir / RUN, self._description(peak)))
@@ -379,7 +385,21 @@ class TrainingLoop:
             f"{config.steps} steps"
             + (f"; resumed after step {self._step} of {config.steps}" if self._step else "")
         )
+        for change in changes:
+            self._meter.say(f"changed after step {self._step}: {change}")
         self._record()
+
+    def _continued_mixture(self) -> tuple[loader.Mixture, list[str]]:
+        """The data from where the state stands, and what is another than before, in words."""
+        configured, saved = self._task.mixture, self._progress.mixture
+        if saved is not None:
+            mixture = saved.continued(configured, self._step, str(self._run_dir))
+            return mixture, [change["change"] for change in mixture.changes[len(saved.changes):]]
+        mixture, changes = configured.advanced(self._progress.sequences), []
+        if mixture.since:
+            changes = ["the checkpoint is of an earlier version, which read the data in another order"]
+        noted = [{"step": self._step, "change": change} for change in changes]
+        return dataclasses.replace(mixture, changes=noted), changes
 
     def _compile(self) -> None:
         with self._clock.timed("compile"):
@@ -494,10 +514,11 @@ class TrainingLoop:
         """Saves the state; a non-finite one never gets here, for the steps in flight are checked first."""
         self._settle(leave=0)
         with self._clock.timed("checkpoint"):
-            sequences = self._progress.sequences + (self._step - self._first_step) * self._config.batch_size
+            read = (self._step - self._first_step) * self._config.batch_size
             fresh = self._evaluation if self._evaluated_at == self._step else {}
             metrics = {f"eval/{name}": value for name, value in fresh.items()}
-            progress = Progress(sequences, self._total_tokens(), list(self._unfinished))
+            progress = Progress(self._progress.sequences + read, self._total_tokens(), list(self._unfinished),
+                                self._mixture.advanced(read))
             if self._writer is not None:
                 self._writer.flush()
             self._saver.save(self._step, self._state, progress, metrics)
@@ -548,6 +569,7 @@ class TrainingLoop:
             "batch_size": config.batch_size,
             "steps": config.steps,
             "seed": config.seed,
+            "changes": self._mixture.changes,
             **self._task.description(),
         }
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.data.loader import Batch, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, Stream
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
 from raters.pairs import FORMAT, KINDS, VERSION
 
 PARALLEL = KINDS.index("parallel")
@@ -161,39 +162,44 @@ class PairPosition:
     epoch: int
 
 
+def pair_mixture(table: PairTable, kinds: Sequence[int], batch_size: int, seed: int) -> Mixture:
+    """Pairs of some kinds, in the shares of the file, from the beginning.
+
+    Args:
+      table: the pairs.
+      kinds: which to use, indices into `raters.pairs.KINDS`; each must occur.
+      batch_size: pairs in the global batch.
+      seed: of the order.
+    """
+    rows = {KINDS[kind]: int((table.kind == kind).sum()) for kind in kinds}
+    return Mixture(rows, rows, dict.fromkeys(rows, sha256(table.path)), seed, batch_size)
+
+
 class PairSource:
     """Batches of pairs, by number: a random-access data source for Grain. Kinds come in exact shares."""
 
     def __init__(
         self,
         table: PairTable,
-        kinds: Sequence[int],
+        mixture: Mixture,
         *,
         length: int,
         pad_id: int,
-        batch_size: int,
-        seed: int,
-        first_sequence: int = 0,
         rows: np.ndarray | None = None,
     ):
         """Lays out the stream.
 
         Args:
           table: the pairs.
-          kinds: which to use, indices into `raters.pairs.KINDS`; each must occur. Shares are those of the file.
+          mixture: of the kinds to use, see `pair_mixture`; batch 0 is its next one.
           length: tokens of a row.
           pad_id: behind shorter documents.
-          batch_size: pairs in the global batch.
-          seed: of the order.
-          first_sequence: pairs consumed before batch 0.
           rows: of the global batch that this host reads; None: all.
         """
-        self._table, self._kinds, self._length, self._pad_id = table, list(kinds), length, pad_id
-        self._members = [np.flatnonzero(table.kind == kind) for kind in kinds]
-        sizes = [len(members) for members in self._members]
-        self._stream = Stream(sizes, sizes, batch_size, seed, first_sequence)
-        self._batch_size, self._seed = batch_size, seed
-        self._rows = np.arange(batch_size) if rows is None else rows
+        self._table, self._mixture, self._length, self._pad_id = table, mixture, length, pad_id
+        self._kinds = list(mixture.rates)
+        self._members = [np.flatnonzero(table.kind == KINDS.index(kind)) for kind in self._kinds]
+        self._stream, self._rows = Stream(mixture), rows
         self._win_rates = table.win_rates()
 
     def __len__(self) -> int:
@@ -201,9 +207,9 @@ class PairSource:
         return 1 << 48
 
     def __repr__(self) -> str:
-        return f"PairSource({len(self._table)} pairs, batch_size={self._batch_size}, seed={self._seed})"
+        return f"PairSource({self._mixture})"
 
-    def _pairs(self, batch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _pairs(self, batch: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         source, row, epoch = self._stream.locate(batch, rows)
         return np.array([self._members[s][r] for s, r in zip(source, row)]), source, epoch
 
@@ -222,8 +228,8 @@ class PairSource:
 
     def positions(self, batch: int) -> list[PairPosition]:
         """Where every row of the global batch comes from, for error reports."""
-        pairs, source, epoch = self._pairs(batch, np.arange(self._batch_size))
-        return [PairPosition(KINDS[self._kinds[s]], int(p), int(e)) for p, s, e in zip(pairs, source, epoch)]
+        pairs, source, epoch = self._pairs(batch)
+        return [PairPosition(self._kinds[s], int(p), int(e)) for p, s, e in zip(pairs, source, epoch)]
 
 
 def pair_batch(table: PairTable, pairs: np.ndarray, length: int, pad_id: int, win_rates: np.ndarray) -> Batch:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, configuration, partitioning, programs
 from mlx_pretrain.convert.encoders import load_encoder, read_config
-from mlx_pretrain.data.loader import Batch
+from mlx_pretrain.data.loader import Batch, Mixture
 from mlx_pretrain.data.subword import check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
@@ -32,7 +32,7 @@ from mlx_pretrain.train_state import abstract_state
 from mlx_pretrain.trainer import LossParts
 from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop, jitted_step
 from raters.agreement import agreement
-from raters.pair_data import PARALLEL, PairSource, PairTable, read_pairs
+from raters.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
 from raters.pairs import KINDS
 from raters.quality import QualityConfig, quality
 
@@ -159,8 +159,9 @@ class RaterTraining(RaterComputation):
         check_vocabulary(self._tokenizer_path, self._tokenizer, model.vocab_size)
         self._train = read_pairs(config.pairs, self._tokenizer, self._length)
         self._validation = read_pairs(config.validation, self._tokenizer, self._length)
-        self._kinds = self._used_kinds()
-        share = (self._train.kind[np.isin(self._train.kind, self._kinds)] == PARALLEL).mean()
+        kinds = self._used_kinds()
+        self.mixture = pair_mixture(self._train, kinds, config.batch_size, config.seed)
+        share = (self._train.kind[np.isin(self._train.kind, kinds)] == PARALLEL).mean()
         # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
         self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
 
@@ -175,10 +176,8 @@ class RaterTraining(RaterComputation):
             raise InputError(f"{config.pairs}: no pairs to learn a preference from")
         return kinds
 
-    def source(self, first_sequence: int, rows: np.ndarray) -> PairSource:
-        config = self._config
-        return PairSource(self._train, self._kinds, length=self._length, pad_id=self.model.pad_id,
-                          batch_size=config.batch_size, seed=config.seed, first_sequence=first_sequence, rows=rows)
+    def source(self, mixture: Mixture, rows: np.ndarray) -> PairSource:
+        return PairSource(self._train, mixture, length=self._length, pad_id=self.model.pad_id, rows=rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         real = (batch["tokens"] != self.model.pad_id).sum(axis=2)

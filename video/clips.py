@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_pretrain.data.loader import Batch, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, Stream
 from mlx_pretrain.data.store import PAD_ID
 from mlx_pretrain.errors import InputError
 from video.decode import FrameStore
@@ -48,9 +48,7 @@ class ClipSource:
         questions_per_row: int,
         informed: float,
         length: int,
-        batch_size: int,
-        seed: int,
-        first_sequence: int = 0,
+        mixture: Mixture,
         rows: np.ndarray | None = None,
     ):
         """Tokenizes the questions.
@@ -63,7 +61,7 @@ class ClipSource:
           questions_per_row: drawn from those on the video.
           informed: share of the subsets that contain the evidence.
           length: of a sequence, question, frames and answer.
-          batch_size, seed, first_sequence, rows: see `loader.BatchSource`.
+          mixture, rows: see `loader.BatchSource`; the one source of the mixture is the videos that have questions.
 
         Raises:
           InputError: a video without frames, more frames than candidates, or a question that is too long.
@@ -85,21 +83,14 @@ class ClipSource:
             self._members.setdefault(question.video, []).append((question, one, answer))
         self._videos = list(self._members)
         self._rows_of = [store.row(video) for video in self._videos]
-        self._stream = Stream([len(self._videos)], [1.0], batch_size, seed, first_sequence)
-        self._batch_size, self._seed = batch_size, seed
-        self._rows = np.arange(batch_size) if rows is None else rows
+        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
         return 1 << 48
 
     def __repr__(self) -> str:
-        return f"ClipSource({len(self._videos)} videos, batch_size={self._batch_size}, seed={self._seed})"
-
-    @property
-    def videos(self) -> int:
-        """How many there are."""
-        return len(self._videos)
+        return f"ClipSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
         """This host's rows of a batch.
@@ -112,7 +103,7 @@ class ClipSource:
         _, videos, epochs = self._stream.locate(batch, self._rows)
         chosen, tokens, answers = [], [], []
         for video, epoch in zip(videos, epochs):
-            rng = np.random.default_rng([self._seed, int(video), int(epoch)])
+            rng = np.random.default_rng([self._mixture.seed, int(video), int(epoch)])
             places, sequences, spans = self._row(self._videos[video], rng)
             chosen.append(places)
             tokens.append(sequences)
@@ -152,5 +143,5 @@ class ClipSource:
 
     def positions(self, batch: int) -> list[ClipPosition]:
         """Where every row of the global batch comes from, for error reports."""
-        _, videos, epochs = self._stream.locate(batch, np.arange(self._batch_size))
+        _, videos, epochs = self._stream.locate(batch)
         return [ClipPosition(self._videos[video], int(epoch)) for video, epoch in zip(videos, epochs)]

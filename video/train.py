@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, configuration, losses
-from mlx_pretrain.data.loader import Batch
+from mlx_pretrain.data.loader import Batch, Mixture
 from mlx_pretrain.data.store import BOS_ID, EOS_ID
 from mlx_pretrain.data.subword import check_vocabulary
 from mlx_pretrain.data.tokenizer import Tokenizer
@@ -100,7 +100,10 @@ class VideoTraining:
         self._questions = [question for path in config.questions for question in read_questions(path)]
         self._validation = read_questions(config.validation)
         self._prompts = Prompts(config.model, (BOS_ID,), EOS_ID, self._tokenizer.encode_batch)
-        self._videos = self.source(0, np.arange(1)).videos  # checks lengths and frames
+        videos = {question.video for question in self._questions if question.video not in self._store.rejected}
+        data = [*(sha256(path) for path in config.questions), self._store.fingerprint()]
+        self.mixture = Mixture.of_one("videos", len(videos), " ".join(data), config.seed, config.batch_size)
+        self.source(self.mixture, np.arange(1))  # checks lengths and frames
         size, per_row = self._store.size, config.questions_per_video
         self.batch_row = {
             "frames": jax.ShapeDtypeStruct((config.frames, size, size, 3), np.uint8),
@@ -127,11 +130,11 @@ class VideoTraining:
         total, sums = losses.cross_entropy(hidden, output_kernel(params["decoder"]), targets, weights)
         return total, LossParts(sums.weight, {"loss": (sums.nll, sums.weight)})
 
-    def source(self, first_sequence: int, rows: np.ndarray) -> ClipSource:
+    def source(self, mixture: Mixture, rows: np.ndarray) -> ClipSource:
         config = self._config
         return ClipSource(self._store, self._questions, self._prompts, frames=config.frames,
                           questions_per_row=config.questions_per_video, informed=config.informed, length=config.length,
-                          batch_size=config.batch_size, seed=config.seed, first_sequence=first_sequence, rows=rows)
+                          mixture=mixture, rows=rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"answers": int((batch["answers"][..., 1] - batch["answers"][..., 0]).sum())})
@@ -160,8 +163,9 @@ class VideoTraining:
 
     def summary(self) -> str:
         config = self._config
-        return (f"{len(self._questions):,} questions on {self._videos:,} videos, {config.batch_size} x {config.frames} "
-                f"frames and {config.batch_size * config.questions_per_video} questions a step")
+        return (f"{len(self._questions):,} questions on {self.mixture.rows['videos']:,} videos, "
+                f"{config.batch_size} x {config.frames} frames and "
+                f"{config.batch_size * config.questions_per_video} questions a step")
 
     def description(self) -> dict[str, Any]:
         config = self._config

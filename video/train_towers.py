@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, configuration, partitioning
-from mlx_pretrain.data.loader import Batch, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, Stream
 from mlx_pretrain.data.store import PAD_ID
 from mlx_pretrain.data.subword import check_vocabulary
 from mlx_pretrain.data.tokenizer import Tokenizer
@@ -82,6 +82,8 @@ class TowersTraining:
         for path, found in ((config.captions, self._captions), (config.validation, self._validation)):
             if not found:
                 raise InputError(f"{path}: no captions: answers with a clip, of a video in {config.frame_store}")
+        data = f"{sha256(config.captions)} {self._store.fingerprint()}"
+        self.mixture = Mixture.of_one("captions", len(self._captions), data, config.seed, config.batch_size)
         said = {word for caption in self._captions for word in caption.answer.split()}
         asked = read_questions(config.questions) if config.questions else []
         self._others = sorted({word for question in asked for word in question.question.split()} - said)
@@ -103,17 +105,16 @@ class TowersTraining:
         return loss * weight, LossParts(weight, {"loss": (loss * weight, weight),
                                                  "retrieval_accuracy": (right * weight, weight)})
 
-    def source(self, first_sequence: int, rows: np.ndarray) -> "CaptionSource":
-        config = self._config
-        return CaptionSource(self._store, self._captions, self._tokenizer, self._others, config.model.max_length,
-                             batch_size=config.batch_size, seed=config.seed, first_sequence=first_sequence, rows=rows)
+    def source(self, mixture: Mixture, rows: np.ndarray) -> "CaptionSource":
+        return CaptionSource(self._store, self._captions, self._tokenizer, self._others, self.model.max_length,
+                             mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"captions": int((batch["tokens"] != PAD_ID).sum())})
 
     def evaluator(self, mesh: Mesh) -> Evaluator:
-        source = CaptionSource(self._store, self._validation, self._tokenizer, [], self.model.max_length,
-                               batch_size=self._config.batch_size, seed=0)
+        mixture = Mixture.of_one("captions", len(self._validation), "", 0, self._config.batch_size)
+        source = CaptionSource(self._store, self._validation, self._tokenizer, [], self.model.max_length, mixture)
         batches = [source[number] for number in range(max(len(self._validation) // self._config.batch_size, 1))]
         step = jax.jit(self.loss)
         sharding = partitioning.batch_sharding(mesh)
@@ -158,28 +159,27 @@ class CaptionSource:
     """Batches by number: a random-access data source for Grain."""
 
     def __init__(self, store: FrameStore, captions: Sequence[Question], tokenizer: Tokenizer, others: Sequence[str],
-                 length: int, *, batch_size: int, seed: int, first_sequence: int = 0, rows: np.ndarray | None = None):
+                 length: int, mixture: Mixture, rows: np.ndarray | None = None):
         """`others`: words to stand among those of captions; none: captions as they are. See `loader.BatchSource`."""
         self._store, self._captions, self._tokenizer = store, list(captions), tokenizer
-        self._others, self._length, self._batch_size, self._seed = list(others), length, batch_size, seed
+        self._others, self._length = list(others), length
         numbers = {answer: n for n, answer in enumerate(dict.fromkeys(caption.answer for caption in captions))}
         self._numbers = [numbers[caption.answer] for caption in captions]
-        self._stream = Stream([len(self._captions)], [1.0], batch_size, seed, first_sequence)
-        self._rows = np.arange(batch_size) if rows is None else rows
+        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
         return 1 << 48
 
     def __repr__(self) -> str:
-        return f"CaptionSource({len(self._captions)} captions, batch_size={self._batch_size}, seed={self._seed})"
+        return f"CaptionSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
         """This host's rows of a batch: see `TowersTraining.batch_row`; equal captions have one number."""
         _, rows, epochs = self._stream.locate(batch, self._rows)
         videos, places, texts = [], [], []
         for row, epoch in zip(rows, epochs):
-            caption, rng = self._captions[row], np.random.default_rng([self._seed, int(row), int(epoch)])
+            caption, rng = self._captions[row], np.random.default_rng([self._mixture.seed, int(row), int(epoch)])
             video = self._store.row(caption.video)
             (inside,) = showing(dataclasses.replace(caption, evidence=()), self._store.times[video])
             videos.append(video)
@@ -200,7 +200,7 @@ class CaptionSource:
 
     def positions(self, batch: int) -> list[ClipPosition]:
         """Where every row of the global batch comes from, for error reports."""
-        _, rows, epochs = self._stream.locate(batch, np.arange(self._batch_size))
+        _, rows, epochs = self._stream.locate(batch)
         return [ClipPosition(self._captions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 

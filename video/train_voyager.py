@@ -6,6 +6,7 @@ Video-LLM only the parameters to start from are read.
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import checkpoints, configuration, partitioning
-from mlx_pretrain.data.loader import Batch, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, Stream
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.trainer import LossParts
@@ -83,6 +84,8 @@ class VoyagerTraining:
         llm = load_video_llm(config.video_llm, partitioning.make_mesh(devices=jax.local_devices()[:1]))
         self._train = read_labels(config.labels, config.questions, config.max_mean_loss, config.min_deviation)
         self._validation = read_labels(config.validation, config.validation_questions)
+        data = f"{sha256(config.questions)} {hashlib.sha256(self._train.losses.tobytes()).hexdigest()}"
+        self.mixture = Mixture.of_one("questions", len(self._train), data, config.seed, config.batch_size)
         fingerprint = llm.fingerprint()
         for labels in (self._train, self._validation):
             if labels.settings["model"] != fingerprint:
@@ -122,10 +125,8 @@ class VoyagerTraining:
         means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
         return total, LossParts(weight, means)
 
-    def source(self, first_sequence: int, rows: np.ndarray) -> "LabelSource":
-        config = self._config
-        return LabelSource(self._train, self._prompts, self._chosen, batch_size=config.batch_size, seed=config.seed,
-                           first_sequence=first_sequence, rows=rows)
+    def source(self, mixture: Mixture, rows: np.ndarray) -> "LabelSource":
+        return LabelSource(self._train, self._prompts, self._chosen, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"questions": len(batch["tokens"])})
@@ -183,12 +184,11 @@ class LabelPosition:
 class LabelSource:
     """Batches by number: a random-access data source for Grain."""
 
-    def __init__(self, labels: Labels, prompts: PaddedPrompts, chosen: int, *, batch_size: int, seed: int,
-                 first_sequence: int = 0, rows: np.ndarray | None = None):
+    def __init__(self, labels: Labels, prompts: PaddedPrompts, chosen: int, mixture: Mixture,
+                 rows: np.ndarray | None = None):
         """`chosen`: combinations of a row; the rest as in `loader.BatchSource`."""
-        self._labels, self._chosen, self._batch_size, self._seed = labels, chosen, batch_size, seed
-        self._stream = Stream([len(labels)], [1.0], batch_size, seed, first_sequence)
-        self._rows = np.arange(batch_size) if rows is None else rows
+        self._labels, self._chosen = labels, chosen
+        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
         self._tokens, self._places = prompts([question.question for question in labels.questions],
                                              labels.features.shape[1])
 
@@ -197,13 +197,13 @@ class LabelSource:
         return 1 << 48
 
     def __repr__(self) -> str:
-        return f"LabelSource({len(self._labels)} questions, batch_size={self._batch_size}, seed={self._seed})"
+        return f"LabelSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
         """This host's rows of a batch: see `VoyagerTraining.batch_row`."""
         labels = self._labels
         _, rows, epochs = self._stream.locate(batch, self._rows)
-        drawn = np.stack([np.random.default_rng([self._seed, int(row), int(epoch)]).permutation(
+        drawn = np.stack([np.random.default_rng([self._mixture.seed, int(row), int(epoch)]).permutation(
             labels.losses.shape[1])[: self._chosen] for row, epoch in zip(rows, epochs)])
         return {
             "features": labels.features[labels.video[rows]],
@@ -215,7 +215,7 @@ class LabelSource:
 
     def positions(self, batch: int) -> list[LabelPosition]:
         """Where every row of the global batch comes from, for error reports."""
-        _, rows, epochs = self._stream.locate(batch, np.arange(self._batch_size))
+        _, rows, epochs = self._stream.locate(batch)
         return [LabelPosition(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 

@@ -253,8 +253,9 @@ class Trainer:
             restored = saver and saver.restore(abstract)
             state = restored[0] if restored else self._initial(runs, abstract)
             first = restored[1].sequences // config.batch_size if restored else 0
-            sources = [loader.BatchSource(self._store, proxy.rates, config.batch_size, proxy.seed,
-                                          first * config.batch_size, local) for proxy in runs]
+            mixtures = [loader.store_mixture(self._store, proxy.rates, config.batch_size, proxy.seed) for proxy in runs]
+            sources = [loader.BatchSource(self._store, mixture.advanced(first * config.batch_size), local)
+                       for mixture in mixtures]
             batches = zip(*(loader.batches(source, threads=1, prefetch=2) for source in sources))
             metrics = None
             for step in range(first + 1, self._eval_steps[-1] + 1):

@@ -1,14 +1,17 @@
 """Batches of a training mixture as a pure function of position, fed by Grain.
 
-Which row of which language stands at position g of the training stream follows from (rates, seed, g) alone: the
-mixture order gives (language, k), k gives (epoch, place), and a seeded permutation per language and epoch gives the
-row. So the global batch is the same for any number of hosts, any step can be reproduced, and the loader's state is
-one integer: the sequences consumed.
+Which row of which language stands where in the training stream follows from a `Mixture` alone: the mixture order gives
+(language, k), k gives (epoch, place), and a seeded permutation per language and epoch gives the row. So the global
+batch is the same for any number of hosts, any step can be reproduced, and the loader's state is a few integers. Where
+the rates of a run change, every language goes on where it was.
 """
 
 import dataclasses
 import functools
+import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import gin
 import grain
@@ -36,88 +39,163 @@ class Position:
     epoch: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """All that the next batch of a training stream follows from.
+
+    `Mixture({"en": 0.8, "fi": 0.2}, ...).advanced(100).consumed()` is `{"en": 80, "fi": 20}`. After a change of the
+    rates, `before` holds these numbers, and the mixture order begins again with the new rates.
+
+    Attributes:
+      rates: source (a language, for instance) -> its positive share of the stream, in any scale.
+      rows: source -> how many rows it has, at least 1.
+      data: source -> fingerprint of its rows.
+      seed: of the permutations.
+      batch_size: sequences in a global batch.
+      before: source -> sequences read before the rates were these; sources without a share may be among them.
+      since: sequences read since then.
+      changes: what was changed on the way: `step`, after which the change took effect, and `change`, in words.
+    """
+
+    rates: Mapping[str, float]
+    rows: Mapping[str, int]
+    data: Mapping[str, str]
+    seed: int
+    batch_size: int
+    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    since: int = 0
+    changes: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self):
+        # In the order of their names: where they stand in a file says nothing.
+        object.__setattr__(self, "rates", dict(sorted(self.rates.items())))
+        object.__setattr__(self, "changes", tuple(self.changes))  # JSON has no tuples
+
+    @classmethod
+    def of_one(cls, name: str, rows: int, data: str, seed: int, batch_size: int) -> "Mixture":
+        """A mixture of a single source, from its beginning."""
+        return cls({name: 1.0}, {name: rows}, {name: data}, seed, batch_size)
+
+    def shares(self) -> dict[str, float]:
+        """The rates, with a sum of 1."""
+        return dict(zip(self.rates, MixtureOrder(list(self.rates.values())).rates.tolist()))
+
+    def consumed(self) -> dict[str, int]:
+        """source -> sequences read so far, sources without a share included."""
+        counts = MixtureOrder(list(self.rates.values())).counts(self.since).tolist()
+        return {**self.before, **{name: self.before.get(name, 0) + n for name, n in zip(self.rates, counts)}}
+
+    def advanced(self, sequences: int) -> "Mixture":
+        """The mixture after so many more sequences."""
+        return dataclasses.replace(self, since=self.since + sequences)
+
+    def continued(self, configured: "Mixture", step: int, where: str) -> "Mixture":
+        """Goes on with a configuration after `step`, every source where it was; what differs is added to `changes`.
+
+        Args:
+          configured: the mixture as configured, from its beginning.
+          step: after which it takes effect.
+          where: names the run in errors.
+
+        Raises:
+          InputError: another seed, or other rows of a source that has been read.
+        """
+        consumed, changes = self.consumed(), []
+        if configured.seed != self.seed:
+            raise InputError(f"{where}: this run shuffles its data with seed={self.seed}, the configuration says "
+                             f"{configured.seed}; set it back or use a new run folder")
+        for name in configured.rates:
+            old, new = ((m.rows.get(name), m.data.get(name)) for m in (self, configured))
+            if consumed.get(name, 0) and old != new:
+                raise InputError(f"{where}: {consumed[name]} training sequences of {name!r} have been read from other "
+                                 f"data ({old[0]} rows) than are configured now ({new[0]} rows); go on with those or "
+                                 "use a new run folder")
+            if name in self.rows and old != new:
+                changes.append(f"other data of {name}, none of which had been read")
+        rows, data = {**self.rows, **configured.rows}, {**self.data, **configured.data}
+        mixture = dataclasses.replace(self, rows=rows, data=data, batch_size=configured.batch_size)
+        if configured.batch_size != self.batch_size:
+            changes.append(f"batch_size {self.batch_size} -> {configured.batch_size}")
+        old, new = self.shares(), configured.shares()
+        moved = [name for name in sorted({**old, **new}) if not math.isclose(old.get(name, 0), new.get(name, 0))]
+        if moved:
+            changes.append("rates " + ", ".join(f"{n} {old.get(n, 0):.4g} -> {new.get(n, 0):.4g}" for n in moved)
+                           + "; each goes on where it was")
+            mixture = dataclasses.replace(mixture, rates=configured.rates, before=consumed, since=0)
+        noted = tuple({"step": step, "change": change} for change in changes)
+        return dataclasses.replace(mixture, changes=self.changes + noted)
+
+
 class Stream:
     """The training stream of several sources: which of their rows stands where.
 
     Every row of a source comes once an epoch, in an order of that epoch's own.
     """
 
-    def __init__(self, sizes: Sequence[int], rates: Sequence[float], batch_size: int, seed: int, first_sequence: int):
-        """Lays out a stream.
+    def __init__(self, mixture: Mixture):
+        """Lays out the stream; batch 0 is the mixture's next one."""
+        self._names, self._mixture = list(mixture.rates), mixture
+        self._order = MixtureOrder(list(mixture.rates.values()))
+        self._sizes = np.array([mixture.rows[name] for name in self._names])
+        self._before = np.array([mixture.before.get(name, 0) for name in self._names])
 
-        Args:
-          sizes: rows of each source.
-          rates: positive share of each source in the stream.
-          batch_size: positions in a batch.
-          seed: of the permutations.
-          first_sequence: positions consumed before batch 0.
-        """
-        self.order = MixtureOrder(rates)
-        self._sizes, self._batch_size, self._seed, self._first = np.asarray(sizes), batch_size, seed, first_sequence
-
-    def locate(self, batch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, row and epoch of the positions `rows` of a batch: int64 `[rows]` each."""
-        start = self._first + int(batch) * self._batch_size
-        source, index = self.order(start, start + self._batch_size)
+    def locate(self, batch: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source (a number in the order of their names), row and epoch of these rows of a batch, or of all of them:
+        int64 `[rows]` each."""
+        size = self._mixture.batch_size
+        start = self._mixture.since + int(batch) * size
+        source, index = self._order(start, start + size)
+        rows = np.arange(size) if rows is None else rows
         source, index = source[rows], index[rows]
-        epoch, place = np.divmod(index, self._sizes[source])
-        row = [
-            index_shuffle(int(p), int(self._sizes[s]) - 1, _permutation_seed(self._seed, int(s), int(e)), 4)
-            for s, e, p in zip(source, epoch, place)
-        ]
+        epoch, place = np.divmod(self._before[source] + index, self._sizes[source])
+        seeds = [_permutation_seed(self._mixture.seed, self._names[s], int(e)) for s, e in zip(source, epoch)]
+        row = [index_shuffle(int(p), int(self._sizes[s]) - 1, seed, 4) for s, seed, p in zip(source, seeds, place)]
         return source, np.array(row, np.int64), epoch
 
-    def counts(self, batches: int) -> np.ndarray:
-        """Positions of each source in batches 0..batches-1 and before them: int64 `[sources]`."""
-        return self.order.counts(self._first + batches * self._batch_size)
+
+def store_mixture(store: TokenStore, rates: Mapping[str, float], batch_size: int, seed: int) -> Mixture:
+    """The training text of a token store, from its beginning.
+
+    Args:
+      store: the token store.
+      rates: language -> share of the sequences (hence of the tokens: all have one length).
+      batch_size: sequences in the global batch.
+      seed: of the permutations.
+
+    Raises:
+      InputError: a language is missing, empty, or its data are damaged.
+    """
+    rows = {language: store.part("train", language).sequences for language in used_languages(store, "train", rates)}
+    return Mixture(rates, rows, store.fingerprints("train", rows), seed, batch_size)
 
 
 class BatchSource:
-    """The batches of a mixture, by number: a random-access data source for Grain.
+    """The batches of a mixture, by number: a random-access data source for Grain. Batch 0 is the mixture's next one."""
 
-    Batch b holds positions `first_sequence + b * batch_size` and on of the training stream.
-    """
-
-    def __init__(
-        self,
-        store: TokenStore,
-        rates: Mapping[str, float],
-        batch_size: int,
-        seed: int,
-        first_sequence: int = 0,
-        rows: Sequence[int] | None = None,
-        split: str = "train",
-    ):
+    def __init__(self, store: TokenStore, mixture: Mixture, rows: Sequence[int] | None = None):
         """Opens the arrays of all languages.
 
         Args:
           store: the token store.
-          rates: language -> share of the sequences (hence of the tokens: all have one length).
-          batch_size: sequences in the global batch.
-          seed: of the permutations.
-          first_sequence: sequences consumed before batch 0.
+          mixture: of its training text, see `store_mixture`.
           rows: the rows of the global batch this host reads; None: all.
-          split: of the store.
 
         Raises:
-          InputError: a language is missing, empty, or its data are damaged.
+          InputError: a language is missing, or its data are damaged.
         """
-        self.languages = used_languages(store, split, rates)
-        arrays = store.arrays(split, self.languages)
+        self.languages = list(mixture.rates)
+        arrays = store.arrays("train", self.languages)
         sizes = np.array([array.shape[0] for array in arrays])
         self._starts = np.cumsum(sizes) - sizes
         self._tokens = _joined(arrays)
-        shares = [rates[language] for language in self.languages]
-        self._stream = Stream(sizes, shares, batch_size, seed, first_sequence)
-        self._batch_size, self._seed = batch_size, seed
-        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
         return 1 << 48
 
     def __repr__(self) -> str:
-        return f"BatchSource({len(self.languages)} languages, batch_size={self._batch_size}, seed={self._seed})"
+        return f"BatchSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
         """This host's rows of a batch.
@@ -132,12 +210,8 @@ class BatchSource:
 
     def positions(self, batch: int) -> list[Position]:
         """Where every row of the global batch comes from, for error reports."""
-        source, row, epoch = self._stream.locate(batch, np.arange(self._batch_size))
+        source, row, epoch = self._stream.locate(batch)
         return [Position(self.languages[s], int(r), int(e)) for s, r, e in zip(source, row, epoch)]
-
-    def counts(self, batches: int) -> np.ndarray:
-        """Sequences of each language in batches 0..batches-1 and before them: int64 `[languages]`."""
-        return self._stream.counts(batches)
 
 
 def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:
@@ -156,9 +230,10 @@ def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:
 
 
 @functools.lru_cache(maxsize=4096)
-def _permutation_seed(seed: int, source: int, epoch: int) -> int:
+def _permutation_seed(seed: int, source: str, epoch: int) -> int:
     """A 32-bit seed for the order of one language in one epoch."""
-    return int(np.random.SeedSequence([seed, source, epoch]).generate_state(1)[0])
+    name = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "little")
+    return int(np.random.SeedSequence([seed, name, epoch]).generate_state(1)[0])
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

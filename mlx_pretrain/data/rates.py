@@ -45,13 +45,14 @@ def normalise_rates(rates: Mapping[str, float], where: str, known: Collection[st
 
 
 def load_rates(path: epath.PathLike, known: Collection[str] | None = None) -> dict[str, float]:
-    """Reads a rates file and returns normalised rates. Raises InputError as `normalise_rates` does."""
+    """Reads a rates file and returns normalised rates in the order of the languages' names, so that the order in the
+    file says nothing. Raises InputError as `normalise_rates` does."""
     content = read_json(path, "rates file")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("rates"), dict):
         raise InputError(f'{path}: not a rates file; it needs "format": "{FORMAT}" and a "rates" object')
     if content.get("version") != VERSION:
         raise InputError(f"{path}: rates file of version {content.get('version')!r}; this program reads {VERSION}")
-    return normalise_rates(content["rates"], str(path), known)
+    return dict(sorted(normalise_rates(content["rates"], str(path), known).items()))
 
 
 def save_rates(path: epath.PathLike, rates: Mapping[str, float], provenance: Mapping[str, Any], **more: Any) -> None:

@@ -18,7 +18,7 @@ tf = pytest.importorskip("tensorflow")
 
 from data_mixtures import corpora, tasks  # noqa: E402
 
-RATES = {"zh": 0.57, "el": 0.32, "en": 0.11}
+RATES = {"el": 0.32, "en": 0.11, "zh": 0.57}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tfds_folder(corpus, tmp_path_factory):
 
 @pytest.fixture
 def rates_path(tmp_path):
-    save_rates(tmp_path / "rates.json", RATES, {})
+    save_rates(tmp_path / "rates.json", dict(reversed(RATES.items())), {})  # names put them in order, not the file
     return tmp_path / "rates.json"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_pretrain import checkpoints, partitioning
-from mlx_pretrain.data.loader import BatchSource
+from mlx_pretrain.data.loader import BatchSource, store_mixture
 from mlx_pretrain.data.store import MANIFEST, TOKENIZER, TokenStore
 from mlx_pretrain.files import sha256
 from mlx_pretrain.goodput import read_goodput
@@ -174,7 +174,8 @@ def test_non_finite_loss_stops_the_run_and_names_the_rows(tiny_gin, store_dir, t
         f"error: run/{provenance[0].name}: loss {content['loss']}, gradient norm {content['grad_norm']} "
         f"at step {content['step']}; the file lists the batch's rows"
     )
-    positions = BatchSource(TokenStore(store_dir), RATES, 8, seed=0).positions(content["step"] - 1)
+    store = TokenStore(store_dir)
+    positions = BatchSource(store, store_mixture(store, RATES, 8, seed=0)).positions(content["step"] - 1)
     assert content["batch"] == [vars(position) for position in positions]
     assert saved_steps(run_dir) == [saved]
     assert last_step(run_dir) == content["step"] - 1

@@ -22,7 +22,7 @@ from mlx_pretrain.checkpoints import Checkpoints, Progress
 from mlx_pretrain.configuration import errors_as_one_line
 from mlx_pretrain.data import store as token_store
 from mlx_pretrain.data.documents import match_files, read_documents
-from mlx_pretrain.data.loader import BatchSource
+from mlx_pretrain.data.loader import BatchSource, store_mixture
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import (
     absolute,
@@ -282,14 +282,17 @@ def test_a_token_store_opens_with_one_listing_a_split(gcs, folder, tmp_path, mon
     make_store(folder, rows=30)  # is replaced
     assert make_store(folder) == make_store(tmp_path)
     assert len(token_store.TokenStore(folder).part("train", "aa").files) == 5
+    mixture = store_mixture(token_store.TokenStore(folder), RATES, 8, seed=0)
     with gcs.counted() as requests:
         store = token_store.TokenStore(folder)
-        source = BatchSource(store, RATES, 8, seed=0)
+        source = BatchSource(store, mixture)
     asked = [path.partition("?")[0] for _, path in requests]
     assert sum("prefix=" in path and "train/" in urllib.parse.unquote(path) for _, path in requests) == 1
     assert not any("%2Fc%2F" in path for path in asked)  # no shard by itself
     assert sum("zarr.json" in path for path in asked) == 2 * len(RATES)  # opened once, and once with the loader's cache
-    there = BatchSource(token_store.TokenStore(tmp_path), RATES, 8, seed=0)
+    there = token_store.TokenStore(tmp_path)
+    assert store_mixture(there, RATES, 8, seed=0) == mixture
+    there = BatchSource(there, mixture)
     for batch in range(3):
         np.testing.assert_array_equal(source[batch]["tokens"], there[batch]["tokens"])
     assert file_sizes(folder) == file_sizes(tmp_path)
@@ -304,7 +307,7 @@ def test_damage_of_a_store_is_named(gcs, folder, damage):
     else:
         shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"^{shard}: "):
-        BatchSource(token_store.TokenStore(folder), RATES, 8, seed=0)
+        store_mixture(token_store.TokenStore(folder), RATES, 8, seed=0)
 
 
 def test_documents(folder):

@@ -12,6 +12,8 @@ def test_round_trip_is_normalised_and_drops_zeros(tmp_path):
     path = tmp_path / "rates.json"
     save_rates(path, {"en": 3, "fi": 1, "xx": 0}, {"made_by": "test"}, epochs={"en": 1.5})
     assert load_rates(path, known=["en", "fi", "de"]) == {"en": 0.75, "fi": 0.25}
+    save_rates(path, {"fi": 1, "en": 3}, {}, epochs={"en": 1.5})
+    assert list(load_rates(path)) == ["en", "fi"]
     assert json.loads(path.read_text())["epochs"] == {"en": 1.5}
 
 

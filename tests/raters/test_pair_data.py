@@ -7,7 +7,7 @@ import pytest
 
 from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID
 from mlx_pretrain.errors import InputError
-from raters.pair_data import PARALLEL, PairSource, read_pairs
+from raters.pair_data import PARALLEL, PairSource, pair_mixture, read_pairs
 
 HEADER = {"format": "mlx-rater-pairs", "version": 1, "provenance": {}}
 
@@ -66,8 +66,8 @@ def test_win_rates_are_means_over_the_pairs_of_a_document(path):
 
 def test_every_pair_comes_once_an_epoch_and_resuming_changes_nothing(path):
     table = read_pairs(path, Letters(), 6)
-    options = {"length": 6, "pad_id": PAD_ID, "seed": 3}
-    source = PairSource(table, [0, 1, PARALLEL], batch_size=5, **options)
+    options, mixture = {"length": 6, "pad_id": PAD_ID}, pair_mixture(table, [0, 1, PARALLEL], batch_size=5, seed=3)
+    source = PairSource(table, mixture, **options)
     for batch in range(4):
         positions = source.positions(batch)
         assert sorted(p.pair for p in positions) == [0, 1, 2, 3, 4]
@@ -75,15 +75,16 @@ def test_every_pair_comes_once_an_epoch_and_resuming_changes_nothing(path):
         np.testing.assert_array_equal(
             source[batch]["preference"], [PAIRS[p.pair]["p_b"] for p in positions])
         assert [bool(x) for x in source[batch]["parallel"]] == [p.kind == "parallel" for p in positions]
-    resumed = PairSource(table, [0, 1, PARALLEL], batch_size=5, first_sequence=10, **options)
-    part = PairSource(table, [0, 1, PARALLEL], batch_size=5, rows=np.array([1, 3]), **options)
+    resumed = PairSource(table, mixture.advanced(10), **options)
+    part = PairSource(table, mixture, rows=np.array([1, 3]), **options)
     for name, whole in source[2].items():
         np.testing.assert_array_equal(resumed[0][name], whole)
         np.testing.assert_array_equal(part[2][name], whole[[1, 3]])
 
 
 def test_kinds_that_are_not_wanted_do_not_come(path):
-    source = PairSource(read_pairs(path, Letters(), 6), [0], length=6, pad_id=PAD_ID, batch_size=4, seed=0)
+    table = read_pairs(path, Letters(), 6)
+    source = PairSource(table, pair_mixture(table, [0], batch_size=4, seed=0), length=6, pad_id=PAD_ID)
     assert sorted(p.pair for p in source.positions(0)) == [0, 0, 1, 1]
 
 

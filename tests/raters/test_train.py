@@ -75,7 +75,7 @@ def sigmoid(x):
 @pytest.mark.parametrize("parallel_weight", [1.0, 0.3])
 def test_the_loss_is_that_of_the_paper(settings, tmp_path, parallel_weight):
     task = RaterTraining(TrainRaterConfig(**settings, run_dir=str(tmp_path), parallel_weight=parallel_weight))
-    batch = task.source(0, np.arange(16))[0]
+    batch = task.source(task.mixture, np.arange(16))[0]
     assert batch["parallel"].sum() == 4  # a quarter of the pairs is, so a quarter of the batch
     params = jax.jit(lambda key: nn.unbox(task.model.init(key)))(jax.random.key(0))
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (32,))
@@ -121,7 +121,8 @@ def test_pointwise_training_learns_too(settings, tmp_path):
 def test_kinds_can_be_left_out(settings, tmp_path):
     def kinds(**options):
         task = RaterTraining(TrainRaterConfig(**settings, run_dir=str(tmp_path), **options))
-        return {position.kind for batch in range(10) for position in task.source(0, np.arange(16)).positions(batch)}
+        source = task.source(task.mixture, np.arange(16))
+        return {position.kind for batch in range(10) for position in source.positions(batch)}
 
     assert kinds() == {"monolingual", "cross-lingual", "parallel"}
     assert kinds(cross_lingual=False) == {"monolingual", "parallel"}
