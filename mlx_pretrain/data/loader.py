@@ -59,7 +59,7 @@ class Mixture:
 
     rates: Mapping[str, float]
     rows: Mapping[str, int]
-    data: Mapping[str, str]
+    data: Mapping[str, str] = dataclasses.field(repr=False)
     seed: int
     batch_size: int
     before: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -250,7 +250,7 @@ class TokenStore:
     def fingerprints(self, split: str, languages: Collection[str]) -> dict[str, str]:
         """language -> digest of its rows: of their counts and of 8 of them, evenly spread; computed once.
 
-        Raises InputError as `arrays` does.
+        Raises InputError as `arrays` does, and where a row cannot be read.
         """
         fresh = [language for language in languages if (split, language) not in self._fingerprints]
         reads = [array[np.linspace(0, max(array.shape[0] - 1, 0), min(array.shape[0], 8)).astype(int)].read()
@@ -258,7 +258,12 @@ class TokenStore:
         for language, read in zip(fresh, reads):
             part = self.part(split, language)
             counts = [self.manifest.tokenizer_sha256, part.sequences, part.tokens, part.bytes, part.documents]
-            digest = hashlib.sha256(repr(counts).encode() + read.result().tobytes())
+            try:
+                rows = read.result()
+            except ValueError as error:
+                folder = self.path / split / language
+                raise InputError(f"{folder}: cannot be read: {str(error).splitlines()[0]}") from None
+            digest = hashlib.sha256(repr(counts).encode() + rows.tobytes())
             self._fingerprints[split, language] = digest.hexdigest()
         return {language: self._fingerprints[split, language] for language in languages}
 
