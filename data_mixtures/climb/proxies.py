@@ -168,7 +168,9 @@ class Table:
             if differ := set(runs.languages) ^ set(languages) or set(runs.targets) ^ set(targets):
                 raise InputError(f"{self._folder}: these runs were made with other languages "
                                  f"({', '.join(sorted(differ))}); choose another proxies.output")
-            for file, _, row in read_tables(self._folder)[1]:
+            for file, line, row in read_tables(self._folder)[1]:
+                if not row.get("step", "").isdecimal():
+                    raise InputError(f"{file}:{line}: no whole number under 'step', which says where a run goes on")
                 ratios = [float(row[RATIO + language]) for language in languages]
                 self._read.setdefault(row["run"], {})[int(row["step"])] = file, ratios
 

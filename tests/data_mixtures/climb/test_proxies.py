@@ -99,7 +99,7 @@ def test_runs_end_before_they_repeat_text_too_often(table, settings, monkeypatch
 
 def test_a_run_of_another_mixture_is_not_taken_for_the_plans(table, settings, monkeypatch):
     other = {**MIXTURES, "all": {"aa": 0.5, "bb": 0.25, "cc": 0.25}}
-    with pytest.raises(InputError, match=r"all-0\.0217M-seed0\.csv: run 'all-0\.0217M-seed0' at step 4 had another mix"):
+    with pytest.raises(InputError, match=r"all-0\.0217M-seed0\.csv: run 'all-0\.0217M-seed0' at step 4 had another"):
         train(monkeypatch, **{**settings, "plan": lambda counts: other}, output=table)
 
 
@@ -142,6 +142,10 @@ def test_a_table_in_one_file_is_extended_in_a_folder(table, settings, monkeypatc
     train(monkeypatch, **settings, output=str(output))
     assert "3 runs of 2,304 tokens, 2 of them done" in capsys.readouterr().err
     assert lines(output / "") == [*lines(table)[-1:], *lines(table)[:-1]]
+    other = (output / "proxies.csv").read_text().replace("step", "at").replace("seed0", "seed1")
+    (output / "other.csv").write_text(other)
+    with pytest.raises(InputError, match=r"other\.csv:2: no whole number under 'step'"):
+        train(monkeypatch, **settings, output=str(output))
     with pytest.raises(InputError, match=r"proxies\.csv: a single table; proxies\.output is a folder"):
         train(monkeypatch, **settings, output=str(output / "proxies.csv"))
 
