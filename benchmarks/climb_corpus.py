@@ -93,6 +93,7 @@ def train(
         proxies__output=work / output, proxies__token_store=work / "tokens", proxies__tokens=tokens,
         proxies__models="[@DecoderConfig()]", proxies__batch_size=BATCH, proxies__optimizer="@muon",
         proxies__learning_rate="@warmup_stable_decay()", proxies__eval_sequences=64, proxies__threads=threads,
+        proxies__max_epochs=None,
         warmup_stable_decay__peak=0.02, warmup_stable_decay__total_steps=100_000, warmup_stable_decay__warmup_steps=10,
         warmup_stable_decay__decay_steps=0, muon__adam_fraction=1.0,
         **{f"DecoderConfig__{name}": value for name, value in model(width).items()},

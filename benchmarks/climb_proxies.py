@@ -47,6 +47,7 @@ def tokens_per_second(folder: pathlib.Path, name: str, pack: int, threads: int, 
     flags = {
         "proxies.output": folder / name, "proxies.token_store": folder / "store",
         "proxies.models": "[@DecoderConfig()]", "proxies.tokens": [tokens], "proxies.batch_size": BATCH,
+        "proxies.max_epochs": None,
         "proxies.optimizer": "@muon", "proxies.learning_rate": "@constant_schedule()", "constant_schedule.value": 1e-3,
         "proxies.pack": pack, "proxies.threads": threads, "planned_mixtures.mixtures": first + runs,
         "planned_mixtures.monolingual": False, "planned_mixtures.leave_one_out": False, "planned_mixtures.pairs": 0,

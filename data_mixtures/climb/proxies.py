@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import math
 import operator
 import os
 import sys
@@ -53,12 +54,23 @@ _SETTINGS = "settings.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One proxy: its name in the table, model, mixture and seed."""
+    """One proxy.
+
+    Attributes:
+      name: in the table.
+      model: its shape.
+      rates: its mixture, language -> ratio.
+      seed: of its parameters and data order.
+      steps: after which it is evaluated, ascending; the last ends it.
+      epochs_per_token: by how much a training token raises the epochs of the language that is repeated most.
+    """
 
     name: str
     model: DecoderConfig
     rates: Mapping[str, float]
     seed: int
+    steps: tuple[int, ...]
+    epochs_per_token: float
 
 
 @gin.configurable("proxies")
@@ -75,6 +87,9 @@ class ProxiesConfig:
       learning_rate: a schedule without decay, e.g. @constant_schedule() or @warmup_stable_decay().
       optimizer: called with `learning_rate`, e.g. @muon.
       plan: gives the mixtures from the token counts, e.g. @planned_mixtures or @given_mixtures.
+      max_epochs: most often that a run may see the text of any language: evaluations beyond are left out, and a run
+        ends with its last one. The law takes repeated text for new, which is nearly right up to 4 epochs (arXiv
+        2305.16264). None: no limit.
       languages: of the mixtures; None: all with a training sequence.
       seeds: of parameters and data order; every mixture is trained with each.
       pack: models trained at once as one program.
@@ -93,6 +108,7 @@ class ProxiesConfig:
     learning_rate: optimizers.Schedule = gin.REQUIRED
     optimizer: Callable[..., Any] = optimizers.muon
     plan: Callable[[Mapping[str, int]], Mixtures] = planned_mixtures
+    max_epochs: float | None = 4.0
     languages: Sequence[str] | None = None
     seeds: Sequence[int] = (0,)
     pack: int = 1
@@ -113,6 +129,8 @@ class ProxiesConfig:
         tokens = list(self.tokens)
         if not tokens or not all(isinstance(t, int) and t > 0 for t in tokens) or tokens != sorted(set(tokens)):
             raise InputError(f"proxies.tokens = {self.tokens!r}: must be token counts in ascending order")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise InputError(f"proxies.max_epochs = {self.max_epochs!r}: must be positive, or None")
         if not self.seeds:
             raise InputError("proxies.seeds is empty")
 
@@ -132,10 +150,10 @@ class Table:
           InputError: the runs were made with other settings, or cannot be read.
         """
         self._folder = epath.Path(path)
-        self._header = ["run", "step", "n_params", "tokens"]
+        self._header = ["run", "step", "n_params", "tokens", "epochs"]
         self._header += [RATIO + language for language in languages] + [LOSS + target for target in targets]
         self._languages, self.targets = languages, targets
-        self._read: dict[str, dict[int, epath.Path]] = {}  # run -> step -> file
+        self._read: dict[str, dict[int, tuple[epath.Path, list[float]]]] = {}  # run -> step -> file, ratios
         if not cluster.is_main():  # process 0 alone has the table
             return
         if self._folder.is_file():
@@ -150,8 +168,11 @@ class Table:
             if differ := set(runs.languages) ^ set(languages) or set(runs.targets) ^ set(targets):
                 raise InputError(f"{self._folder}: these runs were made with other languages "
                                  f"({', '.join(sorted(differ))}); choose another proxies.output")
-            for file, _, row in read_tables(self._folder)[1]:
-                self._read.setdefault(row["run"], {})[int(row["step"])] = file
+            for file, line, row in read_tables(self._folder)[1]:
+                if not row.get("step", "").isdecimal():
+                    raise InputError(f"{file}:{line}: no whole number under 'step', which says where a run goes on")
+                ratios = [float(row[RATIO + language]) for language in languages]
+                self._read.setdefault(row["run"], {})[int(row["step"])] = file, ratios
 
     def _check_settings(self) -> None:
         found, settings = read_json(self._folder / _SETTINGS, "settings of these proxy runs"), self._settings
@@ -160,9 +181,18 @@ class Table:
             raise InputError(f"{self._folder}: these runs were made with another {name} ({found.get(name)!r}, now "
                              f"{settings[name]!r}); choose another proxies.output")
 
-    def steps(self, name: str) -> set[int]:
-        """Steps at which a run had been evaluated when the command began."""
-        return set(self._read.get(name, ()))
+    def steps(self, proxy: Run) -> set[int]:
+        """Steps at which a run had been evaluated when the command began.
+
+        Raises:
+          InputError: a run of that name had another mixture.
+        """
+        steps = self._read.get(proxy.name, {})
+        for step, (file, ratios) in steps.items():
+            if not np.allclose(ratios, [proxy.rates.get(l, 0.0) for l in self._languages], atol=1e-6):
+                raise InputError(f"{file}: run {proxy.name!r} at step {step} had another mixture than the plan has; "
+                                 "choose another proxies.output")
+        return set(steps)
 
     def add(self, proxy: Run, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         """Adds one row, in place of an earlier one of the same run and step.
@@ -173,15 +203,15 @@ class Table:
         if not cluster.is_main():
             return
         self._check_settings()
-        values = [proxy.name, step, proxy.model.parameters(), tokens,
+        values = [proxy.name, step, proxy.model.parameters(), tokens, f"{tokens * proxy.epochs_per_token:.4g}",
                   *(repr(float(proxy.rates.get(l, 0.0))) for l in self._languages), *(repr(x) for x in losses.values())]
         path = self._folder / f"{proxy.name}.csv"
-        if self._read.get(proxy.name, {}).get(step, path) != path:
+        if self._read.get(proxy.name, {}).get(step, (path,))[0] != path:
             return  # in a file of several runs, which is left as it is
         rows = read_tables(path)[1] if path.exists() else []
         rows = [row for _, _, row in rows if int(row["step"]) != step] + [dict(zip(self._header, map(str, values)))]
         text = io.StringIO()
-        writer = csv.DictWriter(text, self._header, lineterminator="\n")
+        writer = csv.DictWriter(text, self._header, restval="nan", lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: int(row["step"])))
         write_atomic(path, text.getvalue())
@@ -226,7 +256,6 @@ class Trainer:
                                  max_sequences=config.eval_sequences, chunk_tokens=config.chunk_tokens,
                                  languages=table.targets)
         self._step_tokens = config.batch_size * store.manifest.sequence_length
-        self._eval_steps = evaluation_steps(config.tokens, self._step_tokens)
         with partitioning.use(self._mesh):
             self._abstract = abstract_state(model, self._optimizer, self._mesh)
             self._initial_state = make_initial_state(model, self._optimizer, self._abstract)
@@ -235,6 +264,10 @@ class Trainer:
 
     def train(self, runs: Sequence[Run], folder: epath.Path | None) -> float:
         """Trains runs as one program, from `folder`'s checkpoint if there is one; None: without checkpoints.
+
+        Args:
+          runs: proxies of one model, evaluated after the same steps.
+          folder: of the checkpoints.
 
         Returns:
           Mean held-out loss after the last step, nats per token.
@@ -257,15 +290,15 @@ class Trainer:
             sources = [loader.BatchSource(self._store, mixture.advanced(first * config.batch_size), local)
                        for mixture in mixtures]
             batches = zip(*(loader.batches(source, threads=1, prefetch=2) for source in sources))
-            metrics = None
-            for step in range(first + 1, self._eval_steps[-1] + 1):
+            metrics, steps = None, runs[0].steps
+            for step in range(first + 1, steps[-1] + 1):
                 self._stop.check()  # leaving the context completes a save under way
                 arrays = [loader.to_devices(b, sharding, config.batch_size, local)["tokens"] for b in next(batches)]
                 jax.block_until_ready(metrics)  # one step stays in flight while the host prepares the next
                 state, metrics = program(state, arrays[0] if len(runs) == 1 else jax.numpy.stack(arrays))
-                if step in self._eval_steps:
+                if step in steps:
                     loss = self._evaluate(runs, state, step)
-                    if saver and step < self._eval_steps[-1]:
+                    if saver and step < steps[-1]:
                         saver.save(step, state, Progress(step * config.batch_size, {}), {})
         return loss
 
@@ -343,11 +376,41 @@ def _settings(config: ProxiesConfig, store: TokenStore, last: int) -> dict[str, 
 
 
 def _packs(runs: Sequence[Run], size: int) -> list[list[Run]]:
-    """Runs of one model in groups of at most `size`."""
-    by_model: dict[DecoderConfig, list[Run]] = {}
+    """Runs of one model and length in groups of at most `size`."""
+    alike: dict[tuple[DecoderConfig, tuple[int, ...]], list[Run]] = {}
     for proxy in runs:
-        by_model.setdefault(proxy.model, []).append(proxy)
-    return [group[start : start + size] for group in by_model.values() for start in range(0, len(group), size)]
+        alike.setdefault((proxy.model, proxy.steps), []).append(proxy)
+    return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
+
+
+def _runs(config: ProxiesConfig, store: TokenStore, mixtures: Mixtures) -> list[Run]:
+    """The plan's runs, as far as `max_epochs` lets them go.
+
+    Raises:
+      InputError: it lets none go as far as the first evaluation.
+    """
+    length = store.manifest.sequence_length
+    steps = evaluation_steps(config.tokens, config.batch_size * length)
+    limit = math.inf if config.max_epochs is None else config.max_epochs * (1 + 1e-9)
+    runs, cut, left_out = [], [], []
+    for name, rates in mixtures.items():
+        text = {l: max(store.part("train", l).sequences * length, 1) for l in rates}
+        per_token = max(rate / text[l] for l, rate in rates.items())
+        allowed = tuple(step for step in steps if step * config.batch_size * length * per_token <= limit)
+        if len(allowed) < len(steps):
+            (cut if allowed else left_out).append(name)
+        if allowed:
+            runs += [Run(f"{name}-{model.parameters() / 1e6:.3g}M-seed{seed}", model, rates, seed, allowed, per_token)
+                     for model in config.models for seed in config.seeds]
+    for names, fate in ((cut, "end early"), (left_out, "are left out, with not even text for the first evaluation")):
+        if names:
+            _say(f"note: proxies.max_epochs = {config.max_epochs:g}: {len(names)} of {len(mixtures)} mixtures {fate}: "
+                 f"{', '.join(names)}")
+    if not runs:
+        raise InputError(f"proxies.max_epochs = {config.max_epochs:g}: no mixture has text for {config.tokens[0]:,} "
+                         "tokens; lower proxies.tokens or raise the limit")
+    # Model by model, as every run of a plan was always ordered.
+    return sorted(runs, key=lambda proxy: (config.models.index(proxy.model), config.seeds.index(proxy.seed)))
 
 
 def train_proxies() -> None:
@@ -358,11 +421,7 @@ def train_proxies() -> None:
     parts = store.parts("train")
     languages = sorted(config.languages or (l for l, part in parts.items() if part.sequences))
     counts = {language: store.part("train", language).tokens for language in languages}
-    mixtures = config.plan(counts)
-    runs = [
-        Run(f"{name}-{model.parameters() / 1e6:.3g}M-seed{seed}", model, rates, seed)
-        for model in config.models for seed in config.seeds for name, rates in mixtures.items()
-    ]
+    runs = _runs(config, store, config.plan(counts))
     hardware.keep_compiled(config.compilation_cache)
     if (config.threads or 1) > 1 and jax.device_count() > 1:
         raise InputError(f"proxies.threads = {config.threads}: with {jax.device_count()} devices use proxies.pack")
@@ -371,7 +430,7 @@ def train_proxies() -> None:
     table = Table(config.output, _settings(config, store, steps[-1]), languages, targets)
     shard, shards = cluster.shard()
     runs = runs[shard::shards]
-    left = list(itertools.compress(runs, cluster.share([not set(steps) <= table.steps(run.name) for run in runs])))
+    left = list(itertools.compress(runs, cluster.share([not set(run.steps) <= table.steps(run) for run in runs])))
     part = f" in shard {shard} of {shards}" if shards > 1 else ""
     _say(f"{config.output}: {len(runs)} runs{part} of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them "
          f"done; {len(languages)} languages")

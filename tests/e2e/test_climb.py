@@ -41,6 +41,7 @@ proxies.optimizer = @adamw
 proxies.learning_rate = @constant_schedule()
 proxies.compilation_cache = None
 proxies.threads = 2
+proxies.max_epochs = None
 constant_schedule.value = 1e-2
 planned_mixtures.mixtures = 6
 

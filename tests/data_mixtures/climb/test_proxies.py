@@ -34,6 +34,7 @@ def settings(store_dir, tiny_config):
         "optimizer": optimizers.adamw,
         "plan": lambda counts: MIXTURES,
         "eval_batch_size": 8,
+        "max_epochs": 8.0,  # of 'only'
         "compilation_cache": None,
     }
 
@@ -66,6 +67,40 @@ def test_the_table_has_a_row_for_every_run_and_token_count(table, tiny_config):
     # It learns the language it sees, so the losses say something.
     only = runs.losses[runs.run == "only-0.0217M-seed0"]
     assert only[1, 2] < only[0, 2] - 0.1 and only[1, 2] < only[1, 0] - 0.5
+
+
+def test_epochs_of_the_most_repeated_language_are_in_the_table(table):
+    """32 and 72 sequences, of 40, 24 and 9 that there are of aa, bb and cc."""
+    rows = [line.split(",") for line in lines(table)]
+    found = {(row[0].split("-")[0], int(row[1])): float(row[4]) for row in rows}
+    expected = {("half", 4): 16 / 24, ("half", 9): 36 / 24, ("all", 4): 16 / 9, ("all", 9): 4, ("only", 4): 32 / 9,
+                ("only", 9): 8}
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_runs_end_before_they_repeat_text_too_often(table, settings, monkeypatch, tmp_path, capsys):
+    """What is left is the same, packed or not, and the note says which mixtures ended early and which are left out."""
+    plan = {**MIXTURES, "once": {"cc": 0.1, "aa": 0.9}}
+    capped = {key: value for key, value in settings.items() if key != "max_epochs"} | {"plan": lambda counts: plan}
+    first = train(monkeypatch, **capped, output=str(tmp_path / "four"), pack=4)
+    assert "max_epochs = 4: 1 of 4 mixtures end early: only" in capsys.readouterr().err
+    runs, alone = proxy_runs(first), proxy_runs(table)
+    assert runs.tokens[runs.run == "only-0.0217M-seed0"].tolist() == [1024] and len(runs) == 7
+    np.testing.assert_allclose(runs.losses[runs.run == "only-0.0217M-seed0"],
+                               alone.losses[alone.run == "only-0.0217M-seed0"][:1], rtol=2e-4)
+    train(monkeypatch, **capped, output=first)
+    assert "4 runs of 2,304 tokens, 4 of them done" in capsys.readouterr().err
+    second = train(monkeypatch, **{**capped, "max_epochs": 1.79}, output=str(tmp_path / "two"))
+    said = capsys.readouterr().err
+    assert "1 of 4 mixtures end early: all" in said
+    assert "1 of 4 mixtures are left out, with not even text for the first evaluation: only" in said
+    assert len(proxy_runs(second)) == 5
+
+
+def test_a_run_of_another_mixture_is_not_taken_for_the_plans(table, settings, monkeypatch):
+    other = {**MIXTURES, "all": {"aa": 0.5, "bb": 0.25, "cc": 0.25}}
+    with pytest.raises(InputError, match=r"all-0\.0217M-seed0\.csv: run 'all-0\.0217M-seed0' at step 4 had another"):
+        train(monkeypatch, **{**settings, "plan": lambda counts: other}, output=table)
 
 
 def test_a_proxy_is_a_run_of_the_normal_trainer(table, settings, tmp_path):
@@ -107,13 +142,17 @@ def test_a_table_in_one_file_is_extended_in_a_folder(table, settings, monkeypatc
     train(monkeypatch, **settings, output=str(output))
     assert "3 runs of 2,304 tokens, 2 of them done" in capsys.readouterr().err
     assert lines(output / "") == [*lines(table)[-1:], *lines(table)[:-1]]
+    other = (output / "proxies.csv").read_text().replace("step", "at").replace("seed0", "seed1")
+    (output / "other.csv").write_text(other)
+    with pytest.raises(InputError, match=r"other\.csv:2: no whole number under 'step'"):
+        train(monkeypatch, **settings, output=str(output))
     with pytest.raises(InputError, match=r"proxies\.csv: a single table; proxies\.output is a folder"):
         train(monkeypatch, **settings, output=str(output / "proxies.csv"))
 
 
 def test_commands_that_share_a_folder_lose_no_row(table, settings, monkeypatch, tmp_path, capsys):
     """Each began before the other had a row; with --shard each trains its part."""
-    mixed = Run("mix", settings["models"][0], {"aa": 1.0}, 0)
+    mixed = Run("mix", settings["models"][0], {"aa": 1.0}, 0, (4, 9), 0.01)
     common = (tmp_path / "runs", {"batch_size": 8}, ("aa", "bb"), ("aa",))
     first, second = Table(*common), Table(*common)
     for step in (4, 9):
@@ -188,6 +227,8 @@ def test_a_diverging_proxy_is_an_error_with_its_name(settings, monkeypatch, tmp_
     ({"pack": 0}, "proxies.pack = 0: must be a positive integer"),
     ({"threads": 2}, "with 8 devices use proxies.pack"),
     ({"languages": ["aa", "zz"]}, "no train text in 'zz'"),
+    ({"max_epochs": 0}, "max_epochs = 0: must be positive"),
+    ({"max_epochs": 0.1}, "no mixture has text for 1,024 tokens"),
     ({"batch_size": 7}, "does not divide over the mesh"),
 ])
 def test_settings_that_cannot_work(settings, monkeypatch, tmp_path, change, cause):
