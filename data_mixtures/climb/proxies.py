@@ -428,7 +428,8 @@ def train_proxies() -> None:
     targets = [l for l in sorted(store.parts("heldout")) if store.part("heldout", l).sequences and l in languages]
     steps = evaluation_steps(config.tokens, config.batch_size * store.manifest.sequence_length)
     table = Table(config.output, _settings(config, store, steps[-1]), languages, targets)
-    shard, shards = cluster.shard()
+    # Processes of one job train every run together.
+    shard, shards = cluster.shard() if jax.process_count() == 1 else (0, 1)
     runs = runs[shard::shards]
     left = list(itertools.compress(runs, cluster.share([not set(run.steps) <= table.steps(run) for run in runs])))
     part = f" in shard {shard} of {shards}" if shards > 1 else ""
