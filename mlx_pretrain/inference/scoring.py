@@ -120,6 +120,7 @@ class Scorer:
         self._lengths = row_lengths(min(row_length, self.max_length), self.max_length)
         self._rows = {length: max(tokens_per_batch // length // self._shards, 1) for length in self._lengths}
         self._sharding, self._everywhere = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
+        self._by_copy = NamedSharding(mesh, partitioning.spec(None, "batch"))  # of a prefix, one on every shard
         self._programs: dict[tuple, Callable] = {}
         self._prefixes: collections.OrderedDict[bytes, tuple[Cache, int]] = collections.OrderedDict()
         self._features: jax.Array | None = None
@@ -247,9 +248,8 @@ class Scorer:
             tokens = np.full((self._shards, length), PAD_ID, np.int32)
             tokens[:, : len(prefix)] = prefix
             given = partitioning.put(tokens, self._sharding)
-            sharding = NamedSharding(self._mesh, partitioning.spec(None, "batch"))
             arguments = (given, self._features)
-            program = self._program(("prefix", length, self._feature_shape()), _prefix, sharding, *arguments)
+            program = self._program(("prefix", length, self._feature_shape()), _prefix, self._by_copy, *arguments)
             self._prefixes[key] = program(self._params, *arguments), len(prefix)
             if len(self._prefixes) > KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
@@ -265,9 +265,11 @@ class Scorer:
         """The program of a shape; compiled ahead of time, it refuses others instead of compiling anew."""
         if key not in self._programs:
             with partitioning.use(self._mesh):
-                jitted = jax.jit(functools.partial(function, self._config), out_shardings=sharding)
-                self._programs[key] = jitted.lower(self._params, *arguments).compile()
+                self._programs[key] = self._jitted(function, sharding).lower(self._params, *arguments).compile()
         return self._programs[key]
+
+    def _jitted(self, function: Callable, sharding: NamedSharding) -> Any:
+        return jax.jit(functools.partial(function, self._config), out_shardings=sharding)
 
     def largest_program(self) -> tuple[Any, tuple, int, int]:
         """The program with the most to attend to: the shortest rows after the longest prefix.
@@ -284,18 +286,16 @@ class Scorer:
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._sharding if shape else self._everywhere)
 
-        layout = NamedSharding(self._mesh, partitioning.spec(None, "batch"))
         cache = jax.eval_shape(lambda: empty_cache(self._config, shards, self.max_length))
         arguments = (
             jax.tree.map(lambda x: abstract(x, x.sharding), self._params),
-            jax.tree.map(lambda x: abstract(x, layout), cache),
+            jax.tree.map(lambda x: abstract(x, self._by_copy), cache),
             *(3 * [integers(shards * per_shard, length)]),
             integers(shards, _chunks(per_shard * length) * CHUNK_TOKENS),
             *(2 * [integers(shards, 2 * per_shard * length)]),
             integers(), integers(), None,
         )
-        program = jax.jit(functools.partial(_score, self._config), out_shardings=self._everywhere)
-        return program, arguments, shards * per_shard, length
+        return self._jitted(_score, self._everywhere), arguments, shards * per_shard, length
 
     def _spread(self, features: np.ndarray | jax.Array) -> jax.Array:
         """`[1, n, embed]` on every device, of features `[n, embed]` in host memory or on the devices already."""

@@ -19,6 +19,17 @@ def numbers(frames):
     return frames[:, -6, frames.shape[2] // 2, 0].astype(int) / 3
 
 
+def write_sound(path):
+    """A second of silence without pictures."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        samples.rate = 8000
+        container.mux(stream.encode(samples))
+        container.mux(stream.encode())
+    return path
+
+
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"),
                                          ("a.avi", "mpeg4")])
 def test_the_frame_on_screen_at_each_moment(tmp_path, name, codec):
@@ -91,14 +102,8 @@ def test_what_is_no_whole_video(tmp_path):
             read_frames(tmp_path / name, 16, count=4)
     with pytest.raises(InputError, match="no such file"):
         read_frames(tmp_path / "none.mp4", 16, count=4)
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-        samples.rate = 8000
-        container.mux(stream.encode(samples))
-        container.mux(stream.encode())
     with pytest.raises(InputError, match=r"sound\.mp4: no moving pictures in it \(audio\)"):
-        read_frames(tmp_path / "sound.mp4", 16, count=4)
+        read_frames(write_sound(tmp_path / "sound.mp4"), 16, count=4)
 
 
 def test_sound_does_not_disturb(tmp_path):
@@ -228,14 +233,8 @@ def test_covers_are_no_video(tmp_path):
     with av.open(str(film)) as container:
         assert container.streams[0].disposition.name == "attached_pic"
     assert grey(read_frames(film, 16, count=10).frames).tolist() == list(range(2, 50, 5))
-    with av.open(str(tmp_path / "b.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-        samples.rate = 8000
-        container.mux(stream.encode(samples))
-        container.mux(stream.encode())
     with pytest.raises(InputError, match=r"song\.mp4: no moving pictures in it \(cover picture, audio\)"):
-        read_frames(with_cover(tmp_path / "b.mp4", tmp_path / "song.mp4"), 16, count=4)
+        read_frames(with_cover(write_sound(tmp_path / "b.mp4"), tmp_path / "song.mp4"), 16, count=4)
 
 
 def damage_packet(path, number):
