@@ -20,7 +20,7 @@ demo: setup
 	@$(RUN) scripts/demo.py $(ARGS)
 
 test: setup lint
-	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/ruff check .

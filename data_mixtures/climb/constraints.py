@@ -80,6 +80,8 @@ class Constraints:
             if not self.max_epochs > 0:
                 raise InputError(f"constraints: max_epochs must be positive, got {self.max_epochs}")
             caps = np.minimum(1.0, self.max_epochs * text / tokens)
+            asked = np.fmax(floors, fixed)  # who asks for just what the text allows may miss it by a rounding
+            caps = np.where((caps < asked) & (caps >= asked * (1 - _SLACK)), asked, caps)
         self._check(languages, floors, fixed, caps, text, tokens)
         free = np.isnan(fixed)
         return np.where(free, floors, fixed), np.where(free, caps, fixed)

@@ -251,6 +251,15 @@ def test_binding_constraints_are_named():
         assert each.ratios[[1, 2, 4]].tolist() == [0.02, 0.6, 0.05]
 
 
+def test_a_floor_that_is_just_what_the_text_allows_is_no_contradiction():
+    """0.18 * tokens / 4 * 4 / tokens is a rounding less than 0.18."""
+    tokens = 14194258279.67757
+    unique = {"l00": tokens, "l01": 0.18 * tokens / 4}
+    assert 4 * unique["l01"] / tokens < 0.18
+    lower, upper = Constraints(0.18, max_epochs=4, unique_tokens=unique).bounds(("l00", "l01"), tokens)
+    assert lower[1] == upper[1] == 0.18
+
+
 def test_a_mixture_without_any_freedom_is_returned_as_it_is():
     found = solve_two_step(LAWS[3], N, D, None, Constraints(fixed={"l00": 0.5, "l01": 0.2, "l02": 0.3}))
     assert found.ratios.tolist() == [0.5, 0.2, 0.3]
