@@ -1,5 +1,6 @@
 """The exporter: the rows are the documents, the bytes are always the same, and half an export is no store."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -222,41 +223,31 @@ def test_nonsense_lengths_are_named(corpus, tokenizer_path, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def command(module, tmp_path, *arguments, **paths):
-    """The real command, with the real gin file."""
-    macros = [f"--gin.{name}={value}" for name, value in {
-        "TOKENIZER": tmp_path / "t.model", "TOKEN_STORE": tmp_path / "store", "RATES": tmp_path / "rates.json",
-        "VOCAB_SIZE": 320, "SEQUENCE_LENGTH": 16, **paths}.items()]
+def export(tokenizer, documents, store, *arguments):
+    """The real command, with the real gin files."""
+    macros = {"TOKENIZER": tokenizer, "TOKEN_STORE": store, "SEQUENCE_LENGTH": 16, "DOCUMENTS": documents}.items()
     return subprocess.Popen(
-        [sys.executable, "-m", f"data_mixtures.{module}", "--gin_file=gin/mixtures/sample.gin",
-         "--gin_file=gin/mixtures/prepare.gin", *macros, *arguments],
+        [sys.executable, "-m", "data_mixtures.export", "--gin_file=gin/mixtures/sample.gin",
+         "--gin_file=gin/mixtures/prepare.gin", *(f"--gin.{name}={value}" for name, value in macros), *arguments],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_three_commands_of_the_sample_and_a_kill_between(tmp_path, write_corpus, write_jsonl, made_up_text):
+def test_killed_or_shared_among_commands_the_store_is_the_same(
+        tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text):
     folder = write_corpus(tmp_path / "corpus", {"en": 20})
-    training = command("tokenizer", tmp_path, DOCUMENTS=folder)
-    assert "trained" in training.communicate()[1]
-    assert training.returncode == 0
-
     write_jsonl(folder / "train/zz.jsonl", [{"text": made_up_text("zh", 3000, 1)}] * 120)  # a second of work
-    with command("export", tmp_path, DOCUMENTS=folder) as export:
-        for line in export.stderr:
+    command = functools.partial(export, tokenizer_path, folder)
+    with command(tmp_path / "killed") as killed:
+        for line in killed.stderr:
             if line.startswith("train/en"):
-                export.send_signal(signal.SIGKILL)
-    assert export.returncode == -signal.SIGKILL
-    rates = command("baselines", tmp_path, DOCUMENTS=folder)
-    assert rates.communicate()[1].startswith(f"error: {tmp_path}/store: no token store here")
-    assert rates.returncode == 1
-
-    for module, words in (("export", "M tokens/s"), ("baselines", "zz")):
-        again = command(module, tmp_path, DOCUMENTS=folder)
-        assert words in again.communicate()[1]
-        assert again.returncode == 0
-    export_tokens(Corpus(folder), tmp_path / "t.model", tmp_path / "clean", 16)
-    assert contents(tmp_path / "store") == contents(tmp_path / "clean")
-    shutil.rmtree(tmp_path / "store")
-    shards = [command("export", tmp_path, f"--shard={number}/2", DOCUMENTS=folder) for number in range(2)]
-    said = [process.communicate()[1] for process in shards]
-    assert [process.returncode for process in shards] == [0, 0], said
-    assert contents(tmp_path / "store") == contents(tmp_path / "clean")
+                killed.send_signal(signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(InputError, match=f"{tmp_path}/killed: no token store here"):
+        TokenStore(tmp_path / "killed")
+    jobs = [command(tmp_path / "killed")]
+    jobs += [command(tmp_path / "shared", f"--shard={number}/2") for number in range(2)]
+    said = [process.communicate()[1] for process in jobs]
+    assert [process.returncode for process in jobs] == [0, 0, 0], said
+    assert "M tokens/s" in said[0]
+    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 16)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "shared") == contents(tmp_path / "clean")

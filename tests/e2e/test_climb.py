@@ -134,7 +134,8 @@ def test_the_trainer_takes_the_rates(finished, tiny_gin, tmp_path):
     assert share == pytest.approx(load_rates(rates), abs=0.06)  # 32 sequences
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/data_mixtures/climb/test_proxies.py stops runs within a process
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_plan_goes_on_and_ends_the_same(finished, climb_gin, tmp_path, number):
     whole = rows(finished[0] / "proxies")
     table = tmp_path / "proxies"

@@ -82,12 +82,14 @@ def test_runs_end_before_they_repeat_text_too_often(table, settings, monkeypatch
     """What is left is the same, packed or not, and the note says which mixtures ended early and which are left out."""
     plan = {**MIXTURES, "once": {"cc": 0.1, "aa": 0.9}}
     capped = {key: value for key, value in settings.items() if key != "max_epochs"} | {"plan": lambda counts: plan}
-    first = train(monkeypatch, **capped, output=str(tmp_path / "four"), pack=4)
+    first = train(monkeypatch, **capped, output=str(tmp_path / "packed"), pack=2)
     assert "max_epochs = 4: 1 of 4 mixtures end early: only" in capsys.readouterr().err
     runs, alone = proxy_runs(first), proxy_runs(table)
     assert runs.tokens[runs.run == "only-0.0217M-seed0"].tolist() == [1024] and len(runs) == 7
-    np.testing.assert_allclose(runs.losses[runs.run == "only-0.0217M-seed0"],
-                               alone.losses[alone.run == "only-0.0217M-seed0"][:1], rtol=2e-4)
+    losses = dict(zip(zip(alone.run, alone.tokens), alone.losses))
+    for name, tokens, packed in zip(runs.run, runs.tokens, runs.losses):
+        if not name.startswith("once"):
+            np.testing.assert_allclose(packed, losses[name, tokens], rtol=2e-4)
     train(monkeypatch, **capped, output=first)
     assert "4 runs of 2,304 tokens, 4 of them done" in capsys.readouterr().err
     second = train(monkeypatch, **{**capped, "max_epochs": 1.79}, output=str(tmp_path / "two"))
@@ -114,14 +116,6 @@ def test_a_proxy_is_a_run_of_the_normal_trainer(table, settings, tmp_path):
     runs = proxy_runs(table)
     last = (runs.run == "all-0.0217M-seed0") & (runs.tokens == 9 * BATCH * LENGTH)
     np.testing.assert_array_equal(runs.losses[last][0], [loss[f"loss/{l}"] for l in runs.targets])
-
-
-def test_packed_runs_are_the_same_runs(table, settings, monkeypatch, tmp_path):
-    packed = proxy_runs(train(monkeypatch, **settings, output=str(tmp_path / "packed"), pack=2))
-    alone = proxy_runs(table)
-    order = [np.lexsort((runs.tokens, runs.run)) for runs in (packed, alone)]
-    assert list(packed.run[order[0]]) == list(alone.run[order[1]])
-    np.testing.assert_allclose(packed.losses[order[0]], alone.losses[order[1]], rtol=2e-4)
 
 
 def test_finished_runs_are_skipped_and_others_added(table, settings, monkeypatch, tmp_path, capsys):
