@@ -22,16 +22,16 @@ import numpy as np
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.forms import EffectiveModel, Shared
 from data_mixtures.climb.interactions import INTERACTIONS
-from data_mixtures.climb.parametric import Climb, EffectiveFit
+from data_mixtures.climb.parametric import EffectiveFit
 from data_mixtures.climb.solve import solve_two_step
 
 N_PARAMS, TOKENS = 1.2e9, 3e11
 
 
 def draw_law(languages: int, seed: int) -> EffectiveFit:
-    """A Climb law of the default family, as fitted to proxies of 20M parameters and 1B tokens."""
+    """A Climb law, as fitted to proxies of 20M parameters and 1B tokens."""
     rng = np.random.default_rng(seed)
-    model = EffectiveModel(languages, Shared(True, True, True), INTERACTIONS[Climb().family](d_varies=True))
+    model = EffectiveModel(languages, Shared(True, True, True), INTERACTIONS["substitution_fading"](d_varies=True))
     names = tuple(f"l{i:02}" for i in range(languages))
     prior = model.prior(rng.uniform(3, 6, 100))
     mean, sd = (

@@ -18,14 +18,13 @@ from typing import Any
 import gin
 import numpy as np
 from etils import epath
-from scipy import stats
 
 from data_mixtures.baselines import temperature_rates, unimax_rates
 from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION, solve
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, Law, float64
 from data_mixtures.climb.laws import LAWS, default_law
-from data_mixtures.climb.parametric import EffectiveFit, ParametricFit, bootstrap
+from data_mixtures.climb.parametric import EffectiveFit, ParametricFit
 from data_mixtures.climb.runs import ProxyRuns, outliers
 from data_mixtures.climb.validation import CrossValidation, cross_validate, measured_effective_ratios
 from mlx_pretrain import __version__
@@ -61,7 +60,7 @@ class AllocateConfig:
       compared: laws that are cross-validated beside the recommended one, and whose mixtures are given where they are
         baselines of the paper or of RegMix.
       temperature: of the temperature baseline.
-      replicates: of the bootstrap behind the intervals.
+      replicates: of the law, behind the intervals (see `FittedLaw.replicates`); 0: no intervals.
       folds: of the cross-validation, by run.
       seed: of everything drawn.
       allow_poor_law: writes the recommendation of a law that predicts held-out runs worse than their mean does, and
@@ -122,9 +121,7 @@ class Allocator:
         self.constraints.bounds(self.runs.languages, config.tokens)  # says early what is infeasible
         weights = self._given_weights()
         self.fitted = self.law.fit(self.runs, config.seed)
-        self.replicates: list[ParametricFit] = []
-        if isinstance(self.fitted, ParametricFit) and config.replicates:
-            self.replicates = bootstrap(self.fitted, self.runs, config.replicates, config.seed)
+        self.replicates = self.fitted.replicates(self.runs, config.replicates, config.seed) if config.replicates else ()
         if weights is None:
             weights = solve.reference_weights(self.fitted, config.n_params, config.tokens, self.unique)
         self.weights = weights / weights.sum()  # [targets]
@@ -156,8 +153,7 @@ class Allocator:
 
     def predict(self, fitted: FittedLaw, ratios: np.ndarray) -> np.ndarray:
         """Losses `[targets]` of a mixture at the target N and D."""
-        with float64():
-            return np.asarray(fitted.losses(ratios, float(self.config.n_params), float(self.config.tokens)))
+        return fitted.at(ratios, self.config.n_params, self.config.tokens)
 
     def method(self, ratios: np.ndarray, allocation: solve.Allocation | None = None) -> dict[str, Any]:
         """A mixture as it stands in allocation.json."""
@@ -166,10 +162,6 @@ class Allocator:
         low = high = None
         if self.replicates:
             low, high = np.quantile([self.predict(fitted, ratios) for fitted in self.replicates], _INTERVAL, axis=0)
-        elif hasattr(self.fitted, "spread"):
-            with float64():
-                spread = np.asarray(self.fitted.spread(ratios, float(config.n_params), float(config.tokens)))
-            low, high = (losses + quantile * spread for quantile in stats.norm.ppf(_INTERVAL))
         effective = None
         if isinstance(self.fitted, EffectiveLaw):
             with float64():
@@ -405,7 +397,7 @@ def _write(
     """Writes the rates files and, last, allocation.json."""
     config, runs, fitted = allocator.config, allocator.runs, allocator.fitted
     folder = epath.Path(config.output)
-    law = {"name": allocator.law.name, "family": getattr(allocator.law, "family", None), "notes": list(notes),
+    law = {"name": allocator.law.name, "family": getattr(fitted, "family", None), "notes": list(notes),
            "parameters": _parameters(fitted)}
     provenance = {**made_from, "runs": len(np.unique(runs.run)), "rows": len(runs),
                   "law": {k: law[k] for k in ("name", "family", "notes")}}

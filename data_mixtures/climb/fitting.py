@@ -172,20 +172,27 @@ class Fit:
 
 
 def fit(
-    model: Model, problem: Problem, starts: np.ndarray, weights: np.ndarray | None = None, max_rounds: int = 8
+    model: Model,
+    problem: Problem,
+    starts: np.ndarray,
+    weights: np.ndarray | None = None,
+    means: np.ndarray | None = None,
+    max_rounds: int = 8,
 ) -> Fit:
-    """The best of several L-BFGS descents for each target and each set of row weights.
+    """The best of several L-BFGS descents for each target and each replicate: set of row weights and prior means.
 
     Args:
       model: the law.
       problem: see `Problem`.
       starts: `[starts, targets, parameters]`.
       weights: `[replicates, rows]`, how often each row counts; None: one replicate in which each counts once.
+      means: `[replicates, targets, parameters]`, of the prior, in place of the problem's.
       max_rounds: of 30 iterations each; all starts make the first, the best two of a target the others.
     """
     rows, data, extra = _padded(problem)
     weights = np.ones((1, len(problem.log_losses))) if weights is None else np.asarray(weights, np.float64)
     weights = np.concatenate([weights, np.zeros((len(weights), extra))], axis=1)
+    means = np.broadcast_to(problem.mean, (len(weights), *problem.mean.shape)) if means is None else means
     n_starts, n_targets, n_parameters = starts.shape
     shape = (len(weights), n_targets, n_starts)
     replicate, target, start = (index.ravel() for index in np.indices(shape))
@@ -200,6 +207,7 @@ def fit(
                 filled = np.concatenate([chosen, np.repeat(chosen[:1], _BATCH - len(chosen))])
                 batch = jax.tree.map(lambda x: np.asarray(x)[target[filled]], data)  # noqa: B023
                 batch["weights"] = batch["weights"] * weights[replicate[filled]]
+                batch["mean"] = means[replicate[filled], target[filled]]
                 found = jax.device_get(_descend_batch(model, parameters[filled], rows, batch))
                 parameters[chosen], values[chosen], converged[chosen] = (x[: len(chosen)] for x in found)
             if number == 0:

@@ -4,6 +4,7 @@ Fitting and prediction are in float64: callers need no flag, every entry point t
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -40,10 +41,28 @@ class FittedLaw(abc.ABC):
         To be called, and traced, under `float64()`.
         """
 
+    def replicates(self, runs: ProxyRuns, count: int, seed: int = 0) -> "Sequence[FittedLaw]":
+        """Laws that the table it was fitted to leaves possible, about as likely as each other; none by default.
+
+        Any figure of a law (a loss, a transfer, the best mixture) so gets an interval: its quantiles over them. They
+        tell what is open about the law, the mean of many runs; the noise of one run comes on top.
+        """
+        return ()
+
     def predict(self, runs: ProxyRuns) -> np.ndarray:
         """Predicted losses `[rows, targets]` of the rows of a table."""
+        return self.at(runs.ratios, runs.n_params, runs.tokens)
+
+    def at(self, ratios, n_params, tokens) -> np.ndarray:
+        """`losses`, computed: to be called as it is."""
         with float64():
-            return np.asarray(self.losses(runs.ratios, runs.n_params, runs.tokens))
+            arguments = (self, np.asarray(ratios), np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
+            return np.asarray(_losses(*arguments) if self.differentiable else self.losses(*arguments[1:]))
+
+
+@jax.jit
+def _losses(law, ratios, n_params, tokens):
+    return law.losses(ratios, n_params, tokens)
 
 
 class EffectiveLaw(FittedLaw):
@@ -75,7 +94,7 @@ class Law(Protocol):
     name: str
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedLaw:
-        """Fits the law; a row that stands twice counts twice (so resampled tables give bootstrap intervals).
+        """Fits the law; a row that stands twice counts twice.
 
         Raises:
           InputError: the table cannot identify the law at all.

@@ -27,14 +27,18 @@ _NOISE_RANGE = (0.002, 0.1)
 _DEVIATION_RANGE = (0.1, 10.0)
 _RIDGE_PASSES = 3
 _FEW_LANGUAGES, _FOREIGN_WEIGHT = 2, 0.03
+# Of transfer, of which the table chooses.
+_CANDIDATES = ("substitution_fading", "saturating_fading", "power_fading", "aggregate_fading")
+_LEAST_LEFT = 0.25  # share of the runs that parameters leave over, at the least
 
-_STATIC = ("model", "languages", "targets", "notes")
+_STATIC = ("model", "languages", "targets", "notes", "family")
 
 
 def _pytree(law: type) -> type:
     """Registers a fitted law, so that the fits of one table (a bootstrap's, say) share compiled programs."""
-    arrays = [field.name for field in dataclasses.fields(law) if field.name not in _STATIC]
-    return jax.tree_util.register_dataclass(law, arrays, list(_STATIC))
+    names = [field.name for field in dataclasses.fields(law)]
+    static = [name for name in names if name in _STATIC]
+    return jax.tree_util.register_dataclass(law, [name for name in names if name not in static], static)
 
 
 @_pytree
@@ -96,6 +100,25 @@ class ParametricFit(FittedLaw):
             rows = jax.tree.map(np.asarray, self._rows(runs.ratios, runs.n_params, runs.tokens))
         return fitting.Problem(rows, self._own, np.log(runs.losses), weights, self.mean, self.sd, self.noise)
 
+    def replicates(self, runs: ProxyRuns, count: int, seed: int = 0) -> "list[ParametricFit]":
+        """Fits under other weights of the runs and other means of the prior; see `FittedLaw.replicates`.
+
+        Each run, with all its rows, has a random weight (the Bayesian bootstrap: Rubin, Annals of Statistics 1981),
+        which shows what the data leave open; each parameter's prior mean is drawn from the prior, which shows what the
+        prior decides: under one and the same prior all fits would agree there. Of a linear law with normal errors
+        these are draws from the posterior. The fit has brought its own errors down by the parameters it spent on them,
+        so the weights vary as much more as there are fewer runs than that left: mean 1, variance runs / (runs - spent).
+        """
+        rng = np.random.default_rng(seed)
+        names, which = np.unique(runs.run, return_inverse=True)
+        problem = self.problem(runs, _weights(self.model, runs))
+        _, spent = _covariance(self, problem, self.sd)
+        left = max(1 - spent.mean() / len(names), _LEAST_LEFT)
+        weights = rng.gamma(left, 1 / left, size=(count, len(names)))[:, which]
+        means = self.mean + self.sd * rng.normal(size=(count, *self.mean.shape))
+        found = fitting.fit(self.model, problem, self.parameters[None], weights, means, max_rounds=5)
+        return [dataclasses.replace(self, parameters=parameters) for parameters in found.parameters]
+
 
 @_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,9 +130,11 @@ class EffectiveFit(ParametricFit, EffectiveLaw):
         standard deviation of `transfer` (Laplace's approximation, from all parameters) is under half of what not to
         know that language's deviation from the mean strength (standard deviation 1 before the data) makes alone. False
         on the diagonal; None for laws without interaction.
+      family: of the transfer, a name of `interactions.INTERACTIONS`; None for laws without interaction.
     """
 
     identified: np.ndarray | None = None
+    family: str | None = None
 
     def effective_ratios(self, ratios, n_params, tokens):
         rows = self._rows(ratios, n_params, tokens)
@@ -179,15 +204,23 @@ def _blank(model, runs: ProxyRuns, weights: np.ndarray, notes: tuple[str, ...]) 
     )  # fmt: skip
 
 
+def _covariance(fitted: ParametricFit, problem: fitting.Problem, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Laplace's approximation: covariances `[targets, parameters, parameters]`, and how many parameters data decide.
+
+    The prior has the standard deviations `sd` `[targets, parameters]`; the numbers are `[targets]`.
+    """
+    information = fitting.information(fitted.model, problem, fitted.parameters)
+    covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, sd**-2.0))
+    return covariance, np.trace(covariance @ information, axis1=1, axis2=2)
+
+
 def _ridge(fitted: ParametricFit, problem: fitting.Problem) -> tuple[np.ndarray, np.ndarray]:
     """Noise `[targets]` and prior deviations `[targets, parameters]` that the fit itself suggests.
 
     The usual fixed point of the evidence (empirical Bayes): the more the strengths of a target's languages differ
     beyond their uncertainty, the less they are drawn to their mean; the larger the errors, the more.
     """
-    information = fitting.information(fitted.model, problem, fitted.parameters)
-    covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, problem.sd**-2.0))
-    spent = np.trace(covariance @ information, axis1=1, axis2=2)
+    covariance, spent = _covariance(fitted, problem, problem.sd)
     with float64():
         predicted = np.asarray(_losses(fitted.model, fitted.parameters, problem.targets, problem.rows))
     limit = problem.threshold * problem.noise
@@ -336,38 +369,48 @@ class Climb:
     That the loss is the isolated law's at an effective ratio is arXiv 2509.15556's; the families of T are ours, see
     `interactions`. The isolated law is fitted to monolingual runs first where there are any, then with all the rest.
 
-    Args: `family`, a name of `interactions.INTERACTIONS`; `shared`, whether the isolated law is `forms.Shared`, else
-    `forms.Chinchilla`; `shift`, see there; `starts` of the optimiser.
+    Args: `family`, a name of `interactions.INTERACTIONS`, or None for that of `_CANDIDATES` under which the table is
+    likeliest; `shared`, whether the isolated law is `forms.Shared`, else `forms.Chinchilla`; `shift`, see there;
+    `starts` of the optimiser.
     """
 
     name = "climb"
 
-    def __init__(
-        self, family: str = "substitution_fading", shift: bool = True, shared: bool = True, starts: int = 8
-    ):
-        if family not in INTERACTIONS:
+    def __init__(self, family: str | None = None, shift: bool = True, shared: bool = True, starts: int = 8):
+        if family is not None and family not in INTERACTIONS:
             raise InputError(f"Climb.family: {family!r} is none of {', '.join(INTERACTIONS)}")
         self.family, self.shift, self.shared, self.starts = family, shift, shared, starts
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> EffectiveFit:
         """Raises InputError: a target without a ratio column, or without a run that has any of it."""
         _check(self.name, runs)
+        if self.family is not None:
+            return self._fit(self.family, runs, seed, self.starts)[0]
+        evidence = {family: self._fit(family, runs, seed, min(self.starts, 2))[1] for family in _CANDIDATES}
+        family, second = sorted(evidence, key=lambda name: -evidence[name])[:2]
+        lead = evidence[family] - evidence[second]
+        note = f"transfer is of the family {family}; {second} is the next likeliest, by {lead:.1f} of log-evidence"
+        law, _ = self._fit(family, runs, seed, self.starts)
+        return dataclasses.replace(law, notes=(*law.notes, note))
+
+    def _fit(self, family: str, runs: ProxyRuns, seed: int, starts: int) -> tuple[EffectiveFit, float]:
+        """The law with transfer of one family, and its log-evidence."""
         n_varies, d_varies, notes = _merged(runs)
         isolated = (Shared if self.shared else Chinchilla)(n_varies, d_varies, self.shift)
         if not d_varies:
             notes += ("that transfer fades with D (delta) is not fitted",)
-        model = EffectiveModel(len(runs.languages), isolated, INTERACTIONS[self.family](d_varies))
+        model = EffectiveModel(len(runs.languages), isolated, INTERACTIONS[family](d_varies))
         alone = (runs.ratios[:, runs.own] > _MONOLINGUAL).astype(np.float64)
         enough = alone.sum(axis=0) >= _MONOLINGUAL_ROWS
         first = None
         if enough.any():
             # In a monolingual run there is no transfer, so the fit to those alone is that of the isolated law.
             weights = np.where(enough, alone, _present(runs))
-            first = _fitted(model, runs, self.starts, seed, (), weights)[0].parameters[:, : len(isolated.sizes)]
+            first = _fitted(model, runs, starts, seed, (), weights)[0].parameters[:, : len(isolated.sizes)]
         if not enough.all():
             names = ", ".join(target for target, has in zip(runs.targets, enough) if not has)
             notes += (f"no or too few monolingual runs of {names}: only mixtures tell transfer from the isolated law",)
-        law, problem = _fitted(model, runs, self.starts, seed, notes, first=first)
+        law, problem = _fitted(model, runs, starts, seed, notes, first=first)
         identified = _identified(law, problem)
         pairs = identified.size - len(runs.targets)
         notes, n_parameters = law.notes, law.parameters.shape[1]
@@ -378,7 +421,24 @@ class Climb:
                 f"{unknown} of {pairs} strengths of transfer are not identified by the data: they are drawn to their "
                 "target's mean strength",
             )
-        return dataclasses.replace(law, identified=identified, notes=notes)
+        law = dataclasses.replace(law, identified=identified, notes=notes, family=family)
+        return law, _evidence(law, problem)
+
+
+def _evidence(law: EffectiveFit, problem: fitting.Problem) -> float:
+    """Log-probability of the measured losses under the law, all parameters integrated out (Laplace's approximation).
+
+    But for a constant that is the same for all laws of the table. Errors beyond the Huber threshold count linearly, as
+    in the fit.
+    """
+    covariance, _ = _covariance(law, problem, problem.sd)
+    with float64():
+        errors = np.abs(np.log(_losses(law.model, law.parameters, problem.targets, problem.rows)) - problem.log_losses)
+    errors, limit = errors / problem.noise, problem.threshold
+    cost = np.where(errors < limit, errors**2 / 2, limit * (errors - limit / 2))
+    likelihood = -(problem.weights * (cost + np.log(problem.noise))).sum()
+    prior = -((law.parameters - problem.mean) / problem.sd) ** 2 / 2 - np.log(problem.sd)
+    return float(likelihood + prior.sum() + np.linalg.slogdet(covariance)[1].sum() / 2)
 
 
 def _identified(law: EffectiveFit, problem: fitting.Problem) -> np.ndarray:
@@ -387,24 +447,9 @@ def _identified(law: EffectiveFit, problem: fitting.Problem) -> np.ndarray:
     deviations = [at for at, name in enumerate(names) if name == "deviation"]
     prior = law.sd.copy()
     prior[:, deviations] = 1.0
-    information = fitting.information(law.model, problem, law.parameters)
-    covariance = np.linalg.inv(information + np.apply_along_axis(np.diag, 1, prior**-2.0))
+    covariance, _ = _covariance(law, problem, prior)
     with float64():
         gradients = np.asarray(_slope_gradients(law.model, law.parameters, law._own, law.mixture))
     posterior = np.einsum("tlp,tpq,tlq->tl", gradients, covariance, gradients)
     alone = np.diagonal(gradients[:, :, deviations], axis1=1, axis2=2) ** 2
     return (posterior < 0.25 * alone) & (law._own["own"] == 0)
-
-
-def bootstrap(law: ParametricFit, runs: ProxyRuns, replicates: int = 100, seed: int = 0) -> list[ParametricFit]:
-    """The law fitted again to `replicates` tables of runs drawn with replacement, all rows of a run together.
-
-    Each starts from `law`, with its priors and noise. Any figure of a law (`predict`, `transfer`) so gets an interval:
-    its quantiles over the list.
-    """
-    names, which = np.unique(runs.run, return_inverse=True)
-    drawn = np.random.default_rng(seed).integers(len(names), size=(replicates, len(names)))
-    counts = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
-    problem = law.problem(runs, _weights(law.model, runs))
-    found = fitting.fit(law.model, problem, law.parameters[None], counts[:, which], max_rounds=3)
-    return [dataclasses.replace(law, parameters=parameters) for parameters in found.parameters]

@@ -37,6 +37,7 @@ _JITTER = 1e-6
 _PADDING = 1e10  # noise variance of rows that only fill up the shape
 _ROWS_MULTIPLE = 16
 _POINTS = 64  # mixtures predicted at a time
+_WAVES = 256  # random Fourier features of a function drawn from the process
 _MODE_STEPS = 25
 _LEAPS = 16
 _PROBES = 8
@@ -187,6 +188,38 @@ def _weights(draws, prior, data):
     return jax.lax.map(one, draws)
 
 
+def _means(p, features, solved, ratios, sizes):
+    """Of one mixture, one draw's mean of the standardised log-losses: `[targets]`."""
+    (u, x), (v, y) = _features(p, ratios, sizes), features
+    smooth = p["amplitude"] ** 2 * jnp.exp(-((x - y) ** 2) @ (p["scale"] ** 2).T / 2)
+    covariance = _CONSTANT + (u * v) @ (p["slope"] ** 2).T + smooth
+    return jnp.sum(covariance * solved.T, axis=0)
+
+
+def _wave(waves, features):
+    """A function drawn from the prior at features `[..., columns]`: `[..., targets]`."""
+    u, x = features
+    angles = jnp.einsum("...f,twf->...tw", x, waves["frequency"]) + waves["phase"]
+    return waves["constant"] + u @ waves["slope"].T + jnp.sum(waves["height"] * jnp.cos(angles), axis=-1)
+
+
+@jax.jit
+def _corrections(draws, features, data, waves, noise):
+    """What makes functions from the prior functions from the posterior: `[draws, targets, rows]`, as `solved` is.
+
+    `noise` is standard normal, `[draws, targets, rows]`.
+    """
+
+    def one(sample):
+        p, features, waves, noise = sample
+        deviation = jnp.sqrt(_noise(p, data["own"], data["ratios"]) / jnp.maximum(data["counts"], 1))
+        errors = data["y"] - _wave(waves, features).T - deviation * noise
+        factor = jnp.linalg.cholesky(_measured(p, data))
+        return jax.scipy.linalg.cho_solve((factor, True), errors[..., None])[..., 0]
+
+    return jax.lax.map(one, (draws, features, waves, noise))
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["draws", "features", "solved", "data", "centre", "width", "size_centre", "size_width", "accepted"],
@@ -231,47 +264,69 @@ class FittedProcess(FittedLaw):
         ratios = jnp.broadcast_to(ratios, (*shape, ratios.shape[-1])).reshape(-1, ratios.shape[-1])
         return ratios, jnp.stack(columns, axis=1) if columns else jnp.zeros((len(ratios), 0)), shape
 
-    def _means(self, ratios, sizes):
-        """Of one mixture, each draw's mean of the standardised log-losses: `[draws, targets]`."""
-
-        def one(p, features, solved):
-            (u, x), (v, y) = _features(p, ratios, sizes), features
-            smooth = p["amplitude"] ** 2 * jnp.exp(-((x - y) ** 2) @ (p["scale"] ** 2).T / 2)
-            covariance = _CONSTANT + (u * v) @ (p["slope"] ** 2).T + smooth
-            return jnp.sum(covariance * solved.T, axis=0)
-
-        return jax.vmap(one)(self.draws, self.features, self.solved)
-
     def losses(self, ratios, n_params, tokens):
         ratios, sizes, shape = self._points(ratios, n_params, tokens)
-        means = jax.lax.map(lambda point: self._means(*point).mean(axis=0), (ratios, sizes), batch_size=_POINTS)
+        each = jax.vmap(_means, in_axes=(0, 0, 0, None, None))
+        mean = lambda point: each(self.draws, self.features, self.solved, *point).mean(axis=0)  # noqa: E731
+        means = jax.lax.map(mean, (ratios, sizes), batch_size=_POINTS)
         return jnp.exp(self.centre + self.width * means).reshape(*shape, len(self.targets))
 
-    def spread(self, ratios, n_params, tokens):
-        """Standard deviation of the loss that a run would measure, `[..., targets]`, in nats per token.
+    def replicates(self, runs: ProxyRuns, count: int, seed: int = 0) -> "list[SampledProcess]":
+        """Functions drawn from the posterior, for each a draw of the parameters in turn; see `FittedLaw.replicates`.
 
-        It holds the uncertainty about the law, over the draws and within each, and the noise of a single run; the
-        standard deviation of the log-loss times the predicted loss. Arguments as in `losses`; under `float64()`.
+        By pathwise conditioning (Wilson et al., arXiv 2002.09309): a function from the prior, its smooth part as
+        `_WAVES` random Fourier features, is corrected by what the process makes of its errors at the table's rows.
         """
-        points, sizes, shape = self._points(ratios, n_params, tokens)
+        rng = np.random.default_rng(seed)
+        which = np.resize(np.arange(len(self.solved)), count)
+        draws, features = jax.tree.map(lambda x: x[which], (self.draws, self.features))
+        targets, columns = draws["slope"].shape[1:]
+        waves = {
+            "constant": _CONSTANT**0.5 * rng.normal(size=(count, targets)),
+            "slope": draws["slope"] * rng.normal(size=(count, targets, columns)),
+            "frequency": draws["scale"][:, :, None] * rng.normal(size=(count, targets, _WAVES, columns)),
+            "phase": rng.uniform(0, 2 * np.pi, (count, targets, _WAVES)),
+            "height": draws["amplitude"][..., None] * np.full((count, targets, _WAVES), (2 / _WAVES) ** 0.5),
+        }
+        noise = rng.normal(size=(count, targets, self.solved.shape[-1]))
+        with float64():
+            solved = jax.device_get(_corrections(draws, features, self.data, waves, noise))
+        one = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+        return [SampledProcess(dataclasses.replace(self, draws=one(draws, slice(i, i + 1)),
+                                                   features=one(features, slice(i, i + 1)), solved=solved[i : i + 1]),
+                               one(waves, i)) for i in range(count)]  # fmt: skip
 
-        def one(draw):
-            p, features = draw
-            factor, here = jnp.linalg.cholesky(_measured(p, self.data)), _features(p, points, sizes)
-            cross = _covariance(p, features, here)
-            white = jax.scipy.linalg.solve_triangular(factor, cross, lower=True)
-            slopes = jnp.einsum("pf,tf->tp", here[0] ** 2, p["slope"] ** 2)
-            prior = _CONSTANT + slopes + p["amplitude"][:, None] ** 2 + _noise(p, self.data["own"], points)
-            return prior - jnp.sum(white**2, axis=1)
 
-        within = jax.lax.map(one, (self.draws, self.features)).mean(axis=0).T
-        between = jax.lax.map(lambda point: self._means(*point).var(axis=0), (points, sizes), batch_size=_POINTS)
-        deviation = self.width * jnp.sqrt(jnp.maximum(within, 0) + between)
-        return deviation.reshape(*shape, len(self.targets)) * self.losses(ratios, n_params, tokens)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "waves"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampledProcess(FittedLaw):
+    """A function drawn from the posterior of a process: one from the prior, corrected at the table's rows.
+
+    Attributes:
+      mean: the process with one draw of the parameters, and what corrects the function in place of `solved`.
+      waves: the function from the prior, see `_wave`.
+    """
+
+    mean: FittedProcess
+    waves: dict[str, np.ndarray]
+
+    @property
+    def languages(self):
+        return self.mean.languages
+
+    @property
+    def targets(self):
+        return self.mean.targets
+
+    def losses(self, ratios, n_params, tokens):
+        points, sizes, shape = self.mean._points(ratios, n_params, tokens)
+        draw = {name: values[0] for name, values in self.mean.draws.items()}
+        wave = _wave(self.waves, _features(draw, points, sizes)).reshape(*shape, len(self.targets))
+        return self.mean.losses(ratios, n_params, tokens) * jnp.exp(self.mean.width * wave)
 
 
 def _merged(runs: ProxyRuns) -> tuple[ProxyRuns, np.ndarray]:
-    """The distinct rows and how often each stands: a copy, as bootstraps make them, is no second measurement."""
+    """The distinct rows and how often each stands: a copy is no second measurement."""
     columns = np.column_stack([runs.ratios, runs.n_params, runs.tokens, runs.losses])
     _, first, counts = np.unique(columns, axis=0, return_index=True, return_counts=True)
     order = np.argsort(first)
@@ -338,6 +393,6 @@ class StructuredProcess:
             if low < high
         ]
         if accepted < 0.3:
-            notes.append(f"Monte Carlo accepted {accepted:.0%} of its proposals: predictions and spread are rough")
+            notes.append(f"Monte Carlo accepted {accepted:.0%} of its proposals: predictions and intervals are rough")
         return FittedProcess(runs.languages, runs.targets, parameters, features, solved, data, centre, width,
                              size_centre, size_width, accepted, tuple(np.flatnonzero(varies).tolist()), tuple(notes))

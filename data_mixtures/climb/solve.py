@@ -95,18 +95,11 @@ def reference_weights(
             raise InputError("reference mixture: no share is positive")
     shares = shares / shares.sum()
     if not law.differentiable:
-        return 1 / _predict(law, shares, n_params, tokens)
+        return 1 / law.at(shares, n_params, tokens)
     # Through the program that the solvers compile anyway.
     with float64():
         (_, losses, _), _, _ = _program(law, shares, float(n_params), float(tokens), np.ones(len(law.targets)))
         return 1 / np.asarray(losses)
-
-
-def _predict(law: FittedLaw, ratios: np.ndarray, n_params: float, tokens: float) -> np.ndarray:
-    """Losses `[..., targets]` of mixtures `[..., languages]` at one N and D."""
-    shape = ratios.shape[:-1]
-    with float64():
-        return np.asarray(law.losses(ratios, np.full(shape, float(n_params)), np.full(shape, float(tokens))))
 
 
 def _check_weights(law: FittedLaw, weights, n_params: float, tokens: float) -> np.ndarray:
@@ -202,7 +195,7 @@ class _Problem:
         if self.law.differentiable:
             _, losses, effective = self.evaluate(ratios)[0]
         else:
-            losses, effective = _predict(self.law, ratios, self.n_params, self.tokens), None
+            losses, effective = self.law.at(ratios, self.n_params, self.tokens), None
         binding = []
         for language, ratio, low, high in zip(self.law.languages, ratios, self.lower, self.upper):
             if language in (self.constraints.fixed or {}):
@@ -431,7 +424,7 @@ def solve_by_sampling(
         # A Dirichlet sample is Gamma samples over their sum; _feasible divides by it.
         drawn = rng.gamma(np.maximum(shares / shares.mean(), 1e-9) * strength, size=(size, n))
         mixtures = feasible(drawn / np.maximum(drawn.sum(1, keepdims=True), 1e-300), problem.lower, problem.upper)
-        values = _predict(law, mixtures, problem.n_params, problem.tokens) @ problem.weights
+        values = law.at(mixtures, problem.n_params, problem.tokens) @ problem.weights
         kept = np.concatenate([kept, mixtures[np.isfinite(values)]])
         kept_values = np.concatenate([kept_values, values[np.isfinite(values)]])
         order = np.argsort(kept_values, kind="stable")[:best]

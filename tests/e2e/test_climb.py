@@ -56,6 +56,7 @@ allocate.max_epochs = 30.0
 allocate.compared = ['msl']
 allocate.replicates = 3
 allocate.folds = 2
+Climb.family = 'saturating_fading'
 Climb.starts = 1
 MSL.starts = 1
 """

@@ -78,15 +78,21 @@ def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
 def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     alone = runs.rows(runs.tokens == TOKENS)
     found = run(monkeypatch, tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
-                allow_poor_law=law.name == "lightgbm")  # too few runs for a leaf: it predicts the mean
+                replicates=3, allow_poor_law=law.name == "lightgbm")  # too few runs for a leaf: it predicts the mean
     best = found["methods"][found["method"]]
     assert found["method"] == {"process": "process-joint", "lightgbm": "lightgbm-sampling"}[law.name]
     assert best["ratios"][2] == pytest.approx(0.25) and min(best["ratios"]) >= 0.15 - 1e-9
     assert max(best["epochs"]) <= 0.3 + 1e-9
     assert best["kkt"] is None if law.name == "lightgbm" else best["kkt"] < 1e-6
     assert found["transfer"] is None and found["effective"] is None
-    assert (best["loss_low"] is None) == (law.name == "lightgbm")
     assert found["interval"] == [0.05, 0.95]
+    intervals = [best[f"{figure}_{end}"] for figure in ("loss", "ratio") for end in ("low", "high")]
+    if law.name == "lightgbm":
+        assert intervals == [None] * 4
+        return
+    for low, high in (intervals[:2], intervals[2:]):
+        assert (np.array(low) <= high).all() and np.ptp([low, high], axis=0)[:2].min() > 1e-6
+    assert intervals[2][2] == intervals[3][2] == pytest.approx(0.25)  # it is fixed
 
 
 def test_a_law_worse_than_the_mean_recommends_nothing_unless_told_to(runs, monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,13 +43,34 @@ def test_few_runs_are_enough(noisy):
     assert error(noisy, test) < 0.03
 
 
-def test_spread_covers_what_runs_measure(noisy):
-    test = table(200, 2, noise=0.01)
+def test_intervals_hold_the_truth_as_often_as_they_say(noisy):
+    """Nine in ten, also where there are no runs near; functions drawn from the posterior agree with it."""
+    test = table(200, 2)
+    drawn = np.array([each.predict(test) for each in noisy.replicates(table(32, 0, noise=0.01), 60)])
+    low, high = np.quantile(drawn, (0.05, 0.95), axis=0)
+    assert 0.82 < np.mean((low < test.losses) & (test.losses < high)) < 0.97
+    far = np.exp(np.log(drawn).std(axis=0)) - 1 > 0.02
+    assert far.any() and np.mean(((low < test.losses) & (test.losses < high))[far]) > 0.8
+    np.testing.assert_allclose(drawn.mean(axis=0), noisy.predict(test), rtol=0.02)
+
+
+def test_functions_drawn_from_the_process_have_its_covariance(noisy):
+    """Means and variances at new mixtures, worked out in NumPy for one draw of the parameters."""
+    one = jax.tree.map(lambda x: x[:1], (noisy.draws, noisy.features, noisy.solved))
+    alone = dataclasses.replace(noisy, draws=one[0], features=one[1], solved=one[2])
+    test, rows = table(5, 3), noisy.data
+    p = {name: values[0] for name, values in noisy.draws.items()}
     with float64():
-        spread = np.asarray(noisy.spread(test.ratios, test.n_params, test.tokens))
-    assert spread.shape == test.losses.shape
-    deviations = np.abs(noisy.predict(test) - test.losses) / spread
-    assert 0.5 < (deviations < 1).mean() < 0.9 and (deviations < 2).mean() > 0.85
+        here, there = (process._features(p, jnp.asarray(ratios), jnp.zeros((len(ratios), 0)))
+                       for ratios in (test.ratios, rows["ratios"]))
+        cross, prior = (np.asarray(process._covariance(p, here, other)) for other in (there, here))
+        measured = np.asarray(process._measured(p, rows))
+    mean = np.stack([c @ np.linalg.solve(m, y) for c, m, y in zip(cross, measured, rows["y"])], axis=1)
+    variance = np.stack([np.diag(k - c @ np.linalg.solve(m, c.T)) for k, c, m in zip(prior, cross, measured)], axis=1)
+    drawn = np.log([each.predict(test) for each in alone.replicates(test, 400)])
+    drawn = (drawn - noisy.centre) / noisy.width
+    np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=4 * np.sqrt(variance.max() / 400))
+    np.testing.assert_allclose(drawn.std(axis=0), np.sqrt(variance), rtol=0.25)
 
 
 def test_gradient_is_that_of_the_prediction(noisy):
@@ -91,11 +113,9 @@ def test_same_seed_same_law_and_names_mean_nothing(noisy):
 
 def test_a_copied_run_is_no_proof_that_there_is_no_noise():
     runs = table(24, 3, noise=0.05)
-    test = table(50, 4)
-    copies = StructuredProcess().fit(runs.rows(np.repeat(np.arange(24), 3)))
-    with float64():
-        spread = np.asarray(copies.spread(test.ratios, test.n_params, test.tokens))
-    assert np.median(spread / test.losses) > 0.01
+    copies = runs.rows(np.repeat(np.arange(24), 3))
+    drawn = [each.predict(table(50, 4)) for each in StructuredProcess().fit(copies).replicates(copies, 20)]
+    assert np.median(np.log(drawn).std(axis=0)) > 0.01
 
 
 @pytest.mark.slow
