@@ -225,6 +225,8 @@ class Summary:
       training_s: seconds in training steps; None when unknown.
       tokens_per_s, mfu: medians over the run; None when unknown.
       changed: steps after which the rates were changed.
+      unrecorded: the same, where an earlier version changed them, which did not record the former rates; they count as
+        if they had been the later ones.
       time_shares: part of `parts_of_time` -> share of the time of all; empty when unknown.
     """
 
@@ -240,6 +242,8 @@ class Summary:
         self.before = evals[0] if len(evals) > 1 or (evals and evals[0]["step"] == 0) else None
         self.after = evals[-1] if evals and evals[-1]["step"] > 0 else None
         self.changed = [change["step"] for change in facts["changes"] if "rates" in change]
+        self.unrecorded = [change["step"] for change in facts["changes"]
+                           if "rates" not in change and str(change.get("change")).startswith("rates ")]
         self.languages = self._languages()
         self.deviation = self._deviation()
         self.wall_s = self._wall_s()

@@ -91,7 +91,7 @@ class ProxiesConfig:
     """A set of proxy runs.
 
     Attributes:
-      output: folder of the CSV files, one per run, and of settings.json.
+      output: folder of the CSV files, one per run, of settings.json, and of a model-<size>.json per model.
       token_store: folder made by the exporter.
       models: shapes to train, one or more N.
       tokens: token counts D to evaluate at, ascending; the last is the length of a run. Rounded to whole steps.

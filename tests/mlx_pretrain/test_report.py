@@ -242,6 +242,8 @@ def test_shares_are_compared_with_all_rates_that_the_run_had(tmp_path):
     write_lines(folder / "metrics.jsonl", metrics_of(folder)[:1])
     assert {l.code: l.asked for l in summary_of(folder).languages} == pytest.approx(
         {"en": 100 / 140, "fi": 40 / 140, "ru": 0})
+    edit(folder / "run.json", changes=[{"step": 60, "change": "rates en 1 -> 0; each goes on where it was"}])
+    assert "The rates before step 60 were others, which were not recorded" in page_of(folder).text
     edit(folder / "run.json", changes=[{"step": 7, "change": "rates", "rates": {"en": -1}, "sequences": 9}])
     with pytest.raises(InputError, match=r"run\.json: 'changes': after step 7: the rate of 'en' is negative"):
         summary_of(folder)

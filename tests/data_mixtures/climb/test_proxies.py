@@ -316,4 +316,7 @@ def test_settings_that_cannot_work(settings, monkeypatch, tmp_path, change, caus
 
 def test_the_settings_stand_beside_the_tables(table):
     found = json.loads((pathlib.Path(table) / "settings.json").read_text())
-    assert found["batch_size"] == BATCH and found["learning_rate"] == pytest.approx([0.01] * 3)
+    model = json.loads((pathlib.Path(table) / "model-0.0217M.json").read_text())
+    assert model["rope_theta"] == 10_000 and "unroll" not in model
+    assert found["optimizer_settings"] == {} and found["batch_size"] == BATCH
+    assert found["learning_rate"] == pytest.approx([0.01] * 3)
