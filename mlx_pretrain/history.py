@@ -1,7 +1,8 @@
 """What a pretraining run left in its folder, checked and summed up.
 
     run.json       what was run: version, started (ISO), device, command, model, parameters, sequence_length,
-                   batch_size (sequences per step), steps, rates, train_sequences, token_store, tokenizer_sha256, seed
+                   batch_size (sequences per step), steps, rates, train_sequences, token_store, tokenizer_sha256, seed;
+                   changes, optional: what was changed when the run went on, see `data.loader.Mixture`
     metrics.jsonl  one object per line, with step, "kind" "train", "eval" or "tasks", time (Unix seconds); null is not
                    finite
                    train: loss (nats/token), learning_rate, grad_norm, tokens_per_s, mfu (0 to 1),
@@ -11,6 +12,7 @@
     samples.jsonl  optional; per line language, prompt, completion, temperature, top_p
 """
 
+import collections
 import dataclasses
 import datetime
 import math
@@ -111,9 +113,21 @@ def read_run(path: epath.Path) -> dict[str, Any]:
     for name, count in facts["train_sequences"].items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise InputError(f"{path}: train_sequences of {name!r} is {count!r}, not a count")
+    facts["changes"] = [_change(f"{path}: 'changes'", change) for change in facts.get("changes") or ()]
     for name in ("version", "started", "device", "command", "token_store", "tokenizer_sha256", "seed"):
         facts.setdefault(name, None)
     return {**facts, "rates": normalise_rates(facts["rates"], str(path))}
+
+
+def _change(where: str, change: Any) -> dict[str, Any]:
+    """A checked change of a run. One of the rates has "rates" and "sequences"; earlier versions did not record them."""
+    if not isinstance(change, dict) or not isinstance(change.get("step"), int):
+        raise InputError(f"{where}: {change!r} is no object with a 'step'")
+    if "rates" not in change:
+        return change
+    if not isinstance(change["rates"], dict) or not isinstance(change.get("sequences"), int):
+        raise InputError(f"{where}: after step {change['step']}: no 'rates' object, or no count of 'sequences'")
+    return {**change, "rates": normalise_rates(change["rates"], f"{where}: after step {change['step']}")}
 
 
 def read_samples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
@@ -155,7 +169,7 @@ class Language:
     """One language's line of the report; None where the run recorded nothing.
 
     Attributes:
-      asked, delivered: share of the training tokens, 0 to 1.
+      asked, delivered: share of the training tokens over the whole run, 0 to 1.
       tokens: tokens delivered.
       epochs: tokens delivered over tokens of unique text.
       loss, bits: (before, after) training; nats per token, bits per byte.
@@ -210,6 +224,9 @@ class Summary:
       wall_s: seconds from the start to the last line, pauses included; None when unknown.
       training_s: seconds in training steps; None when unknown.
       tokens_per_s, mfu: medians over the run; None when unknown.
+      changed: steps after which the rates were changed.
+      unrecorded: the same, where an earlier version changed them, which did not record the former rates; they count as
+        if they had been the later ones.
       time_shares: part of `parts_of_time` -> share of the time of all; empty when unknown.
     """
 
@@ -224,6 +241,9 @@ class Summary:
         evals = history.evals
         self.before = evals[0] if len(evals) > 1 or (evals and evals[0]["step"] == 0) else None
         self.after = evals[-1] if evals and evals[-1]["step"] > 0 else None
+        self.changed = [change["step"] for change in facts["changes"] if "rates" in change]
+        self.unrecorded = [change["step"] for change in facts["changes"]
+                           if "rates" not in change and str(change.get("change")).startswith("rates ")]
         self.languages = self._languages()
         self.deviation = self._deviation()
         self.wall_s = self._wall_s()
@@ -241,16 +261,28 @@ class Summary:
         """Tokens delivered after each of `steps`: float64 [n]."""
         return np.interp(steps, self._steps, self._tokens)
 
+    def _asked(self) -> dict[str, float]:
+        """language -> share asked for over the whole run: the rates of its sections, weighted by their tokens."""
+        ends = [(change["sequences"] * self._facts["sequence_length"], change["rates"])
+                for change in self._facts["changes"] if "rates" in change]
+        asked, start = collections.Counter(), 0
+        for end, rates in (*ends, (self.tokens, self._facts["rates"])):
+            end = min(end, self.tokens)  # the last steps before a change may have no line yet
+            for language, rate in rates.items():
+                asked[language] += rate * (end - start)
+            start = end
+        return {language: amount / self.tokens for language, amount in asked.items()}
+
     def _languages(self) -> list[Language]:
-        rates, length = self._facts["rates"], self._facts["sequence_length"]
+        asked, length = self._asked(), self._facts["sequence_length"]
         tokens = per_language(self._history.train[-1], "tokens")
         ends = [line or {} for line in (self.before, self.after)]
         measured = [code for line in ends for code in per_language(line, "bits_per_byte")]
         found = []
-        for code in dict.fromkeys([*rates, *tokens, *measured]):
+        for code in dict.fromkeys([*asked, *tokens, *measured]):
             seen, unique = tokens.get(code), self._facts["train_sequences"].get(code, 0) * length
             found.append(Language(
-                code=code, asked=rates.get(code, 0.0), tokens=seen,
+                code=code, asked=asked.get(code, 0.0), tokens=seen,
                 delivered=None if seen is None or not self.tokens else seen / self.tokens,
                 epochs=None if seen is None or not unique else seen / unique,
                 loss=tuple(line.get(f"loss/{code}") for line in ends),

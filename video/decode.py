@@ -21,7 +21,7 @@ from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from video.frames import FITS, notes, try_frames
 from video.questions import read_questions
-from video.store import RowStore, RowWriter
+from video.store import VERSION, RowStore, RowWriter
 
 KIND = "frames"
 
@@ -117,7 +117,7 @@ class FrameStore:
 
     def fingerprint(self) -> str:
         """Of how the frames were made and of which videos, not of their pixels."""
-        content = [self.size, self.candidates, self.fit, self.videos, self.durations]
+        content = [VERSION, self.size, self.candidates, self.fit, self.videos, self.durations]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def frames(self, rows: Iterable[int] | None = None) -> np.ndarray:

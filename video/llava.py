@@ -8,6 +8,7 @@ from etils import epath
 
 from mlx_pretrain.convert.decoders import CONFIG, decoder_config, decoder_params
 from mlx_pretrain.convert.decoders import IGNORED as ROTARY
+from mlx_pretrain.convert.fields import check_fields
 from mlx_pretrain.convert.vision import vision_config, vision_params
 from mlx_pretrain.convert.weights import get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
@@ -16,6 +17,12 @@ from video.model import VideoLLMConfig
 # What a configuration leaves out.
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
           "multimodal_projector_bias": True}  # fmt: skip
+# Fields that are read, those that change what is computed, with what is done here, and those of the decoder's side,
+# which its own configuration has again.
+_READ = ("vision_config", "text_config", "vision_feature_layer")
+_NEEDED = {"model_type": ("llava",), "vision_feature_select_strategy": ("full",), "projector_hidden_act": ("gelu",),
+           "multimodal_projector_bias": (True,)}  # fmt: skip
+_HARMLESS = "image_seq_length|ignore_index|tie_word_embeddings|vocab_size"
 # Layers behind the one that is used, the pooling head, the image's newline of LLaVA-NeXT's tiles.
 _UNUSED = r"vision\.(encoder\.layers\.\d+|head|post_layernorm)\..*"
 
@@ -40,12 +47,8 @@ def load_llava(
         used.
     """
     path = epath.Path(folder) / CONFIG
-    raw = {**_LLAVA, **read_object(path)}
-    needed = {"model_type": "llava", "vision_feature_select_strategy": "full", "projector_hidden_act": "gelu",
-              "multimodal_projector_bias": True}  # fmt: skip
-    for key, known in needed.items():
-        if raw.get(key) != known:
-            raise InputError(f"{path}: {key} is {raw.get(key)!r}; a Video-LLM here has {known!r}")
+    raw = _LLAVA | {key: value for key, value in read_object(path).items() if value is not None}
+    check_fields(path, raw, "a Video-LLM", read=_READ, needed=_NEEDED, harmless=_HARMLESS)
     parts = {}
     for key in ("vision_config", "text_config"):
         parts[key] = raw.get(key)

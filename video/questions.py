@@ -6,7 +6,12 @@
 `video` is relative to the file's folder. `type` parts the questions in tables; `options` are what answers are chosen
 from; `evidence`, where it is known, are the seconds between which what matters is on screen; with "clip": [2.0, 3.1]
 the question is about this part of the video alone, as captions are. As in Video-MME, the answer may be a letter, and
-the options may begin with theirs: "options": ["A. star", "B. cross"], "answer": "A" is read as the above.
+the options may begin with theirs: "options": ["A. star", "B. cross"], "answer": "A" is read as the above. Its names of
+the fields are read too:
+
+    {"question_id": "001-1", "videoID": "fFjv93ACGo8", "task_type": "Counting Problem", "question": ...}
+
+An identifier of a video is the file's name without .mp4.
 """
 
 import dataclasses
@@ -20,6 +25,15 @@ from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl, write_atomic
+
+# Field -> its names here and in other collections; of several that a record has, the first counts.
+_NAMES = {
+    "id": ("id", "question_id"),
+    "video": ("video", "videoID", "video_id"),
+    "question": ("question",),
+    "answer": ("answer",),
+    "type": ("type", "task_type"),
+}
 
 # "A. red", "A) red", "A: red", "(A) red".
 _LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s*(\S.*)", re.DOTALL)
@@ -95,11 +109,33 @@ def _lettered(where: str, options: Sequence[str], answer: str) -> tuple[Sequence
     return options, answer
 
 
+def _texts(where: str, raw: dict[str, Any]) -> dict[str, str]:
+    """The fields that are texts, by our names."""
+    if raw.get("videoID"):
+        raw = {**raw, "video_id": None}  # Video-MME has both; this one is a running number, no file is named by it
+    texts = {}
+    for field, names in _NAMES.items():
+        values = {name: raw[name] for name in names if raw.get(name) not in (None, "")}
+        for name, value in values.items():
+            if not isinstance(value, str):
+                raise InputError(f"{where}: {name} is {value!r}, not a text")
+        if field == "video":
+            values = {name: value if name == "video" or re.search(r"\.\w{2,4}$", value) else f"{value}.mp4"
+                      for name, value in values.items()}
+            same = {re.split(r"[/\\]", value)[-1] for value in values.values()}
+        else:
+            same = set(values.values())
+        if len(same) > 1:
+            raise InputError(f"{where}: {' and '.join(f'{n} = {v!r}' for n, v in values.items())} name different "
+                             f"{field}s; leave one")
+        texts[field] = next(iter(values.values()), "")
+        if not texts[field] and field != "type":
+            raise InputError(f"{where}: no {' or '.join(names)} in this record")
+    return texts
+
+
 def _question(where: str, raw: dict[str, Any]) -> Question:
-    texts = {name: raw.get(name, "") for name in ("id", "video", "question", "answer", "type")}
-    for name, value in texts.items():
-        if not isinstance(value, str) or (not value and name != "type"):
-            raise InputError(f"{where}: {name} is {value!r}, not a text")
+    texts = _texts(where, raw)
     if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.([/\\]|$)|://", texts["video"]):
         raise InputError(f"{where}: video {texts['video']!r} is not a path inside the file's folder")
     options = raw.get("options") or ()

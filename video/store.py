@@ -22,7 +22,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
-VERSION = 1
+VERSION = 2  # 1: frames by another reader, which gave other ones than were named in some files
 SETTINGS, ROWS, MANIFEST = "settings.json", "rows.jsonl", "manifest.json"
 
 
@@ -127,9 +127,12 @@ class RowStore:
             raise InputError(f"{path}: no {kind} here (no {MANIFEST}; was it interrupted? run it again)")
         self.manifest = read_json(self.path / MANIFEST)
         self.settings = read_json(self.path / SETTINGS)
-        if self.settings.get("kind") != kind or self.settings.get("version") != VERSION:
-            raise InputError(f"{path}: holds {self.settings.get('kind')} of version {self.settings.get('version')}, "
-                             f"not {kind} of version {VERSION}")
+        found, version = self.settings.get("kind"), self.settings.get("version")
+        if found != kind:
+            raise InputError(f"{path}: holds {found}, not {kind}")
+        if version != VERSION:
+            raise InputError(f"{path}: {kind} of version {version}, now it is {VERSION}; make them again, in another "
+                             "folder or after deleting this one")
         lines = [line for _, line in read_jsonl(self.path / ROWS)]
         self.rows = sorted((line for line in lines if "row" in line), key=lambda line: line["row"])
         self.rejected = {line["id"]: line["rejected"] for line in lines if "row" not in line}

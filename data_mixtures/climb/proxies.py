@@ -3,8 +3,9 @@
 Every run is a small model trained by the normal training step at a constant rate, so evaluations on the way are runs
 of fewer tokens for free (WSD without the decay, arXiv 2404.06395). Every run has a CSV file in the output folder, in
 the layout of `data_mixtures.climb.runs`, with a row per token count. The same command goes on where it was: finished
-runs are skipped, a run that was cut off continues from its last evaluation (with threads > 1: starts anew). Commands
-on many machines may have one folder: each takes its part of the plan (`--shard=I/N`, or a SLURM array).
+runs are skipped, a run that was cut off continues from its last evaluation (with threads > 1: starts anew); what was
+made with other settings is refused. Commands on many machines may have one folder: each takes its part of the plan
+(`--shard=I/N`, or a SLURM array).
 
 Small models leave hardware idle in two ways. `pack` trains several at once as one vmapped program, for accelerators;
 `threads` trains several side by side, for CPUs, where many small operations do not share the cores well.
@@ -12,12 +13,15 @@ Small models leave hardware idle in two ways. `pack` trains several at once as o
 Several processes are one mesh of all their devices, which share each batch; process 0 alone has the table.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
 import math
 import operator
 import os
@@ -50,6 +54,8 @@ from mlx_pretrain.train_state import TrainState, abstract_state, make_initial_st
 from mlx_pretrain.trainer import make_decoder_loss, make_train_step
 
 _SETTINGS = "settings.json"
+_LATER_SETTINGS = ("optimizer_settings",)  # which earlier versions did not record
+_HOW_COMPUTED = ("attention", "max_length", "remat", "unroll")  # fields of a model that leave the result the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,12 @@ class Run:
     steps: tuple[int, ...]
     epochs_per_token: float
 
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The fields of the model that change the result, JSON."""
+        fields = dataclasses.asdict(self.model)
+        return json.loads(json.dumps({name: value for name, value in fields.items() if name not in _HOW_COMPUTED}))
+
 
 @gin.configurable("proxies")
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +91,7 @@ class ProxiesConfig:
     """A set of proxy runs.
 
     Attributes:
-      output: folder of the CSV files, one per run, and of settings.json.
+      output: folder of the CSV files, one per run, of settings.json, and of a model-<size>.json per model.
       token_store: folder made by the exporter.
       models: shapes to train, one or more N.
       tokens: token counts D to evaluate at, ascending; the last is the length of a run. Rounded to whole steps.
@@ -154,12 +166,12 @@ class Table:
         self._header += [RATIO + language for language in languages] + [LOSS + target for target in targets]
         self._languages, self.targets = languages, targets
         self._read: dict[str, dict[int, tuple[epath.Path, list[float]]]] = {}  # run -> step -> file, ratios
+        self._settings = settings
         if not cluster.is_main():  # process 0 alone has the table
             return
         if self._folder.is_file():
             raise InputError(f"{path}: a single table; proxies.output is a folder: to add to this table, move it into "
                              f"a folder, with its settings as {_SETTINGS}")
-        self._settings = settings
         if not any(self._folder.glob("*.csv")):
             write_json(self._folder / _SETTINGS, settings)
         else:
@@ -175,24 +187,35 @@ class Table:
                 self._read.setdefault(row["run"], {})[int(row["step"])] = file, ratios
 
     def _check_settings(self) -> None:
-        found, settings = read_json(self._folder / _SETTINGS, "settings of these proxy runs"), self._settings
-        if different := [name for name in settings if found.get(name) != settings[name]]:
-            name = different[0]
-            raise InputError(f"{self._folder}: these runs were made with another {name} ({found.get(name)!r}, now "
-                             f"{settings[name]!r}); choose another proxies.output")
+        _check_same(self._folder, self._folder / _SETTINGS, self._settings)
+
+    def _model_path(self, proxy: Run) -> epath.Path:
+        return self._folder / f"model-{_size(proxy.model)}.json"
 
     def steps(self, proxy: Run) -> set[int]:
         """Steps at which a run had been evaluated when the command began.
 
         Raises:
-          InputError: a run of that name had another mixture.
+          InputError: a run of that name had another mixture or model.
         """
         steps = self._read.get(proxy.name, {})
+        if steps and self._model_path(proxy).exists():  # earlier versions did not record it
+            _check_same(self._folder, self._model_path(proxy), proxy.model_settings)
         for step, (file, ratios) in steps.items():
             if not np.allclose(ratios, [proxy.rates.get(l, 0.0) for l in self._languages], atol=1e-6):
                 raise InputError(f"{file}: run {proxy.name!r} at step {step} had another mixture than the plan has; "
                                  "choose another proxies.output")
         return set(steps)
+
+    def work_settings(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """What a checkpoint of these runs, which are trained together, depends on."""
+        rates = {proxy.name: {l: round(float(rate), 6) for l, rate in proxy.rates.items()} for proxy in runs}
+        return {**self._settings, **runs[0].model_settings, "rates": rates}
+
+    def check_work(self, folder: epath.Path, runs: Sequence[Run]) -> None:
+        """Raises InputError when a folder has a checkpoint of runs of other settings, which must not go on."""
+        if cluster.is_main() and (folder / _SETTINGS).exists():
+            _check_same(folder, folder / _SETTINGS, self.work_settings(runs), f"delete {folder}, or ")
 
     def add(self, proxy: Run, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         """Adds one row, in place of an earlier one of the same run and step.
@@ -203,6 +226,10 @@ class Table:
         if not cluster.is_main():
             return
         self._check_settings()
+        if self._model_path(proxy).exists():
+            _check_same(self._folder, self._model_path(proxy), proxy.model_settings)
+        else:
+            write_json(self._model_path(proxy), proxy.model_settings)
         values = [proxy.name, step, proxy.model.parameters(), tokens, f"{tokens * proxy.epochs_per_token:.4g}",
                   *(repr(float(proxy.rates.get(l, 0.0))) for l in self._languages), *(repr(x) for x in losses.values())]
         path = self._folder / f"{proxy.name}.csv"
@@ -215,6 +242,16 @@ class Table:
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: int(row["step"])))
         write_atomic(path, text.getvalue())
+
+
+def _check_same(output: epath.Path, path: epath.Path, settings: Mapping[str, Any], remedy: str = "") -> None:
+    """Raises InputError, naming one that differs, unless the runs of `output` were made with the settings in `path`."""
+    found = read_json(path, "settings of these proxy runs")
+    for name, value in settings.items():
+        if found.get(name) != value and (name in found or name not in _LATER_SETTINGS):
+            old, new = (text if len(text := repr(x)) < 100 else f"{text[:97]}..." for x in (found.get(name), value))
+            raise InputError(f"{output}: these runs were made with another {name} ({old}, now {new}); {remedy}choose "
+                             "another proxies.output")
 
 
 class Stopped(Exception):
@@ -282,7 +319,8 @@ class Trainer:
             sharding = partitioning.batch_sharding(self._mesh)
             local = loader.local_rows(sharding, config.batch_size)
             abstract, program = self._program(len(runs))
-            saver = folder and stack.enter_context(contextlib.closing(Checkpoints(folder, keep=1, keep_best=0)))
+            saver = folder and stack.enter_context(
+                contextlib.closing(Checkpoints(folder / "checkpoints", keep=1, keep_best=0)))
             restored = saver and saver.restore(abstract)
             state = restored[0] if restored else self._initial(runs, abstract)
             first = restored[1].sequences // config.batch_size if restored else 0
@@ -299,6 +337,8 @@ class Trainer:
                 if step in steps:
                     loss = self._evaluate(runs, state, step)
                     if saver and step < steps[-1]:
+                        if cluster.is_main():
+                            write_json(folder / _SETTINGS, self._table.work_settings(runs))
                         saver.save(step, state, Progress(step * config.batch_size, {}), {})
         return loss
 
@@ -340,6 +380,17 @@ class Trainer:
         return float(np.mean(means))
 
 
+def _work_name(pack: Sequence[Run]) -> str:
+    """Of the folder of a pack's checkpoint: a checkpoint has the states of just these runs, in this order."""
+    if len(pack) == 1:
+        return pack[0].name
+    return f"{pack[0].name}-{hashlib.sha256(json.dumps([proxy.name for proxy in pack]).encode()).hexdigest()[:12]}"
+
+
+def _size(model: DecoderConfig) -> str:
+    return f"{model.parameters() / 1e6:.3g}M"
+
+
 def _stacked_shape(models: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((models, *leaf.shape), leaf.dtype, sharding=_stacked(leaf.sharding))
 
@@ -364,12 +415,18 @@ def evaluation_steps(tokens: Sequence[int], step_tokens: int) -> list[int]:
 def _settings(config: ProxiesConfig, store: TokenStore, last: int) -> dict[str, Any]:
     """What all rows of a table have in common, for runs of `last` steps; the rest is in the rows."""
     optimizer = getattr(config.optimizer, "__name__", str(config.optimizer))
+    try:
+        bindings = gin.get_bindings(config.optimizer)
+    except ValueError:  # gin does not know it
+        bindings = {}
     return {
         "token_store": sha256(store.path / MANIFEST),
         "batch_size": config.batch_size,
         "sequence_length": store.manifest.sequence_length,
         "tokens": list(config.tokens),
         "optimizer": optimizer,
+        "optimizer_settings": {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+                               for name, value in sorted(bindings.items())},
         "learning_rate": [float(config.learning_rate(step)) for step in (0, last // 2, last)],
         "eval_sequences": config.eval_sequences,
     }
@@ -400,7 +457,7 @@ def _runs(config: ProxiesConfig, store: TokenStore, mixtures: Mixtures) -> list[
         if len(allowed) < len(steps):
             (cut if allowed else left_out).append(name)
         if allowed:
-            runs += [Run(f"{name}-{model.parameters() / 1e6:.3g}M-seed{seed}", model, rates, seed, allowed, per_token)
+            runs += [Run(f"{name}-{_size(model)}-seed{seed}", model, rates, seed, allowed, per_token)
                      for model in config.models for seed in config.seeds]
     for names, fate in ((cut, "end early"), (left_out, "are left out, with not even text for the first evaluation")):
         if names:
@@ -409,6 +466,9 @@ def _runs(config: ProxiesConfig, store: TokenStore, mixtures: Mixtures) -> list[
     if not runs:
         raise InputError(f"proxies.max_epochs = {config.max_epochs:g}: no mixture has text for {config.tokens[0]:,} "
                          "tokens; lower proxies.tokens or raise the limit")
+    if twice := [name for name, count in collections.Counter(proxy.name for proxy in runs).items() if count > 1]:
+        raise InputError(f"proxies: {len(twice)} names of runs are there twice, e.g. {twice[0]!r}: models of one size, "
+                         "or equal seeds, need tables of their own")
     # Model by model, as every run of a plan was always ordered.
     return sorted(runs, key=lambda proxy: (config.models.index(proxy.model), config.seeds.index(proxy.seed)))
 
@@ -447,6 +507,8 @@ def _train_all(
     started, before = time.monotonic(), done
     side_by_side = jax.default_backend() == "cpu" and jax.device_count() == 1 and os.cpu_count() > 1
     threads = config.threads or (2 if side_by_side else 1)
+    for pack in packs if threads == 1 else ():
+        table.check_work(work / _work_name(pack), pack)
     stop = Stop()
     with StopRequest(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         models = dict.fromkeys(pack[0].model for pack in packs)
@@ -454,7 +516,7 @@ def _train_all(
         futures = {}
         for pack in packs:
             # Orbax is not made for several saves at a time; runs so short that they share a CPU start anew.
-            folder = work / f"{pack[0].name}-{len(pack)}" if threads == 1 else None
+            folder = work / _work_name(pack) if threads == 1 else None
             futures[pool.submit(trainers[pack[0].model].train, pack, folder)] = (pack, folder)
         try:
             for future in concurrent.futures.as_completed(futures):

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from mlx_pretrain.convert.fields import check_fields
 from mlx_pretrain.convert.special_ids import CONFIG, GENERATION_CONFIG
 from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
@@ -30,28 +31,7 @@ DEFAULTS = {"vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, 
 READ = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "rope_scaling")
 # Those that change what is computed, with the values that stand for what `Decoder` does.
 NEEDED = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-          "partial_rotary_factor": (1,), "rope_interleaved": (False,), "use_sliding_window": (False,),
-          "is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},)}  # fmt: skip
-# Those that do not: all others are refused.
-HARMLESS = re.compile("|".join((
-    r"\w+_token_(id|index)",
-    # Names and versions.
-    r"_name_or_path|name_or_path|architectures|auto_map|is_llama_config|tokenizer_class|_commit_hash|\w+_version"
-    r"|transformers\.js_config|unsloth_\w+",
-    # How it is computed, and what is given back.
-    r"dtype|torch_dtype|use_cache|pretraining_tp|chunk_size_feed_forward|gradient_checkpointing|torchscript"
-    r"|use_bfloat16|_?attn_implementation\w*|_flash_attn_2_enabled|output_attentions|output_hidden_states|return_dict",
-    # Training.
-    r"initializer_range|\w+_dropout|neftune_noise_alpha|max_sequence_length|model_max_length|tf_legacy_loss",
-    # Heads for other tasks, and other halves of a model.
-    r"id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|prefix|is_decoder"
-    r"|tie_encoder_decoder",
-    # Sampling, which has settings of its own here.
-    r"do_sample|temperature|top_[kp]|typical_p|num_beams|num_beam_groups|diversity_penalty|num_return_sequences"
-    r"|max_length|min_length|max_new_tokens|early_stopping|length_penalty|repetition_penalty|no_repeat_ngram_size"
-    r"|encoder_no_repeat_ngram_size|bad_words_ids|suppress_tokens|begin_suppress_tokens|output_scores"
-    r"|return_dict_in_generate|remove_invalid_values|exponential_decay_length_penalty",
-)))
+          "partial_rotary_factor": (1,), "rope_interleaved": (False,), "use_sliding_window": (False,)}  # fmt: skip
 STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # dtypes of weights
 
 
@@ -95,7 +75,7 @@ def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig
 
 def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     """The configuration that an object of the config.json at `path` describes; errors as in `load_decoder`."""
-    _check_fields(path, raw)
+    check_fields(path, raw, "a decoder", read=(*DEFAULTS, *READ), needed=NEEDED, harmless="is_decoder")
     found = {**DEFAULTS, **raw, "rope_theta": _rope_theta(path, raw)}
     get = functools.partial(get_number, path, found)
     heads, embed = get("num_attention_heads"), get("hidden_size")
@@ -119,20 +99,6 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _check_fields(path: epath.Path, raw: Mapping[str, Any]) -> None:
-    """Raises InputError for a field of a config.json that asks for what `Decoder` does not do; null is not set."""
-    if raw.get("model_type") not in NEEDED["model_type"]:
-        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; a decoder here has 'llama'")
-    for key, value in raw.items():
-        if value is None or key in DEFAULTS or key in READ or HARMLESS.fullmatch(key):
-            continue
-        if key not in NEEDED:
-            raise InputError(f"{path}: {key} is {value!r}; a decoder here has no such setting (if the model "
-                             "computes the same without it, take it out)")
-        if value not in NEEDED[key]:
-            raise InputError(f"{path}: {key} is {value!r}; a decoder here has {NEEDED[key][0]!r}")
 
 
 def _rope_theta(path: epath.Path, raw: Mapping[str, Any]) -> Any:

@@ -7,12 +7,22 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mlx_pretrain.convert.fields import check_fields
 from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object, stack_layers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.encoder import EncoderConfig
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 PREFIXES = ("bert.", "roberta.")
+
+# Fields of config.json: numbers that are read, and those that change what is computed, with the values that stand for
+# what `Encoder` does.
+READ = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id")  # fmt: skip
+NEEDED = {"model_type": MODEL_TYPES, "hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",),
+          "is_decoder": (False,)}  # fmt: skip
+# Of heads, which are left out.
+HARMLESS = r"tie_word_embeddings|pooler_\w+|directionality"
 
 # What a checkpoint may hold besides the encoder: heads for other purposes, and tables of the numbers 0, 1, 2, ...
 IGNORED = re.compile(r"(pooler|lm_head|cls|classifier|qa_outputs)\..*|embeddings\.(position_ids|token_type_ids)")
@@ -54,12 +64,7 @@ def read_config(folder: epath.PathLike, dtype: str = "float32") -> EncoderConfig
     """The configuration that a folder's config.json describes; errors as in `load_encoder`."""
     path = epath.Path(folder) / "config.json"
     raw = read_object(path)
-    needed = {"position_embedding_type": ("absolute", None), "hidden_act": ("gelu",), "is_decoder": (False, None)}
-    for key, known in {"model_type": MODEL_TYPES, **needed}.items():
-        if raw.get(key, known[0] if key in needed else None) not in known:
-            raise InputError(f"{path}: {key} is {raw.get(key)!r}; an encoder here has {known[0]!r}" + (
-                f" (or {', '.join(MODEL_TYPES[1:])})" if key == "model_type" else ""))
-
+    check_fields(path, raw, "an encoder", read=READ, needed=NEEDED, harmless=HARMLESS)
     get = functools.partial(get_number, path, raw)
     pad_id = get("pad_token_id")
     # RoBERTa numbers positions from pad_id + 1, and its table has that many rows more than positions.

@@ -144,6 +144,16 @@ class GGUF:
                 single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], int(bos))])
         return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()
 
+    def chat_template(self) -> dict[str, Any]:
+        """The templates as tokenizer_config.json has them: {"chat_template": ...}, or nothing."""
+        named = {name: self._get(f"tokenizer.chat_template.{name}")
+                 for name in self._get("tokenizer.chat_templates", [])}
+        default = self._get("tokenizer.chat_template", None)
+        if not named:
+            return {} if default is None else {"chat_template": default}
+        named = ({} if default is None else {"default": default}) | named
+        return {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
+
     def special_ids(self) -> SpecialIds:
         """Ids of the tokens that begin and end a document; a turn or a message that ends is an end, as in llama.cpp."""
         bos, *ends = (self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos", "eot", "eom"))

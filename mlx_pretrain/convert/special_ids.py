@@ -45,13 +45,23 @@ def read_special_ids(folder: epath.PathLike, raw: Mapping[str, Any], tokenizer: 
     described = [(folder / GENERATION_CONFIG, _optional(folder / GENERATION_CONFIG)), (folder / CONFIG, raw)]
     bos_ids, eos_ids = (next(filter(None, (_ids(path, content, name) for path, content in described)), ())
                         for name in ("bos", "eos"))
-    settings = _optional(folder / TOKENIZER_CONFIG)
-    if "added_tokens_decoder" not in settings:  # with it, the map is of an older version, and is not read
-        settings = settings | _optional(folder / _SPECIAL_TOKENS_MAP)
+    settings = read_tokenizer_settings(folder)
     bos_id = bos_ids[0] if bos_ids else None
     if not eos_ids and (named := _named_id(folder, settings, "eos_token", tokenizer)) is not None:
         eos_ids = (named,)
     return SpecialIds(bos_id, eos_ids, _prefix_ids(folder, settings, tokenizer, bos_id))
+
+
+def read_tokenizer_settings(folder: epath.PathLike) -> dict[str, Any]:
+    """The settings in tokenizer_config.json, with the special tokens that are named beside it; may be empty.
+
+    Raises:
+      InputError: a file is malformed.
+    """
+    settings = _optional(epath.Path(folder) / TOKENIZER_CONFIG)
+    if "added_tokens_decoder" not in settings:  # with it, the map is of an older version, and is not read
+        settings = settings | _optional(epath.Path(folder) / _SPECIAL_TOKENS_MAP)
+    return settings
 
 
 def _ids(path: epath.Path, content: Mapping[str, Any], name: str) -> tuple[int, ...]:

@@ -7,9 +7,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mlx_pretrain.convert.fields import check_fields
 from mlx_pretrain.convert.weights import Read, get_number, stack_layers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.vision import VisionConfig
+
+# Fields of a `vision_config`: numbers, with what is meant where one is left out (google/siglip-base-patch16-224).
+DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+            "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}  # fmt: skip
+# Those that change what is computed, with the values that stand for what `VisionTransformer` does.
+NEEDED = {"model_type": ("siglip_vision_model",), "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
+          "num_channels": (3,), "is_decoder": (False,)}  # fmt: skip
+# Of the pooling head, and of the text's side.
+HARMLESS = r"vision_use_head|projection_(dim|size)|vocab_size|tie_word_embeddings"
 
 
 def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None = None, **more: Any) -> VisionConfig:
@@ -22,16 +32,10 @@ def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None
       more: of `VisionConfig`.
 
     Raises:
-      InputError: it is no SigLIP tower, or has no numbers where they belong.
+      InputError: it is no SigLIP tower, asks for what ours does not do, or has no numbers where they belong.
     """
-    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-            "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
-            "num_channels": 3}
-    found = {**base, **raw}
-    needed = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    for key, known in needed.items():
-        if found.get(key) != known:
-            raise InputError(f"{path}: {key} of the vision tower is {found.get(key)!r}; a tower here has {known!r}")
+    check_fields(path, raw, "a tower", read=DEFAULTS, needed=NEEDED, harmless=HARMLESS, whose=" of the vision tower")
+    found = {**DEFAULTS, **raw}
     get = functools.partial(get_number, path, found)
     try:
         return VisionConfig(

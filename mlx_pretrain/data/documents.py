@@ -25,18 +25,48 @@ from typing import BinaryIO
 import gin
 import pyarrow as pa
 import pyarrow.parquet
+import zstandard
 from etils import epath
 
 from mlx_pretrain.errors import InputError
 
 TEXT_UNITS = ("file", "line")
 
-_DECOMPRESS = {
-    ".xz": lzma.open,
-    ".gz": gzip.open,
-    # Not the zstandard package: it ends a truncated stream in silence.
-    ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),
-}
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses zstd frames, one after another; windows have up to 2 GiB, which is what `zstd --long=31` writes.
+
+    The readers of the zstandard package end a truncated frame in silence; this one raises EOFError.
+    """
+
+    def __init__(self, compressed: BinaryIO):
+        self._decompressed, self._rest = self._decompress(compressed), b""
+
+    @staticmethod
+    def _decompress(compressed: BinaryIO) -> Iterator[bytes]:
+        decompressor, frame = zstandard.ZstdDecompressor(max_window_size=2**31), None
+        while piece := compressed.read(256):  # 4 bytes may stand for 128 KiB, so this bounds what they become to 8 MiB
+            while piece:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(piece)
+                piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame:
+            raise EOFError("the last zstd frame has no end")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._rest:
+            if (piece := next(self._decompressed, None)) is None:
+                return 0
+            self._rest = memoryview(piece)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+_DECOMPRESS = {".xz": lzma.open, ".gz": gzip.open, ".zst": lambda raw: io.BufferedReader(_ZstdReader(raw))}
 _JSON = (".jsonl", ".json")
 _FORMATS = (*_JSON, ".txt", ".parquet")
 _BOM = b"\xef\xbb\xbf"
@@ -170,10 +200,9 @@ def read_documents(
         first one ends the reading.
 
     Raises:
-      InputError: the file is missing, of unknown type, empty, truncated or damaged as a whole, needs a larger zstd
-        window than there is, or is a parquet file without the column of the text; or, without `rejected`, a record is
-        not UTF-8, no JSON object, without text or with a language that is no string. The message names the file, and
-        the line or row.
+      InputError: the file is missing, of unknown type, empty, truncated or damaged as a whole, or is a parquet
+        file without the column of the text; or, without `rejected`, a record is not UTF-8, no JSON object, without
+        text or with a language that is no string. The message names the file, and the line, row or byte.
     """
     path, fields = epath.Path(path), fields or DocumentFields()
     suffixes = path.suffixes
@@ -206,15 +235,17 @@ def read_documents(
 def _open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
     """Opens a file for reading, decompressed by its extension; damage becomes an InputError."""
     try:
-        with path.open("rb") as raw, _DECOMPRESS.get(path.suffix, contextlib.nullcontext)(raw) as file:
-            yield file
+        with path.open("rb") as raw:
+            try:
+                with _DECOMPRESS.get(path.suffix, contextlib.nullcontext)(raw) as file:
+                    yield file
+            except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, OSError) as error:
+                raise InputError(f"{path}: cannot be read near byte {raw.tell()} (truncated or damaged?): "
+                                 f"{error}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if "Frame requires too much memory" in str(error):  # Arrow's words; it has no setting for the limit
-            raise InputError(f"{path}: made with a zstd window of more than 128 MiB, which cannot be read; compress it "
-                             f"again: zstd -d --long=31 -c {path.name} | zstd -o ...") from None
-        raise InputError(f"{path}: cannot be read (truncated or damaged?): {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:

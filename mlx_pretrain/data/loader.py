@@ -54,7 +54,8 @@ class Mixture:
       batch_size: sequences in a global batch.
       before: source -> sequences read before the rates were these; sources without a share may be among them.
       since: sequences read since then.
-      changes: what was changed on the way: `step`, after which the change took effect, and `change`, in words.
+      changes: what was changed on the way: `step`, after which the change took effect, and `change`, in words; of a
+        change of the rates also the shares until then, `rates`, and the sequences read until then, `sequences`.
     """
 
     rates: Mapping[str, float]
@@ -111,18 +112,19 @@ class Mixture:
                                  f"data ({old[0]} rows) than are configured now ({new[0]} rows); go on with those or "
                                  "use a new run folder")
             if name in self.rows and old != new:
-                changes.append(f"other data of {name}, none of which had been read")
+                changes.append({"change": f"other data of {name}, none of which had been read"})
         rows, data = {**self.rows, **configured.rows}, {**self.data, **configured.data}
         mixture = dataclasses.replace(self, rows=rows, data=data, batch_size=configured.batch_size)
         if configured.batch_size != self.batch_size:
-            changes.append(f"batch_size {self.batch_size} -> {configured.batch_size}")
+            changes.append({"change": f"batch_size {self.batch_size} -> {configured.batch_size}"})
         old, new = self.shares(), configured.shares()
         moved = [name for name in sorted({**old, **new}) if not math.isclose(old.get(name, 0), new.get(name, 0))]
         if moved:
-            changes.append("rates " + ", ".join(f"{n} {old.get(n, 0):.4g} -> {new.get(n, 0):.4g}" for n in moved)
-                           + "; each goes on where it was")
+            words = ", ".join(f"{n} {old.get(n, 0):.4g} -> {new.get(n, 0):.4g}" for n in moved)
+            changes.append({"change": f"rates {words}; each goes on where it was", "rates": old,
+                            "sequences": sum(consumed.values())})
             mixture = dataclasses.replace(mixture, rates=configured.rates, before=consumed, since=0)
-        noted = tuple({"step": step, "change": change} for change in changes)
+        noted = tuple({"step": step, **change} for change in changes)
         return dataclasses.replace(mixture, changes=self.changes + noted)
 
 

@@ -49,7 +49,8 @@ def test_changes_are_told_and_recorded(config, capsys):
     train(config)
     expected = [
         {"step": 2, "change": "batch_size 8 -> 16"},
-        {"step": 2, "change": "rates aa 0.5 -> 0.2, bb 0.3 -> 0.2, cc 0.2 -> 0.6; each goes on where it was"},
+        {"step": 2, "change": "rates aa 0.5 -> 0.2, bb 0.3 -> 0.2, cc 0.2 -> 0.6; each goes on where it was",
+         "rates": pytest.approx({"aa": 0.5, "bb": 0.3, "cc": 0.2}), "sequences": 16},
     ]
     assert changes(config) == expected
     told = capsys.readouterr().out

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlx_pretrain.convert.decoders import load_decoder, read_config, save_decoder
+from mlx_pretrain.convert.export import export_model
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
@@ -249,6 +250,8 @@ def write_gguf(path, config, params, tokenizer, **metadata):
             getattr(writer, f"add_{field}_token_id")(metadata[field])
     for name, value in metadata.get("llama", {}).items():
         writer.add_uint32(f"llama.{name}", value)
+    if "chat_template" in metadata:
+        writer.add_chat_template(metadata["chat_template"])
     if "rope_freqs" in metadata:
         writer.add_tensor("rope_freqs.weight", metadata["rope_freqs"])
     if metadata.get("add_bos"):
@@ -318,6 +321,16 @@ def test_models_from_gguf_and_hugging_face_are_used_alike(gguf_model, tmp_path):
     prompts = ["the cat", "", "1998 dogs ran"]
     settings = {"max_new_tokens": 5, "temperature": 0.0}
     assert same.generate(prompts, **settings) == model.generate(prompts, **settings)
+
+
+def test_chat_templates_of_gguf_are_exported(gguf_model, tmp_path, tokenizer):
+    _, config, params = gguf_model
+    named = [{"name": "default", "template": "{{ bos_token }}é\n"}, {"name": "tools", "template": "t"}]
+    for number, template in enumerate(("{{ messages }}\n", named)):
+        write_gguf(tmp_path / f"{number}.gguf", config, params, tokenizer, chat_template=template)
+        export_model(str(tmp_path / f"{number}.gguf"), str(tmp_path / f"{number}"))
+        found = json.loads((tmp_path / f"{number}/tokenizer_config.json").read_text())
+        assert found["chat_template"] == template and found["bos_token"] == "<s>"
 
 
 def test_gguf_files_that_are_none(gguf_model, tmp_path, tokenizer):

@@ -1,6 +1,7 @@
 """Hugging Face encoders and tokenizers: what is read, what is refused, and that it is what transformers reads."""
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_pretrain.convert.encoders import load_encoder
+from mlx_pretrain.convert.encoders import load_encoder, read_config
 from mlx_pretrain.data.subword import SubwordTokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.encoder import Encoder
+from mlx_pretrain.models.encoder import Encoder, gelu
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -150,6 +151,72 @@ def test_configurations_that_do_not_fit(folder, changes, message):
     configure(folder, **changes)
     with pytest.raises(InputError, match=message):
         load_encoder(folder)
+
+
+# What transformers 5.23 and 4.57 write of a BERT or (XLM-)RoBERTa besides sizes, and old folders on the Hub have.
+EVERYTHING = {
+    "transformers_version": "5.23.0", "architectures": None, "output_hidden_states": False, "return_dict": True,
+    "dtype": None, "torch_dtype": "float32", "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
+    "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": None, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02, "use_cache": True,
+    "classifier_dropout": None, "is_decoder": False, "add_cross_attention": False, "bos_token_id": 0,
+    "eos_token_id": 2, "tie_word_embeddings": True, "_name_or_path": "", "output_attentions": False,
+    "pruned_heads": {}, "cross_attention_hidden_size": None, "position_embedding_type": "absolute",
+    "output_past": True, "gradient_checkpointing": False, "directionality": "bidi", "pooler_fc_size": 768,
+    "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
+    "pooler_type": "first_token_transform", "sentence_transformers": {"version": "5.1.0"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("golden", ["bert", "xlm_roberta"])
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu_python"}, {"position_embedding_type": None}])
+def test_fields_that_change_nothing(folder, golden, changes):
+    shutil.copy(GOLDENS / golden / "config.json", folder)
+    expected = read_config(folder)
+    configure(folder, **EVERYTHING)
+    configure(folder, **changes)
+    assert read_config(folder) == expected
+
+
+def test_the_other_names_of_an_activation_are_the_same_function():
+    """transformers' gelu_python of encoders, and gelu_new of vision towers, by their formulas."""
+    x = np.linspace(-6, 6, 101)
+    python = [0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in x]
+    np.testing.assert_allclose(gelu(x.astype(np.float32)), python, atol=2e-6)
+    new = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(jax.nn.gelu(x.astype(np.float32), approximate=True), new, atol=2e-6)
+
+
+@pytest.mark.parametrize("golden", ["bert", "xlm_roberta"])
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hidden_act": "relu"}, "hidden_act is 'relu'; an encoder here has 'gelu' (or 'gelu_python')"),
+    ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh'; an encoder here has 'gelu'"),
+    ({"position_embedding_type": "relative_key_query"}, "position_embedding_type is 'relative_key_query'"),
+    ({"is_decoder": True}, "is_decoder is True; an encoder here has False"),
+    ({"add_cross_attention": True}, "add_cross_attention is True; an encoder here has False"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
+    ({"pruned_heads": {"1": [0]}}, "pruned_heads is {'1': [0]}; an encoder here has {}"),
+    ({"embedding_size": 8}, "embedding_size is 8; an encoder here has no such setting"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; an encoder here has no such setting"),
+    ({"model_type": None}, "model_type is None; an encoder here has 'bert' (or 'roberta', 'xlm-roberta')"),
+    ({"model_type": "xlm-roberta-xl"}, "model_type is 'xlm-roberta-xl'"),
+])
+def test_fields_that_ask_for_more(folder, golden, changes, message):
+    shutil.copy(GOLDENS / golden / "config.json", folder)
+    configure(folder, **changes)
+    with pytest.raises(InputError) as error:
+        read_config(folder)
+    assert message in str(error.value) and str(error.value).startswith(f"{folder}/config.json: ")
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta"])
+def test_configurations_that_transformers_writes(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    made = getattr(transformers, f"{kind}Config")()
+    (tmp_path / "config.json").write_text(json.dumps(made.to_dict()))
+    whole = read_config(tmp_path)
+    made.save_pretrained(tmp_path)
+    assert read_config(tmp_path) == whole and whole.mlp_dim == 3072
 
 
 def test_broken_files(folder):

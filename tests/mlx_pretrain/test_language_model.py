@@ -148,6 +148,55 @@ def test_add_bos_token_has_the_last_word(tmp_path, template, settings, prefix):
     assert tuple(SubwordTokenizer(tmp_path / "out/tokenizer.json").before.tolist()) == prefix
 
 
+CHAT = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}é 日本{{ pad_token }}{% endif %}\n")
+NAMED = [{"name": "default", "template": CHAT}, {"name": "tool_use", "template": "tools: {{ tools }}"}]
+
+
+@pytest.mark.parametrize("setting, files", [
+    (CHAT, {}), (NAMED, {}), (None, {"chat_template.jinja": CHAT}), (None, {}),
+    ("old", {"chat_template.jinja": CHAT, "additional_chat_templates/tool_use.jinja": "tools: {{ tools }}"}),
+])
+def test_a_chat_template_and_the_tokens_it_names_are_exported(tmp_path, folder, setting, files):
+    """The end of a turn is another token than the end of a text: the template must not get that."""
+    say(folder, "config.json", eos_token_id=[EOS, IM_END])
+    say(folder, "tokenizer_config.json", bos_token="<s>", eos_token={"content": "<|im_end|>"}, pad_token="<unk>",
+        mask_token="<mask>", **({} if setting is None else {"chat_template": setting}))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+    export_model(str(folder), str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert found.get("chat_template") == setting
+    assert {name: (tmp_path / "out" / name).read_bytes().decode() for name in files} == files
+    assert len(list((tmp_path / "out").rglob("*.jinja"))) == len(files)
+    tokens = {name: found.get(name) for name in ("bos_token", "eos_token", "pad_token", "mask_token")}
+    assert tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "mask_token": None}
+    again, model = load_language_model(tmp_path / "out"), load_language_model(folder)
+    assert (again.eos_ids, again.prefix_ids, again.bos_id) == (model.eos_ids, model.prefix_ids, model.bos_id)
+
+
+@pytest.mark.parametrize("setting", [CHAT, NAMED])
+def test_transformers_has_the_same_chat_template_after_an_export(tmp_path, folder, setting):
+    transformers = pytest.importorskip("transformers")
+    say(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>",
+        eos_token="<|im_end|>", pad_token="<unk>", chat_template=setting)
+    export_model(str(folder), str(tmp_path / "out"))
+    before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "out"))
+    assert after.chat_template == before.chat_template
+    messages = [{"role": "user", "content": "Hello"}]
+    texts = [one.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for one in (before, after)]
+    assert texts[0] == texts[1] and "<|im_end|>" in texts[1] and "é 日本<unk>" in texts[1]
+
+
+@pytest.mark.parametrize("template", [3, {"default": CHAT}, [CHAT], [{"name": "default"}]])
+def test_a_chat_template_that_is_none_is_named(tmp_path, folder, template):
+    say(folder, "tokenizer_config.json", chat_template=template)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template is neither a text nor a list"):
+        export_model(str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_that_begins_with_its_bos_gets_no_second_one(folder):
     model = load_language_model(folder)
     for context in ("Hello", "<s>Hello"):

@@ -141,7 +141,8 @@ def test_new_rates_repeat_and_skip_nothing(store):
     assert mixture.consumed() == {"aa": 256, "bb": 32, "cc": 32}
     assert mixture.changes == (
         {"step": 40, "change": "batch_size 8 -> 16"},
-        {"step": 40, "change": "rates aa 0.8 -> 0.2, bb 0.1 -> 0.2, cc 0.1 -> 0.6; each goes on where it was"},
+        {"step": 40, "change": "rates aa 0.8 -> 0.2, bb 0.1 -> 0.2, cc 0.1 -> 0.6; each goes on where it was",
+         "rates": pytest.approx({"aa": 0.8, "bb": 0.1, "cc": 0.1}), "sequences": 320},
     )
     after = rows_read(store, mixture, 400)
     assert {language: len(rows) for language, rows in after.items()} == {"aa": 80, "bb": 80, "cc": 240}

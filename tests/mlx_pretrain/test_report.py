@@ -219,6 +219,36 @@ def test_the_largest_deviation_of_the_shares_is_stated(tmp_path):
     assert 40 < sequences < 43
 
 
+def test_shares_are_compared_with_all_rates_that_the_run_had(tmp_path):
+    """.8/.2 for 100 steps, .5/.5 for 20 of twice the batch, then all but Finnish for 60."""
+    folder = write_run(tmp_path, ("en", "fi"), steps=100)
+    (step,) = (line for line in metrics_of(folder) if line["kind"] == "train" and line["step"] == 100)
+    sequences = {"en": 80 * BATCH + 20 * BATCH, "fi": 20 * BATCH + 20 * BATCH, "ru": 120 * BATCH}
+    write_lines(folder / "metrics.jsonl", [
+        step | {f"tokens/{l}": (0 if l == "ru" else n) * LENGTH for l, n in sequences.items()} | {"step": 120},
+        step | {f"tokens/{l}": n * LENGTH for l, n in sequences.items()} | {"step": 180}])
+    edit(folder / "run.json", batch_size=2 * BATCH, steps=180, rates={"ru": 3}, train_sequences={"ru": 100}, changes=[
+        {"step": 100, "change": "batch_size 16 -> 32"},
+        {"step": 100, "change": "rates <b>", "rates": {"en": 0.8, "fi": 0.2}, "sequences": 100 * BATCH},
+        {"step": 120, "change": "rates", "rates": {"en": 0.5, "fi": 0.5}, "sequences": 140 * BATCH}])
+    summary, page = summary_of(folder), page_of(folder)
+    expected = {"en": 100 / 260, "fi": 40 / 260, "ru": 120 / 260}
+    assert {l.code: l.asked for l in summary.languages} == pytest.approx(expected)
+    assert {l.code: l.delivered for l in summary.languages} == pytest.approx(expected)
+    assert page.rows["fi"][:2] == ["15.38", "15.38"] and page.rows["Total"][0] == "100.00"
+    assert page.ids["deviation"].endswith("0.0 sequences")
+    assert "The rates were changed after step 100, 120" in page.text and "changed after step 100rates <b>" in page.text
+    # No line since the last change yet.
+    write_lines(folder / "metrics.jsonl", metrics_of(folder)[:1])
+    assert {l.code: l.asked for l in summary_of(folder).languages} == pytest.approx(
+        {"en": 100 / 140, "fi": 40 / 140, "ru": 0})
+    edit(folder / "run.json", changes=[{"step": 60, "change": "rates en 1 -> 0; each goes on where it was"}])
+    assert "The rates before step 60 were others, which were not recorded" in page_of(folder).text
+    edit(folder / "run.json", changes=[{"step": 7, "change": "rates", "rates": {"en": -1}, "sequences": 9}])
+    with pytest.raises(InputError, match=r"run\.json: 'changes': after step 7: the rate of 'en' is negative"):
+        summary_of(folder)
+
+
 @pytest.mark.parametrize("languages", [("en",), tuple(LANGUAGES)[:24]])
 def test_the_page_is_one_file_that_loads_nothing(tmp_path, languages):
     page = page_of(write_run(tmp_path, languages))

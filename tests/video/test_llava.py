@@ -77,6 +77,11 @@ def test_other_versions_names(folder, rename):
     ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer is"),
     ({"vision_feature_layer": 9}, "vision_feature_layer is 9"),
     ({"vision_config": {"model_type": "clip_vision_model"}}, "model_type of the vision tower is 'clip_vision_model'"),
+    ({"vision_config": {"hidden_size": 24}}, "model_type of the vision tower is None; a tower here has 'siglip_vision"),
+    ({"vision_feature_select_strategy": None}, "vision_feature_select_strategy is 'default'"),
+    ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False; a Video-LLM here has True"),
+    ({"image_grid_pinpoints": [[336, 672]]}, "image_grid_pinpoints is [[336, 672]]; a Video-LLM here has no such"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ({"text_config": None}, "no text_config"),
 ])
 def test_other_models_are_refused(folder, changes, message):
@@ -84,6 +89,41 @@ def test_other_models_are_refused(folder, changes, message):
     with pytest.raises(InputError, match=r"config\.json: ") as error:
         load_llava(folder)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"hidden_act": "quick_gelu"}, "hidden_act of the vision tower is 'quick_gelu'; a tower here has 'gelu_pytorch_ta"),
+    ({"hidden_act": "gelu"}, "hidden_act of the vision tower is 'gelu'"),
+    ({"num_channels": 1}, "num_channels of the vision tower is 1; a tower here has 3"),
+    ({"num_patches": 256}, "num_patches of the vision tower is 256; a tower here has no such setting"),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads of the vision tower is {'0': [1]}"),
+    ({"add_cross_attention": True}, "add_cross_attention of the vision tower is True"),
+    ({"is_decoder": True}, "is_decoder of the vision tower is True"),
+])
+def test_towers_that_ask_for_more_are_refused(folder, change, message):
+    configure(folder, vision_config=json.loads((folder / "config.json").read_text())["vision_config"] | change)
+    with pytest.raises(InputError, match=r"config\.json: ") as error:
+        load_llava(folder)
+    assert message in str(error.value)
+
+
+def test_fields_that_change_nothing(folder):
+    """As transformers 5.23 and 4.57 write them."""
+    everything = {
+        "transformers_version": "5.23.0", "architectures": None, "output_hidden_states": False, "return_dict": True,
+        "dtype": None, "torch_dtype": None, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": None, "attention_dropout": 0.0,
+        "_name_or_path": "", "output_attentions": False, "pruned_heads": {}, "add_cross_attention": False,
+        "is_decoder": False, "tie_word_embeddings": True, "bos_token_id": None,
+    }  # fmt: skip
+    raw = json.loads((folder / "config.json").read_text())
+    tower = {**raw["vision_config"], **everything, "vision_use_head": False, "projection_dim": 768,
+             "vocab_size": 32000, "initializer_factor": 1.0, "hidden_act": "gelu_new"}  # fmt: skip
+    del everything["is_decoder"]
+    configure(folder, **everything, vision_config=tower, ignore_index=-100, vocab_size=48)
+    (config, params), (expected, same) = load_llava(folder), load_llava(GOLDEN)
+    assert config == expected
+    jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
 def test_a_missing_tensor_is_named(folder):

@@ -1,5 +1,7 @@
 """Stores that are filled row by row and can be killed."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -48,8 +50,22 @@ def test_another_kind_or_a_damaged_one_is_refused(tmp_path):
     whole = writer(tmp_path)
     whole.add("a", row(1))
     whole.complete()
-    with pytest.raises(InputError, match="holds tests of version 1, not frames"):
+    with pytest.raises(InputError, match="holds tests, not frames"):
         RowStore(tmp_path, "frames")
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(InputError, match="0 rows, the manifest says 1"):
         RowStore(tmp_path, "tests")
+
+
+def test_rows_of_an_older_version_are_neither_read_nor_added_to(tmp_path):
+    """Version 1 had other frames of some videos under the same names, times and numbers."""
+    whole = writer(tmp_path)
+    whole.add("a", row(1))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "version": 1}))
+    with pytest.raises(InputError, match=r"settings\.json: made with version = 1, now it is 2; use another folder"):
+        writer(tmp_path)
+    whole.complete()
+    with pytest.raises(InputError, match=r"tests of version 1, now it is 2; make them again") as error:
+        RowStore(tmp_path, "tests")
+    assert "\n" not in str(error.value)

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import gin
 import jax
 import numpy as np
 import pytest
@@ -199,11 +200,87 @@ def test_a_run_goes_on_from_its_last_evaluation(table, settings, monkeypatch, tm
     assert lines(output) == [line for line in lines(table) if line.startswith("all")]
 
 
+@pytest.fixture(scope="module")
+def work(settings, tmp_path_factory):
+    """The checkpoint of two runs trained together that had been evaluated once of twice."""
+    add, folder = proxies.Table.add, tmp_path_factory.mktemp("work")
+
+    def failing(self, proxy, step, *arguments):
+        if step == 9:
+            raise InputError("the power fails")
+        add(self, proxy, step, *arguments)
+
+    plan = {name: MIXTURES[name] for name in ("half", "all")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxies.Table, "add", failing)
+        with pytest.raises(InputError, match="the power fails"):
+            train(patch, **{**settings, "plan": lambda counts: plan}, output=str(folder / "runs"), pack=2)
+    return folder / "runs.work"
+
+
+@pytest.fixture
+def half_done(settings, work, tmp_path):
+    """Settings of a command whose table was deleted when its runs were half done."""
+    shutil.copytree(work, tmp_path / "runs.work")
+    plan = {name: MIXTURES[name] for name in ("half", "all")}
+    return {**settings, "output": str(tmp_path / "runs"), "plan": lambda counts: plan, "pack": 2}
+
+
+@pytest.mark.parametrize("change, cause", [
+    ({"tokens": [1024, 2048]}, r"tokens \(\[1024, 2304\], now \[1024, 2048\]\)"),
+    ({"batch_size": 16, "tokens": [1024, 4096]}, r"batch_size \(8, now 16\)"),
+    ({"learning_rate": optimizers.constant(1e-3)}, "learning_rate"),
+    ({"optimizer": optimizers.muon}, "optimizer \\('adamw', now 'muon'\\)"),
+    ({"plan": lambda counts: {"half": MIXTURES["half"], "all": {"aa": 0.5, "cc": 0.5}}}, "rates"),
+    ({"model": {"rope_theta": 500.0}}, "rope_theta"),
+    ({"model": {"segment_attention": True}}, "segment_attention"),
+    ({"token_store": None}, "token_store"),
+])
+def test_a_half_done_run_of_other_settings_does_not_go_on(half_done, monkeypatch, tmp_path, change, cause):
+    """Nothing but the checkpoint tells how it was made; each change would train other rows under the same names."""
+    changed = {**half_done, **change}
+    (model,) = changed["models"]
+    fields = changed.pop("model", {})
+    changed["models"] = [dataclasses.replace(model, **{
+        name: (not model.segment_attention if name == "segment_attention" else value)
+        for name, value in fields.items()})]
+    if changed["token_store"] is None:
+        changed["token_store"] = shutil.copytree(half_done["token_store"], tmp_path / "store")
+        manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+        (tmp_path / "store/manifest.json").write_text(json.dumps(manifest, indent=7))
+    with pytest.raises(InputError, match=rf"runs\.work/half-.*: these runs were made with another {cause}") as error:
+        train(monkeypatch, **changed)
+    assert "\n" not in str(error.value) and "delete" in str(error.value)
+    assert not list(tmp_path.glob("runs/*.csv"))
+
+
+def test_a_pack_of_other_members_starts_anew(half_done, table, monkeypatch, tmp_path):
+    """The checkpoint has the parameters of the members that it was made of."""
+    plan = {name: MIXTURES[name] for name in ("half", "only")}
+    train(monkeypatch, **{**half_done, "plan": lambda counts: plan})
+    found, alone = proxy_runs(half_done["output"]), proxy_runs(table)
+    for name in plan:
+        rows, expected = (runs.losses[runs.run == f"{name}-0.0217M-seed0"] for runs in (found, alone))
+        np.testing.assert_allclose(rows, expected, rtol=2e-4)
+
+
 def test_a_table_of_other_settings_is_not_extended(table, settings, monkeypatch):
     with pytest.raises(InputError, match=r"runs: these runs were made with another batch_size"):
         train(monkeypatch, **{**settings, "batch_size": 16}, output=table)
     with pytest.raises(InputError, match="made with another learning_rate"):
         train(monkeypatch, **{**settings, "learning_rate": optimizers.constant(1e-3)}, output=table)
+    gin.bind_parameter("adamw.weight_decay", 0.2)
+    with pytest.raises(InputError, match=r"another optimizer_settings \(\{\}, now \{'weight_decay': 0.2\}\)"):
+        train(monkeypatch, **settings, output=table)
+    gin.clear_config()
+    # As many parameters, so that its runs have the same names.
+    (model,) = settings["models"]
+    other = dataclasses.replace(model, rope_theta=500.0)
+    with pytest.raises(InputError, match=r"runs: these runs were made with another rope_theta \(10000.0, now 500.0\)"):
+        train(monkeypatch, **{**settings, "models": [other]}, output=table)
+    train(monkeypatch, **{**settings, "models": [dataclasses.replace(model, unroll=2, remat="full")]}, output=table)
+    with pytest.raises(InputError, match=r"3 names of runs are there twice, e\.g\. 'half-0.0217M-seed0'"):
+        train(monkeypatch, **{**settings, "models": [model, other]}, output=table)
     with pytest.raises(InputError, match=r"runs: these runs were made with other languages \(cc\)"):
         train(monkeypatch, **{**settings, "languages": ["aa", "bb"]}, output=table)
 
@@ -233,4 +310,7 @@ def test_settings_that_cannot_work(settings, monkeypatch, tmp_path, change, caus
 
 def test_the_settings_stand_beside_the_tables(table):
     found = json.loads((pathlib.Path(table) / "settings.json").read_text())
-    assert found["batch_size"] == BATCH and found["learning_rate"] == pytest.approx([0.01] * 3)
+    model = json.loads((pathlib.Path(table) / "model-0.0217M.json").read_text())
+    assert model["rope_theta"] == 10_000 and "unroll" not in model
+    assert found["optimizer_settings"] == {} and found["batch_size"] == BATCH
+    assert found["learning_rate"] == pytest.approx([0.01] * 3)
