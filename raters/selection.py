@@ -155,7 +155,8 @@ def preferences(scores: Scores, temperature: float) -> np.ndarray:
         if len(rows):
             values = scores.score[rows]
             found[rows] = (values - values.mean()) / (values.std() or 1.0) / temperature
-    uniform = ((scores.key >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    # 52 bits, for float64 holds each of these halves: it is never rounded to 1, whose noise would be infinite.
+    uniform = ((scores.key >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
     return found - np.log(-np.log(uniform))
 
 
@@ -238,7 +239,9 @@ def explained(values: np.ndarray, groups: np.ndarray, within: np.ndarray | None 
 
 def length_groups(tokens: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """The tenth of the documents, by length, that each belongs to, `[rows]`; and the tenths' upper bounds in tokens."""
-    edges = np.quantile(tokens, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:], method="inverted_cdf")
+    # In whole numbers: quantiles are a rank too high where a tenth, .3 say, is rounded up.
+    ranks = -(-np.arange(1, LENGTH_GROUPS + 1) * len(tokens) // LENGTH_GROUPS)
+    edges = np.sort(tokens)[ranks - 1]
     return np.searchsorted(edges, tokens), edges.tolist()
 
 
