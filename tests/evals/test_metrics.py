@@ -146,3 +146,30 @@ def test_answers_that_are_no_option_agree_with_nothing():
     assert metrics.consistency(choices, labels).chance[0, 1] == pytest.approx(1 / 16 + 1 / 16)
     found = metrics.intervals(choices, labels)
     assert found["mlc"].value == 0.25 and found["mlc"].high <= 1 and found["mean_accuracy"].value == 0.5
+    # Also in the resamples.
+    assert metrics.intervals(np.full((2, 3), -1), np.zeros(3, int))["mlc"] == (0, 0, 0)
+
+
+def test_resamples_without_a_figure_leave_the_interval_to_the_others():
+    """Of two items one is right in both languages: drawn never, once or twice, it makes rel_mlc nan, 2 or 1."""
+    found = metrics.intervals(np.array([[0, 1], [0, 1]]), np.zeros(2, int), reference=0)
+    assert found["rel_mlc"] == found["rel_mlc_vs_reference"] == (2, 1, 2)
+    nothing = metrics.intervals(np.ones((2, 2), int), np.zeros(2, int))["rel_mlc"]
+    assert np.isnan(nothing).all()
+
+
+def test_the_place_of_the_reference_changes_nothing():
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 4, 60)
+    choices = np.where(rng.random((3, 60)) < np.array([[0.9], [0.6], [0.3]]), labels, rng.integers(0, 4, (3, 60)))
+    found = [metrics.intervals(np.roll(choices, place, axis=0), labels, place) for place in range(3)]
+    for name in ("mlc_vs_reference", "rel_mlc_vs_reference"):
+        assert found[1][name] == pytest.approx(found[0][name]) and found[2][name] == pytest.approx(found[0][name])
+        # Of two languages it is the figure of their pair.
+        with_first = [metrics.intervals(choices[[0, other]], labels, 0)[name] for other in (1, 2)]
+        assert found[0][name].value == pytest.approx(np.mean([pair.value for pair in with_first]))
+
+
+def test_figures_as_plain_numbers():
+    pair, plain = metrics.Interval(0.5, 0.25, 0.75), {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert metrics.summarise({"accuracy": [pair], "mlc": pair}) == {"accuracy": [plain], "mlc": plain}
