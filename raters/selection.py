@@ -205,12 +205,12 @@ def select(scores: Scores, preference: np.ndarray, quotas: Sequence[float], per_
         if not per_source:
             kept[rows[take(tokens, quota, sources, caps)]] = True
             continue
-        owed = 0.0  # what a document too many or too few in one source leaves to the next
+        seen = taken_tokens = 0  # a document too many or too few in one source is made up for in the next
         for source in np.unique(sources):
             own = rows[sources == source]
-            owed += quota * scores.tokens[own].sum() / max(tokens.sum(), 1)
-            taken = own[take(scores.tokens[own], owed)]
-            owed -= scores.tokens[taken].sum()
+            seen += scores.tokens[own].sum()
+            taken = own[take(scores.tokens[own], quota * seen / max(tokens.sum(), 1) - taken_tokens)]
+            taken_tokens += scores.tokens[taken].sum()
             kept[taken] = True
     return kept
 

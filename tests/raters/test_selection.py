@@ -107,6 +107,19 @@ def test_a_quota_for_each_source_keeps_the_mixture_of_sources():
     assert scores.score[kept & (source == 0)].min() >= scores.score[~kept & (source == 0)].max()
 
 
+def test_quotas_of_sources_that_are_no_whole_numbers_add_up():
+    """10/3 tokens of each source: the first is given 4, for which the others owe it 2/3."""
+    source = np.repeat([0, 1, 2], 5)
+    scores = make_scores(np.arange(15.0), [1] * 15, source=source)
+    kept = selection.select(scores, scores.score, [10], per_source=True)
+    assert np.bincount(source[kept]).tolist() == [4, 3, 3]
+
+
+def test_half_a_surrogate_pair_has_a_key_of_its_own():
+    """An id of such a document, which JSON can spell, is compared with those that were rated."""
+    assert selection.document_key(0, "de", "s", "\ud800") != selection.document_key(0, "de", "s", "?")
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_files_and_their_order_do_not_change_what_is_kept(data, tmp_path_factory):
