@@ -88,6 +88,23 @@ def test_a_bootstrap_interval_is_as_wide_as_the_binomial_one():
     assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high), abs=0.01)
 
 
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_an_interval_leaves_the_same_share_of_the_resamples_on_both_sides(level):
+    """The items right in a resample are binomial: within one of 400, where 1.64 standard errors for 1.96 are three."""
+    choices = (np.arange(400) < 120).astype(int)[None]
+    interval = metrics.intervals(choices, np.zeros(400, int), resamples=5000, level=level)["accuracy"][0]
+    expected = scipy.stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], 400, 0.7) / 400
+    assert interval == pytest.approx((0.7, *expected), abs=1.01 / 400)
+
+
+def test_means_over_languages_leave_out_what_is_no_number():
+    matrix = np.array([[1, 0.5, np.nan], [0.5, 1, 0.25], [np.nan, 0.25, 1]])
+    assert metrics.over_pairs(matrix) == 0.375
+    assert [metrics.against(matrix, reference) for reference in range(3)] == [0.5, 0.375, 0.25]
+    for nothing in (matrix[:1, :1], np.full((2, 2), np.nan)):
+        assert np.isnan([metrics.over_pairs(nothing), metrics.against(nothing, 0)]).all()
+
+
 def test_paired_differences_are_surer_than_unpaired_ones():
     rng = np.random.default_rng(3)
     first = rng.random(500) < 0.6
