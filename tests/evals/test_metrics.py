@@ -88,11 +88,11 @@ def test_a_bootstrap_interval_is_as_wide_as_the_binomial_one():
     assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high), abs=0.01)
 
 
-@pytest.mark.parametrize("level", [0.95, 0.5])
-def test_an_interval_leaves_the_same_share_of_the_resamples_on_both_sides(level):
+@pytest.mark.parametrize(("level", "more"), [(0.95, {}), (0.5, {"level": 0.5})])
+def test_an_interval_leaves_the_same_share_of_the_resamples_on_both_sides(level, more):
     """The items right in a resample are binomial: within one of 400, where 1.64 standard errors for 1.96 are three."""
     choices = (np.arange(400) < 120).astype(int)[None]
-    interval = metrics.intervals(choices, np.zeros(400, int), resamples=5000, level=level)["accuracy"][0]
+    interval = metrics.intervals(choices, np.zeros(400, int), resamples=5000, **more)["accuracy"][0]
     expected = scipy.stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], 400, 0.7) / 400
     assert interval == pytest.approx((0.7, *expected), abs=1.01 / 400)
 
