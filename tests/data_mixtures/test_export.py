@@ -114,6 +114,14 @@ def test_made_before_is_kept_and_made_otherwise_needs_overwrite(tmp_path, tokeni
     assert not (store / "train/el").exists()
 
 
+def test_notes_that_a_killed_process_left_in_a_whole_store_are_removed(corpus, tokenizer_path, store_path, tmp_path):
+    shutil.copytree(store_path, tmp_path / "store")
+    (tmp_path / "store/.export/train").mkdir(parents=True)
+    (tmp_path / "store/.export/train/en.json").write_text("{}")
+    export_tokens(corpus, tokenizer_path, tmp_path / "store", 32)
+    assert not (tmp_path / "store/.export").exists() and contents(tmp_path / "store") == contents(store_path)
+
+
 def test_a_damaged_store_is_not_taken_for_whole(corpus, tokenizer_path, tmp_path):
     store = tmp_path / "store"
     export_tokens(corpus, tokenizer_path, store, 32)
