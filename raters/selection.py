@@ -89,6 +89,8 @@ def read_scores(folder: epath.PathLike, files: Sequence[str], seed: int = 0) -> 
         last = 0
         for batch in _batches(path):
             rows = {field: batch.column(field) for field in _COLUMNS}
+            if rows["number"].null_count:
+                raise InputError(f"{path}: rows without a number; is this a file of raters.score?")
             number = rows["number"].to_numpy()
             if len(number) and (number[0] <= last or (np.diff(number) <= 0).any()):
                 raise InputError(f"{path}: numbers are not ascending, as those of the input's lines are")

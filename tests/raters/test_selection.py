@@ -326,6 +326,7 @@ def test_rows_of_a_score_file(tmp_path):
     ({"n_tokens": pa.array([3, None], pa.int32())}, "no token counts"),
     ({"quality_score": pa.array(["1", "2"])}, "no column 'quality_score' of type float"),
     ({"number": pa.array([2, 1], pa.int64())}, "not ascending"),
+    ({"number": pa.array([1, None], pa.int64())}, r"x\.jsonl\.scores\.parquet: rows without a number"),
     ({"rater": ["a", "b"]}, "several raters: a, b"),
 ])
 def test_score_files_that_cannot_be_meant_are_refused(tmp_path, columns, message):
