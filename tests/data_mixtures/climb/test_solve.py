@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
 from data_mixtures.climb.solve import reference_weights, solve_by_sampling, solve_joint, solve_two_step
@@ -361,6 +362,20 @@ def test_targets_that_are_no_languages_leave_the_joint_solver_only():
     assert found.kkt < 1e-6 and found.effective is None and found.joint_gap is None
     with pytest.raises(InputError, match="Mixing has no effective ratios"):
         solve_two_step(Mixing(), N, D, weights)
+
+
+@pytest.mark.parametrize(("ratios", "shrink", "grow", "between"), [
+    ([0.0, 0.4, 0.6], [1, 2], [0, 1, 2], [1, 2]),
+    ([0.2, 0.2, 0.6], [0, 1, 2], [0, 1, 2], [0, 1, 2]),
+    ([1.0, 0.0, 0.0], [0], [1, 2], [0, 1, 2]),  # none between its bounds: all that have room between them
+])
+def test_the_residual_of_a_mixture_that_is_no_solution(ratios, shrink, grow, between):
+    """The largest gain of moving text from one language to another, over the largest slope between the bounds."""
+    table, weights = np.array([[-2.0, 0.5], [-1.0, -1.5], [1.0, -0.5]]), np.array([0.7, 0.3])
+    slopes = table @ (weights * np.exp(ratios @ table))
+    problem = solve._Problem(Mixing(), N, D, weights, Constraints())
+    expected = (slopes[shrink].max() - slopes[grow].min()) / np.abs(slopes[between]).max()
+    assert problem.joint_kkt(np.array(ratios)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_deeper_of_two_valleys_is_found():
