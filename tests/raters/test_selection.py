@@ -310,14 +310,14 @@ def test_scores_of_two_raters_are_joined_by_file_and_number(tmp_path):
 
 def test_rows_of_a_score_file(tmp_path):
     """Keys are those of seed 0 unless another is given; a score may be missing, too."""
-    records = [{"id": "d0", "lang": "th", "source": "s", "text": "ab"}, {"id": "d1", "lang": "", "text": "c"}]
+    records = [{"id": "d0", "lang": "", "source": "s", "text": "ab"}, {"id": "d1", "lang": "th", "text": "c"}]
     write_scores(tmp_path, "x.jsonl", records, pa.array([1.5, None], pa.float32()))
     scores = read_scores(tmp_path, ["x.jsonl"])
-    assert (scores.languages, scores.language.tolist()) == (("th", "und"), [0, 1])
+    assert (scores.languages, scores.language.tolist()) == (("th", "und"), [1, 0])
     assert (scores.sources, scores.source.tolist()) == (("", "s"), [1, 0])
     assert (scores.number.tolist(), scores.tokens.tolist()) == ([1, 2], [2, 1])
     np.testing.assert_array_equal(scores.score, [1.5, np.nan])
-    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in (b"0\0th\0s\0d0", b"0\0und\0\0d1")]
+    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in (b"0\0und\0s\0d0", b"0\0th\0\0d1")]
     assert scores.key.tolist() == [int.from_bytes(digest, "little") for digest in digests]
 
 
