@@ -154,13 +154,11 @@ def _children(folder: epath.Path) -> list[epath.Path]:
 
 
 def _is_made(store: epath.Path, planned: Manifest, overwrite: bool) -> bool:
-    """Whether `store` already holds what is planned, whole.
+    """Whether `store`, which has a manifest, already holds what is planned, whole.
 
     Raises:
       InputError: it holds a store made otherwise, and may not be overwritten.
     """
-    if not (store / token_store.MANIFEST).exists():
-        return False
     try:
         existing = TokenStore(store)
         found = existing.manifest

@@ -208,7 +208,7 @@ def paired(
     first, second = np.atleast_2d(first), np.atleast_2d(second)
     difference = (second.astype(np.float64) - first).mean(axis=0)
     resampled = _weights(len(difference), resamples, seed) @ difference
-    gains = second.sum(axis=0, dtype=np.int64) - first.sum(axis=0, dtype=np.int64)
+    gains = second.sum(axis=0) - first.sum(axis=0)
     return Paired(_interval(float(difference.mean()), resampled, level), _sign_flip_p_value(gains))
 
 

@@ -89,6 +89,8 @@ def read_scores(folder: epath.PathLike, files: Sequence[str], seed: int = 0) -> 
         last = 0
         for batch in _batches(path):
             rows = {field: batch.column(field) for field in _COLUMNS}
+            if rows["number"].null_count:
+                raise InputError(f"{path}: rows without a number; is this a file of raters.score?")
             number = rows["number"].to_numpy()
             if len(number) and (number[0] <= last or (np.diff(number) <= 0).any()):
                 raise InputError(f"{path}: numbers are not ascending, as those of the input's lines are")
@@ -155,7 +157,8 @@ def preferences(scores: Scores, temperature: float) -> np.ndarray:
         if len(rows):
             values = scores.score[rows]
             found[rows] = (values - values.mean()) / (values.std() or 1.0) / temperature
-    uniform = ((scores.key >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    # 52 bits, for float64 holds each of these halves: it is never rounded to 1, whose noise would be infinite.
+    uniform = ((scores.key >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
     return found - np.log(-np.log(uniform))
 
 
@@ -204,12 +207,12 @@ def select(scores: Scores, preference: np.ndarray, quotas: Sequence[float], per_
         if not per_source:
             kept[rows[take(tokens, quota, sources, caps)]] = True
             continue
-        owed = 0.0  # what a document too many or too few in one source leaves to the next
+        seen = taken_tokens = 0  # a document too many or too few in one source is made up for in the next
         for source in np.unique(sources):
             own = rows[sources == source]
-            owed += quota * scores.tokens[own].sum() / max(tokens.sum(), 1)
-            taken = own[take(scores.tokens[own], owed)]
-            owed -= scores.tokens[taken].sum()
+            seen += scores.tokens[own].sum()
+            taken = own[take(scores.tokens[own], quota * seen / max(tokens.sum(), 1) - taken_tokens)]
+            taken_tokens += scores.tokens[taken].sum()
             kept[taken] = True
     return kept
 
@@ -238,7 +241,9 @@ def explained(values: np.ndarray, groups: np.ndarray, within: np.ndarray | None 
 
 def length_groups(tokens: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """The tenth of the documents, by length, that each belongs to, `[rows]`; and the tenths' upper bounds in tokens."""
-    edges = np.quantile(tokens, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:], method="inverted_cdf")
+    # In whole numbers: quantiles are a rank too high where a tenth, .3 say, is rounded up.
+    ranks = -(-np.arange(1, LENGTH_GROUPS + 1) * len(tokens) // LENGTH_GROUPS)
+    edges = np.sort(tokens)[ranks - 1]
     return np.searchsorted(edges, tokens), edges.tolist()
 
 

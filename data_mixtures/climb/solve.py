@@ -272,7 +272,7 @@ def _joint(problem: _Problem, starts: Sequence[np.ndarray]) -> Allocation:
         candidates.append((problem.joint_kkt(ratios), ratios))
         if candidates[-1][0] < _SOLVED:
             break
-    kkt, ratios = candidates[-1] if candidates[-1][0] < _SOLVED else min(candidates, key=lambda c: c[0])
+    kkt, ratios = min(candidates, key=lambda c: c[0])
     return problem.allocation("joint", ratios, kkt)
 
 

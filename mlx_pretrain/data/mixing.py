@@ -36,8 +36,8 @@ class MixtureOrder:
         """
         n = len(self.rates)
         # At time t about t sequences are out, off by at most n / 2: this window surely holds the positions.
-        first = self._delivered(max(start - n, 0))
-        last = self._delivered(stop + n) + 1
+        first = self._delivered(start - n)
+        last = self._delivered(stop + n)
         counts = last - first
         source = np.repeat(np.arange(n), counts)
         index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[source]
@@ -47,6 +47,6 @@ class MixtureOrder:
 
     def counts(self, stop: int) -> np.ndarray:
         """How many of the first `stop` sequences come from each source: int64 [n_sources]."""
-        first = self._delivered(max(stop - len(self.rates), 0))
+        first = self._delivered(stop - len(self.rates))
         source, _ = self(int(first.sum()), stop)
         return first + np.bincount(source, minlength=len(self.rates))

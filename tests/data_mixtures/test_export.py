@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from data_mixtures import export
 from data_mixtures.documents import Corpus
 from data_mixtures.export import export_tokens
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.store import ROWS_PER_SHARD, TokenStore, read_manifest
 from mlx_pretrain.data.tokenizer import Tokenizer
 from mlx_pretrain.errors import InputError
@@ -50,6 +52,15 @@ def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length, monkey
             np.testing.assert_array_equal(store.read(split, language), rows)
             assert (part.sequences, part.tokens) == (len(rows), tokens)
             assert (part.documents, part.bytes) == (len(documents), sum(len(d.text.encode()) for d in documents))
+
+
+def test_texts_are_tokenised_a_mebibyte_of_utf8_at_a_time():
+    texts = ["a" * 500_000, "ä" * 200_000, "b" * 148_575, "c", "d", "ก" * 400_000, "e"]
+    documents = [Document(str(number), text, "en", "") for number, text in enumerate(texts)]
+    # 2**20 - 1 bytes are too few; so many and one more are enough.
+    assert list(export._batches(documents)) == [
+        (texts[:4], 1_048_576), (texts[4:6], 1_200_001), (texts[6:], 1)]
+    assert list(export._batches(documents[:3])) == [(texts[:3], 1_048_575)] and not list(export._batches([]))
 
 
 def test_text_comes_back_out_of_the_store(corpus, store_path):
@@ -102,6 +113,14 @@ def test_made_before_is_kept_and_made_otherwise_needs_overwrite(tmp_path, tokeni
     export_tokens(english, tokenizer_path, store, 32, overwrite=True)
     assert list(TokenStore(store).parts("train")) == ["en"]
     assert not (store / "train/el").exists()
+
+
+def test_notes_that_a_killed_process_left_in_a_whole_store_are_removed(corpus, tokenizer_path, store_path, tmp_path):
+    shutil.copytree(store_path, tmp_path / "store")
+    (tmp_path / "store/.export/train").mkdir(parents=True)
+    (tmp_path / "store/.export/train/en.json").write_text("{}")
+    export_tokens(corpus, tokenizer_path, tmp_path / "store", 32)
+    assert not (tmp_path / "store/.export").exists() and contents(tmp_path / "store") == contents(store_path)
 
 
 def test_a_damaged_store_is_not_taken_for_whole(corpus, tokenizer_path, tmp_path):
@@ -187,6 +206,40 @@ def test_documents_that_change_between_shards_make_no_store(tmp_path, tokenizer_
     export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
     export_tokens(Corpus(folder), tokenizer_path, store, 32)
     assert contents(store) == contents(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_what_another_shard_made_of_documents_that_have_changed_is_not_taken(
+        tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text, shard, capsys, change):
+    folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
+    shard((0, 2))
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    changed = folder / "train/el.jsonl.xz"  # the largest, before and afterwards: the others are dealt out as before
+    before = changed.stat()
+    assert (store / "train/el").exists()
+    if change == "size":
+        write_jsonl(changed, [{"text": made_up_text("el", 400, 1)}])
+        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        os.utime(changed, (0, 0))
+    shard((1, 2))
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    assert "3 of 4 parts are there" in capsys.readouterr().err and not (store / "manifest.json").exists()
+    shard(None)
+    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
+    assert contents(store) == contents(tmp_path / "clean")
+
+
+def test_shards_take_the_largest_parts_first(corpus, corpus_folder, tokenizer_path, tmp_path, shard):
+    sizes = {f"{split}/{language}": (corpus_folder / split / f"{language}.jsonl.xz").stat().st_size
+             for split in ("train", "heldout") for language in ("el", "en", "zh")}
+    largest = sorted(sizes, key=lambda part: -sizes[part])
+    for number in (0, 1, 5):
+        shard((number, 6))
+        export_tokens(corpus, tokenizer_path, tmp_path / str(number), 32)
+        assert [str(path.parent.relative_to(tmp_path / str(number)))
+                for path in (tmp_path / str(number)).rglob("zarr.json")] == [largest[number]]
 
 
 def test_unreadable_documents_leave_no_store(tmp_path, tokenizer_path, write_corpus):

@@ -88,6 +88,23 @@ def test_a_bootstrap_interval_is_as_wide_as_the_binomial_one():
     assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high), abs=0.01)
 
 
+@pytest.mark.parametrize(("level", "more"), [(0.95, {}), (0.5, {"level": 0.5})])
+def test_an_interval_leaves_the_same_share_of_the_resamples_on_both_sides(level, more):
+    """The items right in a resample are binomial: within one of 400, where 1.64 standard errors for 1.96 are three."""
+    choices = (np.arange(400) < 120).astype(int)[None]
+    interval = metrics.intervals(choices, np.zeros(400, int), resamples=5000, **more)["accuracy"][0]
+    expected = scipy.stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], 400, 0.7) / 400
+    assert interval == pytest.approx((0.7, *expected), abs=1.01 / 400)
+
+
+def test_means_over_languages_leave_out_what_is_no_number():
+    matrix = np.array([[1, 0.5, np.nan], [0.5, 1, 0.25], [np.nan, 0.25, 1]])
+    assert metrics.over_pairs(matrix) == 0.375
+    assert [metrics.against(matrix, reference) for reference in range(3)] == [0.5, 0.375, 0.25]
+    for nothing in (matrix[:1, :1], np.full((2, 2), np.nan)):
+        assert np.isnan([metrics.over_pairs(nothing), metrics.against(nothing, 0)]).all()
+
+
 def test_paired_differences_are_surer_than_unpaired_ones():
     rng = np.random.default_rng(3)
     first = rng.random(500) < 0.6
@@ -146,3 +163,30 @@ def test_answers_that_are_no_option_agree_with_nothing():
     assert metrics.consistency(choices, labels).chance[0, 1] == pytest.approx(1 / 16 + 1 / 16)
     found = metrics.intervals(choices, labels)
     assert found["mlc"].value == 0.25 and found["mlc"].high <= 1 and found["mean_accuracy"].value == 0.5
+    # Also in the resamples.
+    assert metrics.intervals(np.full((2, 3), -1), np.zeros(3, int))["mlc"] == (0, 0, 0)
+
+
+def test_resamples_without_a_figure_leave_the_interval_to_the_others():
+    """Of two items one is right in both languages: drawn never, once or twice, it makes rel_mlc nan, 2 or 1."""
+    found = metrics.intervals(np.array([[0, 1], [0, 1]]), np.zeros(2, int), reference=0)
+    assert found["rel_mlc"] == found["rel_mlc_vs_reference"] == (2, 1, 2)
+    nothing = metrics.intervals(np.ones((2, 2), int), np.zeros(2, int))["rel_mlc"]
+    assert np.isnan(nothing).all()
+
+
+def test_the_place_of_the_reference_changes_nothing():
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 4, 60)
+    choices = np.where(rng.random((3, 60)) < np.array([[0.9], [0.6], [0.3]]), labels, rng.integers(0, 4, (3, 60)))
+    found = [metrics.intervals(np.roll(choices, place, axis=0), labels, place) for place in range(3)]
+    for name in ("mlc_vs_reference", "rel_mlc_vs_reference"):
+        assert found[1][name] == pytest.approx(found[0][name]) and found[2][name] == pytest.approx(found[0][name])
+        # Of two languages it is the figure of their pair.
+        with_first = [metrics.intervals(choices[[0, other]], labels, 0)[name] for other in (1, 2)]
+        assert found[0][name].value == pytest.approx(np.mean([pair.value for pair in with_first]))
+
+
+def test_figures_as_plain_numbers():
+    pair, plain = metrics.Interval(0.5, 0.25, 0.75), {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert metrics.summarise({"accuracy": [pair], "mlc": pair}) == {"accuracy": [plain], "mlc": plain}

@@ -44,6 +44,50 @@ def test_chunked_equals_direct(arrays, chunk_tokens, z):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_half_precision_states_are_summed_in_float32(arrays):
+    """Against float64 arithmetic on the rounded numbers; the gradient of the scores is rounded as they are."""
+    hidden, kernel, targets, weights = arrays
+    half = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
+    scores = half(hidden) @ half(kernel)
+    log_partition = np.log(np.exp(scores).sum(-1))
+    chosen = np.arange(VOCAB) == targets[..., None]
+    expected = log_partition - scores[chosen].reshape(targets.shape)
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    np.testing.assert_allclose(losses.token_nll(hidden, kernel, targets), expected, atol=1e-4)
+    gradient = jax.grad(lambda h, k: losses.cross_entropy(h, k, targets, weights)[0], argnums=(0, 1))
+    d_hidden, d_kernel = gradient(hidden, jnp.asarray(kernel))
+    d_scores = half(weights[..., None] * (np.exp(scores - log_partition[..., None]) - chosen))
+    assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    d_kernel_expected = np.einsum("BTD,BTV->DV", half(hidden), d_scores)
+    assert np.linalg.norm(d_kernel - d_kernel_expected) < 3e-4 * np.linalg.norm(d_kernel_expected)
+    np.testing.assert_allclose(half(d_hidden), d_scores @ half(kernel).T, rtol=2**-7, atol=1e-3)
+
+
+def test_without_a_gradient_only_the_scores_are_computed(arrays):
+    loss = lambda hidden, kernel: losses.cross_entropy(hidden, kernel, *arrays[2:])[0]  # noqa: E731
+    products = [str(jax.make_jaxpr(f)(*arrays[:2])).count("dot_general") for f in (loss, jax.grad(loss, (0, 1)))]
+    assert products == [1, 3]
+
+
+def test_devices_exchange_no_more_than_the_mesh_asks_for(arrays):
+    """One device nothing; only where `tensor` splits the vocabulary a chunk gathers three numbers of each token."""
+    def program(devices, *mesh_shape):
+        with partitioning.use(partitioning.make_mesh(*mesh_shape, devices=jax.devices()[:devices])):
+            return str(jax.make_jaxpr(losses.token_nll)(*arrays[:3]))
+
+    assert "shard_map" not in program(1, 1, 1, 1)
+    whole, split = program(8, 8, 1, 1), program(8, 1, 1, 8)
+    assert "shard_map" in whole and "all_gather" not in whole
+    assert split.count("all_gather[") == 1 and f"f32[3,8,{BATCH},{LENGTH}] = all_gather" in split
+
+
+@pytest.mark.parametrize(("chunk_tokens", "chunks"), [
+    (1000, 1), (96, 1), (95, 2), (48, 2), (47, 3), (32, 3), (31, 4), (16, 6), (15, 12), (8, 12), (1, 12)])
+def test_chunks_are_the_fewest_that_hold_no_more_tokens(chunk_tokens, chunks):
+    """Of 8 rows and 12 positions: in equal slices, of one position at least."""
+    assert losses._chunks(BATCH, LENGTH, chunk_tokens) == chunks
+
+
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
 def test_mesh_equals_one_device(arrays, mesh_shape):
     hidden, kernel, targets, weights = arrays

@@ -1,6 +1,7 @@
 """The mixture order: exact shares, random access, every source in sequence."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,3 +41,20 @@ def test_error_does_not_grow_far_into_a_run():
     rates = np.random.default_rng(0).dirichlet(np.ones(61))
     order, far = MixtureOrder(rates), 10**9
     assert np.abs(order.counts(far) - far * order.rates).max() < 4
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.0], [0.5, -0.1], [0.5, float("nan")], [[0.5, 0.5]], 1.0])
+def test_rates_that_are_no_positive_shares_are_refused(rates):
+    with pytest.raises(ValueError, match="rates must be positive"):
+        MixtureOrder(rates)
+
+
+@pytest.mark.parametrize("rates", [[6, 3, 1], [99] + [1] * 11])
+def test_the_order_is_that_of_webster(rates):
+    """Sequences are due at (k + 1/2) / rate, of several at once the first source's; whatever part is asked for."""
+    order = MixtureOrder(rates)
+    due = sorted(((k + 0.5) / rate, s, k) for s, rate in enumerate(order.rates) for k in range(60))[:60]
+    for stop in range(1, 60):
+        start = max(stop - 3, 0)
+        source, index = order(start, stop)
+        assert list(zip(source, index)) == [(s, k) for _, s, k in due[start:stop]]

@@ -1,6 +1,7 @@
 """What is kept obeys its quotas, whatever the files; and what the report says of a score is right."""
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -106,6 +107,19 @@ def test_a_quota_for_each_source_keeps_the_mixture_of_sources():
     assert scores.score[kept & (source == 0)].min() >= scores.score[~kept & (source == 0)].max()
 
 
+def test_quotas_of_sources_that_are_no_whole_numbers_add_up():
+    """10/3 tokens of each source: the first is given 4, for which the others owe it 2/3."""
+    source = np.repeat([0, 1, 2], 5)
+    scores = make_scores(np.arange(15.0), [1] * 15, source=source)
+    kept = selection.select(scores, scores.score, [10], per_source=True)
+    assert np.bincount(source[kept]).tolist() == [4, 3, 3]
+
+
+def test_half_a_surrogate_pair_has_a_key_of_its_own():
+    """An id of such a document, which JSON can spell, is compared with those that were rated."""
+    assert selection.document_key(0, "de", "s", "\ud800") != selection.document_key(0, "de", "s", "?")
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_files_and_their_order_do_not_change_what_is_kept(data, tmp_path_factory):
@@ -143,8 +157,25 @@ def test_sampling_follows_the_softmax_of_the_standardised_scores():
     assert stats.chisquare(wins, 4000 * weights / weights.sum()).pvalue > 1e-4
 
 
+def test_preferences_are_standardised_scores_with_gumbel_noise_from_the_key():
+    """Keys at both ends too: a document's noise is never infinite, which would leave it out."""
+    scores = make_scores([1, 3, 5, 7, 9, math.nan], [1] * 6, [0, 0, 0, 1, 1, 1])
+    keys = [0, 1 << 63, (1 << 64) - 1, 1 << 62, 3 << 62, 5]
+    found = selection.preferences(dataclasses.replace(scores, key=np.array(keys, np.uint64)), 0.5)
+    uniform = np.array([0.5**53, 0.5, 1 - 0.5**53, 0.25, 0.75])
+    standardised = np.array([-math.sqrt(1.5), 0, math.sqrt(1.5), -1, 1])
+    assert found[:5] == pytest.approx(standardised / 0.5 - np.log(-np.log(uniform)), rel=1e-12)
+    assert np.isnan(found[5])
+
+
+def test_equal_scores_of_a_language_are_drawn_by_noise_alone():
+    scores = make_scores([4.0, 4.0], [1, 1])
+    found = selection.preferences(dataclasses.replace(scores, key=np.array([1 << 63, 1 << 62], np.uint64)), 1.0)
+    assert found == pytest.approx([-math.log(math.log(2)), -math.log(math.log(4))])
+
+
 def adjusted_r2(values, *factors) -> float:
-    """By least squares on indicator columns."""
+    """Residual variance by least squares on indicator columns."""
     columns = [np.array([f == level for level in np.unique(f)], float).T for f in factors]
     design = np.concatenate(columns, axis=1)
     fitted = design @ np.linalg.lstsq(design, values, rcond=None)[0]
@@ -181,6 +212,75 @@ def test_a_rater_of_length_is_seen_as_one():
     assert table["within_languages"]["source"] < 0.02 and table["over_all"]["language"] < 0.02
 
 
+def test_the_table_of_variance_is_that_of_linear_models():
+    rng = np.random.default_rng(5)
+    language, source, tokens = rng.integers(0, 2, 600), rng.integers(0, 3, 600), rng.integers(1, 500, 600)
+    # An effect in one cell of all three, which no sum of the three factors has.
+    length = np.searchsorted(np.sort(tokens)[59::60], tokens)
+    values = language + source + 0.1 * length + 3 * ((language == 1) & (source == 2) & (length == 9))
+    values = values + rng.normal(size=600)
+    scores = make_scores([*values, math.nan], [*tokens, 10**6], [*language, 0], [*source, 0])
+    every, cell = np.zeros(600), 3 * language + source
+    expected = {
+        "over_all": {"language": (language, every), "source": (source, every), "length": (length, every),
+                     "all three": (10 * cell + length, every)},
+        "within_languages": {"source": (cell, language), "length": (10 * language + length, language),
+                             "source and length": (10 * cell + length, language)}}
+    assert selection.variance_table(scores) == {
+        part: {name: pytest.approx(1 - adjusted_r2(values, groups) / adjusted_r2(values, within))
+               for name, (groups, within) in factors.items()} for part, factors in expected.items()}
+
+
+def test_lengths_fall_into_tenths():
+    tokens = np.random.default_rng(6).permutation(np.arange(1, 101))
+    groups, upper = selection.length_groups(tokens)
+    assert upper == list(range(10, 101, 10))
+    assert groups.tolist() == ((tokens - 1) // 10).tolist()
+
+
+def test_distributions_count_the_rated_documents_and_the_ends_hold_the_rest():
+    values = np.arange(1001.0)
+    scores = make_scores([*values, math.nan], [1] * 1002, [0] * 1000 + [1, 0])
+    edges = selection.score_bins(scores)
+    np.testing.assert_allclose(edges, np.linspace(5, 995, 49))
+    rows, kept = scores.language == 0, scores.score >= 900
+    found = selection.distribution(scores, kept, rows, edges)
+    expected = [int(((values[:1000] >= low) & (values[:1000] < high)).sum()) for low, high in zip(
+        [-1, *edges[1:-1]], [*edges[1:-1], 2000])]
+    assert found["histogram"] == expected and sum(expected) == 1000
+    assert sum(found["kept_histogram"]) == 100 and found["kept_histogram"][-1] == expected[-1]
+    assert found["quantiles"] == pytest.approx([999 * q for q in (0.05, 0.25, 0.5, 0.75, 0.95)])
+
+
+def test_distributions_of_no_scores_and_of_equal_ones():
+    nothing, equal = make_scores([math.nan], [1]), make_scores([3, 3], [1, 1])
+    assert selection.score_bins(nothing)[[0, -1]].tolist() == [0, 1]
+    assert selection.score_bins(equal)[[0, -1]].tolist() == [3, 4]
+    assert selection.distribution(nothing, np.zeros(1, bool), np.ones(1, bool), np.array([0, 1, 2.0])) == {
+        "quantiles": None, "histogram": [0, 0], "kept_histogram": [0, 0]}
+
+
+def test_agreement_is_that_of_the_documents_that_both_have_rated():
+    scores = make_scores([1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60])
+    raters = {"a": scores.score, "b": np.array([2, 1, 3, math.nan, 5, 4])}
+    kept = {"a": np.arange(6) >= 3, "b": np.isin(np.arange(6), (2, 4))}
+    found, = selection.agreement(scores, raters, kept)
+    assert found["raters"] == ["a", "b"] and found["documents"] == 5
+    # Ranks 1 2 3 4 5 and 2 1 3 5 4: 1 - 6 * 4 / (5 * 24).
+    assert found["spearman"] == found["spearman_within"] == found["spearman_by_language"]["n0"] == pytest.approx(0.8)
+    assert found["overlap"] == pytest.approx(50 / 150) and found["chance"] == pytest.approx(80 / 210)
+    nothing, = selection.agreement(scores, raters, dict.fromkeys(kept, np.zeros(6, bool)))
+    assert nothing["overlap"] is None and nothing["chance"] is None
+
+
+def test_the_mean_over_languages_is_of_those_with_three_documents():
+    scores = make_scores([1, 2, 3, 4, 5, 6, 7, 8], [1] * 8, [0, 0, 0, 1, 1, 1, 2, 2])
+    raters = {"a": scores.score, "b": np.array([1, 2, 3, 6, 5, 4, 7, 8.0])}
+    found, = selection.agreement(scores, raters, dict.fromkeys(raters, np.ones(8, bool)))
+    assert found["spearman_by_language"] == {"n0": pytest.approx(1), "n1": pytest.approx(-1), "n2": None}
+    assert found["spearman_within"] == pytest.approx(0)
+
+
 def test_agreement_of_raters():
     rng = np.random.default_rng(4)
     score, language = rng.normal(size=1000), np.repeat([0, 1], 500)
@@ -208,11 +308,25 @@ def test_scores_of_two_raters_are_joined_by_file_and_number(tmp_path):
     np.testing.assert_array_equal(selection.aligned(a, b), [np.nan, 20, np.nan, np.nan, 50, 60, 70, 80])
 
 
+def test_rows_of_a_score_file(tmp_path):
+    """Keys are those of seed 0 unless another is given; a score may be missing, too."""
+    records = [{"id": "d0", "lang": "", "source": "s", "text": "ab"}, {"id": "d1", "lang": "th", "text": "c"}]
+    write_scores(tmp_path, "x.jsonl", records, pa.array([1.5, None], pa.float32()))
+    scores = read_scores(tmp_path, ["x.jsonl"])
+    assert (scores.languages, scores.language.tolist()) == (("th", "und"), [1, 0])
+    assert (scores.sources, scores.source.tolist()) == (("", "s"), [1, 0])
+    assert (scores.number.tolist(), scores.tokens.tolist()) == ([1, 2], [2, 1])
+    np.testing.assert_array_equal(scores.score, [1.5, np.nan])
+    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in (b"0\0und\0s\0d0", b"0\0th\0\0d1")]
+    assert scores.key.tolist() == [int.from_bytes(digest, "little") for digest in digests]
+
+
 @pytest.mark.parametrize(("columns", "message"), [
     ({"n_tokens": None}, "no column 'n_tokens'"),
     ({"n_tokens": pa.array([3, None], pa.int32())}, "no token counts"),
     ({"quality_score": pa.array(["1", "2"])}, "no column 'quality_score' of type float"),
     ({"number": pa.array([2, 1], pa.int64())}, "not ascending"),
+    ({"number": pa.array([1, None], pa.int64())}, r"x\.jsonl\.scores\.parquet: rows without a number"),
     ({"rater": ["a", "b"]}, "several raters: a, b"),
 ])
 def test_score_files_that_cannot_be_meant_are_refused(tmp_path, columns, message):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
 from data_mixtures.climb.solve import reference_weights, solve_by_sampling, solve_joint, solve_two_step
@@ -80,6 +81,18 @@ class Sealed(FittedLaw):
 
     def losses(self, ratios, n_params, tokens):
         return np.asarray(compiled(self.law)(ratios, n_params, tokens))
+
+
+class Watched(Sealed):
+    """Keeps the mixtures that were asked for."""
+
+    def __init__(self, law: Synthetic):
+        super().__init__(law)
+        self.seen = []
+
+    def losses(self, ratios, n_params, tokens):
+        self.seen.append(np.array(ratios))
+        return super().losses(ratios, n_params, tokens)
 
 
 class Mixing(Tree, FittedLaw):
@@ -351,6 +364,20 @@ def test_targets_that_are_no_languages_leave_the_joint_solver_only():
         solve_two_step(Mixing(), N, D, weights)
 
 
+@pytest.mark.parametrize(("ratios", "shrink", "grow", "between"), [
+    ([0.0, 0.4, 0.6], [1, 2], [0, 1, 2], [1, 2]),
+    ([0.2, 0.2, 0.6], [0, 1, 2], [0, 1, 2], [0, 1, 2]),
+    ([1.0, 0.0, 0.0], [0], [1, 2], [0, 1, 2]),  # none between its bounds: all that have room between them
+])
+def test_the_residual_of_a_mixture_that_is_no_solution(ratios, shrink, grow, between):
+    """The largest gain of moving text from one language to another, over the largest slope between the bounds."""
+    table, weights = np.array([[-2.0, 0.5], [-1.0, -1.5], [1.0, -0.5]]), np.array([0.7, 0.3])
+    slopes = table @ (weights * np.exp(ratios @ table))
+    problem = solve._Problem(Mixing(), N, D, weights, Constraints())
+    expected = (slopes[shrink].max() - slopes[grow].min()) / np.abs(slopes[between]).max()
+    assert problem.joint_kkt(np.array(ratios)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_deeper_of_two_valleys_is_found():
     grid = simplex()
     best = grid[np.argmin(losses(TwoValleys(), grid)[:, 0])]
@@ -370,6 +397,45 @@ def test_a_law_without_derivatives_is_solved_by_sampling_within_the_bounds(case)
     assert abs(found.ratios.sum() - 1) < 1e-12
     assert joint.weighted_loss <= found.weighted_loss < joint.weighted_loss * (1 + 1e-4)
     assert (found.method, found.kkt) == ("sampling", None)
+
+
+@pytest.mark.parametrize("centre", [None, {"l00": 6.0, "l01": 3.0, "l02": 1.0}])
+def test_samples_are_dirichlet_around_the_centre_and_as_spiky_as_stated(centre):
+    """Concentration 3 s times the mean m: a ratio's variance is m (1 - m) / (3 s + 1), s log-uniform from .1 to 10."""
+    law, mean = Watched(LAWS[3]), np.array([0.6, 0.3, 0.1]) if centre else np.ones(3) / 3
+    found = solve_by_sampling(law, N, D, [0.5, 0.2, 0.3], centre=centre, samples=20_000)
+    mixtures, values = np.concatenate(law.seen[:-1]), losses(LAWS[3], np.concatenate(law.seen[:-1])) @ [0.5, 0.2, 0.3]
+    assert mixtures.shape == (20_000, 3) and len(np.unique(mixtures, axis=0)) > 19_000
+    np.testing.assert_allclose(mixtures.mean(axis=0), mean, atol=0.01)
+    spread = np.log(100 * (3 * 0.1 + 1) / (3 * 10 + 1)) / np.log(100)  # the mean of 1 / (3 s + 1)
+    np.testing.assert_allclose(mixtures.var(axis=0), mean * (1 - mean) * spread, rtol=0.05)
+    np.testing.assert_allclose(found.ratios, mixtures[np.argsort(values)[:100]].mean(axis=0), atol=1e-12)
+
+
+def test_a_language_that_the_centre_leaves_out_gets_next_to_nothing():
+    found = solve_by_sampling(Sealed(LAWS[3]), N, D, [1, 1, 1], centre={"l00": 2, "l02": 1}, samples=1000, best=1000)
+    np.testing.assert_allclose(found.ratios, [2 / 3, 0, 1 / 3], atol=0.03)
+
+
+def test_a_centre_or_a_number_of_the_best_that_cannot_be_meant_is_named():
+    law = Sealed(LAWS[3])
+    with pytest.raises(InputError, match="no share of the centre is positive"):
+        solve_by_sampling(law, N, D, centre=dict.fromkeys(law.languages, 0.0))
+    for best in (0, 11):
+        with pytest.raises(InputError, match=rf"best must be in \[1, samples = 10\], got {best}"):
+            solve_by_sampling(law, N, D, samples=10, best=best)
+    assert solve_by_sampling(law, N, D, samples=10, best=10).ratios.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 5, 6, 10])
+def test_transfer_so_strong_that_newtons_method_finds_nothing_is_left_to_homotopies(seed):
+    law, tokens = Synthetic(12, seed, transfer=3.0), 1e9
+    found = solve_two_step(law, N, tokens, starts=1)
+    slopes = found.weights * law.beta * law.b * tokens**-law.beta * found.effective ** (-law.beta - 1)
+    above = found.ratios > 0
+    assert found.kkt < 1e-8 and above.sum() > 1
+    np.testing.assert_allclose(slopes[above], slopes[above][0], rtol=1e-6)
+    assert (slopes[~above] <= slopes[above].max() * (1 + 1e-6)).all()
 
 
 def test_the_joint_solver_leaves_a_law_without_derivatives_to_sampling():
