@@ -276,7 +276,7 @@ def test_nonsense_lengths_are_named(corpus, tokenizer_path, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def export(tokenizer, documents, store, *arguments):
+def started(tokenizer, documents, store, *arguments):
     """The real command, with the real gin files."""
     macros = {"TOKENIZER": tokenizer, "TOKEN_STORE": store, "SEQUENCE_LENGTH": 16, "DOCUMENTS": documents}.items()
     return subprocess.Popen(
@@ -289,7 +289,7 @@ def test_killed_or_shared_among_commands_the_store_is_the_same(
         tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text):
     folder = write_corpus(tmp_path / "corpus", {"en": 20})
     write_jsonl(folder / "train/zz.jsonl", [{"text": made_up_text("zh", 3000, 1)}] * 120)  # a second of work
-    command = functools.partial(export, tokenizer_path, folder)
+    command = functools.partial(started, tokenizer_path, folder)
     with command(tmp_path / "killed") as killed:
         for line in killed.stderr:
             if line.startswith("train/en"):
