@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mlx_pretrain import optimizers, partitioning, train_state
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.models.products import lookup, project
-from mlx_pretrain.parallel import collectives
+from mlx_pretrain.parallel import collectives, topologies
 from mlx_pretrain.parallel.program import Program, read_program
 from mlx_pretrain.trainer import make_decoder_loss, make_eval_step, make_train_step
 
@@ -67,15 +69,9 @@ def test_flops_of_the_step_are_those_of_the_model():
 
 def tpu_step(config: DecoderConfig, topology: str, rows: int, optimizer=None, **axes: int) -> tuple[Program, int]:
     """The program of a training step for absent chips, `rows` sequences on each; and the bytes of its temporaries."""
-    topologies = pytest.importorskip("jax.experimental.topologies")
     pytest.importorskip("libtpu")
-    settings = {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    with mock.patch.dict(os.environ):
+        devices = topologies.describe(topology).devices
     mesh = partitioning.make_mesh(devices=devices, **axes)
     schedule = optimizers.warmup_cosine(1e-3, 100, 10)
     optimizer = (optimizer or optimizers.adamw)(schedule)

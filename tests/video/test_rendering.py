@@ -85,7 +85,7 @@ def test_questions_round_trip(tmp_path):
     ({"video": "../v.mp4"}, "not a path inside"),
     ({"video": "/etc/passwd"}, "not a path inside"),
     ({"video": "gs://b/v.mp4"}, "not a path inside"),
-    ({"question": ""}, "question is ''"),
+    ({"question": ""}, "no question in this record"),
     ({"options": ["no"]}, "'yes' is not among the options"),
     ({"evidence": [[1]]}, "pairs of seconds"),
 ])
