@@ -281,6 +281,25 @@ def test_a_mixture_without_any_freedom_is_returned_as_it_is():
     np.testing.assert_allclose(found.ratios, 1 / 12, atol=1e-12)
 
 
+def test_of_several_two_step_solutions_the_one_of_least_benefit_is_taken():
+    """Transfer so strong that equal benefits are reached in two ways; the smaller lambda is further along the curve."""
+    law = Synthetic(3, 15, 2.0)
+    found = solve_two_step(law, N, D, None, Constraints())
+    problem = solve._Problem(law, N, D, None, Constraints())
+    other = solve.solve_complementarity(problem.field(1), np.array([0.5, 0.01, 0.49]), problem.lower, problem.upper)
+    assert problem.two_step_kkt(other) < 1e-8 and found.kkt < 1e-8
+    logs = [problem.field(1)(ratios)[0][ratios > 0].max() for ratios in (found.ratios, other)]  # of 1 / lambda
+    assert logs[0] > logs[1] + 0.1
+
+
+def test_the_joint_solution_goes_down_the_valley_that_the_two_step_one_found():
+    law = Synthetic(3, 1, 2.0)
+    alone = solve.solve_joint(law, N, D, None, Constraints(), starts=1)
+    found = solve_two_step(law, N, D, None, Constraints(), starts=1)
+    assert found.weighted_loss < alone.weighted_loss - 1e-5
+    assert found.joint.weighted_loss <= found.weighted_loss and found.joint_gap >= 0
+
+
 def test_a_language_without_text_gets_nothing():
     unique = {"l00": 1e9, "l01": 0, "l02": 1e9}
     found = solve_two_step(LAWS[3], N, D, None, Constraints(unique_tokens=unique))
