@@ -78,11 +78,11 @@ class CrossValidation:
     """Predictions of a law for runs it was not fitted to.
 
     Attributes:
-      predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run; nan where the other
-        runs have none of the target's language.
-      scores: of all these predictions together, where the run has some of the target's language: laws without
-        interaction have no prediction for a language a run does not train on. Rows with a language that no run the law
-        was fitted to has are left out: nothing told the law what its text is worth.
+      predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run; nan where it is not
+        judged: the run has none of the target's language (laws without interaction have no prediction there, and what
+        others say of it is no matter of mixtures), or has some of a language that no run the law was fitted to has
+        (nothing told the law what its text is worth).
+      scores: of all these predictions together.
       seconds: that all folds took.
       notes: what could not be judged.
     """
@@ -124,6 +124,7 @@ def cross_validate(law: Law, runs: ProxyRuns, folds: int = 5, seed: int = 0) -> 
                   for language, rows in unseen.items())
     if few := [target for target, rows in zip(runs.targets, counted.sum(axis=0)) if rows < 2]:
         notes += (f"not judged by cross-validation: the loss of {', '.join(few)}, with fewer than 2 rows to compare",)
+    predicted = np.where(counted, predicted, np.nan)
     return CrossValidation(predicted, scores(runs.losses, predicted, counted), time.perf_counter() - started, notes)
 
 

@@ -93,6 +93,14 @@ def test_every_run_is_predicted_by_a_law_that_has_not_seen_it():
     assert sorted(len(names) for names in left_out) == [2, 2, 3]
 
 
+def test_losses_on_languages_that_a_run_has_none_of_are_not_judged():
+    runs = table(7)
+    runs.ratios[:3] = [1, 0]  # of run0
+    found = cross_validate(RememberingLaw(), runs, folds=3)
+    assert np.isnan(found.predicted[:3, 1]).all() and np.isnan(found.predicted).sum() == 3
+    np.testing.assert_allclose(found.scores.mae[1], np.abs(runs.losses[3:, 1] - 2.0).mean())
+
+
 @pytest.mark.parametrize("folds", [1, 8])
 def test_too_few_runs_for_the_folds(folds):
     with pytest.raises(InputError, match="folds of 7 runs"):
@@ -121,7 +129,8 @@ def test_a_language_of_one_run_only_is_not_judged(n_rows):
     runs = make_runs("table", names, names, runs.run, runs.n_params, runs.tokens, ratios,
                      np.tile(runs.losses, 2)[:, :3])
     found = cross_validate(KnownLanguagesLaw(), runs, folds=3)
-    assert np.isnan(found.predicted[:3, 2]).all() and not np.isnan(found.predicted[:, :2]).any()
+    assert np.isnan(found.predicted[:, 2]).all()
+    assert np.isnan(found.predicted[:n_rows]).all() and (found.predicted[n_rows:, :2] == 2.0).all()
     late = scores(runs.losses[n_rows:, :2], np.full((21 - n_rows, 2), 2.0))
     np.testing.assert_allclose(found.scores.r2, [*late.r2, np.nan])
     assert found.scores.mean["mae"] == pytest.approx(late.mae.mean())
