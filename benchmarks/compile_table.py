@@ -7,7 +7,7 @@ sequences of 4096 tokens (MuBench, arXiv 2506.19468, table 10). Each target is c
 after the other, by `python -m mlx_pretrain.compile`; its numbers are kept in --work, so that the same command goes on
 after an interruption, and are compiled anew with --fresh. The table is written after every target.
 
-`--quick` compiles one target, with half the compiler's effort (JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1.0): memory and
+`--quick` compiles one target, with half the compiler's effort (JAX_OPTIMIZATION_LEVEL=O0): memory and
 collectives are nearly the same, HBM traffic and so the estimate of the time is not.
 """
 
@@ -76,7 +76,7 @@ def compile_target(target: Target, quick: bool) -> dict:
         f"--gin.train.microbatches={target.microbatches}", f"--gin.train.eval_batch_size={shards}",
         f"--topology={target.topology}", "--program=training", "--json=-",
     ]  # fmt: skip
-    environment = os.environ | ({"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"} if quick else {})
+    environment = os.environ | ({"JAX_OPTIMIZATION_LEVEL": "O0"} if quick else {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode in (0, 2) and lines:
