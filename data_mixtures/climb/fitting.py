@@ -1,7 +1,7 @@
 """Fits many small laws at once: robust least squares on log-losses, by L-BFGS from several starts, in float64.
 
 One compiled program takes `_BATCH` problems, a problem being one start of one target under one set of row weights, and
-makes one round of L-BFGS on each. The same program so serves the starts, the targets and the bootstrap replicates, and
+makes one round of L-BFGS on each. The same program so serves the starts, the targets and the replicates, and
 what has converged, or lost against other starts, is not carried into the next round.
 """
 

@@ -25,7 +25,7 @@ class FittedLaw(abc.ABC):
       languages: names of the ratios it takes, in order.
       targets: names of the losses it gives, in order.
       differentiable: `losses` can be traced and differentiated by JAX. Such a law is a JAX pytree, so that one
-        compiled program serves all fits of a kind (those of the bootstrap, say).
+        compiled program serves all fits of a kind (replicates, say).
       notes: what a user must know of this fit: what could not be identified, what it fell back to.
     """
 

@@ -31,14 +31,13 @@ _FEW_LANGUAGES, _FOREIGN_WEIGHT = 2, 0.03
 _CANDIDATES = ("substitution_fading", "saturating_fading", "power_fading", "aggregate_fading")
 _LEAST_LEFT = 0.25  # share of the runs that parameters leave over, at the least
 
-_STATIC = ("model", "languages", "targets", "notes", "family")
+_STATIC = ("model", "languages", "targets", "notes")
 
 
 def _pytree(law: type) -> type:
-    """Registers a fitted law, so that the fits of one table (a bootstrap's, say) share compiled programs."""
-    names = [field.name for field in dataclasses.fields(law)]
-    static = [name for name in names if name in _STATIC]
-    return jax.tree_util.register_dataclass(law, [name for name in names if name not in static], static)
+    """Registers a fitted law, so that the fits of one table (replicates, say) share compiled programs."""
+    arrays = [field.name for field in dataclasses.fields(law) if field.name not in _STATIC]
+    return jax.tree_util.register_dataclass(law, arrays, list(_STATIC))
 
 
 @_pytree
@@ -130,11 +129,15 @@ class EffectiveFit(ParametricFit, EffectiveLaw):
         standard deviation of `transfer` (Laplace's approximation, from all parameters) is under half of what not to
         know that language's deviation from the mean strength (standard deviation 1 before the data) makes alone. False
         on the diagonal; None for laws without interaction.
-      family: of the transfer, a name of `interactions.INTERACTIONS`; None for laws without interaction.
     """
 
     identified: np.ndarray | None = None
-    family: str | None = None
+
+    @property
+    def family(self) -> str | None:
+        """Of the transfer, a name of `interactions.INTERACTIONS`; None for laws without interaction."""
+        found = self.model.interaction
+        return found and next(name for name, make in INTERACTIONS.items() if make(found.d_varies) == found)
 
     def effective_ratios(self, ratios, n_params, tokens):
         rows = self._rows(ratios, n_params, tokens)
@@ -241,8 +244,13 @@ def _ridge(fitted: ParametricFit, problem: fitting.Problem) -> tuple[np.ndarray,
     return noise, sd
 
 
-def _fitted(model, runs, starts, seed, notes=(), weights=None, first=None) -> tuple[ParametricFit, fitting.Problem]:
-    """Fits `model`: several starts under the wide prior, then twice more with the noise and the ridge it suggests."""
+def _fitted(
+    model, runs, starts, seed, notes=(), weights=None, first=None
+) -> tuple[ParametricFit, fitting.Problem, np.ndarray]:
+    """Fits `model`: several starts under the wide prior, then twice more with the noise and the ridge it suggests.
+
+    Returns the law, the last problem, and its objective at the law, `[targets]`.
+    """
     weights = _weights(model, runs) if weights is None else weights
     law = _blank(model, runs, weights, notes)
     rng = np.random.default_rng(seed)
@@ -262,7 +270,7 @@ def _fitted(model, runs, starts, seed, notes=(), weights=None, first=None) -> tu
     if not found.converged.all():
         unfinished = [target for target, done in zip(runs.targets, found.converged[0]) if not done]
         law = dataclasses.replace(law, notes=(*law.notes, f"the fit had not converged for {', '.join(unfinished)}"))
-    return law, problem
+    return law, problem, found.objective[0]
 
 
 def _check(name: str, runs: ProxyRuns) -> None:
@@ -384,17 +392,31 @@ class Climb:
     def fit(self, runs: ProxyRuns, seed: int = 0) -> EffectiveFit:
         """Raises InputError: a target without a ratio column, or without a run that has any of it."""
         _check(self.name, runs)
-        if self.family is not None:
-            return self._fit(self.family, runs, seed, self.starts)[0]
-        evidence = {family: self._fit(family, runs, seed, min(self.starts, 2))[1] for family in _CANDIDATES}
+        family, chosen = (self.family, ()) if self.family else self._likeliest(runs, seed)
+        law, problem, _ = self._fit(family, runs, seed, self.starts)
+        identified = _identified(law, problem)
+        pairs = identified.size - len(runs.targets)
+        notes, n_parameters = law.notes, law.parameters.shape[1]
+        if len(runs) < n_parameters:
+            notes += (f"{len(runs)} rows for {n_parameters} parameters per target: the prior decides the rest",)
+        if unknown := pairs - int(identified.sum()):
+            notes += (
+                f"{unknown} of {pairs} strengths of transfer are not identified by the data: they are drawn to their "
+                "target's mean strength",
+            )
+        return dataclasses.replace(law, identified=identified, notes=notes + chosen)
+
+    def _likeliest(self, runs: ProxyRuns, seed: int) -> tuple[str, tuple[str, ...]]:
+        """The family that the table speaks for, and the note on it."""
+        evidence = {name: _evidence(*self._fit(name, runs, seed, min(self.starts, 2))) for name in _CANDIDATES}
         family, second = sorted(evidence, key=lambda name: -evidence[name])[:2]
         lead = evidence[family] - evidence[second]
-        note = f"transfer is of the family {family}; {second} is the next likeliest, by {lead:.1f} of log-evidence"
-        law, _ = self._fit(family, runs, seed, self.starts)
-        return dataclasses.replace(law, notes=(*law.notes, note))
+        return family, (
+            f"transfer is of the family {family}; {second} is the next likeliest, by {lead:.1f} of log-evidence",
+        )
 
-    def _fit(self, family: str, runs: ProxyRuns, seed: int, starts: int) -> tuple[EffectiveFit, float]:
-        """The law with transfer of one family, and its log-evidence."""
+    def _fit(self, family: str, runs: ProxyRuns, seed: int, starts: int):
+        """What `_fitted` returns, with transfer of one family."""
         n_varies, d_varies, notes = _merged(runs)
         isolated = (Shared if self.shared else Chinchilla)(n_varies, d_varies, self.shift)
         if not d_varies:
@@ -410,35 +432,18 @@ class Climb:
         if not enough.all():
             names = ", ".join(target for target, has in zip(runs.targets, enough) if not has)
             notes += (f"no or too few monolingual runs of {names}: only mixtures tell transfer from the isolated law",)
-        law, problem = _fitted(model, runs, starts, seed, notes, first=first)
-        identified = _identified(law, problem)
-        pairs = identified.size - len(runs.targets)
-        notes, n_parameters = law.notes, law.parameters.shape[1]
-        if len(runs) < n_parameters:
-            notes += (f"{len(runs)} rows for {n_parameters} parameters per target: the prior decides the rest",)
-        if unknown := pairs - int(identified.sum()):
-            notes += (
-                f"{unknown} of {pairs} strengths of transfer are not identified by the data: they are drawn to their "
-                "target's mean strength",
-            )
-        law = dataclasses.replace(law, identified=identified, notes=notes, family=family)
-        return law, _evidence(law, problem)
+        return _fitted(model, runs, starts, seed, notes, first=first)
 
 
-def _evidence(law: EffectiveFit, problem: fitting.Problem) -> float:
+def _evidence(law: EffectiveFit, problem: fitting.Problem, objective: np.ndarray) -> float:
     """Log-probability of the measured losses under the law, all parameters integrated out (Laplace's approximation).
 
     But for a constant that is the same for all laws of the table. Errors beyond the Huber threshold count linearly, as
-    in the fit.
+    in the fit, whose objective `[targets]` is the negative log-posterior without its scales.
     """
     covariance, _ = _covariance(law, problem, problem.sd)
-    with float64():
-        errors = np.abs(np.log(_losses(law.model, law.parameters, problem.targets, problem.rows)) - problem.log_losses)
-    errors, limit = errors / problem.noise, problem.threshold
-    cost = np.where(errors < limit, errors**2 / 2, limit * (errors - limit / 2))
-    likelihood = -(problem.weights * (cost + np.log(problem.noise))).sum()
-    prior = -((law.parameters - problem.mean) / problem.sd) ** 2 / 2 - np.log(problem.sd)
-    return float(likelihood + prior.sum() + np.linalg.slogdet(covariance)[1].sum() / 2)
+    scales = (problem.weights * np.log(problem.noise)).sum() + np.log(problem.sd).sum()
+    return float(np.linalg.slogdet(covariance)[1].sum() / 2 - objective.sum() - scales)
 
 
 def _identified(law: EffectiveFit, problem: fitting.Problem) -> np.ndarray:

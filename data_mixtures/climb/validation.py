@@ -79,9 +79,8 @@ class CrossValidation:
 
     Attributes:
       predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run; nan where it is not
-        judged: the run has none of the target's language (laws without interaction have no prediction there, and what
-        others say of it is no matter of mixtures), or has some of a language that no run the law was fitted to has
-        (nothing told the law what its text is worth).
+        judged: the run has none of the target's language (laws without interaction have no prediction there), or has
+        some of a language that no run the law was fitted to has (nothing told the law what its text is worth).
       scores: of all these predictions together.
       seconds: that all folds took.
       notes: what could not be judged.

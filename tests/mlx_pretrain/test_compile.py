@@ -18,6 +18,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import backend, measurement, topologies
 from mlx_pretrain.parallel.program import Collective, CustomCall, Program
 from mlx_pretrain.train_state import abstract_state
+from tests.conftest import low_effort
 
 pytest.importorskip("libtpu")
 
@@ -57,12 +58,9 @@ def clean(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def low_effort():
-    """Half the time to compile, the same collectives."""
-    before = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", "O0")
-    yield
-    jax.config.update("jax_optimization_level", before)
+def quick():
+    with low_effort():
+        yield
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypat
     assert all(package in str(error.value) for package in packages) and "\n" not in str(error.value)
 
 
-def test_a_target_that_fits(run_file, tmp_path, low_effort, capsys):
+def test_a_target_that_fits(run_file, tmp_path, quick, capsys):
     """Numbers of the compiled programs against those worked out by hand."""
     code = command.main([f"--gin_file={run_file}", "--topology=v5e:2x2", f"--json={tmp_path / 'report.json'}"])
     words, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
@@ -172,7 +170,7 @@ def test_a_target_that_does_not_fit(run_file):
     assert "DOES NOT FIT" in words and "try          DecoderConfig.remat='full'" in words
 
 
-def test_two_slices_exchange_gradients_and_nothing_else(run_file, low_effort):
+def test_two_slices_exchange_gradients_and_nothing_else(run_file, quick):
     parse_gin([run_file], ["SLICES = 2"], fill_macros=True)
     topology = topologies.describe("2*v5e:2x2")
     training = programs.configured(topology.mesh())[0]

@@ -18,6 +18,7 @@ from mlx_pretrain.models.products import lookup, project
 from mlx_pretrain.parallel import collectives, topologies
 from mlx_pretrain.parallel.program import Program, read_program
 from mlx_pretrain.trainer import make_decoder_loss, make_eval_step, make_train_step
+from tests.conftest import low_effort
 
 BATCH, LENGTH, LAYERS = 8, 128, 3
 SMALL = DecoderConfig(
@@ -80,13 +81,8 @@ def tpu_step(config: DecoderConfig, topology: str, rows: int, optimizer=None, **
     )
     step = make_train_step(make_decoder_loss(config, chunk_tokens=256), optimizer, schedule)
     state = train_state.abstract_state(config, optimizer, mesh)
-    before = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", "O0")  # half the time to compile, the same collectives
-    try:
-        with partitioning.use(mesh):
-            compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
-    finally:
-        jax.config.update("jax_optimization_level", before)
+    with partitioning.use(mesh), low_effort():
+        compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
     return read_program(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes
 
 
