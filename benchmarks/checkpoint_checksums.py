@@ -17,9 +17,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from mlx_pretrain import checkpoints
-from mlx_pretrain.checksums import _compiled, checksums
-from mlx_pretrain.train_state import TrainState
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.checksums import _compiled, checksums
+from mlx_pretrain.training.train_state import TrainState
 
 
 @contextlib.contextmanager

@@ -29,10 +29,10 @@ import time
 
 import numpy as np
 
-from data_mixtures.climb.interactions import INTERACTIONS
-from data_mixtures.climb.laws import LAWS
-from data_mixtures.climb.parametric import Climb
-from data_mixtures.climb.runs import ProxyRuns, make_runs, proxy_runs
+from data_mixtures.climb.laws.interactions import INTERACTIONS
+from data_mixtures.climb.laws.parametric import Climb
+from data_mixtures.climb.laws.registry import LAWS
+from data_mixtures.climb.proxy_table import ProxyRuns, make_runs, proxy_runs
 from data_mixtures.climb.validation import scores
 from mlx_pretrain.data.rates import load_rates
 

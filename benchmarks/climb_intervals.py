@@ -23,12 +23,12 @@ import numpy as np
 
 from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.forms import EffectiveModel, Shared
-from data_mixtures.climb.interactions import INTERACTIONS
-from data_mixtures.climb.law import FittedLaw
-from data_mixtures.climb.laws import default_law
-from data_mixtures.climb.parametric import EffectiveFit
-from data_mixtures.climb.runs import ProxyRuns, make_runs
+from data_mixtures.climb.laws.base import FittedLaw
+from data_mixtures.climb.laws.formulas import EffectiveModel, Shared
+from data_mixtures.climb.laws.interactions import INTERACTIONS
+from data_mixtures.climb.laws.parametric import EffectiveFit
+from data_mixtures.climb.laws.registry import default_law
+from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 
 TOKENS = (1e6, 2e6, 4e6, 8e6)
 PROXY = 1e6  # parameters

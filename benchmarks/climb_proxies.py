@@ -18,7 +18,7 @@ import tempfile
 
 import numpy as np
 
-from mlx_pretrain.data import store
+from mlx_pretrain.data import token_store
 from mlx_pretrain.files import sha256, write_atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -33,12 +33,12 @@ def write_store(folder: pathlib.Path, rows: int) -> None:
     for split, n in (("train", rows), ("heldout", 32)):
         splits[split] = {}
         for language in ("aa", "bb"):
-            writer = store.PartWriter(folder / split / language, LENGTH, np.uint16)
+            writer = token_store.PartWriter(folder / split / language, LENGTH, np.uint16)
             writer.append(rng.integers(4, VOCAB_SIZE, (n, LENGTH), np.uint16))
             splits[split][language] = writer.close(n * LENGTH, 4 * n * LENGTH, n)
-    write_atomic(folder / store.TOKENIZER, b"no tokenizer: the tokens are random")
-    fingerprint = sha256(folder / store.TOKENIZER)
-    store.write_manifest(folder, store.Manifest(LENGTH, VOCAB_SIZE, fingerprint, splits, {}))
+    write_atomic(folder / token_store.TOKENIZER, b"no tokenizer: the tokens are random")
+    fingerprint = sha256(folder / token_store.TOKENIZER)
+    token_store.write_manifest(folder, token_store.Manifest(LENGTH, VOCAB_SIZE, fingerprint, splits, {}))
 
 
 def tokens_per_second(folder: pathlib.Path, name: str, pack: int, threads: int, runs: int, steps: int) -> float:

@@ -20,9 +20,9 @@ import time
 import numpy as np
 
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.forms import EffectiveModel, Shared
-from data_mixtures.climb.interactions import INTERACTIONS
-from data_mixtures.climb.parametric import EffectiveFit
+from data_mixtures.climb.laws.formulas import EffectiveModel, Shared
+from data_mixtures.climb.laws.interactions import INTERACTIONS
+from data_mixtures.climb.laws.parametric import EffectiveFit
 from data_mixtures.climb.solve import solve_two_step
 
 N_PARAMS, TOKENS = 1.2e9, 3e11

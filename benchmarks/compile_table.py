@@ -57,7 +57,7 @@ HEADER = """# base_1p2b at the paper's batch, compiled for chips that were not t
 
 One training step of 3072 sequences of 4096 tokens ({parameters:,} parameters, gin/runs/pretrain_1p2b.gin), per device.
 Made by `python benchmarks/compile_table.py` on {date}, jax {jax}. Memory and bytes are the compiler's; **times are
-estimates**, lower bounds from the chips' data sheets (`mlx_pretrain/hardware.py`), nothing was run.
+estimates**, lower bounds from the chips' data sheets (`mlx_pretrain/parallel/hardware.py`), nothing was run.
 
 """
 COLUMNS = ("devices", "mesh (data, fsdp, tensor)", "microbatches", "peak of memory, GiB", "FLOPs, times the model's",

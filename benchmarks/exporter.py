@@ -18,11 +18,11 @@ import pathlib
 import tempfile
 import time
 
-from data_mixtures.documents import Corpus
 from data_mixtures.export import export_tokens
 from data_mixtures.tokenizer import train_tokenizer
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import match_files, read_documents
-from mlx_pretrain.data.store import TokenStore
+from mlx_pretrain.data.token_store import TokenStore
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WRITERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}

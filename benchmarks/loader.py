@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from mlx_pretrain.data import loader, store
+from mlx_pretrain.data import loader, token_store
 from mlx_pretrain.files import sha256, write_atomic
 
 LENGTHS = (512, 4096)
@@ -26,20 +26,20 @@ LANGUAGES = [f"l{i:02}" for i in range(17)]
 VOCAB_SIZE = 8192
 
 
-def write_store(folder: pathlib.Path, length: int, tokens: int) -> store.TokenStore:
+def write_store(folder: pathlib.Path, length: int, tokens: int) -> token_store.TokenStore:
     """A token store of `tokens` random tokens in all; language i has i + 1 parts of them."""
     rng = np.random.default_rng(length)
     rows = rng.integers(4, VOCAB_SIZE, (tokens * len(LANGUAGES) // 153 // length, length), np.uint16)
     parts = {}
     for number, language in enumerate(LANGUAGES):
         n = tokens * (number + 1) // 153 // length  # 153 = 1 + ... + 17
-        writer = store.PartWriter(folder / "train" / language, length, np.uint16)
+        writer = token_store.PartWriter(folder / "train" / language, length, np.uint16)
         writer.append(rows[:n])
         parts[language] = writer.close(n * length, 4 * n * length, n)
-    write_atomic(folder / store.TOKENIZER, b"no tokenizer: the tokens are random")
-    fingerprint = sha256(folder / store.TOKENIZER)
-    store.write_manifest(folder, store.Manifest(length, VOCAB_SIZE, fingerprint, {"train": parts}, {}))
-    return store.TokenStore(folder)
+    write_atomic(folder / token_store.TOKENIZER, b"no tokenizer: the tokens are random")
+    fingerprint = sha256(folder / token_store.TOKENIZER)
+    token_store.write_manifest(folder, token_store.Manifest(length, VOCAB_SIZE, fingerprint, {"train": parts}, {}))
+    return token_store.TokenStore(folder)
 
 
 def read(source: loader.BatchSource, threads: int, seconds: float, batch_tokens: int) -> tuple[float, np.ndarray]:

@@ -4,7 +4,7 @@
 
 DIR holds `<language>.jsonl[.xz]`, documents with `id` and `source` that are aligned across languages. Passages are made
 of them (whole lines from the beginning of each), a tenth is held out, the same in all languages, and half of the
-passages are corrupted (`raters.corruption`), the same ones in the same way in all languages.
+passages are corrupted (`raters.preferences.corruption`), the same ones in the same way in all languages.
 
 1. Three raters read English: how far a passage was corrupted (known here), an n-gram classifier, and rules. MuRater(E)
    carries their preferences to eight languages; thirteen are in no training pair. Rated are, apart for languages seen
@@ -30,13 +30,13 @@ import jax
 import numpy as np
 from climb_corpus import command, in_held_out, train
 
-from mlx_pretrain import partitioning
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import atomic_writer, read_json, read_jsonl, write_json
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
-from raters.corruption import CORRUPTIONS, corrupt, corrupt_share
-from raters.quality import load_quality, quality
+from mlx_pretrain.parallel import partitioning
+from raters.preferences.corruption import CORRUPTIONS, corrupt, corrupt_share
+from raters.scoring.quality_model import load_quality, quality
 
 SEEN = ("ar", "de", "en", "es", "fr", "hi", "ru", "zh")
 UNSEEN = ("cs", "el", "id", "it", "ja", "ko", "nl", "pl", "pt", "ro", "th", "tr", "vi")
@@ -122,7 +122,9 @@ def make_pairs(work: pathlib.Path, count: int) -> None:
     if (work / "validation_pairs.jsonl").exists():
         return
     (work / "pairs.gin").write_text("\n".join(
-        ["import raters.given", "import raters.heuristics", "import raters.ngrams", "import raters.translation",
+        ["import raters.rater_plugins.existing_scores", "import raters.rater_plugins.heuristics",
+         "import raters.ngrams",
+         "import raters.preferences.translation",
          "pairs.raters = [@GivenScores(), @NgramClassifier(), @Heuristics()]", "pairs.translator = @AlignedDocuments()",
          f"pairs.languages = {there(work / 'documents', SEEN)}",
          f"pairs.heldout_languages = {there(work / 'documents', UNSEEN)}", "GivenScores.field = 'intact'",

@@ -87,10 +87,10 @@ def ours(folder: str, dtype: str, rows: list[np.ndarray], tokens: int) -> tuple[
     """Vectors of the first documents, and tokens a second."""
     import jax
 
-    from mlx_pretrain import partitioning
     from mlx_pretrain.convert.encoders import load_encoder
     from mlx_pretrain.inference.bulk import BulkInference, default_buckets, pack
     from mlx_pretrain.models.encoder import Encoder
+    from mlx_pretrain.parallel import partitioning
     from raters.score import TOKENS_PER_BATCH
 
     config, params = load_encoder(folder, dtype)

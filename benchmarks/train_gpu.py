@@ -79,11 +79,12 @@ def measure(variant: Variant, steps: int, quick: bool) -> dict:
     import jax
     import numpy as np
 
-    from mlx_pretrain import hardware, optimizers, partitioning, train_state
-    from mlx_pretrain.data.store import EOS_ID
+    from mlx_pretrain.data.token_store import EOS_ID
     from mlx_pretrain.models.attention import IMPLEMENTATIONS
     from mlx_pretrain.models.decoder import DecoderConfig
-    from mlx_pretrain.trainer import make_decoder_loss, make_train_step
+    from mlx_pretrain.parallel import hardware, partitioning
+    from mlx_pretrain.training import optimizers, train_state
+    from mlx_pretrain.training.train_step import make_decoder_loss, make_train_step
 
     if jax.default_backend() not in IMPLEMENTATIONS[variant.attention].platforms:
         # The model would take another implementation, with a warning.

@@ -40,9 +40,10 @@ def train(dtype: str, steps: int) -> dict:
     import jax
     import numpy as np
 
-    from mlx_pretrain import hardware, optimizers, partitioning, train_state
     from mlx_pretrain.models.decoder import DecoderConfig
-    from mlx_pretrain.trainer import make_decoder_loss, make_train_step
+    from mlx_pretrain.parallel import hardware, partitioning
+    from mlx_pretrain.training import optimizers, train_state
+    from mlx_pretrain.training.train_step import make_decoder_loss, make_train_step
 
     config = DecoderConfig(
         vocab_size=8192, embed_dim=256, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64, mlp_dim=1024,

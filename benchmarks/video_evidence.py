@@ -19,14 +19,14 @@ import time
 import numpy as np
 import scipy.stats
 
-from video import selectors
-from video.answering import Answering
-from video.clips import showing
 from video.decode import FrameStore
-from video.labels import read_labels
-from video.llm import load_video_llm
+from video.frame_choice import rules
+from video.frame_choice.scorers import Similarity, Voyager
+from video.llm.answer_scoring import Answering
+from video.llm.loading import load_video_llm
+from video.llm.training_rows import showing
 from video.questions import read_questions
-from video.scorers import Similarity, Voyager
+from video.voyager.loss_labels import read_labels
 
 
 def mcnemar(a, b) -> float:
@@ -48,18 +48,18 @@ def main() -> None:
     store, llm = FrameStore(arguments.frame_store), load_video_llm(arguments.video_llm)
     questions = [q for q in read_questions(arguments.questions)[: arguments.limit] if q.video in store]
     count, chosen = arguments.candidates, arguments.frames
-    places = selectors.even(store.candidates, count)
+    places = rules.even(store.candidates, count)
     frames = {q.video: store.frames([store.row(q.video)])[0][places] for q in questions}
     rng = np.random.default_rng(0)
 
     similarity = Similarity(arguments.towers)
     close = [similarity(q.video, frames[q.video], q.question) for q in questions]
     choices = {
-        "uniform": [selectors.even(count, chosen) for _ in questions],
+        "uniform": [rules.even(count, chosen) for _ in questions],
         "random": [np.sort(rng.choice(count, chosen, replace=False)) for _ in questions],
-        "similarity": [selectors.top(scores, chosen) for scores in close],
-        "bolt": [selectors.bolt(scores, chosen) for scores in close],
-        "aks": [selectors.aks(scores, chosen) for scores in close],
+        "similarity": [rules.top(scores, chosen) for scores in close],
+        "bolt": [rules.bolt(scores, chosen) for scores in close],
+        "aks": [rules.aks(scores, chosen) for scores in close],
     }
     latency = collections.defaultdict(list)
     for number, run_dir in enumerate(arguments.voyager):
@@ -70,12 +70,12 @@ def main() -> None:
             started = time.perf_counter()
             rewards = voyager(question.video, frames[question.video], question.question)
             latency[name].append(time.perf_counter() - started)
-            choices[name].append(selectors.top(rewards, chosen))
+            choices[name].append(rules.top(rewards, chosen))
     if any(q.evidence for q in questions):
         choices["evidence"] = []
         for question in questions:
             shown = [int(p[len(p) // 2]) for p in showing(question, store.times[store.row(question.video)][places])]
-            rest = [p for p in selectors.even(count, chosen).tolist() if p not in shown]
+            rest = [p for p in rules.even(count, chosen).tolist() if p not in shown]
             choices["evidence"].append(np.unique([*shown[:chosen], *rest[: max(chosen - len(set(shown)), 0)]]))
     if arguments.labels:
         labels = read_labels(arguments.labels, arguments.questions)

@@ -18,19 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlx_pretrain import hardware, partitioning
 from mlx_pretrain.models.decoder import DecoderConfig, token_logits
 from mlx_pretrain.models.decoder import logits as all_logits
 from mlx_pretrain.models.vision import VisionConfig
-from mlx_pretrain.train_state import abstract_params
-from video.answering import Answering
-from video.combinations import combinations
+from mlx_pretrain.parallel import hardware, partitioning
+from mlx_pretrain.training.train_state import abstract_params
 from video.decode import FrameStore
-from video.llm import load_video_llm
-from video.model import VideoLLMConfig, encode_frames, hidden_states
-from video.prompts import Prompts
+from video.frame_choice.rules import even
+from video.llm.answer_scoring import Answering
+from video.llm.loading import load_video_llm
+from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
+from video.llm.prompts import Prompts
 from video.questions import Question, read_questions
-from video.selectors import even
+from video.voyager.combinations import combinations
 
 TOKENS = {"cpu": 1024}  # in a batch of the naive loop
 

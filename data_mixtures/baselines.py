@@ -11,9 +11,9 @@ import gin
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.rates import save_rates
-from mlx_pretrain.data.store import MANIFEST, read_manifest
+from mlx_pretrain.data.token_store import MANIFEST, read_manifest
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 

@@ -16,8 +16,8 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data_mixtures.documents import Corpus
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 
 VERSION = "1.0.0"

@@ -20,13 +20,13 @@ import gin
 import numpy as np
 from etils import epath
 
-from data_mixtures.documents import Corpus
 from mlx_pretrain import __version__
-from mlx_pretrain.configuration import run
-from mlx_pretrain.data import store as token_store
+from mlx_pretrain.command_line import run
+from mlx_pretrain.data import token_store as token_store
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import file_sizes, read_json, write_atomic, write_json
 from mlx_pretrain.parallel import cluster

@@ -20,12 +20,12 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from data_mixtures.documents import Corpus
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document, DocumentFields, read_documents
-from mlx_pretrain.data.mixing import MixtureOrder
+from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 
 # Accelerators belong to JAX; TensorFlow would take their memory.

@@ -19,11 +19,11 @@ import sentencepiece
 from etils import epath
 
 from data_mixtures.baselines import capped_budgets, temperature_rates
-from data_mixtures.documents import Corpus
 from mlx_pretrain import __version__
-from mlx_pretrain.configuration import run
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.command_line import run
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, write_atomic, write_json
 

@@ -18,9 +18,9 @@ import gin
 import numpy as np
 from etils import epath
 
-from evals.languages import by_family
+from evals.language_families import by_family
 from evals.tasks import Item, Task, write_items
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 
 TASK = Task("BMLAMADataset", "lighteval")

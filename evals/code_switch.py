@@ -15,7 +15,7 @@ import gin
 import numpy as np
 
 from evals.tasks import MODES, Item, Task, align, find_tasks, write_items
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 
 PROBABILITY = 0.5

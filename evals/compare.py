@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 
 from evals import metrics, tables
-from evals.languages import by_family
+from evals.language_families import by_family
 from evals.tasks import Task
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import gin
 import numpy as np
 
-from evals.languages import by_family
+from evals.language_families import by_family
 from evals.tasks import Item, Task, write_items
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.errors import InputError
 

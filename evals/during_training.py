@@ -10,13 +10,13 @@ import gin
 import numpy as np
 
 from evals import metrics
-from evals.languages import ENGLISH
+from evals.language_families import ENGLISH
 from evals.requests import check_lengths, requests_of
 from evals.tables import choices_of, table_of_scores
 from evals.tasks import align, find_tasks, read_examples
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Scorer
-from mlx_pretrain.training_loop import Evaluator, checked
+from mlx_pretrain.training.trainer import Evaluator, checked
 
 
 @gin.configurable(denylist=["model"])

@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evals.generations import encode_prompts, generate_answers
 from evals.requests import encode_pairs
-from mlx_pretrain.configuration import errors_as_one_line
+from mlx_pretrain.command_line import errors_as_one_line
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.inference.scoring import Request, Scorer

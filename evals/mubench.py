@@ -13,9 +13,9 @@ import datasets
 import gin
 from etils import epath
 
-from evals.languages import LANGUAGES
+from evals.language_families import LANGUAGES
 from evals.tasks import MODES, Task, file_of
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 

@@ -15,12 +15,13 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from evals.languages import ENGLISH, by_family, family
+from evals.language_families import ENGLISH, by_family, family
 from evals.metrics import EXACT_MATCH, NORMALISATIONS
 from evals.tasks import MODES
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import (
+from mlx_pretrain.files import read_json, read_jsonl, write_atomic
+from mlx_pretrain.reports.figures import (
     ACCENT,
     INK,
     MUTED,
@@ -33,8 +34,7 @@ from mlx_pretrain.figures import (
     rows_panel,
     save_figure,
 )
-from mlx_pretrain.files import read_json, read_jsonl, write_atomic
-from mlx_pretrain.history import LANGUAGES
+from mlx_pretrain.reports.run_history import LANGUAGES
 
 RIGHT_TO_LEFT = ("ar", "fa", "he", "ur")
 SHOWN = 12  # items of each task in the browser

@@ -11,7 +11,7 @@ import pyarrow as pa
 from etils import epath
 
 from evals import metrics
-from evals.languages import ENGLISH
+from evals.language_families import ENGLISH
 from evals.tables import choices_of, responses_of, unscored
 from evals.tasks import Aligned, Task
 from mlx_pretrain.files import atomic_writer, write_json

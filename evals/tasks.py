@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from evals.languages import UNSPACED, by_family
+from evals.language_families import UNSPACED, by_family
 from mlx_pretrain.data.documents import match_files
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mlx_pretrain import configuration
+from mlx_pretrain import command_line
 from mlx_pretrain.errors import InputError
 
 _USAGE = """usage: python -m mlx_pretrain.compile --gin_file=FILE [...] [--gin.NAME=VALUE ...] --topology=TOPOLOGY
@@ -72,11 +72,11 @@ def compile_programs(arguments: Arguments) -> dict:
     Raises:
       InputError: the gin files, the topology or the mesh are wrong, or do not fit each other.
     """
-    flags = configuration.parse_flags(arguments.gin)
-    filled = configuration.parse_gin(flags.files, flags.bindings, flags.search, fill_macros=True)
+    flags = command_line.parse_flags(arguments.gin)
+    filled = command_line.parse_gin(flags.files, flags.bindings, flags.search, fill_macros=True)
     # Imported late: the environment must be settled before anything loads a compiler.
-    from mlx_pretrain import partitioning, programs
-    from mlx_pretrain.parallel import backend, topologies
+    from mlx_pretrain.compilation import programs, topologies
+    from mlx_pretrain.parallel import backend, partitioning
 
     backend.apply_flags("gpu" if arguments.topology.lower().startswith("h100") else "tpu")
     topology = topologies.describe(arguments.topology, arguments.slices)
@@ -90,7 +90,7 @@ def compile_programs(arguments: Arguments) -> dict:
         if not filled:
             raise
         raise InputError(f"{', '.join(filled)}: these macros have no value, and one of them does not only name data "
-                         f"({configuration.first_line(error)})") from None
+                         f"({command_line.first_line(error)})") from None
     chip = topology.chip
     return {
         "topology": topology.name,
@@ -106,7 +106,7 @@ def compile_programs(arguments: Arguments) -> dict:
 
 
 def _measured(program, topology) -> dict:
-    from mlx_pretrain.parallel import measurement
+    from mlx_pretrain.compilation import measurement
 
     result = measurement.measure(program, topology)
     needed = result.memory.peak if result.refusal is None else measurement.needed_bytes(result.refusal)
@@ -223,8 +223,8 @@ if __name__ == "__main__":
         raise SystemExit(0)
     # The devices of this machine are not used, and not looked for.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    configuration.quiet_logging()
+    command_line.quiet_logging()
     import mlx_pretrain.train  # noqa: F401  what gin files configure without importing it
 
-    with configuration.errors_as_one_line():
+    with command_line.errors_as_one_line():
         raise SystemExit(main(sys.argv[1:]))

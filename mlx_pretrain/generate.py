@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import gin
 
-from mlx_pretrain import configuration
+from mlx_pretrain import command_line
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.inference.language_model import load_language_model
@@ -67,4 +67,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    configuration.run(generate, "mlx_pretrain.generate", joins=True)
+    command_line.run(generate, "mlx_pretrain.generate", joins=True)

@@ -1,6 +1,7 @@
 """The report of a pretraining run: one self-contained HTML file, for the screen (light and dark) and for paper.
 
-Made from the run folder that `mlx_pretrain.history` describes. Needs matplotlib and jinja2, which the extra `data`
+Made from the run folder that `mlx_pretrain.reports.run_history` describes. Needs matplotlib and jinja2, which the
+extra `data`
 brings; nothing else in this package imports them.
 """
 
@@ -16,8 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mlx_pretrain.configuration import run
-from mlx_pretrain.figures import (
+from mlx_pretrain.command_line import run
+from mlx_pretrain.files import write_atomic
+from mlx_pretrain.languages import GROUPS, LANGUAGES
+from mlx_pretrain.reports.figures import (
     ACCENT,
     INK,
     MUTED,
@@ -32,11 +35,7 @@ from mlx_pretrain.figures import (
     rows_panel,
     unit,
 )
-from mlx_pretrain.files import write_atomic
-from mlx_pretrain.goodput import GOODPUT, PARTS, Goodput, read_goodput
-from mlx_pretrain.history import (
-    GROUPS,
-    LANGUAGES,
+from mlx_pretrain.reports.run_history import (
     History,
     Language,
     Summary,
@@ -49,6 +48,7 @@ from mlx_pretrain.history import (
     read_run,
     read_samples,
 )
+from mlx_pretrain.training.goodput import GOODPUT, PARTS, Goodput, read_goodput
 
 
 def _runs(x: np.ndarray, y: np.ndarray, most: int = 240) -> np.ndarray:
@@ -296,7 +296,7 @@ def report(run_dir: epath.PathLike = gin.REQUIRED, output: epath.PathLike | None
                               "goodput")}
         drawn["x_label"] = plots.x_label
     page = render_page(
-        epath.Path(__file__).parent / "report.html.j2",
+        epath.Path(__file__).parent / "reports" / "run_report.html.j2",
         name=folder.absolute().name, run=facts, summary=summary, history=history, plots=drawn, samples=samples,
         goodput=goodput, languages=LANGUAGES, started=parse_time(facts["started"]), mean_bits=mean_bits,
         sampling=sampling,

@@ -15,19 +15,22 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration, partitioning, programs
+from mlx_pretrain import command_line
+from mlx_pretrain.compilation import programs
 from mlx_pretrain.data.loader import Batch, BatchSource, Mixture, store_mixture
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import MANIFEST, PAD_ID, TOKENIZER, TokenStore
-from mlx_pretrain.data.tokenizer import Tokenizer
-from mlx_pretrain.evaluation import HeldOut
+from mlx_pretrain.data.token_store import MANIFEST, PAD_ID, TOKENIZER, TokenStore
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.files import read_json
 from mlx_pretrain.inference.language_model import LanguageModel, own_model
-from mlx_pretrain.initial_weights import InitialWeights
 from mlx_pretrain.models.decoder import DecoderConfig
-from mlx_pretrain.train_state import abstract_state
-from mlx_pretrain.trainer import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training_loop import RUN, Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.heldout_evaluator import HeldOut
+from mlx_pretrain.training.initial_weights import InitialWeights
+from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.train_step import LossParts, make_decoder_loss, make_eval_step
+from mlx_pretrain.training.trainer import RUN, Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
 
 
 @gin.configurable("train")
@@ -224,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "mlx_pretrain.train", joins=True)
+    command_line.run(main, "mlx_pretrain.train", joins=True)

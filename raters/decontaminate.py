@@ -6,7 +6,8 @@ characters, two for a word (our choice). A document that is hit goes as a whole,
 n-grams that many documents share are not excused, but the report lists the most frequent, so that a set phrase can be
 told from a leak.
 
-Writes a removal list and a report, see `raters.stages`; removed.jsonl names the items and what was matched, and
+Writes a removal list and a report, see `raters.filtering.stages`; removed.jsonl names the items and what was
+matched, and
 items.jsonl each item that was found, with its documents. Processes may share the files (`--shard=I/N`, or a SLURM
 array); the command without `--shard` completes their work.
 """
@@ -22,13 +23,13 @@ import gin
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import match_files, read_documents
-from mlx_pretrain.data.segmentation import UNITS_PER_WORD
+from mlx_pretrain.data.word_boundaries import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl, sha256, write_json
 from mlx_pretrain.parallel import cluster
-from raters import shingles, stages
+from raters.filtering import shingles, stages
 
 ITEMS = "items.jsonl"
 _SHOWN = 20  # most frequent n-grams in the report

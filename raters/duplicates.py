@@ -5,7 +5,7 @@ by locality-sensitive hashing in bands (Broder 1997; the shape, 5-grams in 14 ba
 2406.17557), checked against the signatures' own estimate of the Jaccard similarity. A document goes only when one that
 stays is as similar as the threshold asks, so chains of small changes do not carry away unlike texts.
 
-Writes a removal list and a report; see `raters.stages`.
+Writes a removal list and a report; see `raters.filtering.stages`.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ import datasketch
 import gin
 import numpy as np
 
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
-from raters import selection, shingles, stages
+from raters.filtering import quotas, shingles, stages
 
 _SHOWN = 20  # largest groups in the report
 
@@ -179,7 +179,7 @@ def _order(config: DuplicatesConfig, sketches: Sketches, names: Sequence[str]) -
     documents = np.arange(len(sketches.ids))
     if config.scores is None:
         return documents
-    scores = selection.read_scores(config.scores, names)
+    scores = quotas.read_scores(config.scores, names)
     place = {(file, number): score for file, number, score in zip(
         scores.file.tolist(), scores.number.tolist(), scores.score.tolist())}
     score = np.array([place.get(key, math.nan) for key in zip(sketches.file.tolist(), sketches.number.tolist())])
@@ -216,7 +216,7 @@ def deduplicate(config: DuplicatesConfig) -> None:
     names = list(files)
     inputs = dict(files)
     if config.scores is not None:
-        inputs |= {f"{config.scores}/{name}": selection.score_file(config.scores, name) for name in names}
+        inputs |= {f"{config.scores}/{name}": quotas.score_file(config.scores, name) for name in names}
     made_from = stages.provenance("raters.duplicates", config, inputs)
     if stages.is_made(config.output, made_from, config.overwrite):
         return

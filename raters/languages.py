@@ -5,7 +5,8 @@ The declared language is the record's `lang` (or `language`), else the file's na
 over the document are identified one by one (py3langid, a naive Bayes classifier on bytes), so that a half translated
 document is found, and a quotation does no harm. Languages that identifiers take for one another count as one.
 
-Writes a removal list and a report; see `raters.stages`. Processes may share the files (`--shard=I/N`, or a SLURM
+Writes a removal list and a report; see `raters.filtering.stages`. Processes may share the files (`--shard=I/N`, or a
+SLURM
 array); the command without `--shard` completes their work.
 """
 
@@ -22,11 +23,11 @@ import numpy as np
 from etils import epath
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 from mlx_pretrain.parallel import cluster
-from raters import stages
+from raters.filtering import stages
 
 _SHOWN = 5  # removed documents of each pair of languages in the report
 # Pairs that differ by convention more than by words. Indonesian is often taken for Malay.

@@ -21,12 +21,12 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from mlx_pretrain import __version__
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document, match_files, read_documents
-from mlx_pretrain.data.segmentation import words
+from mlx_pretrain.data.word_boundaries import words
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256, write_atomic
-from raters.corruption import CORRUPTIONS, corrupt_share
+from raters.preferences.corruption import CORRUPTIONS, corrupt_share
 
 FORMAT = "mlx-ngram-classifier"
 VERSION = 1
@@ -94,7 +94,8 @@ def train_ngrams(
     Args:
       good: path or glob of documents worth having.
       output: file to write (.npz).
-      bad: path or glob of documents not worth having; None: corrupted copies of the good ones (`raters.corruption`).
+      bad: path or glob of documents not worth having; None: corrupted copies of the good ones
+      (`raters.preferences.corruption`).
       ngrams: shortest and longest n-gram, in words (units of scripts without spaces).
       features: hash buckets.
       regularization: L2 penalty on the weights, beside the mean loss of a document.

@@ -11,7 +11,7 @@ how it was made, then one pair a line:
 
     {"kind": "monolingual", "a": {"id", "lang", "source", "text"}, "b": {...}, "p_b": 0.75, "raters": {"ngrams": 1.0}}
 
-p_b is P(B>A) by `raters.aggregate`; "raters" has each rater's own P(B>A), those without one left out.
+p_b is P(B>A) by `raters.preferences.aggregate`; "raters" has each rater's own P(B>A), those without one left out.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ import tqdm
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document, match_files, read_documents
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, sha256
-from raters.rater import PairRater, Rater, record_fields
-from raters.sampling import PairSampler, Strata, language_pairs, spread
-from raters.stages import say
-from raters.translation import DocumentStore, Translator, with_language
+from raters.filtering.stages import say
+from raters.preferences.sampling import PairSampler, Strata, language_pairs, spread
+from raters.preferences.translation import DocumentStore, Translator, with_language
+from raters.rater_plugins.base import PairRater, Rater, record_fields
 
 FORMAT = "mlx-rater-pairs"
 VERSION = 1

@@ -1,7 +1,9 @@
 """Scores documents in bulk: `python -m raters.score --gin_file=gin/raters/score.gin`.
 
-Reads files of documents, writes their scores (`raters.shards` has the layout). The rater is a trained quality model,
-run on the devices, or any plug-in (`raters.rater.Rater`). The same command starts and resumes: files whose scores are
+Reads files of documents, writes their scores (`raters.scoring.shards` has the layout). The rater is a trained
+quality model,
+run on the devices, or any plug-in (`raters.rater_plugins.base.Rater`). The same command starts and resumes: files
+whose scores are
 whole are skipped; those that have changed since, or could not be read, are scored again; scores made with other
 settings are an error unless `overwrite` is set. How documents are batched, and on how many devices, is no such setting:
 a job goes on on other machines, and each file's marker records what it was scored on. A file's scores depend on the
@@ -29,20 +31,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, hardware, partitioning, programs
-from mlx_pretrain.configuration import run, save_effective
+from mlx_pretrain.command_line import run, save_effective
+from mlx_pretrain.compilation import programs
 from mlx_pretrain.data.documents import TEXT_UNITS, Document, DocumentFields, read_documents
-from mlx_pretrain.data.subword import load_tokenizer
+from mlx_pretrain.data.tokenizers import load_tokenizer
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
-from mlx_pretrain.parallel import cluster
-from mlx_pretrain.train_state import abstract_params
-from raters.chunks import Preparation, Prepared, mean_over_chunks
-from raters.progress import Progress, joint_summary
-from raters.quality import QualityConfig, load_quality, quality
-from raters.rater import Rater, record_fields
-from raters.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfinished
+from mlx_pretrain.parallel import cluster, hardware, partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_state import abstract_params
+from raters.rater_plugins.base import Rater, record_fields
+from raters.scoring.chunks import Preparation, Prepared, mean_over_chunks
+from raters.scoring.progress import Progress, joint_summary
+from raters.scoring.quality_model import QualityConfig, load_quality, quality
+from raters.scoring.shards import REJECTS, Shard, ShardWriter, find_shards, sweep, unfinished
 from raters.train import TrainRaterConfig, configured_model
 
 _PIECE_CHARACTERS, _PIECE_DOCUMENTS = 1 << 18, 1024  # handed to a worker at a time

@@ -21,12 +21,12 @@ import gin
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_json
-from raters import selection, stages
-from raters.selection import Scores
+from raters.filtering import quotas, stages
+from raters.filtering.quotas import Scores
 
 FORMAT, VERSION = "mlx-selection", 1
 MANIFEST, UNSCORED = "selection.json", "unscored.jsonl"
@@ -94,7 +94,7 @@ def _per_language(name: str, value: float | Mapping[str, float], languages: Sequ
     return np.array([float(value[language]) for language in languages])
 
 
-def quotas(config: SelectConfig, scores: Scores) -> np.ndarray:
+def token_quotas(config: SelectConfig, scores: Scores) -> np.ndarray:
     """Tokens to keep of each language, float64 `[languages]`."""
     if config.tokens is not None:
         return _per_language("tokens", config.tokens, scores.languages)
@@ -120,7 +120,7 @@ class Copier:
 
     def __init__(self, config: SelectConfig, scores: Scores, kept: np.ndarray, removed: Mapping[str, np.ndarray]):
         self._config, self._scores, self._kept, self._removed = config, scores, kept, removed
-        self.examples = dict(selection.examples(scores, EXAMPLE_QUANTILES))
+        self.examples = dict(quotas.examples(scores, EXAMPLE_QUANTILES))
         self.texts: dict[int, tuple[str, str]] = {}  # row -> id and beginning of the text of an example
         self.unscored: dict[str, int] = {}
         self.excluded = 0
@@ -151,7 +151,7 @@ class Copier:
             removed = set(self._removed.get(name, np.zeros(0)).tolist())
             for document in read_documents(path, extra=None, rejected=unreadable):
                 if number < document.number:
-                    raise InputError(f"{selection.score_file(self._config.scores, name)}: has a score for {number}, "
+                    raise InputError(f"{quotas.score_file(self._config.scores, name)}: has a score for {number}, "
                                      f"where {path} has no document; rate it again")
                 if document.number in removed:
                     self.excluded += 1
@@ -172,13 +172,13 @@ class Copier:
                     writers[language](stages.to_record(document, quality_score=float(scores.score[row])))
                 number, row = next(row_of, (math.inf, -1))
             if number < math.inf:
-                raise InputError(f"{selection.score_file(self._config.scores, name)}: has a score for {number}, where "
+                raise InputError(f"{quotas.score_file(self._config.scores, name)}: has a score for {number}, where "
                                  f"{path} has no document; rate it again")
 
     def _check(self, document: Document, row: int, path: epath.Path) -> None:
         scores = self._scores
         names = scores.languages[scores.language[row]], scores.sources[scores.source[row]]
-        if selection.document_key(self._config.seed, *names, document.id) != int(scores.key[row]):
+        if quotas.document_key(self._config.seed, *names, document.id) != int(scores.key[row]):
             raise InputError(f"{path}:{document.number}: {document.id!r} is not the document that was rated here; "
                              "rate the file again")
 
@@ -194,45 +194,45 @@ def _without(scores: Scores, removed: Mapping[str, np.ndarray]) -> Scores:
 
 def _languages(scores: Scores, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray) -> Iterator[dict[str, Any]]:
     """What was asked for and kept of each language."""
-    edges = selection.score_bins(scores)
-    table = selection.counts(scores, kept, scores.language, len(scores.languages))
+    edges = quotas.score_bins(scores)
+    table = quotas.counts(scores, kept, scores.language, len(scores.languages))
     for i, language in enumerate(scores.languages):
         rows = scores.language == i
         yield {"language": language, **{name: column[i] for name, column in table.items()}, "quota": float(quota[i]),
                "without_score": int((rows & ~np.isfinite(scores.score)).sum()),
                "threshold": float(preference[rows & kept].min()) if (rows & kept).any() else None,
                "lowest_score": float(scores.score[rows & kept].min()) if (rows & kept).any() else None,
-               **selection.distribution(scores, kept, rows, edges)}
+               **quotas.distribution(scores, kept, rows, edges)}
 
 
 def describe(config: SelectConfig, scores: Scores, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray,
              others: Sequence[Scores]) -> dict[str, Any]:
     """The calibration: what was kept of each language, source, length, and how far the raters agree."""
-    edges, n_sources = selection.score_bins(scores), len(scores.sources)
-    sources = selection.counts(scores, kept, scores.source, n_sources)
-    cells = selection.counts(scores, kept, scores.language * n_sources + scores.source,
+    edges, n_sources = quotas.score_bins(scores), len(scores.sources)
+    sources = quotas.counts(scores, kept, scores.source, n_sources)
+    cells = quotas.counts(scores, kept, scores.language * n_sources + scores.source,
                              n_sources * len(scores.languages))
-    length, upper = selection.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
+    length, upper = quotas.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
     raters, masks = {scores.rater: scores.score}, {scores.rater: kept}
     for other in others:
-        values = selection.aligned(scores, other)
+        values = quotas.aligned(scores, other)
         seen = dataclasses.replace(scores, score=values)
         raters[other.rater] = values
-        masks[other.rater] = selection.select(seen, selection.preferences(seen, config.temperature), quota,
+        masks[other.rater] = quotas.select(seen, quotas.preferences(seen, config.temperature), quota,
                                               config.per_source, _caps(config, scores))
     return {
         "bins": edges.tolist(),
-        "quantiles": list(selection.QUANTILES),
+        "quantiles": list(quotas.QUANTILES),
         "languages": list(_languages(scores, kept, preference, quota)),
         "sources": [{"source": name, **{key: column[i] for key, column in sources.items()},
-                     **selection.distribution(scores, kept, scores.source == i, edges)}
+                     **quotas.distribution(scores, kept, scores.source == i, edges)}
                     for i, name in enumerate(scores.sources)],
         "cells": [{"language": scores.languages[i // n_sources], "source": scores.sources[i % n_sources],
                    **{key: column[i] for key, column in cells.items()}}
                   for i in range(len(cells["documents"])) if cells["documents"][i]],
-        "lengths": {"upper": upper, **selection.counts(scores, kept, length, len(upper))},
-        "variance": selection.variance_table(scores),
-        "agreement": selection.agreement(scores, raters, masks),
+        "lengths": {"upper": upper, **quotas.counts(scores, kept, length, len(upper))},
+        "variance": quotas.variance_table(scores),
+        "agreement": quotas.agreement(scores, raters, masks),
     }
 
 
@@ -256,7 +256,7 @@ def _rated(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]]:
 
 def _read(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple[Scores, list[Scores]]:
     """The deciding rater's scores and the others'. Raises InputError where two raters have one name."""
-    found = [selection.read_scores(folder, list(files), config.seed) for folder in (config.scores, *config.others)]
+    found = [quotas.read_scores(folder, list(files), config.seed) for folder in (config.scores, *config.others)]
     names = [scores.rater for scores in found]
     if len(set(names)) < len(names):
         raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(names)}")
@@ -278,7 +278,7 @@ def select(config: SelectConfig) -> None:
     flat = [stages.output_name(name).replace("/", "-") for name in files]
     if len(set(flat)) < len(flat):
         raise InputError(f"{config.documents}: two files would have one name in the output")
-    score_files = {f"{folder}/{name}": selection.score_file(folder, name)
+    score_files = {f"{folder}/{name}": quotas.score_file(folder, name)
                    for folder in (config.scores, *config.others) for name in files}
     made_from = stages.provenance("raters.select", config, {**files, **score_files})
     if stages.is_made(config.output, made_from, config.overwrite, MANIFEST):
@@ -286,9 +286,9 @@ def select(config: SelectConfig) -> None:
     removed = stages.read_removed(config.exclude)
     scores, others = _read(config, files)
     scores = _without(scores, removed)
-    preference = selection.preferences(scores, config.temperature)
-    quota = quotas(config, scores)
-    kept = selection.select(scores, preference, quota, config.per_source, _caps(config, scores))
+    preference = quotas.preferences(scores, config.temperature)
+    quota = token_quotas(config, scores)
+    kept = quotas.select(scores, preference, quota, config.per_source, _caps(config, scores))
     stages.say(f"decided on {len(scores):,} documents in {time.perf_counter() - started:.1f} s")
     copier = Copier(config, scores, kept, removed)
     with stages.new_folder(config.output) as folder:

@@ -17,9 +17,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import (
+from mlx_pretrain.files import read_json, write_atomic
+from mlx_pretrain.languages import LANGUAGES
+from mlx_pretrain.reports.figures import (
     ACCENT,
     FIGURE_WIDTH,
     GREEN,
@@ -37,8 +39,6 @@ from mlx_pretrain.figures import (
     rows_panel,
     save_figure,
 )
-from mlx_pretrain.files import read_json, write_atomic
-from mlx_pretrain.history import LANGUAGES
 from raters.select import FORMAT, MANIFEST, VERSION
 
 _MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))

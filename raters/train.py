@@ -6,7 +6,8 @@ scores of parallel documents together, L = L_pair + lambda L_par with, s the sco
     L_pair = E[-p log sigma(s_B - s_A) - (1 - p) log sigma(s_A - s_B)],  p = P(B>A)
     L_par  = E[-log sigma(s_m - s_m') - log sigma(s_m' - s_m)]
 
-It is a run of the one trainer (`mlx_pretrain.training_loop`): checkpoints, resuming, sharding and metrics are those of
+It is a run of the one trainer (`mlx_pretrain.training.trainer`): checkpoints, resuming, sharding and metrics are
+those of
 pretraining. For comparison it also trains pointwise: sigma(s) is fitted to the share of its pairs a document wins.
 """
 
@@ -22,19 +23,22 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration, partitioning, programs
+from mlx_pretrain import command_line
+from mlx_pretrain.compilation import programs
 from mlx_pretrain.convert.encoders import load_encoder, read_config
 from mlx_pretrain.data.loader import Batch, Mixture
-from mlx_pretrain.data.subword import check_vocabulary, load_tokenizer
+from mlx_pretrain.data.tokenizers import check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.train_state import abstract_state
-from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, LoopConfig, TrainingLoop, jitted_step
-from raters.agreement import agreement
-from raters.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.train_step import LossParts
+from mlx_pretrain.training.trainer import Evaluation, LoopConfig, TrainingLoop, jitted_step
 from raters.pairs import KINDS
-from raters.quality import QualityConfig, quality
+from raters.preferences.agreement import agreement
+from raters.preferences.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
+from raters.scoring.quality_model import QualityConfig, quality
 
 OBJECTIVES = ("pairwise", "pointwise")
 
@@ -303,10 +307,10 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
 
 
 def main() -> None:
-    """Trains a quality model. Parameters: train_rater.* (see raters/train.py and mlx_pretrain/training_loop.py),
+    """Trains a quality model. Parameters: train_rater.* (see raters/train.py and mlx_pretrain/training/trainer.py),
     QualityConfig.*, make_mesh.*, the schedule's and the optimizer's."""
     train(TrainRaterConfig())
 
 
 if __name__ == "__main__":
-    configuration.run(main, "raters.train", joins=True)
+    command_line.run(main, "raters.train", joins=True)

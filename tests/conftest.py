@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlx_pretrain.data import store as token_store
+from mlx_pretrain.data import token_store as token_store
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import sha256, write_atomic
 from mlx_pretrain.models.decoder import DecoderConfig

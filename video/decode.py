@@ -2,7 +2,7 @@
 
 Training reads frames thousands of times, so they are decoded once: M candidates of every video, resized, in worker
 processes. Videos that cannot be decoded go to rejects with the reason; of a video with fewer frames some stand more
-than once, and it is said. The store is a `video.store` of kind "frames"
+than once, and it is said. The store is a `video.frames.row_store` of kind "frames"
 with an array "frames" uint8 `[videos, candidates, size, size, 3]`; the id of a row is the video's path.
 """
 
@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from mlx_pretrain import configuration
+from mlx_pretrain import command_line
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
-from video.frames import FITS, notes, try_frames
+from video.frames.reading import FITS, notes, try_frames
+from video.frames.row_store import VERSION, RowStore, RowWriter
 from video.questions import read_questions
-from video.store import VERSION, RowStore, RowWriter
 
 KIND = "frames"
 
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.decode")
+    command_line.run(main, "video.decode")

@@ -2,7 +2,8 @@
 
 The data of Frame-Voyager (arXiv 2410.03226): for every question, the loss that a frozen Video-LLM has on the right
 answer given T of M candidate frames, for all combinations or a sample. Each frame goes through the vision tower once;
-question and beginnings of combinations are computed once (`video.answering`). Two stores (`video.store`) result:
+question and beginnings of combinations are computed once (`video.llm.answer_scoring`). Two stores
+(`video.frames.row_store`) result:
 
     OUT/losses      a row for every question: "losses" float32 [K], "combinations" uint16 [K, T], ascending frames
     OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], what the decoder reads of them
@@ -18,18 +19,18 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from mlx_pretrain import configuration, hardware
+from mlx_pretrain import command_line
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.parallel import cluster
-from video.answering import Answering
-from video.combinations import combinations
+from mlx_pretrain.parallel import cluster, hardware
 from video.decode import FrameStore
-from video.labels import FEATURES, LOSSES, FeatureStore
-from video.llm import load_video_llm
+from video.frame_choice.rules import even
+from video.frames.row_store import RowWriter
+from video.llm.answer_scoring import Answering
+from video.llm.loading import load_video_llm
 from video.questions import read_questions
-from video.selectors import even
-from video.store import RowWriter
+from video.voyager.combinations import combinations
+from video.voyager.loss_labels import FEATURES, LOSSES, FeatureStore
 
 
 @gin.configurable
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.label", joins=True)
+    command_line.run(main, "video.label", joins=True)

@@ -28,21 +28,21 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from mlx_pretrain import configuration, hardware
+from mlx_pretrain import command_line
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import save_figure
 from mlx_pretrain.files import write_atomic, write_json
-from mlx_pretrain.parallel import cluster
-from video import selectors
-from video.contact_sheet import contact_sheet
-from video.frames import Candidates, notes, read_frames, try_frames
+from mlx_pretrain.parallel import cluster, hardware
+from mlx_pretrain.reports.figures import save_figure
+from video.frame_choice import rules
+from video.frame_choice.contact_sheet import contact_sheet
+from video.frame_choice.scorers import Scorer
+from video.frames.reading import Candidates, notes, read_frames, try_frames
 from video.questions import Question, read_questions
-from video.scorers import Scorer
 
 # Bytes of a file name without its suffix; file systems take 255, and writing adds some for a moment.
 _LONGEST_NAME = 180
-CHOICES = {"top": selectors.top, "bolt": selectors.bolt, "aks": selectors.aks}
+CHOICES = {"top": rules.top, "bolt": rules.bolt, "aks": rules.aks}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Selector:
         """From frames that were decoded before."""
         scores = None if self.scorer is None else self.scorer(video, candidates.frames, question)
         _, distinct = np.unique(candidates.numbers, return_index=True)
-        places = distinct[selectors.even(len(distinct), self.frames) if scores is None
+        places = distinct[rules.even(len(distinct), self.frames) if scores is None
                           else CHOICES[self.choice](scores[distinct], self.frames)]
         return Selection(places, candidates.numbers[places], candidates.times[places], scores, candidates)
 
@@ -165,7 +165,7 @@ def select_all(
     write_json(output / "selected_frames.json",
                [found[question.id].numbers.tolist() if question.id in found else [] for question in asked])
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
-    configuration.save_effective(output / "config.gin")
+    command_line.save_effective(output / "config.gin")
     print(f"{output}: {selector.frames} of {selector.candidates} frames for {len(found):,} questions on "
           f"{len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without decoding); "
           f"{len(rejects):,} rejected")
@@ -191,9 +191,9 @@ def sheet_name(id: str) -> str:
 
 def main() -> None:
     """Chooses frames for questions. Parameters: select.* and Selector.* (see video/select.py), Voyager.*,
-    Similarity.*, Embeddings.* (see video/scorers.py)."""
+    Similarity.*, Embeddings.* (see video/frame_choice/scorers.py)."""
     select_all()
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.select", joins=True)
+    command_line.run(main, "video.select", joins=True)

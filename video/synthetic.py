@@ -19,13 +19,13 @@ import sentencepiece
 from etils import epath
 from tqdm import tqdm
 
-from mlx_pretrain import configuration
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain import command_line
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
+from video.frames.rendering import make_video
 from video.questions import write_questions
-from video.rendering import make_video
 
 
 @gin.configurable("synthetic")
@@ -90,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.synthetic")
+    command_line.run(main, "video.synthetic")

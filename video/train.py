@@ -1,6 +1,7 @@
 """Trains a Video-LLM on questions about videos: `python -m video.train --gin_file=gin/video/train.gin`.
 
-It is a run of the one trainer (`mlx_pretrain.training_loop`): checkpoints, resuming, sharding and metrics are those of
+It is a run of the one trainer (`mlx_pretrain.training.trainer`): checkpoints, resuming, sharding and metrics are
+those of
 pretraining. All parameters start from scratch.
 """
 
@@ -16,21 +17,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration, losses
+from mlx_pretrain import command_line
 from mlx_pretrain.data.loader import Batch, Mixture
-from mlx_pretrain.data.store import BOS_ID, EOS_ID
-from mlx_pretrain.data.subword import check_vocabulary
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID
+from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import output_kernel
-from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop, checked
-from video.answering import Answering
-from video.clips import ClipSource, showing
+from mlx_pretrain.training import checkpoints, losses
+from mlx_pretrain.training.train_step import LossParts
+from mlx_pretrain.training.trainer import Evaluation, Evaluator, LoopConfig, TrainingLoop, checked
 from video.decode import FrameStore
-from video.frames import moments
-from video.model import VideoLLMConfig, encode_frames, hidden_states
-from video.prompts import Prompts
+from video.frames.reading import moments
+from video.llm.answer_scoring import Answering
+from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
+from video.llm.prompts import Prompts
+from video.llm.training_rows import ClipSource, showing
 from video.questions import Question, read_questions
 
 
@@ -226,10 +227,11 @@ def train(config: TrainVideoConfig) -> dict[str, float]:
 
 def main() -> None:
     """Trains a Video-LLM on questions. Parameters: train_video.* (see video/train.py and
-    mlx_pretrain/training_loop.py), VideoLLMConfig.*, VisionConfig.*, DecoderConfig.*, make_mesh.*, the schedule's and
+    mlx_pretrain/training/trainer.py), VideoLLMConfig.*, VisionConfig.*, DecoderConfig.*, make_mesh.*, the schedule's
+    and
     the optimizer's."""
     train(TrainVideoConfig())
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.train", joins=True)
+    command_line.run(main, "video.train", joins=True)

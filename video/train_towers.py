@@ -1,6 +1,7 @@
 """Trains frame and text towers on captions: `python -m video.train_towers --gin_file=gin/video/train_towers.gin`.
 
-It is a run of the one trainer (`mlx_pretrain.training_loop`). A pair is a frame of a captioned part of a video, and the
+It is a run of the one trainer (`mlx_pretrain.training.trainer`). A pair is a frame of a captioned part of a video,
+and the
 caption; where texts are few, as here, some of the caption's words among words of questions stand for all the ways in
 which people say things.
 """
@@ -17,19 +18,20 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration, partitioning
+from mlx_pretrain import command_line
 from mlx_pretrain.data.loader import Batch, Mixture, Stream
-from mlx_pretrain.data.store import PAD_ID
-from mlx_pretrain.data.subword import check_vocabulary
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import PAD_ID
+from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop
-from video.clips import ClipPosition, showing
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_step import LossParts
+from mlx_pretrain.training.trainer import Evaluation, Evaluator, LoopConfig, TrainingLoop
 from video.decode import FrameStore
+from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts, sigmoid_loss
+from video.llm.training_rows import ClipPosition, showing
 from video.questions import Question, read_questions
-from video.towers import TowersConfig, embed_frames, embed_texts, sigmoid_loss
 
 
 @gin.configurable("train_towers")
@@ -211,9 +213,10 @@ def train(config: TrainTowersConfig) -> dict[str, float]:
 
 def main() -> None:
     """Trains frame and text towers. Parameters: train_towers.* (see video/train_towers.py and
-    mlx_pretrain/training_loop.py), TowersConfig.*, VisionConfig.*, make_mesh.*, the schedule's and the optimizer's."""
+    mlx_pretrain/training/trainer.py), TowersConfig.*, VisionConfig.*, make_mesh.*, the schedule's and the
+    optimizer's."""
     train(TrainTowersConfig())
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.train_towers", joins=True)
+    command_line.run(main, "video.train_towers", joins=True)

@@ -1,6 +1,6 @@
 """Trains Frame-Voyager on stored losses: `python -m video.train_voyager --gin_file=gin/video/train_voyager.gin`.
 
-It is a run of the one trainer (`mlx_pretrain.training_loop`), on the two stores that `video.label` made; of the
+It is a run of the one trainer (`mlx_pretrain.training.trainer`), on the two stores that `video.label` made; of the
 Video-LLM only the parameters to start from are read.
 """
 
@@ -16,17 +16,19 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, configuration, partitioning
+from mlx_pretrain import command_line
 from mlx_pretrain.data.loader import Batch, Mixture, Stream
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.trainer import LossParts
-from mlx_pretrain.training_loop import Evaluation, Evaluator, LoopConfig, TrainingLoop
-from video.labels import Labels, read_labels
-from video.llm import load_video_llm
-from video.prompts import PaddedPrompts
-from video.ranking import ranking
-from video.voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_step import LossParts
+from mlx_pretrain.training.trainer import Evaluation, Evaluator, LoopConfig, TrainingLoop
+from video.llm.loading import load_video_llm
+from video.llm.prompts import PaddedPrompts
+from video.voyager.loss_labels import Labels, read_labels
+from video.voyager.module import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
+from video.voyager.ranking_metrics import ranking
 
 
 @gin.configurable("train_voyager")
@@ -247,10 +249,11 @@ def train(config: TrainVoyagerConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    """Trains Frame-Voyager. Parameters: train_voyager.* (see video/train_voyager.py and mlx_pretrain/training_loop.py),
+    """Trains Frame-Voyager. Parameters: train_voyager.* (see video/train_voyager.py and
+    mlx_pretrain/training/trainer.py),
     load_video_llm.*, make_mesh.*, the schedule's and the optimizer's."""
     train(TrainVoyagerConfig())
 
 
 if __name__ == "__main__":
-    configuration.run(main, "video.train_voyager", joins=True)
+    command_line.run(main, "video.train_voyager", joins=True)

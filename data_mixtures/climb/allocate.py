@@ -22,15 +22,15 @@ from etils import epath
 from data_mixtures.baselines import temperature_rates, unimax_rates
 from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION, solve
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.law import EffectiveLaw, FittedLaw, Law, float64
-from data_mixtures.climb.laws import LAWS, default_law
-from data_mixtures.climb.parametric import EffectiveFit, ParametricFit
-from data_mixtures.climb.runs import ProxyRuns, outliers
+from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw, Law, float64
+from data_mixtures.climb.laws.parametric import EffectiveFit, ParametricFit
+from data_mixtures.climb.laws.registry import LAWS, default_law
+from data_mixtures.climb.proxy_table import ProxyRuns, outliers
 from data_mixtures.climb.validation import CrossValidation, cross_validate, measured_effective_ratios
 from mlx_pretrain import __version__
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data.rates import save_rates
-from mlx_pretrain.data.store import TokenStore
+from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, write_json
 

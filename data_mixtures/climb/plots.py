@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from mlx_pretrain.figures import (
+from mlx_pretrain.reports.figures import (
     ACCENT,
     FIGURE_WIDTH,
     GREEN,

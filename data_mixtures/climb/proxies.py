@@ -2,7 +2,8 @@
 
 Every run is a small model trained by the normal training step at a constant rate, so evaluations on the way are runs
 of fewer tokens for free (WSD without the decay, arXiv 2404.06395). Every run has a CSV file in the output folder, in
-the layout of `data_mixtures.climb.runs`, with a row per token count. The same command goes on where it was: finished
+the layout of `data_mixtures.climb.proxy_table`, with a row per token count. The same command goes on where it was:
+finished
 runs are skipped, a run that was cut off continues from its last evaluation (with threads > 1: starts anew); what was
 made with other settings is refused. Commands on many machines may have one folder: each takes its part of the plan
 (`--shard=I/N`, or a SLURM array).
@@ -37,21 +38,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_mixtures.climb.plan import Mixtures, planned_mixtures
-from data_mixtures.climb.runs import LOSS, RATIO, proxy_runs, read_tables
-from mlx_pretrain import hardware, optimizers, partitioning
-from mlx_pretrain.checkpoints import Checkpoints, Progress
-from mlx_pretrain.configuration import run
+from data_mixtures.climb.proxy_plan import Mixtures, planned_mixtures
+from data_mixtures.climb.proxy_table import LOSS, RATIO, proxy_runs, read_tables
+from mlx_pretrain.command_line import run
 from mlx_pretrain.data import loader
-from mlx_pretrain.data.store import MANIFEST, TokenStore
+from mlx_pretrain.data.token_store import MANIFEST, TokenStore
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.evaluation import HeldOut
 from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
-from mlx_pretrain.interrupts import STOP_CODES, StopRequest
 from mlx_pretrain.models.decoder import DecoderConfig
-from mlx_pretrain.parallel import cluster
-from mlx_pretrain.train_state import TrainState, abstract_state, make_initial_state
-from mlx_pretrain.trainer import make_decoder_loss, make_train_step
+from mlx_pretrain.parallel import cluster, hardware, partitioning
+from mlx_pretrain.training import optimizers
+from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.heldout_evaluator import HeldOut
+from mlx_pretrain.training.signals import STOP_CODES, StopRequest
+from mlx_pretrain.training.train_state import TrainState, abstract_state, make_initial_state
+from mlx_pretrain.training.train_step import make_decoder_loss, make_train_step
 
 _SETTINGS = "settings.json"
 _LATER_SETTINGS = ("optimizer_settings",)  # which earlier versions did not record

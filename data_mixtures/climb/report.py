@@ -31,11 +31,11 @@ from etils import epath
 
 from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION
 from data_mixtures.climb.plots import Plots, display_name, thinning
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import inline_svg, number, plot_style, render_page, save_figure
 from mlx_pretrain.files import read_json, write_atomic
-from mlx_pretrain.history import LANGUAGES, parse_time
+from mlx_pretrain.reports.figures import inline_svg, number, plot_style, render_page, save_figure
+from mlx_pretrain.reports.run_history import LANGUAGES, parse_time
 
 _BINDING = {"floor": "floor", "max_epochs": "epoch cap", "fixed": "fixed"}
 

@@ -29,7 +29,7 @@ from scipy import optimize
 
 from data_mixtures.climb.complementarity import feasible, project, solve_complementarity
 from data_mixtures.climb.constraints import Constraints, numbers
-from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
+from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw, float64
 from mlx_pretrain.errors import InputError
 
 # A KKT residual below this is a solution.

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from scipy import stats
 
-from data_mixtures.climb.law import EffectiveLaw, Law, float64
-from data_mixtures.climb.runs import ProxyRuns
+from data_mixtures.climb.laws.base import EffectiveLaw, Law, float64
+from data_mixtures.climb.proxy_table import ProxyRuns
 from mlx_pretrain.errors import InputError
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import gin
 from etils import epath
 
-from mlx_pretrain.configuration import run
+from mlx_pretrain.command_line import run
 from mlx_pretrain.convert.chat_template import template_files, template_setting
 from mlx_pretrain.convert.decoders import CONFIG, STORED, WEIGHTS, save_decoder
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.convert.special_ids import TOKENIZER_CONFIG, read_tokenizer_settings
 from mlx_pretrain.convert.tokenizer import tokenizer_json
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, load_language_model

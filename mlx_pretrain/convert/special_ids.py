@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from mlx_pretrain.convert.weights import read_object
-from mlx_pretrain.data.subword import SubwordTokenizer
+from mlx_pretrain.data.tokenizers import SubwordTokenizer
 from mlx_pretrain.errors import InputError
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"

@@ -10,8 +10,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.data.tokenizers import Tokenizer
 
 _SPACE = "▁"
 

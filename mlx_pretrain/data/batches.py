@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID
 
 
 class DecoderBatch(NamedTuple):

@@ -21,8 +21,8 @@ import tensorstore as ts
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
-from mlx_pretrain.data.mixing import MixtureOrder
-from mlx_pretrain.data.store import TokenStore, used_languages
+from mlx_pretrain.data.mixture_order import MixtureOrder
+from mlx_pretrain.data.token_store import TokenStore, used_languages
 from mlx_pretrain.errors import InputError
 
 Batch = dict[str, np.ndarray]

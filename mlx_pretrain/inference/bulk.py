@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mlx_pretrain import partitioning
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel import partitioning
 
 Key = TypeVar("Key")
 

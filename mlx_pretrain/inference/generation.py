@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlx_pretrain import partitioning
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Cache, Decoder, DecoderConfig, empty_cache, logits
+from mlx_pretrain.parallel import partitioning
 
 
 def generate(

@@ -12,20 +12,20 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain import checkpoints, partitioning
-from mlx_pretrain.checkpoints import COMPUTE_FIELDS
-from mlx_pretrain.checksums import checksums
 from mlx_pretrain.convert.decoders import CONFIG, load_decoder, read_config
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.convert.special_ids import SpecialIds, read_special_ids
 from mlx_pretrain.convert.weights import read_object
-from mlx_pretrain.data.store import BOS_ID, EOS_ID, PAD_ID, TOKENIZER, UNK_ID
-from mlx_pretrain.data.subword import SubwordTokenizer
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, TOKENIZER, UNK_ID
+from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.generation import generate
 from mlx_pretrain.models.decoder import DecoderConfig
-from mlx_pretrain.train_state import abstract_params
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.checkpoints import COMPUTE_FIELDS
+from mlx_pretrain.training.checksums import checksums
+from mlx_pretrain.training.train_state import abstract_params
 
 HF_TOKENIZER = "tokenizer.json"
 

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mlx_pretrain import partitioning
-from mlx_pretrain.data.store import PAD_ID
+from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.forest import Group, Row, plant, row_lengths
+from mlx_pretrain.inference.prefix_trees import Group, Row, plant, row_lengths
 from mlx_pretrain.models.attention import Cache
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, empty_cache, logits, token_logits
 from mlx_pretrain.models.tree_attention import Forest
-from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel import cluster, partitioning
 
 Key = TypeVar("Key")
 

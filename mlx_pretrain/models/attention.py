@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mlx_pretrain import partitioning
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models import blockwise_attention as blockwise
 from mlx_pretrain.models import flash_attention
 from mlx_pretrain.models.layers import matrix, project, rotate
 from mlx_pretrain.models.tree_attention import Forest, tree_attention
-from mlx_pretrain.partitioning import constrain
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.parallel.partitioning import constrain
 
 _log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
-from mlx_pretrain.models.products import lookup
+from mlx_pretrain.models.projections import lookup
 from mlx_pretrain.models.tree_attention import Forest
-from mlx_pretrain.partitioning import constrain
+from mlx_pretrain.parallel.partitioning import constrain
 
 # What the backward pass keeps of each layer; the rest is computed again. Products are known by the name that `project`
 # gives them: policies that look for matrix products do not see into functions with a gradient of their own.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import check_name, dot_product_attention
 from mlx_pretrain.models.layers import matrix
-from mlx_pretrain.models.products import lookup, project
-from mlx_pretrain.partitioning import constrain
+from mlx_pretrain.models.projections import lookup, project
+from mlx_pretrain.parallel.partitioning import constrain
 
 POOLINGS = ("first", "mean")
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
-from mlx_pretrain import partitioning
+from mlx_pretrain.parallel import partitioning
 
 PADDING_SEGMENT = np.iinfo(np.int32).max
 # Kernel -> its matrix products of queries by keys: scores and values; in the gradient the scores again.

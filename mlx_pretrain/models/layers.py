@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mlx_pretrain.models.products import project
-from mlx_pretrain.partitioning import constrain
+from mlx_pretrain.models.projections import project
+from mlx_pretrain.parallel.partitioning import constrain
 
 
 def fan_in_init(fan_in: int, gain: float = 1.0) -> Callable[..., jax.Array]:

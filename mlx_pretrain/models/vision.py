@@ -13,7 +13,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import check_name
 from mlx_pretrain.models.encoder import LayerNorm, SelfAttention, vector
 from mlx_pretrain.models.layers import matrix, project
-from mlx_pretrain.partitioning import constrain
+from mlx_pretrain.parallel.partitioning import constrain
 
 
 @gin.configurable

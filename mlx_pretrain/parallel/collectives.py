@@ -8,7 +8,7 @@ device's own part, once. Measured with `parallel.program` on v5e 4x4, 8x8, 16x16
 import jax
 import jax.numpy as jnp
 
-from mlx_pretrain import partitioning
+from mlx_pretrain.parallel import partitioning
 
 # A reduce-scatter of rows longer than this becomes an all-reduce unless they are a multiple of _ALIGNMENT long.
 _LONG_ROW, _ALIGNMENT = 16384, 4096

@@ -65,7 +65,7 @@ def corpus_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(corpus_folder):
-    from data_mixtures.documents import Corpus
+    from mlx_pretrain.data.corpus import Corpus
 
     return Corpus(corpus_folder)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_mixtures.baselines import capped_budgets, temperature_rates, unimax_rates, write_baseline
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import read_manifest
+from mlx_pretrain.data.token_store import read_manifest
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json
 

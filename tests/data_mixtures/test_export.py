@@ -13,11 +13,11 @@ import pytest
 import sentencepiece
 
 from data_mixtures import export
-from data_mixtures.documents import Corpus
 from data_mixtures.export import export_tokens
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.store import ROWS_PER_SHARD, TokenStore, read_manifest
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import ROWS_PER_SHARD, TokenStore, read_manifest
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import cluster

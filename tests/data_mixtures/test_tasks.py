@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from data_mixtures.documents import Corpus
-from mlx_pretrain.data.mixing import MixtureOrder
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.data.rates import save_rates
-from mlx_pretrain.data.store import TokenStore
+from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
 
 seqio = pytest.importorskip("seqio")

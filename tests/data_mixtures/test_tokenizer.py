@@ -7,9 +7,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_mixtures.documents import Corpus
 from data_mixtures.tokenizer import sample_sentences, train_tokenizer
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json
 

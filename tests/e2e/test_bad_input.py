@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from mlx_pretrain.data import store as token_store
+from mlx_pretrain.data import token_store as token_store
 from tests.e2e.conftest import assert_refused
 
 RATES_FILE = '{"format": "mlx-rates", "version": 1, "rates": %s}'

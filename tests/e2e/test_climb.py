@@ -10,7 +10,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from data_mixtures.climb.runs import proxy_runs
+from data_mixtures.climb.proxy_table import proxy_runs
 from mlx_pretrain.data.rates import load_rates
 from tests.conftest import LENGTH
 from tests.e2e.conftest import Ended, lines, run, started

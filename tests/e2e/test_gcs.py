@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mlx_pretrain.data.store import MANIFEST, TOKENIZER
+from mlx_pretrain.data.token_store import MANIFEST, TOKENIZER
 from mlx_pretrain.files import sha256
 from mlx_pretrain.generate import generate
 from mlx_pretrain.report import report

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from mlx_pretrain.data import store as token_store
+from mlx_pretrain.data import token_store as token_store
 from tests.conftest import LENGTH, make_tokens
 from tests.e2e.conftest import STEPS, Ended, Process, last_step, lines, run, saved_steps, started
 from tests.e2e.hosts import end_all, free_port, run_job, started_job

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from evals.run import run_tasks
-from mlx_pretrain import checkpoints
 from mlx_pretrain.data.rates import load_rates
-from mlx_pretrain.data.store import TokenStore
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.token_store import TokenStore
+from mlx_pretrain.data.tokenizers import Tokenizer
+from mlx_pretrain.training import checkpoints
 from tests.e2e.conftest import REPOSITORY, lines, run
 
 LANGUAGES = ["ar", "el", "hi"]

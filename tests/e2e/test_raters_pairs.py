@@ -97,9 +97,10 @@ def test_a_killed_run_leaves_the_old_files_and_another_ends_the_same(made, tmp_p
 
 @pytest.mark.parametrize("module, flags, message", [
     (PAIRS, ["--gin.NGRAMS=none.npz"], r"none\.npz: no such n-gram classifier"),
-    (PAIRS, ["import raters.judge\npairs.raters = [@LanguageModelJudge()]", "--gin.LanguageModelJudge.model=none"],
+    (PAIRS, ["import raters.rater_plugins.judge\npairs.raters = [@LanguageModelJudge()]",
+             "--gin.LanguageModelJudge.model=none"],
      r"none/model\.json: no such model description: not the folder of a training run"),
-    (PAIRS, ["import raters.given\npairs.raters = [@GivenScores()]"],
+    (PAIRS, ["import raters.rater_plugins.existing_scores\npairs.raters = [@GivenScores()]"],
      r"Required bindings for `GivenScores` not provided .*\['field'\]"),
     (NGRAMS, ["--gin.ENGLISH=none*.jsonl"], r"none\*\.jsonl: no file matches"),
 ])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mlx_pretrain import optimizers
+from mlx_pretrain.training import optimizers
 from raters import train as rater_training
 from tests.e2e.conftest import lines
 from tests.e2e.hosts import run_job

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.data.loader import BatchSource, store_mixture
-from mlx_pretrain.data.store import MANIFEST, TOKENIZER, TokenStore
+from mlx_pretrain.data.token_store import MANIFEST, TOKENIZER, TokenStore
 from mlx_pretrain.files import sha256
-from mlx_pretrain.goodput import read_goodput
-from mlx_pretrain.train_state import abstract_params
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.goodput import read_goodput
+from mlx_pretrain.training.train_state import abstract_params
 from tests.conftest import RATES
 from tests.e2e.conftest import STEPS, assert_refused, last_step, lines, run, saved_steps, started
 

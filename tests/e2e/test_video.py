@@ -7,9 +7,9 @@ import pytest
 
 from tests.e2e.conftest import REPOSITORY, lines, run, started
 from tests.e2e.hosts import run_job
-from video.labels import FeatureStore, read_labels
+from video.frames.row_store import RowStore
 from video.select import Selector
-from video.store import RowStore
+from video.voyager.loss_labels import FeatureStore, read_labels
 
 # Over the files in gin/video: paths, and sizes for seconds instead of minutes.
 PATHS = """

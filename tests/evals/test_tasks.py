@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lm_eval.api.model import TemplateLM
 
-from evals.languages import FAMILIES, LANGUAGES, by_family, family
+from evals.language_families import FAMILIES, LANGUAGES, by_family, family
 from evals.requests import encode_pairs, prompt_of
 from evals.tasks import Item, Task, align, find_tasks, read_items, write_items
 from mlx_pretrain.errors import InputError

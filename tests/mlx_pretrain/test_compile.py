@@ -12,12 +12,13 @@ import pytest
 
 import mlx_pretrain.train  # noqa: F401  registers its programs
 from mlx_pretrain import compile as command
-from mlx_pretrain import hardware, optimizers, partitioning, programs
-from mlx_pretrain.configuration import parse_gin
+from mlx_pretrain.command_line import parse_gin
+from mlx_pretrain.compilation import measurement, programs, topologies
+from mlx_pretrain.compilation.compiled_program import Collective, CustomCall, Program
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.parallel import backend, measurement, topologies
-from mlx_pretrain.parallel.program import Collective, CustomCall, Program
-from mlx_pretrain.train_state import abstract_state
+from mlx_pretrain.parallel import backend, hardware, partitioning
+from mlx_pretrain.training import optimizers
+from mlx_pretrain.training.train_state import abstract_state
 from tests.conftest import low_effort
 
 pytest.importorskip("libtpu")

@@ -18,9 +18,8 @@ import tensorstore as ts
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from mlx_pretrain.checkpoints import Checkpoints, Progress
-from mlx_pretrain.configuration import errors_as_one_line
-from mlx_pretrain.data import store as token_store
+from mlx_pretrain.command_line import errors_as_one_line
+from mlx_pretrain.data import token_store as token_store
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.data.loader import BatchSource, store_mixture
 from mlx_pretrain.errors import InputError
@@ -35,8 +34,9 @@ from mlx_pretrain.files import (
     write_json,
 )
 from mlx_pretrain.gcs import Appender
-from mlx_pretrain.history import read_history
-from mlx_pretrain.metrics import METRICS, MetricWriter
+from mlx_pretrain.reports.run_history import read_history
+from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.metric_writer import METRICS, MetricWriter
 from tests.conftest import RATES
 
 

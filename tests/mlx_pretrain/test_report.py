@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_pretrain.data.mixing import MixtureOrder
+from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import compact, duration
-from mlx_pretrain.history import LANGUAGES, Summary, read_history, read_run
 from mlx_pretrain.report import report
+from mlx_pretrain.reports.figures import compact, duration
+from mlx_pretrain.reports.run_history import LANGUAGES, Summary, read_history, read_run
 
 LENGTH, BATCH, START = 256, 16, 1_763_884_800
 TEXTS = {

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlx_pretrain.errors import InputError
-from raters import shingles
 from raters.duplicates import DuplicatesConfig, deduplicate
+from raters.filtering import shingles
 from tests.raters.rated import write_documents, write_scores
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "ta") for b in ("bel", "dor", "fin", "gas", "hum", "jot")]

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.errors import InputError
-from raters.corruption import corrupt
 from raters.ngrams import NgramClassifier, train_ngrams
+from raters.preferences.corruption import corrupt
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples" / "text"
 

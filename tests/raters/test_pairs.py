@@ -9,9 +9,9 @@ import pytest
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer
-from raters.given import GivenScores, PairJudgements
 from raters.pairs import FORMAT, KINDS, PairsConfig, Pool, _write, select
-from raters.translation import AlignedDocuments
+from raters.preferences.translation import AlignedDocuments
+from raters.rater_plugins.existing_scores import GivenScores, PairJudgements
 
 LANGUAGES = ("de", "en", "fi", "ja")
 COUNT = 40  # documents; those of Finnish are the first 30

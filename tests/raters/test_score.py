@@ -15,16 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 
-from mlx_pretrain import checkpoints, partitioning
 from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.train_state import abstract_state, initial_state
-from raters.chunks import Preparation, detect_language, mean_over_chunks
-from raters.given import GivenScores
-from raters.quality import QualityConfig, load_quality, quality
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_state import abstract_state, initial_state
+from raters.rater_plugins.existing_scores import GivenScores
 from raters.score import Languages, QualityScorer, score
-from raters.shards import SCHEMA, Shard, ShardWriter, find_shards, sweep, unfinished
+from raters.scoring.chunks import Preparation, detect_language, mean_over_chunks
+from raters.scoring.quality_model import QualityConfig, load_quality, quality
+from raters.scoring.shards import SCHEMA, Shard, ShardWriter, find_shards, sweep, unfinished
 
 WORDS = ["river", "stone", "light", "morning", "window", "garden", "paper", "silent", "across", "winter", "letters",
          "house", "yellow", "bread", "music", "often", "travel", "north", "small", "clear"]
@@ -357,7 +358,7 @@ def test_a_file_that_changes_while_it_is_scored_is_not_whole(tmp_path):
 
 
 def test_the_bytes_do_not_depend_on_how_documents_come_in(tmp_path, monkeypatch):
-    monkeypatch.setattr("raters.shards._ROWS_PER_GROUP", 8)
+    monkeypatch.setattr("raters.scoring.shards._ROWS_PER_GROUP", 8)
     rows = [Document(str(i), "", "en", "s", i) for i in range(20)]
     scores, tokens = np.linspace(0, 1, 20), np.arange(20)
     write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])

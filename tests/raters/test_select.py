@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data_mixtures.documents import Corpus
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
 from raters.select import SelectConfig, select

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from mlx_pretrain import optimizers, partitioning
-from mlx_pretrain.data.tokenizer import Tokenizer
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import optimizers
 from raters import train as rater_training
 from raters.pairs import FORMAT, VERSION
-from raters.quality import QualityConfig, load_quality, quality
+from raters.scoring.quality_model import QualityConfig, load_quality, quality
 from raters.train import RaterTraining, TrainRaterConfig, Validation
 
 MODEL = QualityConfig(

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from mlx_pretrain import partitioning
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.models.vision import VisionConfig
-from mlx_pretrain.train_state import abstract_params
-from video.model import VideoLLMConfig
-from video.prompts import Prompts
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training.train_state import abstract_params
+from video.llm.model import VideoLLMConfig
+from video.llm.prompts import Prompts
 
 
 def write_video(path, codec, times, *, width=96, height=64, key_frames=12, rotation=0, audio=False):

@@ -7,10 +7,10 @@ import pytest
 
 from data_mixtures.climb import allocate as module
 from data_mixtures.climb.allocate import AllocateConfig, Allocator, allocate
-from data_mixtures.climb.parametric import Isolated
-from data_mixtures.climb.process import StructuredProcess
-from data_mixtures.climb.regressors import LightGBM
-from data_mixtures.climb.runs import ProxyRuns, make_runs
+from data_mixtures.climb.laws.parametric import Isolated
+from data_mixtures.climb.laws.regressors import LightGBM
+from data_mixtures.climb.laws.structured_gp import StructuredProcess
+from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.errors import InputError
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from data_mixtures.climb.plots import Plots, _LogScale, thinning
 from data_mixtures.climb.report import read_allocation, report, share
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.figures import ACCENT, RULE, WARM, plot_style
+from mlx_pretrain.reports.figures import ACCENT, RULE, WARM, plot_style
 
 LANGUAGES = ["fi", "ru", "et", "uk"]
 RELATIVES = [{"fi", "et"}, {"ru", "uk"}]

@@ -12,12 +12,12 @@ import pytest
 
 from data_mixtures.climb import proxies
 from data_mixtures.climb.proxies import ProxiesConfig, Run, Table, train_proxies
-from data_mixtures.climb.runs import proxy_runs
-from mlx_pretrain import optimizers
+from data_mixtures.climb.proxy_table import proxy_runs
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.train import TrainConfig
 from mlx_pretrain.train import train as pretrain
+from mlx_pretrain.training import optimizers
 from tests.conftest import LENGTH
 
 BATCH = 8

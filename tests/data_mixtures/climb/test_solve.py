@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.law import EffectiveLaw, FittedLaw, float64
+from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw, float64
 from data_mixtures.climb.solve import reference_weights, solve_by_sampling, solve_joint, solve_two_step
 from mlx_pretrain.errors import InputError
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from data_mixtures.climb.law import EffectiveLaw, FittedLaw
-from data_mixtures.climb.runs import make_runs
+from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw
+from data_mixtures.climb.proxy_table import make_runs
 from data_mixtures.climb.validation import cross_validate, measured_effective_ratios, scores
 from mlx_pretrain.errors import InputError
 

@@ -1,0 +1,141 @@
+"""The programs that commands run on devices, described without data, for compilation ahead of time.
+
+A command registers a function that lists its programs; it is asked when the gin files bind the parameter it names:
+
+    @programs.register("train.steps")
+    def train_programs(mesh, length):
+        config = TrainConfig()
+        ...
+        return [programs.Program("training step", *jitted_step(...), mesh=mesh, ...)]
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+import jax
+from jax.sharding import Mesh
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a command.
+
+    Attributes:
+      name: e.g. "training step".
+      function: jitted.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings, to call it with.
+      mesh: the mesh it runs on.
+      batch: its batch in words, e.g. "3072 x 4096 tokens".
+      parameters: number of the model's parameters.
+      tokens: of one batch, over all devices.
+      model_flops: FLOPs that the model asks for, without recomputation, over all devices.
+      remedies: what makes it need less memory, the cheapest first; called with the memory it asks for besides its
+        arguments over that which is left for it.
+    """
+
+    name: str
+    function: Any
+    arguments: Sequence[Any]
+    _: dataclasses.KW_ONLY
+    mesh: Mesh
+    batch: str
+    parameters: int
+    tokens: int
+    model_flops: float
+    remedies: Callable[[float], Sequence[str]]
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces it for the devices of its mesh, which may be absent."""
+        with partitioning.use(self.mesh):
+            return self.function.lower(*self.arguments)
+
+    def argument_bytes(self) -> int:
+        """Bytes of the arguments on one device."""
+        leaves = jax.tree.leaves(self.arguments)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+Lister = Callable[[Mesh, int | None], list[Program]]
+_LISTERS: dict[str, Lister] = {}
+
+
+def register(parameter: str) -> Callable[[Lister], Lister]:
+    """Registers `list_programs(mesh, length)` for configurations that bind a parameter such as "train.steps".
+
+    `length` is the length of sequences where no data tell it; None: what the model takes.
+    """
+
+    def add(lister: Lister) -> Lister:
+        _LISTERS[parameter] = lister
+        return lister
+
+    return add
+
+
+def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
+    """Programs of all commands that the gin files read so far configure.
+
+    Raises:
+      InputError: there is none, or its settings are wrong.
+    """
+    listers = [lister for parameter, lister in _LISTERS.items() if is_bound(parameter)]
+    if not listers:
+        raise InputError(f"the gin files configure no program: none of {', '.join(_LISTERS)} is set")
+    return [program for lister in listers for program in lister(mesh, length)]
+
+
+def is_bound(parameter: str) -> bool:
+    """True if the gin files read so far set a parameter such as "train.steps"."""
+    try:
+        gin.query_parameter(parameter)
+    except ValueError:
+        return False
+    return True
+
+
+def in_microbatches(n: int) -> str:
+    """What to say of a batch in slices."""
+    return f" in {n} microbatches" if n > 1 else ""
+
+
+def smaller(rows: int, mesh: Mesh, excess: float) -> int:
+    """A batch of fewer rows than `rows`, by a factor of at least `excess` and 2, that divides over the mesh."""
+    shards = partitioning.shards(mesh, "batch")
+    return max(1, int(rows / max(excess, 2)) // shards) * shards
+
+
+def training_remedies(config, model, mesh: Mesh) -> Callable[[float], list[str]]:
+    """`Program.remedies` of a training step; `config` is a LoopConfig, `model` what it trains."""
+    rows = config.batch_size // config.microbatches // partitioning.shards(mesh, "batch")
+
+    def remedies(excess: float) -> list[str]:
+        name, listed = type(model).__name__, []
+        remat = getattr(model, "remat", None)
+        if remat is False or remat == "none":
+            listed.append(f"{name}.remat={True if remat is False else 'full'!r} (the backward pass computes layers "
+                          "again)")
+        elif remat in ("dots", "attention"):
+            listed.append(f"{name}.remat='full' (keeps only the layers' inputs)")
+        if rows > 1:
+            parts = next(n for n in range(2, rows + 1) if rows % n == 0 and (n >= excess or n == rows))
+            listed.append(f"{config.name}.microbatches={config.microbatches * parts} (a device holds {rows // parts} "
+                          f"rows at a time instead of {rows})")
+        if partitioning.shards(mesh, "embed") * partitioning.shards(mesh, "mlp") < mesh.size:
+            listed.append("make_mesh.fsdp=-1 with make_mesh.data=1, or the number of slices (parameters and optimizer "
+                          "state over all devices of a slice)")
+        if hasattr(config, "chunk_tokens"):
+            chunk = config.chunk_tokens or losses.CHUNK_TOKENS["tpu"]
+            if chunk > 256:
+                listed.append(f"{config.name}.chunk_tokens={chunk // 2} (logits of fewer tokens at once)")
+        if rows <= 1:
+            listed.append(f"make_mesh.tensor={2 * mesh.shape['tensor']} (each row over more devices)")
+        return [*listed, "more devices, or devices with more memory"]
+
+    return remedies

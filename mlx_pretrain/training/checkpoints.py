@@ -1,0 +1,399 @@
+"""Checkpoints: Orbax underneath, with what else a resumed or borrowed run must know.
+
+    RUN/checkpoints/<step>/state/       TrainState (Orbax, ocdbt)
+    RUN/checkpoints/<step>/meta/        JSON: sequences consumed, tokens delivered per language, metrics, checksums of
+                                        the arrays
+    RUN/checkpoints/<step>/files.json   sizes and CRC-32s of these files
+    RUN/model.json                      the model's configuration, and the tokenizer's fingerprint
+    RUN/tokenizer.model                 the tokenizer itself (tokenizer.json where it is one of Hugging Face's)
+
+Every restore compares arrays and files with what was saved; `Checkpoints.restore` passes over a damaged checkpoint.
+Errors that say nothing about the files (network, memory, permissions) are raised as they come.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import gin
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mlx_pretrain import gcs
+from mlx_pretrain.data.loader import Mixture
+from mlx_pretrain.data.token_store import TOKENIZER
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import absolute, move_folder, read_json, sha256, write_atomic, write_json
+from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.parallel import cluster
+from mlx_pretrain.training.checkpoint_errors import first_line, is_damage
+from mlx_pretrain.training.checksums import (
+    DIGESTS,
+    changed_arrays,
+    changed_files,
+    checksums,
+    named_leaves,
+    write_digests,
+)
+from mlx_pretrain.training.train_state import TrainState
+
+_log = logging.getLogger(__name__)
+
+MODEL = "model.json"
+_CHECKPOINTS = "checkpoints"
+# Of larger files, in bytes, only the sizes are compared on object stores, which check their contents themselves, and
+# where parameters alone are restored; arrays are compared with their checksums everywhere.
+_SMALL = 1 << 20
+# Files that Orbax writes when all others of a checkpoint are complete.
+_LAST_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run must know besides its TrainState.
+
+    Attributes:
+      sequences: consumed from the training stream: the loader's state.
+      tokens: language -> tokens delivered, padding not counted.
+      unfinished: kinds of the evaluations that were due after this step and that a stop cut short.
+      mixture: from which the next batch follows; None: of an earlier version, which did not save it.
+    """
+
+    sequences: int
+    tokens: Mapping[str, int]
+    unfinished: Sequence[str] = ()
+    mixture: Mixture | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "unfinished", tuple(self.unfinished))  # JSON has no tuples
+        if isinstance(self.mixture, dict):  # nor classes
+            object.__setattr__(self, "mixture", Mixture(**self.mixture))
+
+
+@dataclasses.dataclass
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the `n` checkpoints of the lowest `values`, by step; of equal ones the later."""
+
+    n: int
+    values: dict[int, float]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        ranked = sorted((self.values[info.step], -info.step) for info in checkpoints if info.step in self.values)
+        best = {-step for _, step in ranked[: self.n]}
+        return [info.step in best for info in checkpoints]
+
+
+@gin.configurable(denylist=["run_dir"])
+class Checkpoints:
+    """The checkpoints of one run: asynchronous saves, the latest and the best kept, damaged ones passed over.
+
+    All processes of a job make the same calls in the same order.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        keep: int = 3,
+        keep_best: int = 1,
+        best_metric: str = "eval/loss",
+    ):
+        """Opens (creating it) RUN/checkpoints.
+
+        Args:
+          run_dir: the run's folder.
+          keep: how many of the latest checkpoints stay.
+          keep_best: how many of the best by `best_metric` (lowest) stay besides; only checkpoints of steps that were
+            evaluated count, so let train.checkpoint_every be a multiple of train.eval_every.
+          best_metric: key of the metrics given to `save`.
+        """
+        self._folder = absolute(run_dir) / _CHECKPOINTS
+        self._whole = _SMALL if gcs.is_gs(self._folder) else None
+        self._best_metric, self._digests = best_metric, None
+        policies, self._values = ocp.checkpoint_managers, {}
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            item_names=("state", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), _Best(keep_best, self._values)]
+                ),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
+            ),
+        )
+        self._values |= {step: value for step in self.steps() if (value := self._metric(step)) is not None}
+
+    def save(self, step: int, state: TrainState, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Starts a save of the state after `step` steps; blocks only while the arrays are copied to the host."""
+        self.wait()  # an earlier save may still need the step's number
+        self._step = step
+        known = {name: value for name, value in metrics.items() if name == self._best_metric and math.isfinite(value)}
+        self._values.pop(step, None)  # of a damaged checkpoint of this step
+        if known:
+            self._values[step] = known[self._best_metric]
+        meta = dataclasses.asdict(progress) | {"metrics": known, "checksums": checksums(state)}
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        )
+
+    def _write_digests(self) -> None:
+        """Called in Orbax's thread in process 0 when the files are written, just before the checkpoint is named so."""
+        name, scratch = str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}"
+        for folder in self._folder.iterdir():
+            if folder.name == name or folder.name.startswith(scratch):  # object stores have no scratch folders
+                self._digests = write_digests(folder, self._whole, leave_out=_LAST_FILES)
+
+    def _complete_digests(self) -> None:
+        """Adds the last files of a checkpoint that has become complete."""
+        digests, self._digests = self._digests, None
+        if digests is not None and (folder := self._folder / str(self._step)).exists():
+            write_digests(folder, self._whole, known=digests)
+
+    def _metric(self, step: int) -> float | None:
+        """The best metric of a checkpoint of an earlier process; None: it has none, or cannot be read."""
+        try:
+            meta = ocp.handlers.JsonCheckpointHandler().restore(self._folder / str(step) / "meta")
+            return float(meta["metrics"][self._best_metric])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Progress] | None:
+        """The latest checkpoint that is whole, laid out as `abstract`; None when there is none at all.
+
+        Later ones, which are damaged, are moved to RUN/damaged_checkpoints, so that their steps can be saved again.
+        All processes take the same one: what one of them finds damaged, no one uses.
+
+        Raises:
+          InputError: there are checkpoints, but none is whole; the latest whole one is of another model or optimizer.
+          Exception: of Orbax, TensorStore or the file system, which does not mean damage; nothing is moved.
+        """
+        self.wait()
+        steps, damaged = cluster.share(self.steps()), []
+        for step in reversed(steps):
+            restored, damage = self._restore(step, abstract)
+            if damage is None:
+                self._move_aside(damaged)
+                return restored
+            if cluster.is_main():
+                _log.warning("%s: checkpoint %d cannot be restored, it is damaged: %s", self._folder, step, damage)
+            damaged.append(step)
+        if steps:
+            raise InputError(f"{self._folder}: none of the checkpoints {steps} can be read, all are damaged; "
+                             f"{steps[0]}: {damage}")
+        return None
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, Progress] | None, str | None]:
+        """The checkpoint, and None; or None, and the damage that one of the processes found."""
+        folder = self._folder / str(step)
+        # Before the processes restore together: one that failed there would leave the others waiting.
+        damage = _agree(changed_files(folder, None, cluster.process(), cluster.size()))
+        if damage is not None:
+            return None, damage
+        try:
+            check_fits(folder, abstract)
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+            )
+        except Exception as error:
+            # Files that were just compared byte by byte are not damaged.
+            compared = (folder / DIGESTS).exists() and not gcs.is_gs(folder)
+            if compared or cluster.size() > 1 or not is_damage(error):
+                raise
+            return None, first_line(error)
+        meta = restored.meta
+        saved = meta.get("checksums")
+        if saved is None:
+            _log.warning("%s: checkpoint %d has no checksums; it is restored as it is", self._folder, step)
+        else:
+            damage = _agree(changed_arrays(saved, checksums(restored.state)))
+            if damage is not None:
+                return None, damage
+        known = {field.name for field in dataclasses.fields(Progress)}
+        return (restored.state, Progress(**{name: value for name, value in meta.items() if name in known})), None
+
+    def _move_aside(self, steps: Sequence[int]) -> None:
+        if steps:
+            cluster.on_main(lambda: [self._move(step) for step in steps])
+            self._manager.reload()
+
+    def _move(self, step: int) -> None:
+        aside = self._folder.parent / "damaged_checkpoints" / str(step)
+        if aside.exists():
+            aside.rmtree()
+        move_folder(self._folder / str(step), aside)
+
+    def wait(self) -> None:
+        """Blocks until saves under way are complete."""
+        self._manager.wait_until_finished()
+        self._complete_digests()
+
+    def close(self) -> None:
+        """Completes saves under way and releases Orbax's threads."""
+        self.wait()
+        self._manager.close()
+
+
+def _agree(damage: str | None) -> str | None:
+    """The first damage that a process found; None: no process found any."""
+    return next((found for found in cluster.gather(damage) if found is not None), None)
+
+
+def check_fits(folder: epath.Path, abstract: Any) -> None:
+    """Raises InputError when the state of the checkpoint in `folder` lacks an array of `abstract`, a tree of
+    ShapeDtypeStruct, or has one of another shape or dtype, or more of the same part (parameters, optimizer's state)."""
+    saved = named_leaves(ocp.handlers.StandardCheckpointHandler().metadata(folder / "state").tree)
+    wanted = named_leaves(abstract)
+    parts = {name.split("/")[0] for name in wanted}
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name.split("/")[0] not in parts:
+            continue
+        old, new = _describe(saved.get(name)), _describe(wanted.get(name))
+        if old != new:
+            raise InputError(f"{folder}: this checkpoint has {old} {name}, the configuration {new}; use the model and "
+                             "the optimizer that it was trained with, or a new run folder")
+
+
+def _describe(leaf: Any) -> str:
+    return "no" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) -> None:
+    """Writes what other commands need to use the run's checkpoints: the model's configuration, a dataclass, and the
+    tokenizer, a file .model or .json. Process 0 alone calls it.
+
+    Raises:
+      InputError: the folder holds a run of another model or another tokenizer.
+    """
+    path, fingerprint = epath.Path(run_dir) / MODEL, sha256(tokenizer)
+    if path.exists():
+        check_same_model(run_dir, config, fingerprint)
+        return
+    name = epath.Path(TOKENIZER).with_suffix(epath.Path(tokenizer).suffix)
+    write_atomic(epath.Path(run_dir) / name, epath.Path(tokenizer).read_bytes())
+    content = {"kind": type(config).__name__, "model": dataclasses.asdict(config), "tokenizer_sha256": fingerprint}
+    write_json(path, content)
+
+
+# Fields that change how a model is computed, not what its parameters are: free to differ between restarts.
+COMPUTE_FIELDS = ("dtype", "remat", "unroll", "attention", "max_length", "segment_attention")
+# Fields that configurations no longer have -> the value that all models have now. A new field needs no entry: models
+# that were saved before have its default.
+RETIRED_FIELDS: Mapping[str, Any] = {}
+
+
+def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str) -> None:
+    """Raises InputError, naming a field, unless a run's model has the parameters of `config` and that tokenizer."""
+    path = epath.Path(run_dir) / MODEL
+    found = read_json(path, "model description").get("tokenizer_sha256")
+    if found != tokenizer_sha256:
+        raise InputError(
+            f"{path}: this run was trained with another vocabulary (tokenizer {str(found)[:12]}, "
+            f"the token store has {tokenizer_sha256[:12]}); use its token store or a new run folder"
+        )
+    difference = different_field(load_model(run_dir, type(config)), config)
+    if difference:
+        name, old, new = difference
+        raise InputError(f"{path}: this run's model has {name}={old}, the configuration {new}; "
+                         "use the same model or a new run folder")
+
+
+def different_field(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """(name, value in `old`, in `new`) of the first field in which the parameters of two configurations of one class
+    differ; None: in none."""
+    for field in dataclasses.fields(new):
+        values = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(values[1]) and type(values[0]) is type(values[1]):
+            if inner := different_field(*values):
+                return f"{field.name}.{inner[0]}", *inner[1:]
+        elif field.name not in COMPUTE_FIELDS and values[0] != values[1]:
+            return field.name, *values
+    return None
+
+
+Config = TypeVar("Config")
+
+
+def load_model(run_dir: epath.PathLike, kind: type[Config] = DecoderConfig) -> Config:
+    """The configuration of a run's model. Raises InputError when `run_dir` holds no run of a model of that kind."""
+    path = epath.Path(run_dir) / MODEL
+    content = read_json(path, "model description: not the folder of a training run")
+    try:
+        if (found := content["kind"]) != kind.__name__:
+            raise InputError(f"{path}: the model is of the kind {found}, not {kind.__name__}")
+        return kind(**_without_retired(content["model"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: malformed: {error}") from None
+
+
+def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's fields, without those that a later version retired and that have the value all models have now."""
+    kept = {name: value for name, value in model.items()
+            if name not in RETIRED_FIELDS or value != RETIRED_FIELDS[name]}
+    return {name: _without_retired(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def saved_steps(run_dir: epath.PathLike) -> list[int]:
+    """Steps of a run's complete checkpoints, ascending, whether they are damaged or not."""
+    directory = absolute(run_dir) / _CHECKPOINTS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
+    """The step of a run's checkpoint: the latest for None. Raises InputError when there is none, or not that one."""
+    directory, steps = absolute(run_dir) / _CHECKPOINTS, saved_steps(run_dir)
+    if not directory.exists():
+        raise InputError(f"{directory}: no checkpoints")
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
+    return steps[-1] if step is None else step
+
+
+def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = None) -> tuple[Any, int]:
+    """Parameters alone, without the optimizer's state, laid out as `abstract`.
+
+    Their checksums are compared with those that were saved, and the sizes of all files.
+
+    Args:
+      run_dir: a run's folder.
+      abstract: tree of ShapeDtypeStruct with shardings (`train_state.abstract_params`).
+      step: which checkpoint; None: the latest.
+
+    Returns:
+      params, step.
+
+    Raises:
+      InputError: no checkpoint, not that one, or it does not fit or is damaged.
+      Exception: of Orbax, TensorStore or the file system, which does not mean damage.
+    """
+    step = find_step(run_dir, step)
+    directory, item = absolute(run_dir) / _CHECKPOINTS, {"params": abstract}
+    folder = directory / str(step)
+    if damage := changed_files(folder, _SMALL):
+        raise InputError(f"{folder}: damaged: {damage}")
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        try:
+            check_fits(folder, item)
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            raise InputError(f"{folder}: damaged: {first_line(error)}") from None
+    found = {"params": restored.state["params"]}
+    saved = restored.meta.get("checksums")
+    if saved is not None and (damage := changed_arrays(saved, checksums(found))):
+        raise InputError(f"{folder}: damaged: {damage}")
+    return found["params"], step

@@ -1,0 +1,82 @@
+"""The quality model: an encoder with a linear head, one score per token sequence (MuRating, arXiv 2507.01785)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer, load_tokenizer
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.encoder import Encoder, EncoderConfig
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_state import abstract_params
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class QualityConfig(EncoderConfig):
+    """Shape and numerics of the encoder; the head has no choices."""
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters `{"encoder", "head"}` in boxes that carry their logical axis names."""
+        tokens = jnp.ones((1, 2), jnp.int32)
+        return QualityModel(self).init(key, tokens, tokens)["params"]
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return super().parameters() + self.embed_dim + 1
+
+
+class _Head(nn.Module):
+    """`[batch, embed]` to `[batch]`, in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # All documents start with the score 0, so that the first gradients do not depend on a drawn direction.
+        zeros, axes = nn.initializers.zeros, nn.with_logical_partitioning
+        kernel = self.param("kernel", axes(zeros, ("norm",)), (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", axes(zeros, ()), (), jnp.float32)
+        return x.astype(jnp.float32) @ kernel + bias
+
+
+class QualityModel(nn.Module):
+    """Tokens to scores."""
+
+    config: QualityConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Scores float32 `[batch]` of `tokens` int32 `[batch, length]`; `segment_ids` are 0 at padding."""
+        return _Head(name="head")(Encoder(self.config, name="encoder")(tokens, segment_ids, pooled=True))
+
+
+def quality(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Scores of token sequences, float32 `[batch]`; arguments as in `QualityModel`."""
+    return QualityModel(config).apply({"params": params}, tokens, segment_ids)
+
+
+def load_quality(
+    run_dir: epath.PathLike, step: int | None = None
+) -> tuple[QualityConfig, Any, Tokenizer | SubwordTokenizer]:
+    """Configuration, parameters (on the first device) and tokenizer of a run of `raters.train`.
+
+    Args:
+      run_dir: the run's folder.
+      step: which checkpoint; None: the latest.
+
+    Raises:
+      InputError: `run_dir` holds no such run, or none of its checkpoints can be read.
+    """
+    config = checkpoints.load_model(run_dir, QualityConfig)
+    found = [path for path in (epath.Path(run_dir) / name for name in ("tokenizer.model", "tokenizer.json"))
+             if path.exists()]
+    if len(found) != 1:
+        raise InputError(f"{run_dir}: tokenizer.model or tokenizer.json is needed, one of them")
+    mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+    params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
+    return config, params, load_tokenizer(found[0])

@@ -1,0 +1,90 @@
+"""The corpus: languages are found where their files lie."""
+
+import gin
+import pytest
+
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.errors import InputError
+
+
+def test_corpus_finds_languages_by_file_name_and_by_folder(tmp_path):
+    for path in ("train/en.jsonl", "train/zh-Hant.jsonl.xz", "heldout/en.jsonl", "LICENSE.txt", "train/.en.part"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    corpus = Corpus(tmp_path)
+    assert {split: corpus.languages(split) for split in corpus.splits} == {
+        "train": ["en", "zh-Hant"], "heldout": ["en"]}
+    for path in ("deep/train/fi/b.txt", "deep/train/fi/a.txt", "deep/train/sv/a.txt", "deep/train/sv/a.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / path).write_text(path)
+    corpus = Corpus(tmp_path / "deep", "{split}/{language}/*.txt")
+    assert [d.text for d in corpus.documents("train", "fi")] == ["deep/train/fi/a.txt", "deep/train/fi/b.txt"]
+    assert list(corpus.hashes("train", "sv")) == ["train/sv/a.txt"]
+
+
+def write(folder, *paths):
+    for path in paths:
+        (folder / path).parent.mkdir(exist_ok=True, parents=True)
+        (folder / path).write_text('{"text": "x"}\n')
+
+
+@pytest.mark.parametrize("pattern, paths, message", [
+    ("{split}/{language}.*", ["train/en.jsonl", "train/en.jsonl.gz"], r"train/en.jsonl.gz: lies beside en.jsonl,"),
+    ("{split}/{language}.*", ["train/en.jsonl.zst", "train/en.jsonl.xz"], r"train/en.jsonl.zst: lies beside"),
+    ("{split}/{language}.*", ["train/en.parquet", "train/en.txt"], r"train/en.txt: lies beside en.parquet"),
+    ("{split}/{language}/*", ["train/en/a.jsonl", "train/en/a.jsonl.gz"], r"train/en/a.jsonl.gz: lies beside a.jsonl"),
+    ("{split}/{language}.*", ["train/EN.jsonl", "train/en.jsonl"], r"'EN' and 'en' name one language"),
+    ("{split}/{language}.*", ["train/zh_Hant.jsonl", "heldout/zh_hant.txt"], r"'zh_Hant' and 'zh_hant' name one"),
+])
+def test_a_language_that_is_there_twice_is_refused(tmp_path, pattern, paths, message):
+    write(tmp_path, *paths)
+    with pytest.raises(InputError, match=message):
+        Corpus(tmp_path, pattern)
+
+
+def test_parts_of_a_language_are_one_language(tmp_path):
+    write(tmp_path, "train/en.00.jsonl", "train/en.01.jsonl", "heldout/en.jsonl", "train/fi.jsonl", "train/fi.txt")
+    corpus = Corpus(tmp_path, languages=["en"])  # a language that is not wanted may be there twice
+    assert [document.id for document in corpus.documents("train", "en")] == ["en.00.jsonl:1", "en.01.jsonl:1"]
+
+
+def test_other_folders_beside_the_splits_are_left_alone(tmp_path):
+    write(tmp_path, "train/en.jsonl", "heldout/en.jsonl", "validation/en.jsonl", "runs/config.gin", "cache/model.bin",
+          "runs/metrics.jsonl", "tokens/manifest.json")
+    assert Corpus(tmp_path).splits == ["heldout", "train"]
+    assert Corpus(tmp_path, splits=["train", "validation"]).splits == ["train", "validation"]
+    with pytest.raises(InputError, match="no file of the split 'test' matches"):
+        Corpus(tmp_path, splits=["train", "test"])
+    for wrong in ("train", ["*"], ["a/b"]):
+        with pytest.raises(InputError, match=r"Corpus\.splits"):
+            Corpus(tmp_path, splits=wrong)
+    with pytest.raises(InputError, match=r"no file matches with the split train or heldout; Corpus\.splits"):
+        Corpus(tmp_path / "runs")
+
+
+def test_outputs_record_other_names_of_fields(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/en.json").write_text('{"content": "x", "lang": ["en"]}\n')
+    assert Corpus(tmp_path).settings == {"text_unit": "file"}
+    gin.parse_config("DocumentFields.text = 'content'\nDocumentFields.language = None")
+    try:
+        corpus = Corpus(tmp_path)
+    finally:
+        gin.clear_config()
+    assert corpus.settings == {"text_unit": "file", "fields": {"text": "content", "language": None}}
+    assert [document.text for document in corpus.documents("train", "en")] == ["x"]
+
+
+def test_corpus_names_what_is_missing(tmp_path, corpus_folder):
+    with pytest.raises(InputError, match="no file matches"):
+        Corpus(tmp_path)
+    with pytest.raises(InputError, match="no documents in xx"):
+        Corpus(corpus_folder, languages=["en", "xx"])
+    with pytest.raises(InputError, match="text_unit"):
+        Corpus(corpus_folder, text_unit="page")
+    with pytest.raises(InputError, match="must hold"):
+        Corpus(corpus_folder, "train/{language}.*")
+    with pytest.raises(InputError, match="no split 'test'; there is heldout, train"):
+        Corpus(corpus_folder).languages("test")
+    with pytest.raises(InputError, match="no train documents in 'xx'"):
+        list(Corpus(corpus_folder).documents("train", "xx"))

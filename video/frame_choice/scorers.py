@@ -1,0 +1,143 @@
+"""Scores of candidate frames for a question: Frame-Voyager's rewards, or how close frame and question are."""
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import gin
+import jax
+import numpy as np
+import safetensors
+from etils import epath
+
+from mlx_pretrain.data.token_store import PAD_ID, TOKENIZER
+from mlx_pretrain.data.tokenizers import Tokenizer
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import read_json
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.train_state import abstract_params
+from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts
+from video.llm.loading import load_video_llm
+from video.llm.model import encode_frames
+from video.llm.prompts import PaddedPrompts
+from video.voyager.module import VoyagerConfig, rewards
+
+
+class Scorer(Protocol):
+    """Scores candidates for a question.
+
+    Attributes:
+      size: pixels of a side of the frames it takes.
+      fit: see `read_frames`.
+    """
+
+    size: int
+    fit: str
+
+    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+        """float32 `[candidates]`; frames uint8 `[candidates, size, size, 3]` of a video."""
+
+
+class _Last:
+    """Features of frames, kept for the next question on the very same array."""
+
+    def __init__(self, encode: Callable[[np.ndarray], jax.Array]):
+        self._encode = encode
+        self._frames: np.ndarray | None = None
+
+    def __call__(self, frames: np.ndarray) -> jax.Array:
+        if self._frames is not frames:
+            self._features, self._frames = self._encode(frames), frames
+        return self._features
+
+
+@gin.configurable
+class Voyager:
+    """Rewards of Frame-Voyager."""
+
+    fit = "stretch"
+
+    def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
+                 step: int | None = None):
+        """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
+
+        Raises:
+          InputError: one of them is not there, or they do not fit each other.
+        """
+        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+        llm, self._config = load_video_llm(video_llm, mesh), checkpoints.load_model(run_dir, VoyagerConfig)
+        trained_for = read_json(epath.Path(run_dir) / "run.json", "run")["labels"]["model"]
+        if trained_for != llm.fingerprint():
+            raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
+        self.size = llm.config.vision.image_size
+        self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
+        self._encode = _Last(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
+        self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
+        self._rewards = jax.jit(functools.partial(rewards, self._config))
+
+    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+        tokens, places = self._prompts([question], len(frames))
+        if tokens.shape[1] > self._config.decoder.max_length:
+            raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
+                             f"{self._config.decoder.max_length}")
+        return np.asarray(self._rewards(self._params, self._encode(frames)[None], tokens, places))[0]
+
+
+@gin.configurable
+class Similarity:
+    """Cosines of frames and question in the space of our own towers, as CLIP scores."""
+
+    fit = "stretch"
+
+    def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, step: int | None = None):
+        """Loads a run of `video.train_towers`; raises InputError when there is none."""
+        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+        config = checkpoints.load_model(run_dir, TowersConfig)
+        params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
+        self.size, self._length = config.vision.image_size, config.max_length
+        self._tokenizer = Tokenizer(epath.Path(run_dir) / TOKENIZER)
+        self._frames = _Last(functools.partial(jax.jit(functools.partial(embed_frames, config)), params))
+        self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), params)
+
+    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+        tokens = np.full((1, self._length), PAD_ID, np.int32)
+        ids = self._tokenizer.encode(question)[: self._length]
+        tokens[0, : len(ids)] = ids
+        return np.asarray(self._frames(frames) @ self._texts(tokens)[0])
+
+
+@gin.configurable
+class Embeddings:
+    """Cosines of frames and question in anybody's space, out of a safetensors file.
+
+    It holds `video:<path>` `[candidates, dim]` for every video, for as many candidates as are asked for, and
+    `question:<text>` `[dim]` for every question.
+    """
+
+    size, fit = 64, "stretch"  # of the frames on contact sheets
+
+    def __init__(self, path: epath.PathLike = gin.REQUIRED):
+        """Opens the file; raises InputError when it is missing or malformed."""
+        self._path = epath.Path(path)
+        try:
+            self._file = safetensors.safe_open(str(path), framework="numpy")
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a safetensors file ({error})") from None
+        self._names = set(self._file.keys())
+
+    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+        of_frames, of_question = self._read(f"video:{video}"), self._read(f"question:{question}")
+        if of_frames.shape != (len(frames), *of_question.shape) or of_question.ndim != 1:
+            raise InputError(f"{self._path}: video:{video} has shape {list(of_frames.shape)}, its question "
+                             f"{list(of_question.shape)}; with {len(frames)} candidates [{len(frames)}, dim] and [dim] "
+                             "are needed")
+        lengths = np.linalg.norm(of_frames, axis=1) * np.linalg.norm(of_question)
+        return (of_frames @ of_question / np.maximum(lengths, 1e-12)).astype(np.float32)
+
+    def _read(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise InputError(f"{self._path}: no tensor {name!r}")
+        return np.asarray(self._file.get_tensor(name), np.float32)

@@ -1,0 +1,133 @@
+"""Two towers that place frames and texts in one space, as SigLIP's (arXiv 2303.15343): "CLIP scores" of frames.
+
+The vision tower is that of `models.vision`; the text tower has the same layers. Each averages its tokens and projects
+them; the score of a frame and a text is their cosine.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.data.token_store import PAD_ID
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.encoder import LayerNorm, vector
+from mlx_pretrain.models.layers import fan_in_init, matrix
+from mlx_pretrain.models.vision import VisionConfig, VisionTransformer, layers
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TowersConfig:
+    """Shape of both towers.
+
+    Attributes:
+      vision: the vision tower, @VisionConfig(); the text tower has its layers, heads and widths.
+      vocab_size: of the tokenizer.
+      max_length: tokens of a text; what is longer is cut.
+      shared_dim: of the common space.
+    """
+
+    vision: VisionConfig = gin.REQUIRED
+    vocab_size: int = gin.REQUIRED
+    max_length: int = 32
+    shared_dim: int = 64
+
+    def __post_init__(self):
+        if isinstance(self.vision, dict):  # from JSON
+            object.__setattr__(self, "vision", VisionConfig(**self.vision))
+        for name in ("vocab_size", "max_length", "shared_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"TowersConfig.{name} = {getattr(self, name)!r}: must be a positive integer")
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype."""
+        return self.vision.dtype
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters `{"frames", "texts", "scale", "bias"}` in boxes that carry their logical axis names."""
+        of_frames, of_texts = jax.random.split(key)
+        images = jnp.zeros((1, self.vision.image_size, self.vision.image_size, 3), jnp.uint8)
+        box = lambda value: nn.Partitioned(jnp.float32(value), ())  # noqa: E731
+        return {
+            "frames": _FrameTower(self).init(of_frames, images)["params"],
+            "texts": _TextTower(self).init(of_texts, jnp.zeros((1, 2), jnp.int32))["params"],
+            # As published: a temperature of 10, and a bias that makes pairs that do not belong together likely.
+            "scale": box(jnp.log(10.0)),
+            "bias": box(-10.0),
+        }
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        vision, embed = self.vision, self.vision.embed_dim
+        patches = (3 * vision.patch_size**2 + 1 + vision.side**2) * embed
+        text = vision.parameters() - patches + (self.vocab_size + self.max_length) * embed
+        return vision.parameters() + text + 2 * embed * self.shared_dim + 2
+
+
+class _FrameTower(nn.Module):
+    config: TowersConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """float32 `[batch, shared_dim]` of length one; images uint8 `[batch, size, size, 3]`."""
+        x = VisionTransformer(self.config.vision, name="vision")(images)
+        return _Projection(self.config.shared_dim, name="projection")(x, jnp.ones(x.shape[:2]))
+
+
+class _TextTower(nn.Module):
+    config: TowersConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """float32 `[batch, shared_dim]` of length one; tokens int `[batch, length]`."""
+        config, vision = self.config, self.config.vision
+        embed, real = vision.embed_dim, tokens != PAD_ID
+        init = nn.with_logical_partitioning(fan_in_init(embed), ("vocab", "embed"))
+        table = self.param("embedding", init, (config.vocab_size, embed), jnp.float32)
+        positions = vector(self, "positions", (config.max_length, embed), (None, "embed"),
+                           nn.initializers.normal(embed**-0.5))
+        x = (jnp.take(table, tokens, axis=0) + positions[: tokens.shape[1]]).astype(vision.dtype)
+        x, _ = layers(vision, name="layers")(x, real.astype(jnp.int32))
+        if vision.final_norm:
+            x = LayerNorm(vision.norm_epsilon, name="final_norm")(x.astype(jnp.float32))
+        return _Projection(config.shared_dim, name="projection")(x, real)
+
+
+class _Projection(nn.Module):
+    dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """Mean of `[batch, tokens, embed]` with weights `[batch, tokens]`, projected, in float32."""
+        kernel = matrix(self, "kernel", (x.shape[-1], self.dim), ("embed", None), x.shape[-1])
+        weights = weights.astype(jnp.float32)[..., None]
+        mean = (x.astype(jnp.float32) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+        projected = mean @ kernel
+        return projected * jax.lax.rsqrt(jnp.maximum(jnp.sum(projected**2, axis=-1, keepdims=True), 1e-12))
+
+
+def embed_frames(config: TowersConfig, params: Any, images: jax.Array) -> jax.Array:
+    """float32 `[frames, shared_dim]` of length one, of uint8 `[frames, size, size, 3]`."""
+    return _FrameTower(config).apply({"params": params["frames"]}, images)
+
+
+def embed_texts(config: TowersConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """float32 `[texts, shared_dim]` of length one, of int `[texts, length]`, padded."""
+    return _TextTower(config).apply({"params": params["texts"]}, tokens)
+
+
+def sigmoid_loss(params: Any, frames: jax.Array, texts: jax.Array, same: jax.Array) -> jax.Array:
+    """SigLIP's loss: of every frame and every text in the batch, whether they belong together; mean over frames.
+
+    Args:
+      params: with `scale` and `bias`.
+      frames, texts: `[batch, shared_dim]`.
+      same: bool `[batch, batch]`, which texts belong to which frame.
+    """
+    scores = frames @ texts.T * jnp.exp(params["scale"]) + params["bias"]
+    return -jax.nn.log_sigmoid(jnp.where(same, scores, -scores)).sum(axis=1).mean()

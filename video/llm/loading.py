@@ -1,0 +1,112 @@
+"""Video-LLMs ready to use: a run of `video.train`, or a LLaVA folder of Hugging Face's."""
+
+import dataclasses
+from typing import Any
+
+import gin
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mlx_pretrain.convert.decoders import CONFIG
+from mlx_pretrain.convert.special_ids import read_special_ids
+from mlx_pretrain.convert.weights import read_object
+from mlx_pretrain.data.token_store import TOKENIZER
+from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer
+from mlx_pretrain.inference.language_model import (
+    HF_TOKENIZER,
+    LanguageModel,
+    fingerprint,
+    foreign_model,
+    own_model,
+)
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.checkpoints import COMPUTE_FIELDS
+from mlx_pretrain.training.train_state import abstract_params
+from video.llm.llava import load_llava
+from video.llm.model import VideoLLMConfig
+from video.llm.prompts import Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLLM:
+    """A Video-LLM with its tokenizer.
+
+    Attributes:
+      path: where it was read from.
+      step: of the checkpoint; None for a LLaVA.
+      config, params: of the model; `params` on `mesh`.
+      mesh: its devices.
+      language_model: its decoder, with the tokenizer.
+    """
+
+    path: str
+    step: int | None
+    config: VideoLLMConfig
+    params: Any
+    mesh: Mesh
+    language_model: LanguageModel
+
+    @property
+    def tokenizer_path(self) -> epath.Path:
+        """File of its tokenizer."""
+        return epath.Path(self.path) / (TOKENIZER if self.step is not None else HF_TOKENIZER)
+
+    @property
+    def prompts(self) -> Prompts:
+        """Builds its sequences."""
+        return Prompts.of(self.config, self.language_model)
+
+    def fingerprint(self) -> str:
+        """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
+        content = dataclasses.asdict(self.config)
+        for part in ("vision", "decoder"):
+            content[part] = {name: value for name, value in content[part].items() if name not in COMPUTE_FIELDS}
+        model = self.language_model
+        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids])
+
+
+@gin.configurable(denylist=["mesh"])
+def load_video_llm(
+    path: epath.PathLike = gin.REQUIRED,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    pooled_side: int | None = None,
+    prompt: str | None = None,
+) -> VideoLLM:
+    """Reads a Video-LLM.
+
+    Args:
+      path: folder of a run of `video.train`; or local folder of a LLaVA: config.json, safetensors, tokenizer.json.
+      mesh: where to put the parameters; None: all devices, replicated.
+      step: which checkpoint of a run; None: the latest.
+      dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for a LLaVA.
+      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or what LLaVA was trained with.
+
+    Raises:
+      InputError: none of these is there, or it cannot be read.
+    """
+    path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
+    changes = {name: value for name, value in (("pooled_side", pooled_side), ("prompt", prompt)) if value is not None}
+    if (path / CONFIG).exists():
+        config, params = load_llava(path, dtype or "float32", **changes)
+        raw = read_object(path / CONFIG)
+        said = {name: value for name, value in raw.items() if value is not None}
+        with partitioning.use(mesh):
+            layout = abstract_params(config, mesh)
+            params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
+        tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
+        ids = read_special_ids(path, {**raw["text_config"], **said}, tokenizer)
+        decoder = foreign_model(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
+        return VideoLLM(str(path), None, config, params, mesh, decoder)
+    config = checkpoints.load_model(path, VideoLLMConfig)
+    if dtype is not None:
+        changes |= {part: dataclasses.replace(getattr(config, part), dtype=dtype) for part in ("vision", "decoder")}
+    config = dataclasses.replace(config, **changes)
+    with partitioning.use(mesh):
+        params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+    tokenizer = Tokenizer(path / TOKENIZER)
+    return VideoLLM(str(path), step, config, params, mesh,
+                    own_model(path, step, config.decoder, params["decoder"], mesh, tokenizer))
