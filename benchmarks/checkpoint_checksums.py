@@ -43,7 +43,7 @@ def make_state(megabytes: int) -> TrainState:
 def measure(folder: pathlib.Path, state: TrainState) -> dict[str, float]:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     saver, times, start = checkpoints.Checkpoints(folder), {}, time.perf_counter()
-    saver.save(1, state, checkpoints.Progress(0, {}), {})
+    saver.save(1, state, checkpoints.DataState(0, {}), {})
     times["blocks"] = time.perf_counter() - start
     saver.wait()
     times["save"] = time.perf_counter() - start

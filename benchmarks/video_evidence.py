@@ -22,7 +22,7 @@ import scipy.stats
 from video.decode import FrameStore
 from video.frame_choice import rules
 from video.frame_choice.scorers import Similarity, Voyager
-from video.llm.answer_scoring import Answering
+from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
 from video.llm.training_rows import showing
 from video.questions import read_questions
@@ -84,7 +84,7 @@ def main() -> None:
         if len(questions_known) == len(questions) and labels.combinations.shape[2] == chosen:
             choices["oracle"] = [best[q.id].astype(int) for q in questions]
 
-    answering = Answering(llm.config, llm.params, llm.mesh, llm.prompts)
+    answering = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
     names = list(choices)
     combos = [[choices[name][n] for name in names] for n in range(len(questions))]
     answers = list(answering(lambda video: answering.features(frames[video]), questions, combos))

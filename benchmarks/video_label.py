@@ -25,7 +25,7 @@ from mlx_pretrain.parallel import hardware, partitioning
 from mlx_pretrain.training.train_state import abstract_params
 from video.decode import FrameStore
 from video.frame_choice.rules import even
-from video.llm.answer_scoring import Answering
+from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
 from video.llm.prompts import Prompts
@@ -114,7 +114,7 @@ def main() -> None:
     chosen = combinations(arguments.candidates, arguments.frames)
     length = len(prompts.context(prompts.words([questions[0].question])[0], range(arguments.frames)))
     batch = arguments.batch or max(TOKENS.get(jax.default_backend(), 16_384) // length, 1)
-    answering = Answering(config, params, mesh, prompts)
+    answering = AnswerScorer(config, params, mesh, prompts)
 
     def trees():
         return [answers.losses for answers in answering(

@@ -22,21 +22,21 @@ from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.token_store import MANIFEST, PAD_ID, TOKENIZER, TokenStore
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.files import read_json
-from mlx_pretrain.inference.language_model import LanguageModel, own_model
+from mlx_pretrain.inference.language_model import LanguageModel, from_run
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
-from mlx_pretrain.training.heldout_evaluator import HeldOut
+from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.initial_weights import InitialWeights
 from mlx_pretrain.training.train_state import abstract_state
 from mlx_pretrain.training.train_step import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training.trainer import RUN, Evaluation, Evaluator, LoopConfig, TrainingLoop, jitted_step
+from mlx_pretrain.training.trainer import RUN, Evaluation, Evaluator, Trainer, TrainerConfig, jitted_step
 
 
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(LoopConfig):
-    """One pretraining run; see `LoopConfig` for the rest of its attributes.
+class TrainConfig(TrainerConfig):
+    """One pretraining run; see `TrainerConfig` for the rest of its attributes.
 
     Attributes:
       model: shape and numerics of the decoder.
@@ -69,11 +69,11 @@ class TrainConfig(LoopConfig):
         optional = ("chunk_tokens", "eval_sequences", "tasks_every")
         self.check_counts("eval_batch_size", *(name for name in optional if getattr(self, name) is not None))
         if not isinstance(self.model, DecoderConfig):
-            raise self.wrong("model", "must be a model, e.g. @DecoderConfig()")
+            raise self.config_error("model", "must be a model, e.g. @DecoderConfig()")
         if self.tasks is not None and not callable(self.tasks):
-            raise self.wrong("tasks", "must be an evaluation, e.g. @task_evaluation")
+            raise self.config_error("tasks", "must be an evaluation, e.g. @task_evaluation")
         if self.tasks is None and self.tasks_every is not None:
-            raise self.wrong("tasks_every", "there are no train.tasks to evaluate")
+            raise self.config_error("tasks_every", "there are no train.tasks to evaluate")
 
 
 class DecoderComputation:
@@ -95,7 +95,7 @@ class DecoderComputation:
 
 
 class Pretraining(DecoderComputation):
-    """A decoder on a mixture of languages: the `training_loop.Task` of this command."""
+    """A decoder on a mixture of languages: the `training_loop.TrainModule` of this command."""
 
     def __init__(self, config: TrainConfig):
         """Opens and checks all inputs; nothing is written yet.
@@ -123,9 +123,9 @@ class Pretraining(DecoderComputation):
         counts = np.bincount(batch["source"], weights=real, minlength=len(self._languages))
         return collections.Counter(dict(zip(self._languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> HeldOut:
+    def evaluator(self, mesh: Mesh) -> HeldOutEvaluator:
         config = self._config
-        return HeldOut(
+        return HeldOutEvaluator(
             self._store,
             config.model,
             mesh,
@@ -144,7 +144,7 @@ class Pretraining(DecoderComputation):
         if config.tasks is None:
             return []
         tokenizer = Tokenizer(self._store.path / TOKENIZER)
-        model = own_model(config.run_dir, None, config.model, None, mesh, tokenizer)
+        model = from_run(config.run_dir, None, config.model, None, mesh, tokenizer)
         return [Evaluation("tasks", config.tasks_every, config.tasks(model))]
 
     def save_model(self, run_dir: epath.Path) -> None:
@@ -176,8 +176,8 @@ class Pretraining(DecoderComputation):
 
 
 def train(config: TrainConfig) -> dict[str, float]:
-    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
-    return TrainingLoop(config, Pretraining(config)).run()
+    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    return Trainer(config, Pretraining(config)).run()
 
 
 @programs.register("train.steps")

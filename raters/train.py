@@ -34,7 +34,7 @@ from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_state
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, LoopConfig, TrainingLoop, jitted_step
+from mlx_pretrain.training.trainer import Evaluation, Trainer, TrainerConfig, jitted_step
 from raters.pairs import KINDS
 from raters.preferences.agreement import agreement
 from raters.preferences.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
@@ -45,8 +45,8 @@ OBJECTIVES = ("pairwise", "pointwise")
 
 @gin.configurable("train_rater")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainRaterConfig(LoopConfig):
-    """One training run of a rater; see `LoopConfig` for the rest of its attributes. A sequence is a pair.
+class TrainRaterConfig(TrainerConfig):
+    """One training run of a rater; see `TrainerConfig` for the rest of its attributes. A sequence is a pair.
 
     Attributes:
       pairs: file of `raters.pairs`.
@@ -81,9 +81,9 @@ class TrainRaterConfig(LoopConfig):
         super().__post_init__()
         self.check_counts("eval_batch_size", *(["length"] if self.length is not None else []))
         if self.objective not in OBJECTIVES:
-            raise self.wrong("objective", f"must be one of {', '.join(OBJECTIVES)}")
+            raise self.config_error("objective", f"must be one of {', '.join(OBJECTIVES)}")
         if not self.parallel_weight >= 0:
-            raise self.wrong("parallel_weight", "must not be negative")
+            raise self.config_error("parallel_weight", "must not be negative")
         if (self.encoder is None) == (self.model is None) or (self.model is None) != (self.tokenizer is None):
             raise InputError("train_rater: give either encoder, or model and tokenizer")
 
@@ -101,7 +101,7 @@ class RaterComputation:
         self._config, self._row_weights = config, row_weights
         self._length = length = config.length or model.max_length
         if length > model.max_length:
-            raise config.wrong("length", f"the encoder takes up to {model.max_length}")
+            raise config.config_error("length", f"the encoder takes up to {model.max_length}")
         self.batch_row = {
             "tokens": jax.ShapeDtypeStruct((2, length), np.int32),
             "preference": jax.ShapeDtypeStruct((), np.float32),
@@ -143,7 +143,7 @@ class RaterComputation:
 
 
 class RaterTraining(RaterComputation):
-    """A quality model on pairs: the `training_loop.Task` of this command."""
+    """A quality model on pairs: the `training_loop.TrainModule` of this command."""
 
     def __init__(self, config: TrainRaterConfig):
         """Reads and tokenizes the pairs; nothing is written yet.
@@ -257,8 +257,8 @@ class Validation:
 
 
 def train(config: TrainRaterConfig) -> dict[str, float]:
-    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
-    return TrainingLoop(config, RaterTraining(config)).run()
+    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    return Trainer(config, RaterTraining(config)).run()
 
 
 def configured_model(config: TrainRaterConfig) -> QualityConfig:

@@ -26,7 +26,7 @@ from mlx_pretrain.parallel import cluster, hardware
 from video.decode import FrameStore
 from video.frame_choice.rules import even
 from video.frames.row_store import RowWriter
-from video.llm.answer_scoring import Answering
+from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
 from video.questions import read_questions
 from video.voyager.combinations import combinations
@@ -90,7 +90,7 @@ def label(
     todo = [question for question in usable if question.id not in losses.done]
     if len(todo) < len(usable):
         _say(f"{len(usable) - len(todo):,} of {len(usable):,} questions were done before")
-    answering, started = Answering(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
+    answering, started = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
     quiet = None if cluster.is_main() else True  # None: without a terminal
     for video in tqdm([video for video in videos if video not in features.done], "frames", disable=quiet):
         row = store.row(video)

@@ -25,10 +25,10 @@ from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import output_kernel
 from mlx_pretrain.training import checkpoints, losses
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Evaluator, LoopConfig, TrainingLoop, checked
+from mlx_pretrain.training.trainer import Evaluation, Evaluator, Trainer, TrainerConfig, checked
 from video.decode import FrameStore
 from video.frames.reading import moments
-from video.llm.answer_scoring import Answering
+from video.llm.answer_scoring import AnswerScorer
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
 from video.llm.prompts import Prompts
 from video.llm.training_rows import ClipSource, showing
@@ -37,8 +37,8 @@ from video.questions import Question, read_questions
 
 @gin.configurable("train_video")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainVideoConfig(LoopConfig):
-    """One training run of a Video-LLM; see `LoopConfig` for the rest of its attributes. A sequence is a video.
+class TrainVideoConfig(TrainerConfig):
+    """One training run of a Video-LLM; see `TrainerConfig` for the rest of its attributes. A sequence is a video.
 
     Attributes:
       model: @VideoLLMConfig().
@@ -73,12 +73,12 @@ class TrainVideoConfig(LoopConfig):
         super().__post_init__()
         optional = [] if self.eval_questions is None else ["eval_questions"]
         if isinstance(self.questions, str):
-            raise self.wrong("questions", "must be a list of files")
+            raise self.config_error("questions", "must be a list of files")
         self.check_counts("frames", "questions_per_video", "length", "eval_frames", *optional)
         if not isinstance(self.model, VideoLLMConfig):
-            raise self.wrong("model", "must be a model, e.g. @VideoLLMConfig()")
+            raise self.config_error("model", "must be a model, e.g. @VideoLLMConfig()")
         if not 0 <= self.informed <= 1:
-            raise self.wrong("informed", "must be a share, 0 to 1")
+            raise self.config_error("informed", "must be a share, 0 to 1")
 
 
 class VideoTraining:
@@ -95,7 +95,7 @@ class VideoTraining:
         decoder = config.model.decoder
         check_vocabulary(config.tokenizer, self._tokenizer, decoder.vocab_size)
         if config.length > decoder.max_length:
-            raise config.wrong("length", f"the decoder has max_length={decoder.max_length}")
+            raise config.config_error("length", f"the decoder has max_length={decoder.max_length}")
         self._store = FrameStore(config.frame_store)
         self._store.check_size(config.model.vision.image_size)
         self._questions = [question for path in config.questions for question in read_questions(path)]
@@ -182,8 +182,8 @@ class _Validation:
     """Answers held-out questions with evenly spread frames, and, where evidence is known, with frames that show it."""
 
     def __init__(self, model, mesh, store: FrameStore, prompts: Prompts, questions: list[Question], frames: int):
-        self._answering: Answering | None = None
-        self._make = lambda params: Answering(model, params, mesh, prompts)
+        self._answering: AnswerScorer | None = None
+        self._make = lambda params: AnswerScorer(model, params, mesh, prompts)
         self._store, self._questions = store, questions
         rows = [store.row(question.video) for question in questions]
         self._even, self._informed = [], []
@@ -221,8 +221,8 @@ class _Validation:
 
 
 def train(config: TrainVideoConfig) -> dict[str, float]:
-    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
-    return TrainingLoop(config, VideoTraining(config)).run()
+    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    return Trainer(config, VideoTraining(config)).run()
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
-from mlx_pretrain.data.loader import Batch, Mixture, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
 from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.errors import InputError
@@ -27,17 +27,17 @@ from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Evaluator, LoopConfig, TrainingLoop
+from mlx_pretrain.training.trainer import Evaluation, Evaluator, Trainer, TrainerConfig
 from video.decode import FrameStore
 from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts, sigmoid_loss
-from video.llm.training_rows import ClipPosition, showing
+from video.llm.training_rows import ClipProvenance, showing
 from video.questions import Question, read_questions
 
 
 @gin.configurable("train_towers")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainTowersConfig(LoopConfig):
-    """One training run of towers; see `LoopConfig` for the rest of its attributes. A sequence is a pair.
+class TrainTowersConfig(TrainerConfig):
+    """One training run of towers; see `TrainerConfig` for the rest of its attributes. A sequence is a pair.
 
     Attributes:
       model: @TowersConfig().
@@ -61,7 +61,7 @@ class TrainTowersConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.model, TowersConfig):
-            raise self.wrong("model", "must be a model, e.g. @TowersConfig()")
+            raise self.config_error("model", "must be a model, e.g. @TowersConfig()")
 
 
 class TowersTraining:
@@ -167,7 +167,7 @@ class CaptionSource:
         self._others, self._length = list(others), length
         numbers = {answer: n for n, answer in enumerate(dict.fromkeys(caption.answer for caption in captions))}
         self._numbers = [numbers[caption.answer] for caption in captions]
-        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
+        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
@@ -200,15 +200,15 @@ class CaptionSource:
         kept = rng.permutation(words)[: rng.integers(1, len(words) + 1)].tolist()
         return " ".join(rng.permutation(kept + rng.choice(self._others, rng.integers(0, 7)).tolist()))
 
-    def positions(self, batch: int) -> list[ClipPosition]:
+    def provenance(self, batch: int) -> list[ClipProvenance]:
         """Where every row of the global batch comes from, for error reports."""
         _, rows, epochs = self._stream.locate(batch)
-        return [ClipPosition(self._captions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
+        return [ClipProvenance(self._captions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
 def train(config: TrainTowersConfig) -> dict[str, float]:
-    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
-    return TrainingLoop(config, TowersTraining(config)).run()
+    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    return Trainer(config, TowersTraining(config)).run()
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
-from mlx_pretrain.data.loader import Batch, Mixture, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Evaluator, LoopConfig, TrainingLoop
+from mlx_pretrain.training.trainer import Evaluation, Evaluator, Trainer, TrainerConfig
 from video.llm.loading import load_video_llm
 from video.llm.prompts import PaddedPrompts
 from video.voyager.loss_labels import Labels, read_labels
@@ -33,8 +33,8 @@ from video.voyager.ranking_metrics import ranking
 
 @gin.configurable("train_voyager")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainVoyagerConfig(LoopConfig):
-    """One training run of Frame-Voyager; see `LoopConfig` for the rest of its attributes. A sequence is a question.
+class TrainVoyagerConfig(TrainerConfig):
+    """One training run of Frame-Voyager; see `TrainerConfig` for the rest of its attributes. A sequence is a question.
 
     Attributes:
       labels: folder that `video.label` made.
@@ -94,7 +94,7 @@ class VoyagerTraining:
                 raise InputError(f"{labels.path}: losses of another Video-LLM than {config.video_llm}")
         tokens = config.frame_tokens or llm.config.frame_tokens
         if tokens not in (1, llm.config.frame_tokens):
-            raise config.wrong("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
+            raise config.config_error("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
         self._params = {"decoder": jax.device_get(params), "head": None}
         self.model = VoyagerConfig(decoder, tokens, config.head_dim)
@@ -176,7 +176,7 @@ class VoyagerTraining:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelPosition:
+class LabelProvenance:
     """Where a row comes from."""
 
     question: str
@@ -190,7 +190,7 @@ class LabelSource:
                  rows: np.ndarray | None = None):
         """`chosen`: combinations of a row; the rest as in `loader.BatchSource`."""
         self._labels, self._chosen = labels, chosen
-        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
+        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
         self._tokens, self._places = prompts([question.question for question in labels.questions],
                                              labels.features.shape[1])
 
@@ -215,10 +215,10 @@ class LabelSource:
             "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
         }
 
-    def positions(self, batch: int) -> list[LabelPosition]:
+    def provenance(self, batch: int) -> list[LabelProvenance]:
         """Where every row of the global batch comes from, for error reports."""
         _, rows, epochs = self._stream.locate(batch)
-        return [LabelPosition(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
+        return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
 class RewardPredictor:
@@ -244,8 +244,8 @@ class RewardPredictor:
 
 
 def train(config: TrainVoyagerConfig) -> dict[str, float]:
-    """Trains as `TrainingLoop.run` does, and returns and raises what it does."""
-    return TrainingLoop(config, VoyagerTraining(config)).run()
+    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    return Trainer(config, VoyagerTraining(config)).run()
 
 
 def main() -> None:

@@ -48,8 +48,8 @@ from mlx_pretrain.files import read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster, hardware, partitioning
 from mlx_pretrain.training import optimizers
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress
-from mlx_pretrain.training.heldout_evaluator import HeldOut
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState
+from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.signals import STOP_CODES, StopRequest
 from mlx_pretrain.training.train_state import TrainState, abstract_state, make_initial_state
 from mlx_pretrain.training.train_step import make_decoder_loss, make_train_step
@@ -281,7 +281,7 @@ class Stop:
             raise Stopped
 
 
-class Trainer:
+class ProxyTrainer:
     """Trains packs of runs that share a model's shape."""
 
     def __init__(self, config: ProxiesConfig, store: TokenStore, model: DecoderConfig, table: Table, stop: Stop):
@@ -290,7 +290,7 @@ class Trainer:
         self._config, self._store, self._model, self._table, self._stop = config, store, model, table, stop
         self._mesh = partitioning.make_mesh()
         self._optimizer = config.optimizer(config.learning_rate)
-        self._held_out = HeldOut(store, model, self._mesh, batch_size=config.eval_batch_size,
+        self._held_out = HeldOutEvaluator(store, model, self._mesh, batch_size=config.eval_batch_size,
                                  max_sequences=config.eval_sequences, chunk_tokens=config.chunk_tokens,
                                  languages=table.targets)
         self._step_tokens = config.batch_size * store.manifest.sequence_length
@@ -340,7 +340,7 @@ class Trainer:
                     if saver and step < steps[-1]:
                         if cluster.is_main():
                             write_json(folder / _SETTINGS, self._table.work_settings(runs))
-                        saver.save(step, state, Progress(step * config.batch_size, {}), {})
+                        saver.save(step, state, DataState(step * config.batch_size, {}), {})
         return loss
 
     def _program(self, models: int) -> tuple[TrainState, Any]:
@@ -513,7 +513,7 @@ def _train_all(
     stop = Stop()
     with StopRequest(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         models = dict.fromkeys(pack[0].model for pack in packs)
-        trainers = {model: Trainer(config, store, model, table, stop) for model in models}
+        trainers = {model: ProxyTrainer(config, store, model, table, stop) for model in models}
         futures = {}
         for pack in packs:
             # Orbax is not made for several saves at a time; runs so short that they share a CPU start anew.

@@ -112,7 +112,7 @@ def smaller(rows: int, mesh: Mesh, excess: float) -> int:
 
 
 def training_remedies(config, model, mesh: Mesh) -> Callable[[float], list[str]]:
-    """`Program.remedies` of a training step; `config` is a LoopConfig, `model` what it trains."""
+    """`Program.remedies` of a training step; `config` is a TrainerConfig, `model` what it trains."""
     rows = config.batch_size // config.microbatches // partitioning.shards(mesh, "batch")
 
     def remedies(excess: float) -> list[str]:

@@ -31,7 +31,7 @@ _MAX_CACHED_INDEX_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
+class RowProvenance:
     """Where one sequence of a batch comes from."""
 
     language: str
@@ -128,7 +128,7 @@ class Mixture:
         return dataclasses.replace(mixture, changes=self.changes + noted)
 
 
-class Stream:
+class MixtureSampler:
     """The training stream of several sources: which of their rows stands where.
 
     Every row of a source comes once an epoch, in an order of that epoch's own.
@@ -190,7 +190,7 @@ class BatchSource:
         sizes = np.array([array.shape[0] for array in arrays])
         self._starts = np.cumsum(sizes) - sizes
         self._tokens = _joined(arrays)
-        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
+        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
@@ -210,10 +210,10 @@ class BatchSource:
         tokens = self._tokens[self._starts[source] + row].read().result()
         return {"tokens": tokens.astype(np.int32), "source": source.astype(np.int32)}
 
-    def positions(self, batch: int) -> list[Position]:
+    def provenance(self, batch: int) -> list[RowProvenance]:
         """Where every row of the global batch comes from, for error reports."""
         source, row, epoch = self._stream.locate(batch)
-        return [Position(self.languages[s], int(r), int(e)) for s, r, e in zip(source, row, epoch)]
+        return [RowProvenance(self.languages[s], int(r), int(e)) for s, r, e in zip(source, row, epoch)]
 
 
 def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:

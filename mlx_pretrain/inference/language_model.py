@@ -160,7 +160,7 @@ def load_language_model(
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
             params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
-        return own_model(path, step, config, params, mesh, tokenizer)
+        return from_run(path, step, config, params, mesh, tokenizer)
     if step is not None:
         raise InputError(f"{path}: step = {step}, but this is no training run")
     if path.suffix == ".gguf":
@@ -171,7 +171,7 @@ def load_language_model(
         config, params = load_decoder(path, dtype or "float32")
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         ids = read_special_ids(path, read_object(path / CONFIG), tokenizer)
-    return foreign_model(path, config, params, mesh, tokenizer, ids)
+    return from_pretrained(path, config, params, mesh, tokenizer, ids)
 
 
 def described_model(path: epath.PathLike) -> DecoderConfig:
@@ -186,7 +186,7 @@ def described_model(path: epath.PathLike) -> DecoderConfig:
     return read_config(path) if (path / CONFIG).exists() else checkpoints.load_model(path)
 
 
-def foreign_model(
+def from_pretrained(
     path: epath.PathLike,
     config: DecoderConfig,
     params: Any,
@@ -215,7 +215,7 @@ def foreign_model(
                          ids.eos_ids or bos)
 
 
-def own_model(
+def from_run(
     path: epath.PathLike, step: int | None, config: DecoderConfig, params: Any, mesh: Mesh, tokenizer: Tokenizer
 ) -> LanguageModel:
     """A model with one of our own tokenizers; `params` may be None where only texts are encoded."""

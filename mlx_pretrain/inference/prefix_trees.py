@@ -20,7 +20,7 @@ class Row(NamedTuple):
     """Trees side by side, their tokens depth first.
 
     Attributes:
-      tokens, positions, ends: int32 `[tokens]`; see `models.tree_attention.Forest` for `ends`.
+      tokens, positions, ends: int32 `[tokens]`; see `models.tree_attention.TreeMask` for `ends`.
       nodes: int32 `[nodes]`, the tokens from which others are predicted.
       places: int32 `[pairs]`, of each pair of a node and a token to score, the node's place in `nodes`.
       targets: int32 `[pairs]`, the token to score.
@@ -66,7 +66,9 @@ def row_lengths(shortest: int, longest: int) -> list[int]:
     return lengths
 
 
-def plant(sequences: Sequence[np.ndarray], first_targets: Sequence[int], lengths: Sequence[int]) -> list[Group]:
+def pack_prefix_trees(
+    sequences: Sequence[np.ndarray], first_targets: Sequence[int], lengths: Sequence[int]
+) -> list[Group]:
     """Puts sequences into rows.
 
     A sequence's tokens from its first target on are scored; its last one is never fed.
@@ -83,7 +85,7 @@ def plant(sequences: Sequence[np.ndarray], first_targets: Sequence[int], lengths
 
 
 class _Planting:
-    """One call of `plant`, on its sequences in sorted order."""
+    """One call of `pack_prefix_trees`, on its sequences in sorted order."""
 
     def __init__(self, sequences, first_targets, lengths):
         # Big-endian, bytes compare as token ids do.

@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations under a decoder; what several sequences have in common is computed once.
 
 The options of an item share its context, items share few-shot examples, and sentences with a gap share what is before
-the gap: `forest.plant` finds all of it in the tokens. Rows of a few fixed lengths, one compiled program for each, rows
+the gap: `pack_prefix_trees` finds all of it in the tokens. Rows of a few fixed lengths, one compiled program
+for each, rows
 sharded over the mesh. Of the logits, only those are computed from which something is read, in chunks.
 """
 
@@ -17,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.prefix_trees import Group, Row, plant, row_lengths
+from mlx_pretrain.inference.prefix_trees import Group, Row, pack_prefix_trees, row_lengths
 from mlx_pretrain.models.attention import Cache
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, empty_cache, logits, token_logits
-from mlx_pretrain.models.tree_attention import Forest
+from mlx_pretrain.models.tree_attention import TreeMask
 from mlx_pretrain.parallel import cluster, partitioning
 
 Key = TypeVar("Key")
@@ -163,7 +164,7 @@ class Scorer:
                 self._features = self._spread(features[0]) if features else None
             sequences, starts, dropped = self._sequences(requests)
             found: list[Score | None] = [None] * len(requests)
-            for group in plant(sequences, starts, self._lengths):
+            for group in pack_prefix_trees(sequences, starts, self._lengths):
                 for batch in self._dispatch(group):
                     waiting.append((batch, found, dropped))
                     yield from self._collect(waiting, self._in_flight)
@@ -361,7 +362,7 @@ def _score(
       log-probabilities float32 and whether it is the most likely token, `[shards, pairs]`.
     """
     hidden, _ = Decoder(config).apply(
-        {"params": params}, tokens, positions, cache=cache, forest=Forest(ends, prefix_length), features=features
+        {"params": params}, tokens, positions, cache=cache, forest=TreeMask(ends, prefix_length), features=features
     )
     shards = nodes.shape[0]
     hidden = hidden.reshape(shards, -1, hidden.shape[-1])

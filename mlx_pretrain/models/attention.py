@@ -19,7 +19,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models import blockwise_attention as blockwise
 from mlx_pretrain.models import flash_attention
 from mlx_pretrain.models.layers import matrix, project, rotate
-from mlx_pretrain.models.tree_attention import Forest, tree_attention
+from mlx_pretrain.models.tree_attention import TreeMask, tree_attention
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.parallel.partitioning import constrain
 
@@ -273,7 +273,7 @@ class Attention(nn.Module):
         angles: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         segment_ids: jax.Array | None,
-        forest: Forest | None,
+        forest: TreeMask | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
         """`x`: `[batch, length, embed]`. With a cache, keys are written at `positions` and all up to there are read;

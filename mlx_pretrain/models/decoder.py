@@ -12,7 +12,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
 from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
 from mlx_pretrain.models.projections import lookup
-from mlx_pretrain.models.tree_attention import Forest
+from mlx_pretrain.models.tree_attention import TreeMask
 from mlx_pretrain.parallel.partitioning import constrain
 
 # What the backward pass keeps of each layer; the rest is computed again. Products are known by the name that `project`
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
-        forest: Forest | None = None,
+        forest: TreeMask | None = None,
         features: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 QUERIES = 128  # computed at a time
 
 
-class Forest(NamedTuple):
+class TreeMask(NamedTuple):
     """Who sees whom.
 
     Attributes:
@@ -29,7 +29,7 @@ def tree_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    forest: Forest,
+    forest: TreeMask,
     prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Softmax attention over a token's ancestors, itself, and the prefix; softmax in float32, scale 1/sqrt(head_dim).

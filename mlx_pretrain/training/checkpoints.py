@@ -51,7 +51,7 @@ _LAST_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class DataState:
     """What a run must know besides its TrainState.
 
     Attributes:
@@ -126,7 +126,7 @@ class Checkpoints:
         )
         self._values |= {step: value for step in self.steps() if (value := self._metric(step)) is not None}
 
-    def save(self, step: int, state: TrainState, progress: Progress, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, state: TrainState, progress: DataState, metrics: Mapping[str, float]) -> None:
         """Starts a save of the state after `step` steps; blocks only while the arrays are copied to the host."""
         self.wait()  # an earlier save may still need the step's number
         self._step = step
@@ -164,7 +164,7 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, Progress] | None:
+    def restore(self, abstract: TrainState) -> tuple[TrainState, DataState] | None:
         """The latest checkpoint that is whole, laid out as `abstract`; None when there is none at all.
 
         Later ones, which are damaged, are moved to RUN/damaged_checkpoints, so that their steps can be saved again.
@@ -189,7 +189,7 @@ class Checkpoints:
                              f"{steps[0]}: {damage}")
         return None
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, Progress] | None, str | None]:
+    def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, DataState] | None, str | None]:
         """The checkpoint, and None; or None, and the damage that one of the processes found."""
         folder = self._folder / str(step)
         # Before the processes restore together: one that failed there would leave the others waiting.
@@ -215,8 +215,8 @@ class Checkpoints:
             damage = _agree(changed_arrays(saved, checksums(restored.state)))
             if damage is not None:
                 return None, damage
-        known = {field.name for field in dataclasses.fields(Progress)}
-        return (restored.state, Progress(**{name: value for name, value in meta.items() if name in known})), None
+        known = {field.name for field in dataclasses.fields(DataState)}
+        return (restored.state, DataState(**{name: value for name, value in meta.items() if name in known})), None
 
     def _move_aside(self, steps: Sequence[int]) -> None:
         if steps:

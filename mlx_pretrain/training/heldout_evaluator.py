@@ -20,7 +20,7 @@ from mlx_pretrain.training.train_step import make_eval_step
 _IN_FLIGHT = 4  # batches
 
 
-class HeldOut:
+class HeldOutEvaluator:
     """Evaluates parameters on a split of a token store."""
 
     def __init__(

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mlx_pretrain.training.goodput import Clock, duration
 
 
-class Meter(contextlib.AbstractContextManager):
+class StepTimer(contextlib.AbstractContextManager):
     """Measures the wall time of steps and of what interrupts them."""
 
     def __init__(

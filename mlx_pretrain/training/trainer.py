@@ -24,17 +24,17 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 from mlx_pretrain.parallel import backend, cluster, hardware, lease, partitioning
 from mlx_pretrain.training import optimizers
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState
 from mlx_pretrain.training.goodput import GOODPUT, Clock, open_record, read_goodput
 from mlx_pretrain.training.metric_writer import MetricWriter, kinds_at
 from mlx_pretrain.training.signals import STOP_CODES, Profiler, StopRequest
-from mlx_pretrain.training.step_timer import Meter
+from mlx_pretrain.training.step_timer import StepTimer
 from mlx_pretrain.training.train_state import ModelConfig, TrainState, abstract_state, initial_state
 from mlx_pretrain.training.train_step import LossParts, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class TrainerConfig:
     """What every training run is told, whatever it trains.
 
     Attributes:
@@ -80,20 +80,20 @@ class LoopConfig:
         counts = ("steps", "batch_size", "microbatches", "skip_limit", "log_every", "checkpoint_every")
         self.check_counts(*counts, *optional)
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise self.wrong("seed", "must be a non-negative integer")
+            raise self.config_error("seed", "must be a non-negative integer")
         if not _is_schedule(self.learning_rate):
-            raise self.wrong("learning_rate", "must be a schedule, e.g. @warmup_cosine()")
+            raise self.config_error("learning_rate", "must be a schedule, e.g. @warmup_cosine()")
         if not callable(self.optimizer):
-            raise self.wrong("optimizer", "must be an optimizer, e.g. @adamw")
+            raise self.config_error("optimizer", "must be an optimizer, e.g. @adamw")
         if self.batch_size % self.microbatches:
-            raise self.wrong("microbatches", f"does not divide batch_size={self.batch_size}")
+            raise self.config_error("microbatches", f"does not divide batch_size={self.batch_size}")
         if self.on_non_finite not in ("stop", "skip"):
-            raise self.wrong("on_non_finite", "must be 'stop' or 'skip'")
+            raise self.config_error("on_non_finite", "must be 'stop' or 'skip'")
         minutes = self.checkpoint_minutes
         if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
-            raise self.wrong("checkpoint_minutes", "must be a positive number of minutes")
+            raise self.config_error("checkpoint_minutes", "must be a positive number of minutes")
 
-    def wrong(self, name: str, demand: str) -> InputError:
+    def config_error(self, name: str, demand: str) -> InputError:
         """The error for an attribute that is not as it must be."""
         return InputError(f"{self.name}.{name} = {getattr(self, name)!r}: {demand}")
 
@@ -102,7 +102,7 @@ class LoopConfig:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise self.wrong(name, "must be a positive integer")
+                raise self.config_error(name, "must be a positive integer")
 
 
 def _is_schedule(value: Any) -> bool:
@@ -119,7 +119,7 @@ class Source(Protocol):
     def __getitem__(self, batch: int) -> loader.Batch:
         """This host's rows of a batch: name -> `[rows, ...]`."""
 
-    def positions(self, batch: int) -> list[Any]:
+    def provenance(self, batch: int) -> list[Any]:
         """Where every row of the global batch comes from, as dataclasses, for error reports."""
 
 
@@ -152,7 +152,7 @@ class Evaluation(NamedTuple):
 
 
 class Computation(Protocol):
-    """Model, loss and shapes of the data: what the compiled step depends on besides the LoopConfig. Needs no data.
+    """Model, loss and shapes of the data: what the compiled step depends on besides the TrainerConfig. Needs no data.
 
     Attributes:
       model: a frozen dataclass with `init(key)`, `parameters()` and `dtype`.
@@ -170,7 +170,7 @@ class Computation(Protocol):
         """The loss of a batch, see `trainer.Loss`."""
 
 
-class Task(Computation, Protocol):
+class TrainModule(Computation, Protocol):
     """What is trained, on what.
 
     Attributes:
@@ -209,7 +209,7 @@ class Task(Computation, Protocol):
 
 
 def jitted_step(
-    config: LoopConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
+    config: TrainerConfig, computation: Computation, optimizer: Any, abstract: TrainState, mesh: Mesh
 ) -> tuple[Any, tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]]:
     """The training step, jitted, and the abstract arguments to `lower` it with for the devices of `mesh`.
 
@@ -244,14 +244,14 @@ class _Stopped(Exception):
     """Cuts an evaluation short, at the same batch in every process."""
 
 
-class TrainingLoop:
+class Trainer:
     """One run from its configuration to its last checkpoint.
 
     All processes of a job run the same loop. Process 0 alone writes metrics and prints. What comes from outside
     (SIGTERM, Ctrl-C, a checkpoint that is due by the clock) takes effect at a boundary on which all have agreed.
     """
 
-    def __init__(self, config: LoopConfig, task: Task):
+    def __init__(self, config: TrainerConfig, task: TrainModule):
         """Lays out the mesh; nothing is written yet.
 
         Raises:
@@ -279,7 +279,7 @@ class TrainingLoop:
         """Trains from the last checkpoint, or from the start, to the last step.
 
         Returns:
-          The evaluation after the last step (see `HeldOut`); empty when all steps were done before.
+          The evaluation after the last step (see `HeldOutEvaluator`); empty when all steps were done before.
 
         Raises:
           InputError: a non-finite loss with on_non_finite="stop"; a run folder that belongs to another model, or is in
@@ -332,7 +332,7 @@ class TrainingLoop:
         self._saver = stack.enter_context(contextlib.closing(Checkpoints(self._run_dir)))
         self._state, self._progress = self._saver.restore(self._abstract) or (
             self._initial_state(),
-            Progress(sequences=0, tokens={}),
+            DataState(sequences=0, tokens={}),
         )
         self._step = self._first_step = int(self._state.step)
         # A process before this one may have made them without saving the state again.
@@ -371,7 +371,7 @@ class TrainingLoop:
         self._profiler = stack.enter_context(Profiler(self._run_dir / "profile", config.profile_at))
         self._clock.switch("step")
         self._meter = stack.enter_context(
-            Meter(
+            StepTimer(
                 self._clock,
                 self._step,
                 config.steps,
@@ -432,7 +432,7 @@ class TrainingLoop:
                 self._report_non_finite(step, metrics)
 
     def _report_non_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        positions = self._source.positions(step - self._first_step - 1)
+        positions = self._source.provenance(step - self._first_step - 1)
         path = self._run_dir / f"non_finite_step_{step}.json"
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         content = {
@@ -518,7 +518,7 @@ class TrainingLoop:
             read = (self._step - self._first_step) * self._config.batch_size
             fresh = self._evaluation if self._evaluated_at == self._step else {}
             metrics = {f"eval/{name}": value for name, value in fresh.items()}
-            progress = Progress(self._progress.sequences + read, self._total_tokens(), list(self._unfinished),
+            progress = DataState(self._progress.sequences + read, self._total_tokens(), list(self._unfinished),
                                 self._mixture.advanced(read))
             if self._writer is not None:
                 self._writer.flush()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.data.loader import Batch, Mixture, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from raters.pairs import FORMAT, KINDS, VERSION
@@ -154,7 +154,7 @@ def _read_lines(path: epath.Path) -> Iterator[tuple[int, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairPosition:
+class PairProvenance:
     """Where one row of a batch comes from: the pair in the order of the file, from 0."""
 
     kind: str
@@ -199,7 +199,7 @@ class PairSource:
         self._table, self._mixture, self._length, self._pad_id = table, mixture, length, pad_id
         self._kinds = list(mixture.rates)
         self._members = [np.flatnonzero(table.kind == KINDS.index(kind)) for kind in self._kinds]
-        self._stream, self._rows = Stream(mixture), rows
+        self._stream, self._rows = MixtureSampler(mixture), rows
         self._win_rates = table.win_rates()
 
     def __len__(self) -> int:
@@ -226,10 +226,10 @@ class PairSource:
         pairs, _, _ = self._pairs(batch, self._rows)
         return pair_batch(self._table, pairs, self._length, self._pad_id, self._win_rates)
 
-    def positions(self, batch: int) -> list[PairPosition]:
+    def provenance(self, batch: int) -> list[PairProvenance]:
         """Where every row of the global batch comes from, for error reports."""
         pairs, source, epoch = self._pairs(batch)
-        return [PairPosition(self._kinds[s], int(p), int(e)) for p, s, e in zip(pairs, source, epoch)]
+        return [PairProvenance(self._kinds[s], int(p), int(e)) for p, s, e in zip(pairs, source, epoch)]
 
 
 def pair_batch(table: PairTable, pairs: np.ndarray, length: int, pad_id: int, win_rates: np.ndarray) -> Batch:

@@ -176,7 +176,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_rows(tiny_gin, store_dir, t
         f"at step {content['step']}; the file lists the batch's rows"
     )
     store = TokenStore(store_dir)
-    positions = BatchSource(store, store_mixture(store, RATES, 8, seed=0)).positions(content["step"] - 1)
+    positions = BatchSource(store, store_mixture(store, RATES, 8, seed=0)).provenance(content["step"] - 1)
     assert content["batch"] == [vars(position) for position in positions]
     assert saved_steps(run_dir) == [saved]
     assert last_step(run_dir) == content["step"] - 1

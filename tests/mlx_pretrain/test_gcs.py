@@ -35,7 +35,7 @@ from mlx_pretrain.files import (
 )
 from mlx_pretrain.gcs import Appender
 from mlx_pretrain.reports.run_history import read_history
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState
 from mlx_pretrain.training.metric_writer import METRICS, MetricWriter
 from tests.conftest import RATES
 
@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_on_gcs_is_moved_aside(gcs, folder):
     state = {"params": jnp.arange(8.0)}
     checkpoints = Checkpoints(folder)
     for step in (1, 2):
-        checkpoints.save(step, state, Progress(step, {}), {})
+        checkpoints.save(step, state, DataState(step, {}), {})
     checkpoints.close()
     damaged = {path for path in file_sizes(folder / "checkpoints") if path.startswith("2/state/ocdbt.process_0/d/")}
     assert damaged

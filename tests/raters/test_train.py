@@ -123,7 +123,7 @@ def test_kinds_can_be_left_out(settings, tmp_path):
     def kinds(**options):
         task = RaterTraining(TrainRaterConfig(**settings, run_dir=str(tmp_path), **options))
         source = task.source(task.mixture, np.arange(16))
-        return {position.kind for batch in range(10) for position in source.positions(batch)}
+        return {position.kind for batch in range(10) for position in source.provenance(batch)}
 
     assert kinds() == {"monolingual", "cross-lingual", "parallel"}
     assert kinds(cross_lingual=False) == {"monolingual", "parallel"}

@@ -33,7 +33,7 @@ class Answers(NamedTuple):
     right: np.ndarray
 
 
-class Answering:
+class AnswerScorer:
     """Scores answers. `features` encodes the frames of a video."""
 
     def __init__(self, config: VideoLLMConfig, params: Any, mesh: Mesh, prompts: Prompts, **settings: Any):

@@ -17,8 +17,8 @@ from mlx_pretrain.inference.language_model import (
     HF_TOKENIZER,
     LanguageModel,
     fingerprint,
-    foreign_model,
-    own_model,
+    from_pretrained,
+    from_run,
 )
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
@@ -99,7 +99,7 @@ def load_video_llm(
             params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         ids = read_special_ids(path, {**raw["text_config"], **said}, tokenizer)
-        decoder = foreign_model(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
+        decoder = from_pretrained(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
         return VideoLLM(str(path), None, config, params, mesh, decoder)
     config = checkpoints.load_model(path, VideoLLMConfig)
     if dtype is not None:
@@ -109,4 +109,4 @@ def load_video_llm(
         params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
     tokenizer = Tokenizer(path / TOKENIZER)
     return VideoLLM(str(path), step, config, params, mesh,
-                    own_model(path, step, config.decoder, params["decoder"], mesh, tokenizer))
+                    from_run(path, step, config.decoder, params["decoder"], mesh, tokenizer))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_pretrain.data.loader import Batch, Mixture, Stream
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
 from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.errors import InputError
 from video.decode import FrameStore
@@ -14,7 +14,7 @@ from video.questions import Question
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipPosition:
+class ClipProvenance:
     """Where a row comes from."""
 
     video: str
@@ -83,7 +83,7 @@ class ClipSource:
             self._members.setdefault(question.video, []).append((question, one, answer))
         self._videos = list(self._members)
         self._rows_of = [store.row(video) for video in self._videos]
-        self._mixture, self._stream, self._rows = mixture, Stream(mixture), rows
+        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
 
     def __len__(self) -> int:
         # Grain wants a length; no run reads this many batches.
@@ -141,7 +141,7 @@ class ClipSource:
             spans.append((len(context), len(context) + len(answer)))
         return places, sequences, spans
 
-    def positions(self, batch: int) -> list[ClipPosition]:
+    def provenance(self, batch: int) -> list[ClipProvenance]:
         """Where every row of the global batch comes from, for error reports."""
         _, videos, epochs = self._stream.locate(batch)
-        return [ClipPosition(self._videos[video], int(epoch)) for video, epoch in zip(videos, epochs)]
+        return [ClipProvenance(self._videos[video], int(epoch)) for video, epoch in zip(videos, epochs)]

@@ -15,7 +15,7 @@ from mlx_pretrain.data import token_store as token_store
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
-from mlx_pretrain.training.checkpoints import Progress
+from mlx_pretrain.training.checkpoints import DataState
 from tests.conftest import LANGUAGES, RATES
 
 
@@ -30,7 +30,7 @@ def source_of(store, rates=RATES, batch_size=16, seed=0, rows=None):
 
 def test_rows_are_those_of_the_store(store):
     source = source_of(store)
-    batch, positions = source[3], source.positions(3)
+    batch, positions = source[3], source.provenance(3)
     for row, number, position in zip(batch["tokens"], batch["source"], positions):
         assert source.languages[number] == position.language
         np.testing.assert_array_equal(row, store.read("train", position.language)[position.row])
@@ -46,11 +46,11 @@ def test_delivered_shares_equal_the_rates(store):
 def test_every_epoch_takes_every_row_once_in_its_own_order(store):
     n = LANGUAGES["cc"]
     source = source_of(store, {"cc": 1.0}, n)
-    epochs = [[p.row for p in source.positions(e)] for e in range(3)]
+    epochs = [[p.row for p in source.provenance(e)] for e in range(3)]
     assert all(sorted(rows) == list(range(n)) for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [p.epoch for p in source.positions(2)] == [2] * n
-    assert epochs[0] != [p.row for p in source_of(store, {"cc": 1.0}, n, seed=1).positions(0)]
+    assert [p.epoch for p in source.provenance(2)] == [2] * n
+    assert epochs[0] != [p.row for p in source_of(store, {"cc": 1.0}, n, seed=1).provenance(0)]
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -100,7 +100,7 @@ def rows_read(store, mixture, sequences):
     """language -> rows in the order in which the next sequences of the mixture bring them."""
     source, read = loader.BatchSource(store, mixture), {}
     for batch in range(-(-sequences // mixture.batch_size)):
-        for position in source.positions(batch)[: sequences - batch * mixture.batch_size]:
+        for position in source.provenance(batch)[: sequences - batch * mixture.batch_size]:
             read.setdefault(position.language, []).append(position.row)
     return read
 
@@ -127,7 +127,7 @@ def test_after_any_changes_every_language_goes_on_where_it_was(store, changes):
         for language, rows in rows_read(store, mixture, batches * batch_size).items():
             read[language] += rows
         mixture = mixture.advanced(batches * batch_size)
-        mixture = Progress(0, {}, (), json.loads(json.dumps(dataclasses.asdict(mixture)))).mixture
+        mixture = DataState(0, {}, (), json.loads(json.dumps(dataclasses.asdict(mixture)))).mixture
     for language, rows in read.items():
         assert rows == alone(store, language, len(rows))  # in which each comes once an epoch
         assert mixture.consumed().get(language, 0) == len(rows)
@@ -159,7 +159,7 @@ def test_the_order_of_names_in_a_file_does_not_matter(store):
     one, other = (source_of(store, dict(rates)) for rates in (RATES.items(), reversed(RATES.items())))
     assert one.languages == other.languages
     for batch in range(3):
-        assert one.positions(batch) == other.positions(batch)
+        assert one.provenance(batch) == other.provenance(batch)
         np.testing.assert_array_equal(one[batch]["tokens"], other[batch]["tokens"])
     # Nor does which other languages there are.
     beside = rows_read(store, loader.store_mixture(store, {"bb": 0.5, "cc": 0.5}, 8, 0), 40)

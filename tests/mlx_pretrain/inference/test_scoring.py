@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.prefix_trees import plant, row_lengths
+from mlx_pretrain.inference.prefix_trees import pack_prefix_trees, row_lengths
 from mlx_pretrain.inference.scoring import Request, Scorer
 from mlx_pretrain.models.decoder import Decoder, logits
 from mlx_pretrain.parallel.partitioning import make_mesh
@@ -38,7 +38,7 @@ def test_a_forest_holds_every_sequence_and_scores_what_it_should(case, shortest)
     sequences, starts = case
     lengths = row_lengths(shortest, 70)
     found = {}
-    for group in plant(sequences, starts, lengths):
+    for group in pack_prefix_trees(sequences, starts, lengths):
         for length, row in group.rows:
             assert length in lengths and len(row.tokens) == len(row.ends) == len(row.positions) <= length
             assert len(np.unique(row.nodes)) == len(row.nodes)

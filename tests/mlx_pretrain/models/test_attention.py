@@ -17,7 +17,7 @@ from mlx_pretrain.models import attention, flash_attention
 from mlx_pretrain.models.attention import IMPLEMENTATIONS, Request, choose, dot_product_attention
 from mlx_pretrain.models.decoder import Decoder
 from mlx_pretrain.models.encoder import EncoderConfig
-from mlx_pretrain.models.tree_attention import Forest, tree_attention
+from mlx_pretrain.models.tree_attention import TreeMask, tree_attention
 from mlx_pretrain.models.vision import VisionConfig
 from mlx_pretrain.parallel import partitioning
 
@@ -200,7 +200,7 @@ def test_trees_over_several_blocks_equal_numpy():
             real = np.broadcast_to(np.arange(12) < prefix_length, (2, 1, length, 12))
             visible = np.concatenate([real, visible], axis=3)
         expected = reference(query, keys, values, visible, query)[0]
-        found = jax.jit(tree_attention)(query, key, value, Forest(ends, np.int32(prefix_length)), prefix)
+        found = jax.jit(tree_attention)(query, key, value, TreeMask(ends, np.int32(prefix_length)), prefix)
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 

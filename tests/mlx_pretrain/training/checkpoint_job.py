@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mlx_pretrain.parallel import cluster
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress, restore_params
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState, restore_params
 from mlx_pretrain.training.train_state import TrainState
 
 SPECS = {"divided": ("x", None), "across": (None, "x"), "whole": ()}
@@ -62,21 +62,21 @@ def main(port: str, process: str, folder: pathlib.Path) -> None:
     restored, progress = single.restore(layout(states[3]))
     single.close()
     assert_same(restored, states[3])
-    assert progress == Progress(48, {"aa": 3})
+    assert progress == DataState(48, {"aa": 3})
     params, step = restore_params(folder / "single", layout(states[3].params))
     assert_same(params, states[3].params)
     assert step == 3
 
     saver = Checkpoints(folder / "job")
     for step in (1, 2, 3):
-        saver.save(step, states[step], Progress(16 * step, {"aa": step}), {"eval/loss": 1.0 / step})
+        saver.save(step, states[step], DataState(16 * step, {"aa": step}), {"eval/loss": 1.0 / step})
     saver.wait()
     for step in (2, 3):
         cluster.on_main(lambda step=step: flip_a_bit(folder / f"job/checkpoints/{step}"))
     restored, progress = saver.restore(layout(states[1]))
     assert_same(restored, states[1])
-    assert progress == Progress(16, {"aa": 1}) and saver.steps() == [1]
-    saver.save(2, states[2], Progress(32, {"aa": 2}), {})  # again, where the damaged one was
+    assert progress == DataState(16, {"aa": 1}) and saver.steps() == [1]
+    saver.save(2, states[2], DataState(32, {"aa": 2}), {})  # again, where the damaged one was
     saver.close()
     print(json.dumps(cluster.gather([process, saver.steps()])), flush=True)
     cluster.leave()

@@ -12,8 +12,8 @@ from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.train import Pretraining, TrainConfig, train
 from mlx_pretrain.training import optimizers
-from mlx_pretrain.training.checkpoints import Progress
-from mlx_pretrain.training.trainer import TrainingLoop
+from mlx_pretrain.training.checkpoints import DataState
+from mlx_pretrain.training.trainer import Trainer
 from tests.conftest import RATES
 
 OTHER_RATES = {"cc": 0.6, "bb": 0.2, "aa": 0.2}
@@ -61,7 +61,7 @@ def test_changes_are_told_and_recorded(config, capsys):
     train(dataclasses.replace(config, steps=5))
     assert changes(config) == expected and "changed after" not in capsys.readouterr().out
     [meta] = (pathlib.Path(config.run_dir) / "checkpoints" / "5" / "meta").glob("metadata")
-    saved = Progress(0, {}, (), json.loads(meta.read_text())["mixture"]).mixture
+    saved = DataState(0, {}, (), json.loads(meta.read_text())["mixture"]).mixture
     assert (saved.before, saved.since) == ({"aa": 8, "bb": 5, "cc": 3}, 48)
     store = token_store.TokenStore(config.token_store)
     assert saved.rates == pytest.approx(OTHER_RATES) and saved.data == store.fingerprints("train", RATES)
@@ -100,8 +100,8 @@ def test_what_cannot_be_honoured_is_refused(config, tmp_path, what):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_word(config):
-    loop = TrainingLoop(config, Pretraining(config))
-    loop._progress, loop._step = Progress(16, {}), 2
+    loop = Trainer(config, Pretraining(config))
+    loop._progress, loop._step = DataState(16, {}), 2
     mixture, told = loop._continued_mixture()
     assert told == ["the checkpoint is of an earlier version, which read the data in another order"]
     assert mixture.changes == ({"step": 2, "change": told[0]},) and mixture.consumed() == {"aa": 8, "bb": 5, "cc": 3}

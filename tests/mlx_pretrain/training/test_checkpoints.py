@@ -21,7 +21,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints, checksums, optimizers
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState
 from mlx_pretrain.training.train_state import TrainState, abstract_params, abstract_state, initial_state
 from tests.mlx_pretrain.training import checkpoint_job
 
@@ -46,7 +46,7 @@ def save_steps(run_dir, state, losses: dict[int, float | None], **options):
     saver = Checkpoints(run_dir, **options)
     for step, loss in losses.items():
         metrics = {} if loss is None else {"eval/loss": loss}
-        saver.save(step, state, Progress(step * 16, {"aa": step}), metrics)
+        saver.save(step, state, DataState(step * 16, {"aa": step}), metrics)
     saver.wait()
     return saver
 
@@ -59,7 +59,7 @@ def test_restores_bitwise_on_another_mesh(tmp_path, tiny_config, state):
         abstract = abstract_state(tiny_config, OPTIMIZER, mesh_of(*shape))
         restored, progress = saver.restore(abstract)
         saver.close()
-        assert progress == Progress(64, {"aa": 4})
+        assert progress == DataState(64, {"aa": 4})
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         gate = restored.params["layers"]["mlp"]["gate"]
         assert gate.sharding == abstract.params["layers"]["mlp"]["gate"].sharding
@@ -147,7 +147,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, tiny_config, state, caplog)
     assert progress.sequences == 16
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert "checkpoint 2 cannot be restored" in caplog.text
-    saver.save(2, state, Progress(32, {}), {})  # the step is free again
+    saver.save(2, state, DataState(32, {}), {})  # the step is free again
     saver.wait()
     assert saver.steps() == [1, 2] and (tmp_path / "damaged_checkpoints" / "2").exists()
     assert saver.restore(abstract)[1].sequences == 32
@@ -170,7 +170,7 @@ def test_checkpoints_of_older_versions(tmp_path, small_state, caplog, damage):
         meta.write_text(json.dumps({"sequences": int(step), "tokens": {}}))
     saver = Checkpoints(tmp_path)
     restored, progress = saver.restore(layout(small_state))
-    assert progress == Progress(2, {}) and "checkpoint 2 has no checksums" in caplog.text
+    assert progress == DataState(2, {}) and "checkpoint 2 has no checksums" in caplog.text
     jax.tree.map(np.testing.assert_array_equal, restored, small_state)
     state_dir = tmp_path / "checkpoints" / "2" / "state"
     if damage == "truncated":
@@ -345,7 +345,7 @@ def test_two_processes_save_restore_and_notice_together(tmp_path):
     """1 -> 2 and 2 -> 1 processes bit for bit; both pass over what either finds damaged, and one moves it."""
     saver = Checkpoints(tmp_path / "single")
     single = checkpoint_job.state(3, jax.devices()[:4])
-    saver.save(3, single, Progress(48, {"aa": 3}), {})
+    saver.save(3, single, DataState(48, {"aa": 3}), {})
     saver.close()
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -371,4 +371,4 @@ def test_two_processes_save_restore_and_notice_together(tmp_path):
     restored, progress = saver.restore(checkpoint_job.layout(expected))
     saver.close()
     checkpoint_job.assert_same(restored, expected)
-    assert progress == Progress(32, {"aa": 2})
+    assert progress == DataState(32, {"aa": 2})

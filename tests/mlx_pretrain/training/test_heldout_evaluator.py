@@ -12,7 +12,7 @@ from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.models.decoder import Decoder, output_kernel
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import losses
-from mlx_pretrain.training.heldout_evaluator import HeldOut
+from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 
 
 @pytest.mark.parametrize("mesh_shape, batch_size", [((1, 1, 1), 4), ((4, 2, 1), 16), ((4, 2, 1), 3)])
@@ -20,7 +20,7 @@ def test_bits_per_byte_are_exact(store_dir, tiny_config, tiny_params, mesh_shape
     store = TokenStore(store_dir)
     mesh = partitioning.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
     with partitioning.use(mesh):
-        result = HeldOut(store, tiny_config, mesh, batch_size=batch_size)(tiny_params)
+        result = HeldOutEvaluator(store, tiny_config, mesh, batch_size=batch_size)(tiny_params)
     nll = {}
     for language in ("aa", "bb", "cc"):
         batch = decoder_batch(jnp.asarray(store.read("heldout", language), jnp.int32))
@@ -41,9 +41,9 @@ def test_fewer_sequences_are_evenly_spaced(store_dir, tiny_config, tiny_params):
     store = TokenStore(store_dir)
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with partitioning.use(mesh):
-        three = HeldOut(store, tiny_config, mesh, batch_size=4, max_sequences=3)(tiny_params)
-        many = HeldOut(store, tiny_config, mesh, batch_size=4, max_sequences=99)(tiny_params)
-        whole = HeldOut(store, tiny_config, mesh, batch_size=4)(tiny_params)
+        three = HeldOutEvaluator(store, tiny_config, mesh, batch_size=4, max_sequences=3)(tiny_params)
+        many = HeldOutEvaluator(store, tiny_config, mesh, batch_size=4, max_sequences=99)(tiny_params)
+        whole = HeldOutEvaluator(store, tiny_config, mesh, batch_size=4)(tiny_params)
     batch = decoder_batch(jnp.asarray(store.read("heldout", "aa")[[0, 1, 3]], jnp.int32))
     hidden, _ = Decoder(tiny_config).apply({"params": tiny_params}, batch.inputs, batch.positions, batch.segment_ids)
     nll = losses.token_nll(hidden, output_kernel(tiny_params), batch.targets)
@@ -61,12 +61,12 @@ def test_a_check_between_batches_ends_it(store_dir, tiny_config, tiny_params):
             raise KeyboardInterrupt
 
     with partitioning.use(mesh):
-        evaluate = HeldOut(TokenStore(store_dir), tiny_config, mesh, batch_size=1)
+        evaluate = HeldOutEvaluator(TokenStore(store_dir), tiny_config, mesh, batch_size=1)
         with pytest.raises(KeyboardInterrupt):
             evaluate(tiny_params, check)
         assert len(calls) == 3
         calls = [None] * 3  # from now on it does not raise
         many_batches = evaluate(tiny_params, check)
         assert len(calls) == 3 + 15
-        few_batches = HeldOut(TokenStore(store_dir), tiny_config, mesh, batch_size=8)(tiny_params)
+        few_batches = HeldOutEvaluator(TokenStore(store_dir), tiny_config, mesh, batch_size=8)(tiny_params)
     assert many_batches == pytest.approx(few_batches, rel=1e-6)

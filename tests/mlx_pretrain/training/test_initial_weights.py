@@ -15,7 +15,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints, optimizers
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState
 from mlx_pretrain.training.initial_weights import InitialWeights
 from mlx_pretrain.training.train_state import abstract_params, abstract_state, make_initial_state
 
@@ -45,7 +45,7 @@ def folders(tmp_path_factory, tokenizers):
         initial_state = make_initial_state(config, OPTIMIZER, abstract_state(config, OPTIMIZER, mesh))
         for step in (1, 2):
             state = initial_state(step)
-            saver.save(step, state, Progress(step, {}), {})
+            saver.save(step, state, DataState(step, {}), {})
             params[step] = jax.device_get(state.params)
     saver.close()
     export_model(str(folder / "run"), str(folder / "hf"))

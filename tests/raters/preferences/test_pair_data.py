@@ -69,7 +69,7 @@ def test_every_pair_comes_once_an_epoch_and_resuming_changes_nothing(path):
     options, mixture = {"length": 6, "pad_id": PAD_ID}, pair_mixture(table, [0, 1, PARALLEL], batch_size=5, seed=3)
     source = PairSource(table, mixture, **options)
     for batch in range(4):
-        positions = source.positions(batch)
+        positions = source.provenance(batch)
         assert sorted(p.pair for p in positions) == [0, 1, 2, 3, 4]
         assert {p.epoch for p in positions} == {batch}
         np.testing.assert_array_equal(
@@ -85,7 +85,7 @@ def test_every_pair_comes_once_an_epoch_and_resuming_changes_nothing(path):
 def test_kinds_that_are_not_wanted_do_not_come(path):
     table = read_pairs(path, Letters(), 6)
     source = PairSource(table, pair_mixture(table, [0], batch_size=4, seed=0), length=6, pad_id=PAD_ID)
-    assert sorted(p.pair for p in source.positions(0)) == [0, 0, 1, 1]
+    assert sorted(p.pair for p in source.provenance(0)) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("lines", "message"), [

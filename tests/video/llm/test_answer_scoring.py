@@ -8,7 +8,7 @@ import pytest
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import logits
-from video.llm.answer_scoring import Answering
+from video.llm.answer_scoring import AnswerScorer
 from video.llm.model import average_pooling, encode_frames, hidden_states
 from video.questions import Question
 from video.voyager.combinations import combinations
@@ -41,7 +41,7 @@ def alone(config, params, prompts, frames, question, places, answer):
 
 def test_losses_and_choices_equal_one_sequence_at_a_time(config, params, mesh, prompts, videos):
     chosen = combinations(7, 3)
-    answering = Answering(config, params, mesh, prompts)
+    answering = AnswerScorer(config, params, mesh, prompts)
     found = list(answering(lambda video: answering.features(videos[video]), ASKED, [chosen] * 3))
     for question, answers in zip(ASKED, found):
         assert answers.losses.shape == answers.right.shape == (35,)
@@ -62,7 +62,7 @@ def test_losses_and_choices_equal_one_sequence_at_a_time(config, params, mesh, p
 def test_another_video_behind_the_same_question(config, params, mesh, prompts, videos):
     """What is kept of a question and its frames must not be used for another video."""
     asked = [ASKED[0], Question("d", "two.mp4", ASKED[0].question, "left"), ASKED[0]]
-    answering = Answering(config, params, mesh, prompts)
+    answering = AnswerScorer(config, params, mesh, prompts)
     first, other, again = answering(lambda video: answering.features(videos[video]), asked, [combinations(7, 2)] * 3,
                                     options=False)
     assert np.abs(first.losses - other.losses).max() > 0.01
@@ -70,7 +70,7 @@ def test_another_video_behind_the_same_question(config, params, mesh, prompts, v
 
 
 def test_a_question_too_long_is_named(config, params, mesh, prompts, videos):
-    answering = Answering(config, params, mesh, prompts)
+    answering = AnswerScorer(config, params, mesh, prompts)
     long = Question("long", "one.mp4", "x" * 80, "yes")
     with pytest.raises(InputError, match=r"question long: .* max_length=96"):
         list(answering(lambda video: answering.features(videos[video]), [long], [[[0, 1, 2, 3]]]))
