@@ -16,7 +16,7 @@ from evals.tables import choices_of, table_of_scores
 from evals.tasks import align, find_tasks, read_examples
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Scorer
-from mlx_pretrain.training.trainer import Evaluator, checked
+from mlx_pretrain.training.evaluation import Evaluate, checked
 
 
 @gin.configurable(denylist=["model"])
@@ -26,7 +26,7 @@ def task_evaluation(
     languages: Sequence[str] | None = None,
     few_shot: int = 0,
     limit: int | None = None,
-) -> Evaluator:
+) -> Evaluate:
     """Reads the tasks.
 
     Args:
@@ -34,8 +34,8 @@ def task_evaluation(
       tasks, languages, few_shot, limit: see `evals.run.run_tasks`.
 
     Returns:
-      An evaluator whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over the
-      languages), `<task>/<metric>/<language>`; with several languages `<task>/mlc` over all pairs, `<task>/chance`,
+      The function of an `Evaluator`, whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over
+      the languages), `<task>/<metric>/<language>`; with several languages `<task>/mlc` over all pairs, `<task>/chance`,
       and `<task>/mlc_vs_english`.
 
     Raises:

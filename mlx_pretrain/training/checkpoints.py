@@ -264,19 +264,24 @@ def _describe(leaf: Any) -> str:
     return "no" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) -> None:
-    """Writes what other commands need to use the run's checkpoints: the model's configuration, a dataclass, and the
-    tokenizer, a file .model or .json. Process 0 alone calls it.
+def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike | None) -> None:
+    """Writes what other commands need to use the run's checkpoints. Process 0 alone calls it.
+
+    Args:
+      run_dir: the run's folder.
+      config: the model's configuration, a dataclass.
+      tokenizer: the tokenizer, a file .model or .json; None: the model has none.
 
     Raises:
       InputError: the folder holds a run of another model or another tokenizer.
     """
-    path, fingerprint = epath.Path(run_dir) / MODEL, sha256(tokenizer)
+    path, fingerprint = epath.Path(run_dir) / MODEL, tokenizer and sha256(tokenizer)
     if path.exists():
         check_same_model(run_dir, config, fingerprint)
         return
-    name = epath.Path(TOKENIZER).with_suffix(epath.Path(tokenizer).suffix)
-    write_atomic(epath.Path(run_dir) / name, epath.Path(tokenizer).read_bytes())
+    if tokenizer is not None:
+        name = epath.Path(TOKENIZER).with_suffix(epath.Path(tokenizer).suffix)
+        write_atomic(epath.Path(run_dir) / name, epath.Path(tokenizer).read_bytes())
     content = {"kind": type(config).__name__, "model": dataclasses.asdict(config), "tokenizer_sha256": fingerprint}
     write_json(path, content)
 

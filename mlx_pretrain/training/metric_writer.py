@@ -51,8 +51,8 @@ def _board(folder: str, **options: Any) -> Any:
     return tensorboardX.SummaryWriter(folder, **options)
 
 
-def kinds_at(run_dir: epath.PathLike, step: int) -> set[str]:
-    """Returns the kinds of lines that a run has written for `step`."""
+def events_at(run_dir: epath.PathLike, step: int) -> set[str]:
+    """Returns the events of the lines that a run has written for `step`."""
     path = epath.Path(run_dir) / METRICS
     return {record["kind"] for _, record in read_jsonl(path) if record["step"] == step} if path.exists() else set()
 
