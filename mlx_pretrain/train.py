@@ -29,8 +29,8 @@ from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluate, Evaluator
 from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.initial_weights import InitialWeights
-from mlx_pretrain.training.train_module import Computation, TrainModule, jitted_step
-from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.train_module import Computation, TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts, make_decoder_loss, make_eval_step
 from mlx_pretrain.training.trainer import RUN, Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
@@ -182,7 +182,7 @@ def train(config: TrainConfig) -> dict[str, float]:
 
 @programs.register("train.steps")
 def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """The training step and the step of the evaluation on held-out data."""
+    """Returns the training step and the step of the evaluation on held-out data."""
     config = TrainConfig()
     model = config.model
     if length is None and (epath.Path(config.token_store) / MANIFEST).exists():
@@ -190,26 +190,15 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     length = length or model.max_length
     computation, rows = DecoderComputation(config, length), config.eval_batch_size
     partitioning.check_rows(mesh, rows, "train.eval_batch_size")
-    optimizer = config.optimizer(config.learning_rate)
-    state = abstract_state(model, optimizer, mesh)
     sharding = partitioning.batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
     language = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
     return [
-        programs.Program(
-            "training step",
-            *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} x {length} tokens" + programs.in_microbatches(config.microbatches),
-            mesh=mesh,
-            parameters=model.parameters(),
-            tokens=config.batch_size * length,
-            model_flops=config.batch_size * length * computation.flops_per_token,
-            remedies=programs.training_remedies(config, model, mesh),
-        ),
+        programs.training_step(config, computation, mesh, f"{config.batch_size} x {length} tokens"),
         programs.Program(
             "evaluation step",
             jax.jit(make_eval_step(model, 64, config.chunk_tokens)),  # the number of languages costs nothing
-            (state.params, tokens, language),
+            (abstract_params(model, mesh), tokens, language),
             batch=f"{rows} x {length} tokens",
             mesh=mesh,
             parameters=model.parameters(),

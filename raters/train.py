@@ -32,8 +32,8 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
-from mlx_pretrain.training.train_module import Computation, TrainModule, jitted_step
-from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.train_module import Computation, TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
@@ -268,32 +268,20 @@ def configured_model(config: TrainRaterConfig) -> QualityConfig:
 
 @programs.register("train_rater.steps")
 def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """The training step and the step that scores validation documents."""
+    """Returns the training step and the step that scores validation documents."""
     config = TrainRaterConfig()
     config = config if length is None else dataclasses.replace(config, length=length)
     model, rows = configured_model(config), config.eval_batch_size
     computation = RaterComputation(config, model)
     length = computation.tokens_per_sequence // 2
     partitioning.check_rows(mesh, rows, "train_rater.eval_batch_size")
-    optimizer = config.optimizer(config.learning_rate)
-    state = abstract_state(model, optimizer, mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=partitioning.batch_sharding(mesh))
-    pair_tokens = config.batch_size * computation.tokens_per_sequence
     return [
-        programs.Program(
-            "training step",
-            *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} pairs x 2 x {length} tokens" + programs.in_microbatches(config.microbatches),
-            mesh=mesh,
-            parameters=model.parameters(),
-            tokens=pair_tokens,
-            model_flops=pair_tokens * computation.flops_per_token,
-            remedies=programs.training_remedies(config, model, mesh),
-        ),
+        programs.training_step(config, computation, mesh, f"{config.batch_size} pairs x 2 x {length} tokens"),
         programs.Program(
             "validation step",
             score_step(model),
-            (state.params, tokens),
+            (abstract_params(model, mesh), tokens),
             batch=f"{rows} x {length} tokens",
             mesh=mesh,
             parameters=model.parameters(),

@@ -1,27 +1,29 @@
 """Everything that a run writes and prints on its way; in process 0 alone."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.training.goodput import GOODPUT, Clock, open_record, read_goodput
-from mlx_pretrain.training.metric_writer import MetricWriter
+from mlx_pretrain.training.metric_writer import MetricWriter, SinkFactory
 from mlx_pretrain.training.step_timer import StepTimer
 
 
 class RunLog(contextlib.AbstractContextManager):
     """Metrics, the record of where the time went, and what is printed; other processes than process 0 do nothing."""
 
-    def __init__(self, run_dir: epath.Path, clock: Clock, timer: StepTimer, step: int):
-        """Opens the files of a run that goes on after `step`, 0 for a new one."""
+    def __init__(
+        self, run_dir: epath.Path, clock: Clock, timer: StepTimer, step: int, sinks: Sequence[SinkFactory] = ()
+    ):
+        """Opens the files of a run that goes on after `step`, 0 for a new one; `sinks`: see `MetricWriter`."""
         self._path, self._clock, self._timer, self._first_step = run_dir / GOODPUT, clock, timer, step
         self._writer = self._goodput = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(timer)
             if cluster.is_main():
-                self._writer = stack.enter_context(contextlib.closing(MetricWriter(run_dir, step or -1)))
+                self._writer = stack.enter_context(contextlib.closing(MetricWriter(run_dir, step or -1, sinks)))
                 self._goodput = stack.enter_context(contextlib.closing(open_record(self._path)))
             self._stack = stack.pop_all()
 

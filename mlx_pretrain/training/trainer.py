@@ -103,7 +103,7 @@ class Trainer:
             peak_flops = self._peak_flops()
             cluster.on_main(lambda: write_json(run_dir / RUN, self._metadata(mixture, peak_flops)))
             cluster.on_main(lambda: command_line.save_effective(run_dir / "config.gin"))
-            log = stack.enter_context(RunLog(run_dir, clock, self._timer(step, peak_flops), step))
+            log = stack.enter_context(RunLog(run_dir, clock, self._timer(step, peak_flops), step, config.sinks))
             profiler = stack.enter_context(Profiler(run_dir / "profile", config.profile_at))
             clock.switch("step")
             self._log_start(log, step, changes)

@@ -1,7 +1,7 @@
 """Settings that all training runs share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import gin
@@ -9,6 +9,7 @@ import optax
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.training import optimizers
+from mlx_pretrain.training.metric_writer import SinkFactory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class TrainerConfig:
       checkpoint_every: steps between checkpoints, besides those at the end and on SIGTERM or Ctrl-C.
       checkpoint_minutes: age of the last checkpoint in minutes at which another is saved; None: by steps alone.
       profile_at: step at which to record a `jax.profiler` trace; SIGUSR1 records one at any time.
+      sinks: further places for the metrics, e.g. [@WeightsAndBiases].
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
 
@@ -51,6 +53,7 @@ class TrainerConfig:
     checkpoint_every: int = 1000
     checkpoint_minutes: float | None = None
     profile_at: int | None = None
+    sinks: Sequence[SinkFactory] = ()
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
 
     def __post_init__(self):
@@ -63,6 +66,8 @@ class TrainerConfig:
             raise self.config_error("learning_rate", "must be a schedule, e.g. @warmup_cosine()")
         if not callable(self.optimizer):
             raise self.config_error("optimizer", "must be an optimizer, e.g. @adamw")
+        if not all(map(callable, self.sinks)):
+            raise self.config_error("sinks", "must be a list of sinks, e.g. [@WeightsAndBiases]")
         if self.batch_size % self.microbatches:
             raise self.config_error("microbatches", f"does not divide batch_size={self.batch_size}")
         if self.on_non_finite not in ("stop", "skip"):
