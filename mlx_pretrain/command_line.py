@@ -42,8 +42,10 @@ _SHARD_FLAGS = """
 
 PEER_SECONDS = 20  # a host that vanishes is noticed within this time
 
-# Included gin files are named relative to the repository root, from wherever the command is started.
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# The folder that holds gin/: this package where it is installed, else the repository. Gin files are named relative to
+# it (gin/models/nano.gin), from wherever the command is started.
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+GIN_ROOT = _PACKAGE if os.path.isdir(os.path.join(_PACKAGE, "gin")) else os.path.dirname(_PACKAGE)
 
 
 @dataclasses.dataclass
@@ -139,10 +141,10 @@ def parse_gin(
       InputError: a file is missing, a name or value in it is wrong, or nothing reads a macro; the message names file
         and cause, or the parameter and the type it must have.
     """
-    for path in (*search, REPOSITORY):  # the current folder comes first of itself
+    for path in (*search, GIN_ROOT):  # the current folder comes first of itself
         gin.add_config_file_search_path(path)
     for file in files:
-        if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", REPOSITORY)):
+        if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", GIN_ROOT)):
             raise InputError(f"{file}: no such gin file")
     filled = []
     try:
@@ -172,7 +174,7 @@ def _check_macros(files: Sequence[str], bindings: Sequence[str], search: Sequenc
     """Refuses macros that nothing reads, such as VOCABSIZE for VOCAB_SIZE; without a word it would change nothing.
 
     A macro among `bindings` must be read by the configuration. Files may also set macros that only other commands read:
-    a macro in one of `files` must be read by the configuration, by a gin file of the repository, or by one in the
+    a macro in one of `files` must be read by the configuration, by a gin file in GIN_ROOT, or by one in the
     file's folder. Files that these include are taken as they are.
 
     Raises:
@@ -185,9 +187,9 @@ def _check_macros(files: Sequence[str], bindings: Sequence[str], search: Sequenc
         for name, _ in _macros(binding):
             if name not in read:
                 raise InputError(f"--gin.{name}: nothing reads this macro{_similar(name, read)}")
-    known = read | set().union(*map(_names_read, glob.glob(f"{REPOSITORY}/gin/**/*.gin", recursive=True)))
+    known = read | set().union(*map(_names_read, glob.glob(f"{GIN_ROOT}/gin/**/*.gin", recursive=True)))
     for file in files:
-        paths = (os.path.join(path, file) for path in ("", *search, REPOSITORY))
+        paths = (os.path.join(path, file) for path in ("", *search, GIN_ROOT))
         path = next(filter(os.path.exists, paths))
         nearby = glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.gin")
         known_here = known.union(*map(_names_read, [path, *nearby]))

@@ -132,7 +132,7 @@ def test_a_macro_whose_reader_is_overridden_is_no_mistake_of_its_file(tmp_path):
 
 
 def test_no_file_of_the_repository_sets_a_macro_that_none_reads():
-    files = glob.glob(f"{command_line.REPOSITORY}/gin/**/*.gin", recursive=True)
+    files = glob.glob(f"{command_line.GIN_ROOT}/gin/**/*.gin", recursive=True)
     assert len(files) > 20
     command_line._check_macros(files, [], [])
 
@@ -151,7 +151,7 @@ def test_a_command_for_one_process_runs_in_process_0_alone(tmp_path):
     (tmp_path / "en.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog near the river bank."}\n')
     command = [sys.executable, "-m", "raters.duplicates", "--gin.duplicates.documents=en.jsonl",
                "--gin.duplicates.output=out"]
-    environment = os.environ | PLACE | {"PYTHONPATH": command_line.REPOSITORY}
+    environment = os.environ | PLACE | {"PYTHONPATH": command_line.GIN_ROOT}
     other = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (other.returncode, other.stdout) == (0, "") and not (tmp_path / "out").exists()
     assert other.stderr == "process 2 of 3: this command runs in one process, which is process 0\n"
