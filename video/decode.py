@@ -86,4 +86,4 @@ def main(config: DecodeConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(DecodeConfig()), "video.decode")
+    command_line.run(main, DecodeConfig, "video.decode")

@@ -127,4 +127,4 @@ def _log(line: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(LabelConfig()), "video.label", joins=True)
+    command_line.run(main, LabelConfig, "video.label", joins=True)

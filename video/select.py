@@ -26,6 +26,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mlx_pretrain import command_line
+from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
@@ -109,7 +110,7 @@ def main(config: SelectFramesConfig) -> None:
                [selections[question.id].numbers.tolist() if question.id in selections else []
                 for question in questions])
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
-    command_line.save_effective(output / "config.gin")
+    gin_files.save_effective(output / "config.gin")
     print(f"{output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions on "
           f"{len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without decoding); "
           f"{len(rejects):,} rejected")
@@ -138,4 +139,4 @@ def sheet_name(id: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(SelectFramesConfig()), "video.select", joins=True)
+    command_line.run(main, SelectFramesConfig, "video.select", joins=True)

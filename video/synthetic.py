@@ -97,4 +97,4 @@ def train_tokenizer(texts: list[str]) -> bytes:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(SyntheticConfig()), "video.synthetic")
+    command_line.run(main, SyntheticConfig, "video.synthetic")
