@@ -25,8 +25,9 @@ from evals.report import report
 from evals.requests import check_lengths, prompt_of, requests_of
 from evals.results import TaskResults, evaluate, write_results
 from evals.tasks import Aligned, Item, Task, align, find_tasks, read_examples
-from mlx_pretrain.command_line import run, save_effective
+from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
+from mlx_pretrain.configuration.gin_files import save_effective
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import LanguageModel, described_model, load_language_model
 from mlx_pretrain.inference.scoring import Scorer
