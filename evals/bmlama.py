@@ -2,10 +2,10 @@
 
     python -m evals.bmlama --gin.bmlama.source=DIR --gin.bmlama.output=DIR
 
-The published tables, `<language>.tsv[.xz]` with the columns sentence, answer, candidates and subject, have their rows
-aligned and the right candidate listed last. Here candidates are shuffled, the same way in all languages, and rows with
-one candidate are left out. The text before the mask is the prompt, a candidate with the text after the mask a choice, so
-that sentences with the mask in the middle are scored to their end.
+In the published tables, `<language>.tsv[.xz]` with the columns sentence, answer, candidates and subject, rows are
+aligned and the right candidate is the last. Here candidates are shuffled, the same way in all languages, and rows with
+one candidate are left out. The text before the mask is the prompt, a candidate with the text after the mask a choice,
+so that sentences with the mask in the middle are scored to their end.
 """
 
 import csv
