@@ -11,7 +11,6 @@ from typing import Any
 import gin
 import numpy as np
 from etils import epath
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
@@ -26,19 +25,15 @@ from mlx_pretrain.reports.figures import (
     INK,
     MUTED,
     WARM,
-    inline_svg,
-    label_rows,
-    panel,
+    fill_cells,
+    matrix_panel,
     plot_style,
     render_page,
     rows_panel,
-    save_figure,
+    save_figures,
 )
-from mlx_pretrain.reports.run_history import LANGUAGES
 
-RIGHT_TO_LEFT = ("ar", "fa", "he", "ur")
 MAX_EXAMPLES = 12  # items of each task to read
-_PAGE_WIDTH = 936.0  # CSS pixels
 _MAX_NUMBERED = 24  # greatest number of languages for which the cells of the heat map carry numbers
 
 
@@ -106,35 +101,21 @@ def consistency_figure(task: TaskSummary) -> Figure | None:
     if matrix is None:
         return None
     n = len(task.languages)
-    left = 14 + 6.5 * max(map(len, task.languages))
-    cell = min(34.0, (_PAGE_WIDTH - left - 14) / n)
-    numbered = n <= _MAX_NUMBERED
-    width, height = max(left + cell * n + 14, 300.0), 60 + cell * n
-    figure, axes = panel("MLC (%); accuracy in the diagonal", height, left, width, 52)
-    figure.subplots_adjust(bottom=8 / height, top=1 - 52 / height, right=(left + cell * n) / width)
-    label_rows(axes, task.languages)
-    axes.set_xlim(-0.5, n - 0.5)
-    axes.set_ylim(n - 0.5, -0.5)
-    axes.xaxis.tick_top()
-    axes.set_xticks(range(n), task.languages, rotation=0 if cell >= 16 else 90)
-    axes.set_title(axes.get_title("left"), pad=24)
-    axes.tick_params(axis="x", length=0, labelcolor=INK, labelsize=min(10.5, 0.62 * cell))
+    figure, axes, cell = matrix_panel("MLC (%); accuracy in the diagonal", task.languages, task.languages, (0, 34))
+    axes.tick_params(axis="x", labelsize=min(10.5, 0.62 * cell), labelrotation=0 if cell >= 16 else 90)
     axes.tick_params(axis="y", labelsize=min(10.5, 0.75 * cell))
-    axes.spines["bottom"].set_visible(False)
-    axes.grid(visible=False)
     pairs = matrix[np.triu_indices(n, 1)]
     bottom, top = float(np.nanmin(pairs)), float(np.nanmax(pairs))
-    squares, colours = [], []
+    colours = np.empty((n, n, 4))
     for (row, column), value in np.ndenumerate(matrix):
         own = row == column
         strength = 0.12 + 0.7 * (value - bottom) / (top - bottom) if top > bottom else 0.4
-        squares.append([(column + x, row + y) for x, y in ((-0.48, -0.48), (0.48, -0.48), (0.48, 0.48), (-0.48, 0.48))])
-        colours.append(to_rgba(WARM, 0.22) if own else to_rgba(ACCENT, min(max(strength, 0.0), 0.82)))
-        if numbered:
+        colours[row, column] = to_rgba(WARM, 0.22) if own else to_rgba(ACCENT, min(max(strength, 0.0), 0.82))
+        if n <= _MAX_NUMBERED:
             shown = task.accuracy[row]["value"] if own else value
             axes.text(column, row, f"{100 * shown:.0f}", ha="center", va="center", color=INK,
                       fontsize=min(9.5, 0.36 * cell))
-    axes.add_collection(PolyCollection(squares, facecolors=colours, linewidths=0))
+    fill_cells(axes, colours)
     for index in range(1, n):
         if family(task.languages[index]) != family(task.languages[index - 1]):
             axes.axhline(index - 0.5, color=MUTED, linewidth=0.6)
@@ -236,18 +217,12 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
                     for name, value in results["config"].items() if value is not None}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: malformed: {type(error).__name__} {error}") from None
-    figures = {}
     with plot_style():
-        for task in tasks:
-            for name, figure, description in task_figures(task):
-                save_figure(figure, folder / "figures", name)
-                width = round(figure.get_figwidth() * 72)
-                figures[name] = inline_svg(figure, name.replace(" ", "-"), description), width
+        figures = save_figures((drawn for task in tasks for drawn in task_figures(task)), folder / "figures")
     page = render_page(
         epath.Path(__file__).parent / "report.html.j2", name=folder.absolute().name, tasks=tasks, figures=figures,
         entries=entries, left_out=left_out, examples=shown, mixed=mixed_less_local(tasks), settings=settings,
-        by_language=language_rows(tasks),
-        samples=results["n-samples"], languages=LANGUAGES, family=family, modes=MODES, right_to_left=RIGHT_TO_LEFT,
+        by_language=language_rows(tasks), samples=results["n-samples"], family=family, modes=MODES,
         model=results["config"]["model_args"]["path"], step=results["config"]["model_args"]["step"],
         few_shot=results["config"]["few_shot"], metrics=(*METRICS, EXACT_MATCH))
     write_atomic(folder / "report.html", page)

@@ -16,8 +16,9 @@ from evals.scoring.measure import measure
 from evals.scoring.results import TaskResults, compute_results, format_results, write_results
 from evals.tasks.alignment import align_items, read_examples
 from evals.tasks.task_files import find_tasks
-from mlx_pretrain.command_line import run, save_effective
+from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
+from mlx_pretrain.configuration.gin_files import save_effective
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import described_model, load_language_model
 from mlx_pretrain.inference.scoring import Scorer

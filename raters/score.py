@@ -31,8 +31,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain.command_line import run, save_effective
+from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
+from mlx_pretrain.configuration.gin_files import save_effective
 from mlx_pretrain.data.documents import TEXT_UNITS, Document, DocumentFields, read_documents
 from mlx_pretrain.data.tokenizers import load_tokenizer
 from mlx_pretrain.data.workers import Workers

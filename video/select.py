@@ -29,6 +29,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mlx_pretrain import command_line
+from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
@@ -165,7 +166,7 @@ def select_all(
     write_json(output / "selected_frames.json",
                [found[question.id].numbers.tolist() if question.id in found else [] for question in asked])
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
-    command_line.save_effective(output / "config.gin")
+    gin_files.save_effective(output / "config.gin")
     print(f"{output}: {selector.frames} of {selector.candidates} frames for {len(found):,} questions on "
           f"{len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without decoding); "
           f"{len(rejects):,} rejected")

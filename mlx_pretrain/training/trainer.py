@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 import mlx_pretrain
-from mlx_pretrain import command_line
+from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data import loader
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
@@ -363,7 +363,7 @@ class Trainer:
         self._batches = loader.batches(self._source)
         peak = self._peak_flops()
         cluster.on_main(lambda: write_json(self._run_dir / RUN, self._description(peak)))
-        cluster.on_main(lambda: command_line.save_effective(self._run_dir / "config.gin"))
+        cluster.on_main(lambda: gin_files.save_effective(self._run_dir / "config.gin"))
         self._writer = self._goodput_file = None
         if cluster.is_main():
             self._writer = stack.enter_context(contextlib.closing(MetricWriter(self._run_dir, self._step or -1)))

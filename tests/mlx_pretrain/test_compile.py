@@ -12,9 +12,9 @@ import pytest
 
 import mlx_pretrain.train  # noqa: F401  registers its programs
 from mlx_pretrain import compile as command
-from mlx_pretrain.command_line import parse_gin
 from mlx_pretrain.compilation import measurement, programs, topologies
 from mlx_pretrain.compilation.compiled_program import Collective, CustomCall, Program
+from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import backend, hardware, partitioning
 from mlx_pretrain.training import optimizers
