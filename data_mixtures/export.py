@@ -134,9 +134,9 @@ class Records:
     def fingerprint(self, split: str, language: str) -> list[list]:
         """[file, relative to the corpus, size, time of change] of each file of documents."""
         found = []
-        for path in self._corpus.files(split, language):
+        for name, path in self._corpus.files_of(split, language).items():
             stat = path.stat()
-            found.append([str(path.relative_to(self._corpus.folder)), stat.length, stat.mtime])
+            found.append([name, stat.length, stat.mtime])
         return found
 
     def clear(self) -> None:
@@ -205,9 +205,9 @@ def export_tokens(
     if not isinstance(sequence_length, int) or sequence_length < 1:
         raise InputError(f"export_tokens.sequence_length: {sequence_length!r} is no positive number of tokens")
     store, model = epath.Path(store), Tokenizer(tokenizer)
-    parts = [(split, language) for split in corpus.splits for language in corpus.languages(split)]
+    parts = [(split, language) for split in corpus.all_splits for language in corpus.languages_of(split)]
     number, count = cluster.shard()
-    bytes_of = {part: sum(path.stat().length for path in corpus.files(*part)) for part in parts}
+    bytes_of = {part: sum(path.stat().length for path in corpus.files_of(*part).values()) for part in parts}
     # The largest first, dealt out in turn.
     mine = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()

@@ -60,7 +60,7 @@ def sample_sentences(
       The sentences, and language -> bytes of text aimed at.
     """
     sizes = {language: sum(size for _, size in _sentences(corpus, split, language, max_sentence_bytes))
-             for language in corpus.languages(split)}
+             for language in corpus.languages_of(split)}
     rates = temperature_rates(sizes, temperature)
     budgets = {language: int(budget) for language, budget in capped_budgets(rates, max_bytes, sizes).items()}
 
@@ -147,7 +147,7 @@ def train_tokenizer(
     config = {"vocab_size": vocab_size, "model_type": model_type, "max_bytes": max_bytes, "temperature": temperature,
               "character_coverage": character_coverage, "max_sentence_bytes": max_sentence_bytes,
               "num_threads": num_threads, "split": split, **corpus.settings}
-    made_from = {"config": config, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages(split)}}
+    made_from = {"config": config, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
     if output.exists() and not overwrite:
         record = read_json(sidecar, "tokenizer record") if sidecar.exists() else {}
         if any(record.get(key) != value for key, value in made_from.items()):

@@ -86,7 +86,7 @@ class DecoderComputation(Computation):
         """`length`: tokens of a sequence."""
         self.model = config.model
         self.batch_row = {"tokens": jax.ShapeDtypeStruct((length,), np.int32),
-                          "source": jax.ShapeDtypeStruct((), np.int32)}
+                          "language_id": jax.ShapeDtypeStruct((), np.int32)}
         self.tokens_per_sequence = length
         self.flops_per_token = config.model.flops_per_token(length)
         self._loss = make_decoder_loss(
@@ -123,7 +123,7 @@ class Pretraining(DecoderComputation, TrainModule):
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         real = (batch["tokens"] != PAD_ID).sum(axis=1)
-        counts = np.bincount(batch["source"], weights=real, minlength=len(self._languages))
+        counts = np.bincount(batch["language_id"], weights=real, minlength=len(self._languages))
         return collections.Counter(dict(zip(self._languages, counts.astype(int).tolist())))
 
     def evaluators(self, mesh: Mesh) -> list[Evaluator]:

@@ -28,12 +28,12 @@ from mlx_pretrain.training.train_module import TrainModule
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
-from video.decode import FrameStore
-from video.frames.reading import moments
+from video.frames.frame_store import FrameStore
+from video.frames.reading import even_timestamps
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
 from video.llm.prompts import Prompts
-from video.llm.training_rows import ClipSource, showing
+from video.llm.training_rows import ClipSource, evidence_frames
 from video.questions import Question, read_questions
 
 
@@ -50,7 +50,7 @@ class TrainVideoConfig(TrainerConfig):
       validation: such a file on other videos.
       frames: of each video in a batch.
       questions_per_video: of each video in a batch, each on a random subset of the frames.
-      informed: share of these subsets that contain what they can of a question's evidence.
+      evidence_prob: probability that such a subset contains the evidence of its question.
       length: of a sequence: question, frames and answer.
       eval_frames: that held-out questions are answered with, spread evenly.
       eval_questions: of the validation file are used, spread evenly; None: all.
@@ -66,7 +66,7 @@ class TrainVideoConfig(TrainerConfig):
     validation: str = gin.REQUIRED
     frames: int = 8
     questions_per_video: int = 4
-    informed: float = 0.5
+    evidence_prob: float = 0.5
     length: int = 64
     eval_frames: int = 4
     eval_questions: int | None = 200
@@ -79,8 +79,8 @@ class TrainVideoConfig(TrainerConfig):
         self.check_counts("frames", "questions_per_video", "length", "eval_frames", *optional)
         if not isinstance(self.model, VideoLLMConfig):
             raise self.config_error("model", "must be a model, e.g. @VideoLLMConfig()")
-        if not 0 <= self.informed <= 1:
-            raise self.config_error("informed", "must be a share, 0 to 1")
+        if not 0 <= self.evidence_prob <= 1:
+            raise self.config_error("evidence_prob", "must be a probability, 0 to 1")
 
 
 class VideoTraining(TrainModule):
@@ -136,8 +136,8 @@ class VideoTraining(TrainModule):
     def source(self, mixture: Mixture, rows: np.ndarray) -> ClipSource:
         config = self._config
         return ClipSource(self._store, self._questions, self._prompts, frames=config.frames,
-                          questions_per_row=config.questions_per_video, informed=config.informed, length=config.length,
-                          mixture=mixture, rows=rows)
+                          questions_per_row=config.questions_per_video, evidence_prob=config.evidence_prob,
+                          length=config.length, mixture=mixture, rows=rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"answers": int((batch["answers"][..., 1] - batch["answers"][..., 0]).sum())})
@@ -183,9 +183,9 @@ class QuestionEvaluator:
         self._even, self._informed = [], []
         for question, row in zip(questions, rows):
             times = store.times[row]
-            even = np.unique([np.argmin(np.abs(times - t)) for t in moments(store.durations[row], frames)])
+            even = np.unique([np.argmin(np.abs(times - t)) for t in even_timestamps(store.durations[row], frames)])
             self._even.append(even)
-            shown = [int(places[len(places) // 2]) for places in showing(question, times)][:frames]
+            shown = [int(places[len(places) // 2]) for places in evidence_frames(question, times)][:frames]
             rest = [place for place in even if place not in shown][: frames - len(set(shown))]
             self._informed.append(np.unique([*shown, *rest]))
         self._has_evidence = any(question.evidence for question in questions)

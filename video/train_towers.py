@@ -29,9 +29,9 @@ from mlx_pretrain.training.train_module import TrainModule
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
-from video.decode import FrameStore
 from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts, sigmoid_loss
-from video.llm.training_rows import ClipProvenance, showing
+from video.frames.frame_store import FrameStore
+from video.llm.training_rows import ClipProvenance, evidence_frames
 from video.questions import Question, read_questions
 
 
@@ -175,7 +175,7 @@ class CaptionSource:
         for row, epoch in zip(rows, epochs):
             caption, rng = self._captions[row], np.random.default_rng([self._mixture.seed, int(row), int(epoch)])
             video = self._store.row(caption.video)
-            (inside,) = showing(dataclasses.replace(caption, evidence=()), self._store.times[video])
+            (inside,) = evidence_frames(dataclasses.replace(caption, evidence=()), self._store.times[video])
             videos.append(video)
             places.append(int(rng.choice(inside)))
             texts.append(self._text(caption.answer, rng))

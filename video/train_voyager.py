@@ -27,9 +27,9 @@ from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.llm.loading import load_video_llm
 from video.llm.prompts import PaddedPrompts
+from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
 from video.voyager.loss_labels import Labels, read_labels
-from video.voyager.module import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
-from video.voyager.ranking_metrics import ranking
+from video.voyager.ranking_metrics import ranking_metrics
 
 
 @gin.configurable("train_voyager")
@@ -141,7 +141,7 @@ class VoyagerTraining(TrainModule):
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
             of_frames = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
-            return ranking(of_frames, labels)
+            return ranking_metrics(of_frames, labels)
 
         return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 

@@ -57,9 +57,14 @@ class ProxyRuns:
         return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in fields})
 
     @property
-    def own(self) -> np.ndarray:
-        """int `[targets]`: the column of `ratios` each target is the loss of; -1 where there is none."""
+    def own_columns(self) -> np.ndarray:
+        """Int `[targets]`: the column of `ratios` with each target's own language; -1 where there is none."""
         return np.array([self.languages.index(t) if t in self.languages else -1 for t in self.targets])
+
+    @property
+    def has_own(self) -> np.ndarray:
+        """Bool `[rows, targets]`: the run has some of the target's own language, or no column has that language."""
+        return np.where(self.own_columns >= 0, self.ratios[:, self.own_columns] > 0, True)
 
     @property
     def varies(self) -> bool:
@@ -131,8 +136,7 @@ def outliers(runs: ProxyRuns) -> list[str]:
     than 5 standard deviations as the median absolute deviation tells them. One diverged run does not move either.
     """
     found = []
-    for target, own, losses in zip(runs.targets, runs.own, np.log(runs.losses.T)):
-        has_own = runs.ratios[:, own] > 0 if own >= 0 else np.ones(len(runs), bool)
+    for target, has_own, losses in zip(runs.targets, runs.has_own.T, np.log(runs.losses.T)):
         for group in (has_own, ~has_own):
             # Where few rows compare, all do.
             others = losses[group] if group.sum() >= _COMPARED_ROWS else losses

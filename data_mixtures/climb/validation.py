@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from data_mixtures.climb.laws.base import EffectiveLaw, Law, float64
+from data_mixtures.climb.laws.base import FittedEffectiveLaw, Law, float64
 from data_mixtures.climb.proxy_table import ProxyRuns
 from mlx_pretrain.errors import InputError
 
@@ -106,13 +106,13 @@ def cross_validate(law: Law, runs: ProxyRuns, folds: int = 5, seed: int = 0) -> 
         raise InputError(f"cross_validate: {folds} folds of {len(names)} runs; 2 to {len(names)} are possible")
     fold = np.random.default_rng(seed).permutation(np.arange(len(names)) % folds)[which]
     predicted = np.full(runs.losses.shape, np.nan)
-    counted = np.where(runs.own >= 0, runs.ratios[:, runs.own] > 0, True)
+    counted = runs.has_own
     unseen: dict[str, int] = {}  # language -> rows that have it where the law has not
     for number in range(folds):
         held_out = np.flatnonzero(fold == number)
         training = runs.rows(fold != number)
         missing = ~(training.ratios > 0).any(axis=0)
-        judged = np.flatnonzero((runs.own < 0) | ~missing[runs.own])
+        judged = np.flatnonzero((runs.own_columns < 0) | ~missing[runs.own_columns])
         if len(judged):
             fitted = law.fit(_of_targets(training, judged), seed)
             predicted[np.ix_(held_out, judged)] = fitted.predict(_of_targets(runs.rows(held_out), judged))
@@ -133,7 +133,7 @@ def _of_targets(runs: ProxyRuns, which: Sequence[int]) -> ProxyRuns:
     return dataclasses.replace(runs, targets=targets, losses=runs.losses[:, which])
 
 
-def measured_effective_ratios(law: EffectiveLaw, runs: ProxyRuns) -> np.ndarray:
+def measured_effective_ratios(law: FittedEffectiveLaw, runs: ProxyRuns) -> np.ndarray:
     """`[rows, targets]`: the ratios at which the law's isolated part gives the losses that were measured.
 
     Our definition of the effective ratio (arXiv 2509.15556 has the notion), run by run and without the law's own

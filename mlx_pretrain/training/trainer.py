@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 import mlx_pretrain
-from mlx_pretrain import command_line
+from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data import loader
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
@@ -80,7 +80,9 @@ class Trainer:
             signals = stack.enter_context(StopRequest(nothing_to_save=True))
             with clock.timed("restore"):
                 # Made first: the run folder is not touched when held-out data are damaged.
-                evaluators = module.evaluators(mesh)
+                evaluators = list(module.evaluators(mesh))
+                if config.average is not None:
+                    evaluators += config.average.evaluators(evaluators)
                 abstract = abstract_state(module.model, self._optimizer, mesh)
                 stack.enter_context(lease.own(run_dir))
                 cluster.on_main(lambda: module.save_model(run_dir))
@@ -102,7 +104,7 @@ class Trainer:
             batches = loader.batches(source)
             peak_flops = self._peak_flops()
             cluster.on_main(lambda: write_json(run_dir / RUN, self._metadata(mixture, peak_flops)))
-            cluster.on_main(lambda: command_line.save_effective(run_dir / "config.gin"))
+            cluster.on_main(lambda: gin_files.save_effective(run_dir / "config.gin"))
             log = stack.enter_context(RunLog(run_dir, clock, self._timer(step, peak_flops), step, config.sinks))
             profiler = stack.enter_context(Profiler(run_dir / "profile", config.profile_at))
             clock.switch("step")
@@ -134,7 +136,9 @@ class Trainer:
         if initial is None:
             return state
         put = lambda new, old: old if new is None else jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
-        return state.replace(params=jax.tree.map(put, initial, state.params, is_leaf=lambda x: x is None))
+        params = jax.tree.map(put, initial, state.params, is_leaf=lambda x: x is None)
+        layout = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+        return state.replace(params=params, opt_state=jax.jit(self._optimizer.init, out_shardings=layout)(params))
 
     def _unfinished(self, evaluators: Sequence[Evaluator], restored: DataState, step: int) -> list[str]:
         """Returns the evaluators that were due when a checkpoint was saved, and that no process has made since."""

@@ -10,6 +10,7 @@ import optax
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.training import optimizers
 from mlx_pretrain.training.metric_writer import SinkFactory
+from mlx_pretrain.training.weight_average import WeightAverage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class TrainerConfig:
       checkpoint_every: steps between checkpoints, besides those at the end and on SIGTERM or Ctrl-C.
       checkpoint_minutes: age of the last checkpoint in minutes at which another is saved; None: by steps alone.
       profile_at: step at which to record a `jax.profiler` trace; SIGUSR1 records one at any time.
+      average: @WeightAverage() to keep an exponential moving average of the weights; None: none is kept.
       sinks: further places for the metrics, e.g. [@WeightsAndBiases].
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
@@ -53,6 +55,7 @@ class TrainerConfig:
     checkpoint_every: int = 1000
     checkpoint_minutes: float | None = None
     profile_at: int | None = None
+    average: WeightAverage | None = None
     sinks: Sequence[SinkFactory] = ()
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
 
@@ -77,8 +80,9 @@ class TrainerConfig:
             raise self.config_error("checkpoint_minutes", "must be a positive number of minutes")
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """Returns the optimizer of the run."""
-        return self.optimizer(self.learning_rate)
+        """Returns the optimizer of the run, whose state holds the average too."""
+        optimizer = self.optimizer(self.learning_rate)
+        return optimizer if self.average is None else self.average.added_to(optimizer)
 
     def config_error(self, name: str, demand: str) -> InputError:
         """Returns the error for an attribute with a wrong value; `demand` says what it must be."""

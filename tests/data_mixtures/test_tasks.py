@@ -86,8 +86,8 @@ def test_shares_are_the_rates_at_every_moment(sources, tokenizer_path, rates_pat
     assert batches.languages == list(RATES)
     taken = [next(batches) for _ in range(500)]
     assert all(batch["tokens"].shape == (10, 8) and batch["tokens"].dtype == np.int32 for batch in taken)
-    assert all(batch["source"].shape == (10,) and batch["source"].dtype == np.int32 for batch in taken)
-    source = np.concatenate([batch["source"] for batch in taken])
+    assert all(batch["language_id"].shape == (10,) and batch["language_id"].dtype == np.int32 for batch in taken)
+    source = np.concatenate([batch["language_id"] for batch in taken])
     np.testing.assert_array_equal(source, MixtureOrder(list(RATES.values()))(0, 5000)[0])
     delivered = np.cumsum(source[:, None] == np.arange(3), axis=0)
     wanted = np.arange(1, 5001)[:, None] * np.array(list(RATES.values()))
@@ -103,7 +103,7 @@ def test_sources_are_not_mixed_up(sources, store_path, tokenizer_path, rates_pat
     store, seen = TokenStore(store_path), {language: [] for language in RATES}
     for _ in range(3):
         batch = next(batches)
-        for tokens, source in zip(batch["tokens"], batch["source"]):
+        for tokens, source in zip(batch["tokens"], batch["language_id"]):
             seen[batches.languages[source]].append(tokens)
     for language, found in seen.items():
         np.testing.assert_array_equal(found, store.read("train", language)[: len(found)])
