@@ -29,10 +29,11 @@ from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluate, Evaluator
 from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.initial_weights import InitialWeights
+from mlx_pretrain.training.run_log import RUN
 from mlx_pretrain.training.train_module import Computation, TrainModule
 from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training.trainer import RUN, Trainer
+from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 
 
