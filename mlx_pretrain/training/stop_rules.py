@@ -4,7 +4,6 @@ A rule is a function of the metrics in metrics.jsonl alone. A stopped run that i
 and goes on when its rules have been relaxed or taken away.
 """
 
-import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -69,7 +68,7 @@ class StopRules:
     def __init__(self, rules: Sequence[StopRule], run_dir: epath.PathLike, step: int):
         """Reads the metrics of a run that goes on after `step`, -1 for one from the start."""
         self._rules = rules
-        self._history: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+        self._history: dict[str, list[tuple[int, float]]] = {}
         if rules and cluster.is_main():
             for line in read_metrics(run_dir):
                 if line["step"] <= step:
@@ -81,7 +80,7 @@ class StopRules:
         if self._rules:
             for name, value in metrics.items():
                 finite = value is not None and math.isfinite(value)
-                self._history[f"{event}/{name}"].append((step, value if finite else math.nan))
+                self._history.setdefault(f"{event}/{name}", []).append((step, value if finite else math.nan))
 
     def flush(self) -> None:
         """Does nothing: a restart reads metrics.jsonl."""
@@ -98,5 +97,7 @@ class StopRules:
         if not self._rules:
             return None
         reasons: list[str | None] = []
-        cluster.on_main(lambda: reasons.extend(rule(self._history) for rule in self._rules))
+        # Nothing is asked before the first evaluation.
+        rules = self._rules if self._history else ()
+        cluster.on_main(lambda: reasons.extend(rule(self._history) for rule in rules))
         return cluster.share(next(filter(None, reasons), None))
