@@ -255,7 +255,10 @@ class PairEvaluator:
 
 
 def train(config: TrainRaterConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains a quality model on pairs of documents.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, RaterTraining(config)).run()
 
 
@@ -292,11 +295,5 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     ]
 
 
-def main() -> None:
-    """Trains a quality model. Parameters: train_rater.* (see raters/train.py and mlx_pretrain/training/trainer.py),
-    QualityConfig.*, make_mesh.*, the schedule's and the optimizer's."""
-    train(TrainRaterConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "raters.train", joins=True)
+    command_line.run(train, TrainRaterConfig, "raters.train", joins=True)
