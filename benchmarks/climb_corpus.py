@@ -199,9 +199,9 @@ def main() -> None:
         arguments.mixtures, arguments.seeds = 6, 1
     split_documents(arguments.corpus, arguments.languages, work / "documents")
     tokenizer, store = work / "tokenizer.model", work / "tokens"
-    command("data_mixtures.tokenizer", Corpus__folder=work / "documents", train_tokenizer__corpus="@Corpus()",
+    command("data_mixtures.tokenizer", Corpus__root=work / "documents", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=tokenizer, train_tokenizer__vocab_size=VOCAB_SIZE)
-    command("data_mixtures.export", Corpus__folder=work / "documents", export_tokens__corpus="@Corpus()",
+    command("data_mixtures.export", Corpus__root=work / "documents", export_tokens__corpus="@Corpus()",
             export_tokens__tokenizer=tokenizer, export_tokens__store=store, export_tokens__sequence_length=LENGTH)
     tokens = [arguments.tokens // k for k in (8, 4, 2, 1)]
     runs = train(work, "proxies", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)
