@@ -351,7 +351,7 @@ def test_a_logarithmic_axis_has_a_place_for_every_value(values, max_ticks):
     axes = matplotlib.figure.Figure().subplots()
     scale.apply(axes, "x", max_ticks=max_ticks)
     ticks = axes.get_xticks()
-    assert len(ticks) <= most + 1 and (ticks >= scale.low).all() and (ticks <= scale.high).all()
+    assert len(ticks) <= max_ticks + 1 and (ticks >= scale.low).all() and (ticks <= scale.high).all()
 
 
 @given(st.floats(1e-9, 1))
