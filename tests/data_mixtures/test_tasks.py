@@ -29,7 +29,7 @@ def sources(corpus):
 @pytest.fixture(scope="module")
 def tfds_folder(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    corpora.prepare_corpora(corpus, folder)
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, folder))
     return folder
 
 
@@ -160,7 +160,7 @@ def test_damage_met_on_the_way_is_one_clear_line(tmp_path, tokenizer_path, write
             next(batches)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"en.jsonl:41: malformed JSON"):
-        corpora.prepare_corpora(Corpus(tmp_path), tmp_path / "tfds")
+        corpora.prepare_corpora(corpora.CorporaConfig(Corpus(tmp_path), tmp_path / "tfds"))
     assert not list(tmp_path.glob("tfds/text_corpora/en/1.0.0"))
 
 
@@ -174,14 +174,14 @@ def test_languages_with_hyphens_have_tasks(tmp_path, tokenizer_path, write_jsonl
 
 def test_datasets_are_kept_unless_the_files_changed(tmp_path, capsys, write_corpus):
     corpus = Corpus(write_corpus(tmp_path / "corpus", {"en": 3}))
-    corpora.prepare_corpora(corpus, tmp_path / "tfds")
-    corpora.prepare_corpora(corpus, tmp_path / "tfds")
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
     assert "kept" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "corpus")
     other = Corpus(write_corpus(tmp_path / "corpus", {"en": 5}))
-    with pytest.raises(InputError, match=r"prepare_corpora\.overwrite=True"):
-        corpora.prepare_corpora(other, tmp_path / "tfds")
-    corpora.prepare_corpora(other, tmp_path / "tfds", overwrite=True)
+    with pytest.raises(InputError, match=r"set overwrite=True"):
+        corpora.prepare_corpora(corpora.CorporaConfig(other, tmp_path / "tfds"))
+    corpora.prepare_corpora(corpora.CorporaConfig(other, tmp_path / "tfds", overwrite=True))
     dataset = corpora.tfds_sources(tmp_path / "tfds")["en"].get_dataset("train", shuffle=False)
     assert [example["text"].decode() for example in dataset.as_numpy_iterator()] == [
         document.text for document in other.documents("train", "en")]
