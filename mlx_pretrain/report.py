@@ -289,7 +289,7 @@ class ReportConfig:
     output: epath.PathLike | None = None
 
 
-def main(config: ReportConfig) -> None:
+def report(config: ReportConfig) -> None:
     """Writes the HTML report of a pretraining run.
 
     Raises:
@@ -315,4 +315,4 @@ def main(config: ReportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ReportConfig, "mlx_pretrain.report")
+    run(report, ReportConfig, "mlx_pretrain.report")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.report import ReportConfig, main
+from mlx_pretrain.report import ReportConfig, report
 from mlx_pretrain.reports.figures import compact, duration
 from mlx_pretrain.reports.run_history import LANGUAGES, RunSummary, read_history, read_run
 
@@ -147,7 +147,7 @@ class Page(HTMLParser):
 
 
 def page_of(folder: pathlib.Path) -> Page:
-    main(ReportConfig(folder))
+    report(ReportConfig(folder))
     page = Page(folder / "report.html")
     assert not page._open
     return page
@@ -324,7 +324,7 @@ def test_bad_input_is_named_in_one_line_and_the_old_report_stays(tmp_path, damag
     (folder / "report.html").write_text("old")
     damage(folder)
     with pytest.raises(InputError) as error:
-        main(ReportConfig(folder))
+        report(ReportConfig(folder))
     assert named in str(error.value) and "\n" not in str(error.value)
     assert (folder / "report.html").read_text() == "old"
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -417,10 +417,10 @@ def test_a_language_that_was_read_without_a_rate_is_shown(tmp_path):
 
 def test_reports_do_not_depend_on_or_change_global_plot_settings(tmp_path):
     folder = write_run(tmp_path)
-    main(ReportConfig(folder))
+    report(ReportConfig(folder))
     with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
-        main(ReportConfig(folder, output=tmp_path / "again" / "b.html"))
+        report(ReportConfig(folder, output=tmp_path / "again" / "b.html"))
         assert dict(matplotlib.rcParams) == before
     assert (tmp_path / "again" / "b.html").read_bytes() == (folder / "report.html").read_bytes()
 
