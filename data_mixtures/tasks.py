@@ -197,7 +197,7 @@ def register_tasks(prefix: str, sources: Mapping[str, seqio.DataSource], tokeniz
 
 
 def _take_in_order(datasets: list[tf.data.Dataset], rates: list[float], seed: int | None, positions: list[int]):
-    """A mixture's sample_fn: `MixtureOrder` over the datasets, each example with its number as "source".
+    """A mixture's sample_fn: `MixtureOrder` over the datasets, each example with its number as "language_id".
 
     `positions`: where SeqIO, which sorts tasks by name, has put each source of the rates file.
     """
@@ -217,14 +217,14 @@ def _take_in_order(datasets: list[tf.data.Dataset], rates: list[float], seed: in
 
 
 def _numbered(dataset: tf.data.Dataset, source: int) -> tf.data.Dataset:
-    return dataset.map(_plain(lambda example: {**example, "source": tf.constant(source, tf.int32)}))
+    return dataset.map(_plain(lambda example: {**example, "language_id": tf.constant(source, tf.int32)}))
 
 
 def register_mixture(name: str, tasks: Mapping[str, str], rates: Mapping[str, float]) -> seqio.Mixture:
     """Registers (again, if need be) the mixture of language tasks.
 
-    Its examples are {"tokens": int32 [length], "source": int32 []}, "source" counting the languages of `rates` in
-    their order. It is endless with SeqIO's default `num_epochs=None`; otherwise it ends with its first task.
+    Its examples are {"tokens": int32 [length], "language_id": int32 []}, "language_id" counting the languages of
+    `rates` in their order. It is endless with SeqIO's default `num_epochs=None`; otherwise it ends with its first task.
 
     Args:
       name: of the mixture.
@@ -247,7 +247,7 @@ class MixtureBatches:
     """Endless batches of a mixture, in NumPy; what the token loader gives, without an export.
 
     Attributes:
-      languages: the language of each number in "source".
+      languages: the language of each number in "language_id".
     """
 
     def __init__(self, dataset: tf.data.Dataset, languages: list[str]):
@@ -258,7 +258,11 @@ class MixtureBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """{"tokens": int32 [batch, length], "source": int32 [batch]}. Raises InputError for unreadable documents."""
+        """Returns {"tokens": int32 [batch, length], "language_id": int32 [batch]}.
+
+        Raises:
+          InputError: documents cannot be read.
+        """
         try:
             return {name: value.numpy() for name, value in next(self._iterator).items()}
         except tf.errors.OpError as error:  # TensorFlow wraps what Python functions in its graph raise

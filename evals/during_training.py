@@ -17,7 +17,7 @@ from evals.tasks.language_families import ENGLISH
 from evals.tasks.task_files import find_tasks
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Scorer
-from mlx_pretrain.training.trainer import Evaluator, checked
+from mlx_pretrain.training.evaluation import Evaluate, checked
 
 
 @gin.configurable(denylist=["model"])
@@ -27,17 +27,17 @@ def task_evaluation(
     languages: Sequence[str] | None = None,
     few_shot: int = 0,
     limit: int | None = None,
-) -> Evaluator:
-    """Reads the tasks and returns their evaluator.
+) -> Evaluate:
+    """Reads the tasks and returns their evaluation.
 
     Args:
       model: model whose tokenizer and shape the requests are made for; its parameters are not used.
       tasks, languages, few_shot, limit: see `evals.run.run_tasks`.
 
     Returns:
-      An evaluator whose scalars are, by each task's main metric: `<task>/<metric>` (mean over the languages) and
-      `<task>/<metric>/<language>`; with several languages also `<task>/mlc` over all pairs, `<task>/chance`, and
-      `<task>/mlc_vs_english`.
+      The function of an `Evaluator`, whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over
+      the languages), `<task>/<metric>/<language>`; with several languages `<task>/mlc` over all pairs, `<task>/chance`,
+      and `<task>/mlc_vs_english`.
 
     Raises:
       InputError: no files there, no item left, or an option that is longer than the model.

@@ -123,7 +123,7 @@ def _measured(program, topology) -> dict:
         "refusal": result.refusal,
         "flops": result.flops,
         "model_flops": model_flops,
-        "collectives": result.collectives and [dataclasses.asdict(traffic) for traffic in result.collectives],
+        "collectives": result.collectives and [_collective(traffic) for traffic in result.collectives],
         "seconds": seconds,
         "tokens_per_second": seconds and program.tokens / seconds["least"],
         "mfu": seconds and model_flops / topology.chip.flops / seconds["least"],
@@ -132,6 +132,11 @@ def _measured(program, topology) -> dict:
         "opaque_kernels": dict(result.opaque_kernels),
         "remedies": [] if result.fits else list(program.remedies(_excess(result.memory, needed))),
     }
+
+
+def _collective(traffic) -> dict:
+    fields = dataclasses.asdict(traffic)
+    return {"kind": fields.pop("operation"), **fields}
 
 
 def _excess(memory, needed: int | None) -> float:
