@@ -79,7 +79,7 @@ def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
         found = read_tokenizer_settings(path)
         named, template = _named_tokens(found, vocabulary), template_setting(path, found)
     prefix_ids = model.prefix_ids
-    same = prefix_ids == tuple(model.tokenizer.before.tolist())
+    same = prefix_ids == tuple(model.tokenizer.prefix_ids.tolist())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "bos_token": pieces.get(model.bos_id), "eos_token": pieces.get(model.eos_ids[0]), **named, **template}
     if prefix_ids in ((), (vocabulary.get(settings["bos_token"]),)):
