@@ -164,7 +164,7 @@ class Pretraining(DecoderComputation, TrainModule):
     def _init_from(self) -> dict[str, Any] | None:
         """Returns the origin of the initial weights, from run.json when this process has resumed the run."""
         if self._weights:
-            return self._weights.description()
+            return self._weights.metadata()
         path = epath.Path(self._config.run_dir) / RUN
         return read_json(path, "description of a run").get("init_from") if path.exists() else None
 
