@@ -46,7 +46,7 @@ class HeldOutEvaluator:
           config: configuration of the model to evaluate.
           mesh: mesh of the parameters.
           split: split of the store.
-          batch_size: sequences per step, over all devices; rounded up to a multiple of the devices that split the batch.
+          batch_size: sequences per step, over all devices; rounded up to a multiple of the devices that split it.
           max_sequences: sequences of each language, evenly spaced; None: all.
           chunk_tokens: see `losses.cross_entropy`.
           languages: languages to evaluate; None: all of the split.
