@@ -1,7 +1,6 @@
-"""Pretraining: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
+"""Pretrains a decoder: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The run goes on where its folder's last checkpoint is: the same command starts and resumes it, and says so when all
-steps are done.
+The same command starts and resumes a run: it goes on after the last checkpoint in the run's folder.
 """
 
 import collections
