@@ -33,7 +33,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document, match_files, read_documents
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, sha256
-from raters.filtering.stages import say
+from raters.log import log
 from raters.preferences.sampling import PairSampler, Strata, language_pairs, spread
 from raters.preferences.translation import DocumentStore, Translator, with_language
 from raters.rater_plugins.base import PairRater, Rater, record_fields
@@ -353,10 +353,10 @@ def pairs() -> None:
     config = PairsConfig()
     for rater in config.raters:
         if one_order := getattr(rater, "one_order", None):
-            say(f"note: {rater.name}: {len(one_order)} of {len(rater.pairs)} pairs were judged in one order only: "
+            log(f"note: {rater.name}: {len(one_order)} of {len(rater.pairs)} pairs were judged in one order only: "
                 "their preferences hold the bias for a place")
     pool = Pool(config)
-    say(f"{len(pool.ids)} documents rated, {int(pool.heldout.sum())} of them held out; {pool.left_out} left out for "
+    log(f"{len(pool.ids)} documents rated, {int(pool.heldout.sum())} of them held out; {pool.left_out} left out for "
          f"want of a translation, {pool.repeated} for a repeated id")
     outputs = {config.output: False} | ({config.validation_output: True} if config.validation_output else {})
     if config.validation_output and not pool.heldout.any():
@@ -365,9 +365,9 @@ def pairs() -> None:
         for path, validation in outputs.items():
             selection = select(config, pool, validation)
             _write(stack.enter_context(atomic_writer(path)), config, pool, selection)
-            say(f"{path}:")
+            log(f"{path}:")
             for kind, counts in selection.report.items():
-                say(_describe(kind, counts))
+                log(_describe(kind, counts))
 
 
 def _describe(kind: str, counts: Mapping[str, Any]) -> str:
