@@ -1,4 +1,4 @@
-"""Codes of languages and their names, and the groups in which bits per byte can be compared."""
+"""Codes of languages and their names, writing directions, and the groups in which bits per byte can be compared."""
 
 import re
 
@@ -26,6 +26,7 @@ LANGUAGES = {
     "uk": ("Українська", "Ukrainian"), "ur": ("اردو", "Urdu"), "uz": ("Oʻzbekcha", "Uzbek"),
     "vi": ("Tiếng Việt", "Vietnamese"), "zh": ("中文", "Chinese"),
 }
+RIGHT_TO_LEFT = frozenset({"ar", "arz", "ckb", "dv", "fa", "he", "ks", "ku", "ps", "sd", "ug", "ur", "yi"})
 # UTF-8 bytes per letter decide what a bit per byte means, so languages are compared within these groups.
 GROUPS = {
     1: "Mostly one byte per letter (Latin)",

@@ -31,13 +31,16 @@ from mlx_pretrain.data.tokenizers import check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
-from mlx_pretrain.training import checkpoints
-from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
+from mlx_pretrain.training.train_module import Computation, TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Trainer, TrainerConfig, jitted_step
-from raters.pairs import KINDS
+from mlx_pretrain.training.trainer import Trainer
+from mlx_pretrain.training.trainer_config import TrainerConfig
 from raters.preferences.agreement import agreement
-from raters.preferences.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
+from raters.preferences.pair_file import PAIR_TYPES, PARALLEL
+from raters.preferences.pair_source import PairSource, pair_mixture
+from raters.preferences.pair_table import PairTable, read_pairs
 from raters.scoring.quality_model import QualityConfig, quality
 
 OBJECTIVES = ("pairwise", "pointwise")
@@ -88,8 +91,8 @@ class TrainRaterConfig(TrainerConfig):
             raise InputError("train_rater: give either encoder, or model and tokenizer")
 
 
-class RaterComputation:
-    """A quality model on pairs: the `training_loop.Computation` of this command."""
+class RaterComputation(Computation):
+    """A quality model and its loss on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig, model: QualityConfig, row_weights: tuple[float, float] = (1.0, 1.0)):
         """`row_weights`: of a pair of two documents and of a parallel pair in the loss.
@@ -142,8 +145,8 @@ class RaterComputation:
         return (tokens != self.model.pad_id).astype(jnp.int32)
 
 
-class RaterTraining(RaterComputation):
-    """A quality model on pairs: the `training_loop.TrainModule` of this command."""
+class RaterTraining(RaterComputation, TrainModule):
+    """Trains a quality model on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig):
         """Reads and tokenizes the pairs; nothing is written yet.
@@ -155,17 +158,17 @@ class RaterTraining(RaterComputation):
         if config.encoder is not None:
             encoder, self._params = load_encoder(config.encoder, config.dtype)
             model = QualityConfig(**dataclasses.asdict(encoder))
-            self._tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
+            self.tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
         else:
-            model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)
+            model, self.tokenizer_path = config.model, epath.Path(config.tokenizer)
         super().__init__(config, model)
-        self._tokenizer = load_tokenizer(self._tokenizer_path)
-        check_vocabulary(self._tokenizer_path, self._tokenizer, model.vocab_size)
+        self._tokenizer = load_tokenizer(self.tokenizer_path)
+        check_vocabulary(self.tokenizer_path, self._tokenizer, model.vocab_size)
         self._train = read_pairs(config.pairs, self._tokenizer, self._length)
         self._validation = read_pairs(config.validation, self._tokenizer, self._length)
         kinds = self._used_kinds()
         self.mixture = pair_mixture(self._train, kinds, config.batch_size, config.seed)
-        share = (self._train.kind[np.isin(self._train.kind, kinds)] == PARALLEL).mean()
+        share = (self._train.pair_type[np.isin(self._train.pair_type, kinds)] == PARALLEL).mean()
         # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
         self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
 
@@ -174,8 +177,8 @@ class RaterTraining(RaterComputation):
         if config.objective == "pointwise" or not config.parallel_weight:
             unwanted.add(PARALLEL)
         if not config.cross_lingual:
-            unwanted.add(KINDS.index("cross-lingual"))
-        kinds = [kind for kind in np.unique(self._train.kind).tolist() if kind not in unwanted]
+            unwanted.add(PAIR_TYPES.index("cross-lingual"))
+        kinds = [kind for kind in np.unique(self._train.pair_type).tolist() if kind not in unwanted]
         if not set(kinds) - {PARALLEL}:
             raise InputError(f"{config.pairs}: no pairs to learn a preference from")
         return kinds
@@ -188,31 +191,27 @@ class RaterTraining(RaterComputation):
         counts = np.bincount(batch["language"].ravel(), weights=real.ravel(), minlength=len(self._train.languages))
         return collections.Counter(dict(zip(self._train.languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> "Validation":
-        return Validation(self._validation, self.model, mesh, self._length, self._config.eval_batch_size)
+    def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        config = self._config
+        evaluate = PairEvaluator(self._validation, self.model, mesh, self._length, config.eval_batch_size)
+        return [Evaluator(HELD_OUT, config.eval_every, evaluate, self._format_metrics)]
 
-    def headline(self, evaluation: Mapping[str, float]) -> str:
-        return (f"validation loss {evaluation['loss']:.4f}, pair accuracy {evaluation['accuracy']:.1%} "
+    def _format_metrics(self, metrics: Mapping[str, float]) -> str:
+        return (f"validation loss {metrics['loss']:.4f}, pair accuracy {metrics['accuracy']:.1%} "
                 f"({len(self._validation):,} pairs, {len(self._validation.languages)} languages)")
-
-    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
-        return []
-
-    def save_model(self, run_dir: epath.Path) -> None:
-        checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
     def initial_params(self, mesh: Mesh) -> Any | None:
         if self._params is None:
             return None
         return {"encoder": self._params, "head": {"kernel": None, "bias": None}}
 
-    def summary(self) -> str:
+    def describe_data(self) -> str:
         languages, batch = len(self._train.languages), self._config.batch_size
         return f"{len(self._train):,} pairs in {languages} languages, {batch} x 2 x {self._length} tokens a step"
 
-    def description(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         config = self._config
-        kinds = {name: int((self._train.kind == kind).sum()) for kind, name in enumerate(KINDS)}
+        kinds = {name: int((self._train.pair_type == kind).sum()) for kind, name in enumerate(PAIR_TYPES)}
         return {
             "pairs": {"path": str(config.pairs), "sha256": sha256(config.pairs), **kinds},
             "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
@@ -230,8 +229,8 @@ def score_step(model: QualityConfig) -> Any:
         quality(model, params, tokens, segments(tokens))))
 
 
-class Validation:
-    """Scores the documents of validation pairs, each once, and compares with the preferences."""
+class PairEvaluator:
+    """Compares the scores of validation documents with the preferences of their pairs."""
 
     def __init__(self, table: PairTable, model: QualityConfig, mesh: Mesh, length: int, batch_size: int):
         """`batch_size`: documents per step, over all devices."""
@@ -257,7 +256,10 @@ class Validation:
 
 
 def train(config: TrainRaterConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains a quality model on pairs of documents.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, RaterTraining(config)).run()
 
 
@@ -270,32 +272,20 @@ def configured_model(config: TrainRaterConfig) -> QualityConfig:
 
 @programs.register("train_rater.steps")
 def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """The training step and the step that scores validation documents."""
+    """Returns the training step and the step that scores validation documents."""
     config = TrainRaterConfig()
     config = config if length is None else dataclasses.replace(config, length=length)
     model, rows = configured_model(config), config.eval_batch_size
     computation = RaterComputation(config, model)
     length = computation.tokens_per_sequence // 2
     partitioning.check_rows(mesh, rows, "train_rater.eval_batch_size")
-    optimizer = config.optimizer(config.learning_rate)
-    state = abstract_state(model, optimizer, mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=partitioning.batch_sharding(mesh))
-    pair_tokens = config.batch_size * computation.tokens_per_sequence
     return [
-        programs.Program(
-            "training step",
-            *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} pairs x 2 x {length} tokens" + programs.in_microbatches(config.microbatches),
-            mesh=mesh,
-            parameters=model.parameters(),
-            tokens=pair_tokens,
-            model_flops=pair_tokens * computation.flops_per_token,
-            remedies=programs.training_remedies(config, model, mesh),
-        ),
+        programs.training_step(config, computation, mesh, f"{config.batch_size} pairs x 2 x {length} tokens"),
         programs.Program(
             "validation step",
             score_step(model),
-            (state.params, tokens),
+            (abstract_params(model, mesh), tokens),
             batch=f"{rows} x {length} tokens",
             mesh=mesh,
             parameters=model.parameters(),
@@ -306,11 +296,5 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     ]
 
 
-def main() -> None:
-    """Trains a quality model. Parameters: train_rater.* (see raters/train.py and mlx_pretrain/training/trainer.py),
-    QualityConfig.*, make_mesh.*, the schedule's and the optimizer's."""
-    train(TrainRaterConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "raters.train", joins=True)
+    command_line.run(train, TrainRaterConfig, "raters.train", joins=True)

@@ -1,4 +1,6 @@
-"""Shared by all tests: eight simulated devices, a small model, a token store of patterned tokens."""
+"""Eight simulated devices, checked shapes, a small model and a token store of patterned tokens for all tests."""
+
+# ruff: noqa: E402 (environment and import hook come before what they affect)
 
 import atexit
 import contextlib
@@ -18,8 +20,16 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 
-from mlx_pretrain.data import token_store as token_store
+# Before these modules are imported anywhere, so that calls check the shapes and dtypes that signatures state.
+install_import_hook(
+    ["mlx_pretrain.data.batches", "mlx_pretrain.inference.prefix_trees", "mlx_pretrain.models",
+     "mlx_pretrain.training.losses"],
+    "beartype.beartype",
+)  # fmt: skip
+
+from mlx_pretrain.data import token_store
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import sha256, write_atomic
 from mlx_pretrain.models.decoder import DecoderConfig

@@ -1,12 +1,12 @@
 """The programs that commands run on devices, described without data, for compilation ahead of time.
 
-A command registers a function that lists its programs; it is asked when the gin files bind the parameter it names:
+A command registers a function that lists its programs, and names the parameter whose binding shows that it is meant:
 
     @programs.register("train.steps")
     def train_programs(mesh, length):
         config = TrainConfig()
         ...
-        return [programs.Program("training step", *jitted_step(...), mesh=mesh, ...)]
+        return [programs.training_step(config, computation, mesh, "3072 x 4096 tokens")]
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ from jax.sharding import Mesh
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import losses
+from mlx_pretrain.training.train_module import Computation, jitted_step
+from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.trainer_config import TrainerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Program:
       parameters: number of the model's parameters.
       tokens: of one batch, over all devices.
       model_flops: FLOPs that the model asks for, without recomputation, over all devices.
-      remedies: what makes it need less memory, the cheapest first; called with the memory it asks for besides its
-        arguments over that which is left for it.
+      remedies: lists changes that reduce its memory, the cheapest first; called with the ratio of the memory needed
+        besides its arguments to the memory left for it.
     """
 
     name: str
@@ -69,7 +72,7 @@ _LISTERS: dict[str, Lister] = {}
 def register(parameter: str) -> Callable[[Lister], Lister]:
     """Registers `list_programs(mesh, length)` for configurations that bind a parameter such as "train.steps".
 
-    `length` is the length of sequences where no data tell it; None: what the model takes.
+    `length` is the length of sequences where no data determine it; None stands for the model's maximum.
     """
 
     def add(lister: Lister) -> Lister:
@@ -80,7 +83,7 @@ def register(parameter: str) -> Callable[[Lister], Lister]:
 
 
 def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
-    """Programs of all commands that the gin files read so far configure.
+    """Returns the programs of all commands that the gin files read so far configure.
 
     Raises:
       InputError: there is none, or its settings are wrong.
@@ -92,7 +95,7 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
 
 
 def is_bound(parameter: str) -> bool:
-    """True if the gin files read so far set a parameter such as "train.steps"."""
+    """Tells if the gin files read so far set a parameter such as "train.steps"."""
     try:
         gin.query_parameter(parameter)
     except ValueError:
@@ -100,19 +103,30 @@ def is_bound(parameter: str) -> bool:
     return True
 
 
-def in_microbatches(n: int) -> str:
-    """What to say of a batch in slices."""
-    return f" in {n} microbatches" if n > 1 else ""
+def training_step(config: TrainerConfig, computation: Computation, mesh: Mesh, batch: str) -> Program:
+    """Returns the training step of a run; `batch` is its batch in words."""
+    optimizer, model = config.make_optimizer(), computation.model
+    tokens = config.batch_size * computation.tokens_per_sequence
+    return Program(
+        "training step",
+        *jitted_step(config, computation, optimizer, abstract_state(model, optimizer, mesh), mesh),
+        mesh=mesh,
+        batch=batch + (f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
+        parameters=model.parameters(),
+        tokens=tokens,
+        model_flops=tokens * computation.flops_per_token,
+        remedies=_training_remedies(config, model, mesh),
+    )
 
 
 def smaller(rows: int, mesh: Mesh, excess: float) -> int:
-    """A batch of fewer rows than `rows`, by a factor of at least `excess` and 2, that divides over the mesh."""
+    """Returns a batch size that divides over the mesh, smaller than `rows` by a factor of at least `excess` and 2."""
     shards = partitioning.shards(mesh, "batch")
     return max(1, int(rows / max(excess, 2)) // shards) * shards
 
 
-def training_remedies(config, model, mesh: Mesh) -> Callable[[float], list[str]]:
-    """`Program.remedies` of a training step; `config` is a TrainerConfig, `model` what it trains."""
+def _training_remedies(config: TrainerConfig, model: Any, mesh: Mesh) -> Callable[[float], list[str]]:
+    """Returns `Program.remedies` of the training step of `model`."""
     rows = config.batch_size // config.microbatches // partitioning.shards(mesh, "batch")
 
     def remedies(excess: float) -> list[str]:

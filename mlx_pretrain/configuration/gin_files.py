@@ -15,8 +15,10 @@ from mlx_pretrain.configuration.parameter_types import check_types
 from mlx_pretrain.errors import InputError, first_line
 from mlx_pretrain.files import write_atomic
 
-# Included gin files are named relative to the repository root, from wherever the command is started.
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# The folder that holds gin/: the package mlx_pretrain where it is installed, else the repository. Gin files are named
+# relative to it (gin/models/nano.gin), from wherever a command is started.
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GIN_ROOT = _PACKAGE if os.path.isdir(os.path.join(_PACKAGE, "gin")) else os.path.dirname(_PACKAGE)
 
 
 class _AnyName(gin.config_parser.ParserDelegate):
@@ -56,10 +58,10 @@ def parse_gin(
       InputError: a file is missing, a name or value in it is wrong, or nothing reads a macro; the message names file
         and cause, or the parameter and the type it must have.
     """
-    for path in (*search, REPOSITORY):  # gin looks into the current folder first
+    for path in (*search, GIN_ROOT):  # gin looks into the current folder first
         gin.add_config_file_search_path(path)
     for file in files:
-        if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", REPOSITORY)):
+        if not any(os.path.exists(os.path.join(path, file)) for path in (*search, "", GIN_ROOT)):
             raise InputError(f"{file}: no such gin file")
     filled = []
     try:
@@ -102,9 +104,9 @@ def _check_macros(files: Sequence[str], bindings: Sequence[str], search: Sequenc
         for name, _ in _macros(binding):
             if name not in read:
                 raise InputError(f"--gin.{name}: nothing reads this macro{_similar(name, read)}")
-    known = read | set().union(*map(_names_read, glob.glob(f"{REPOSITORY}/gin/**/*.gin", recursive=True)))
+    known = read | set().union(*map(_names_read, glob.glob(f"{GIN_ROOT}/gin/**/*.gin", recursive=True)))
     for file in files:
-        paths = (os.path.join(path, file) for path in ("", *search, REPOSITORY))
+        paths = (os.path.join(path, file) for path in ("", *search, GIN_ROOT))
         path = next(filter(os.path.exists, paths))
         nearby = glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.gin")
         known_to_file = known.union(*map(_names_read, [path, *nearby]))

@@ -1,32 +1,33 @@
-"""From stored token sequences to what a decoder reads: inputs, positions, segments, loss weights."""
+"""Turns stored token sequences into a decoder's input: inputs, positions, segments, loss weights."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float32, Int32, Integer
 
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID
 
 
 class DecoderBatch(NamedTuple):
-    """All `[batch, length]`.
+    """Input of a decoder; all arrays are `[batch, length]`.
 
     Attributes:
-      inputs: the previous token; BOS at the start of a row and of each document.
-      targets: the tokens to predict.
-      positions: counted from 0 within each document.
+      inputs: previous token; BOS at the start of a row and of each document.
+      targets: token to predict.
+      positions: position within its document, from 0.
       segment_ids: number of the document within its row.
       weights: float32, 1 for real targets and 0 for padding.
     """
 
-    inputs: jax.Array
-    targets: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    weights: jax.Array
+    inputs: Integer[Array, "batch length"]
+    targets: Integer[Array, "batch length"]
+    positions: Int32[Array, "batch length"]
+    segment_ids: Int32[Array, "batch length"]
+    weights: Float32[Array, "batch length"]
 
 
-def decoder_batch(tokens: jax.Array) -> DecoderBatch:
+def decoder_batch(tokens: Integer[ArrayLike, "batch length"]) -> DecoderBatch:
     """Splits packed sequences `[batch, length]` at their EOS tokens.
 
     Every stored token is predicted once, EOS and the first token of each document included; EOS is never read.

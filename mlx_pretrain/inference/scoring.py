@@ -339,7 +339,7 @@ def _score(
     cache: Cache | None,
     tokens: jax.Array,
     positions: jax.Array,
-    ends: jax.Array,
+    subtree_ends: jax.Array,
     nodes: jax.Array,
     places: jax.Array,
     targets: jax.Array,
@@ -351,7 +351,7 @@ def _score(
 
     Args:
       cache: of the prefix, `[layers, shards, prefix, kv_heads, head_dim]`, or None.
-      tokens, positions, ends: int `[rows, length]`, rows of one shard one after the other.
+      tokens, positions, subtree_ends: int `[rows, length]`, rows of one shard one after the other.
       nodes: int `[shards, nodes]`, places of tokens among all of a shard's.
       places, targets: int `[shards, pairs]`, see `forest.Row`.
       n_chunks: so many chunks of `nodes` are filled, on the fullest shard.
@@ -361,8 +361,9 @@ def _score(
     Returns:
       log-probabilities float32 and whether it is the most likely token, `[shards, pairs]`.
     """
+    tree_mask = TreeMask(subtree_ends, prefix_length)
     hidden, _ = Decoder(config).apply(
-        {"params": params}, tokens, positions, cache=cache, forest=TreeMask(ends, prefix_length), features=features
+        {"params": params}, tokens, positions, cache=cache, tree_mask=tree_mask, features=features
     )
     shards = nodes.shape[0]
     hidden = hidden.reshape(shards, -1, hidden.shape[-1])

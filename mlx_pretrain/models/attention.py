@@ -1,4 +1,4 @@
-"""Attention: the registry of implementations, one function that picks from it, and the decoder's Flax module.
+"""The registry of attention implementations, the function that picks one, and the decoder's attention module.
 
 Every implementation computes softmax attention with scale 1 / sqrt(head_dim), softmax and sums in float32. To add one,
 write its function and enter it in IMPLEMENTATIONS, and in the orders of `by_speed` where it is the fastest.
@@ -8,17 +8,18 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models import blockwise_attention as blockwise
 from mlx_pretrain.models import flash_attention
-from mlx_pretrain.models.layers import matrix, project, rotate
+from mlx_pretrain.models.layers import Angles, matrix, project, rotate
 from mlx_pretrain.models.tree_attention import TreeMask, tree_attention
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.parallel.partitioning import constrain
@@ -33,20 +34,20 @@ class Cache(NamedTuple):
       keys, values: `[batch, cache_length, kv_heads, head_dim]`; slot s holds position s of that row.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Float[Array, "*layers batch cache_length kv_heads head_dim"]
+    values: Float[Array, "*layers batch cache_length kv_heads head_dim"]
 
 
-class Request(NamedTuple):
-    """A call of attention, as far as the choice of an implementation depends on it.
+class AttentionCall(NamedTuple):
+    """The properties of a call of attention on which the choice of an implementation depends.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      dtype: of queries, keys and values.
+      dtype: dtype of queries, keys and values.
       head_dim: size of a head.
       length: queries of a row.
       segments: rows hold several documents, or padding.
-      masked: a mask says who sees whom, as in decoding over a cache.
+      masked: a mask says which keys a query reads, as in decoding over a cache.
       partial: queries are fewer than keys.
     """
 
@@ -61,13 +62,13 @@ class Request(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute attention, and what it can do.
+    """One way to compute attention, with its limits.
 
     Attributes:
       function: called with (query, key, value, segment_ids or None, causal), see `dot_product_attention`; with the
         argument `mask` too if it takes masks.
-      platforms: where it runs.
-      dtypes: the dtypes it computes in.
+      platforms: platforms it runs on.
+      dtypes: dtypes it computes in.
       head_dims: sizes of heads it takes; None: any.
       even_length: takes rows of an even length only.
       segments: keeps documents apart without a dense mask of `[batch, 1, length, length]`.
@@ -85,24 +86,24 @@ class Implementation:
     partial: bool = False
 
     def shape_error(self, dtype: str, head_dim: int) -> str | None:
-        """Why it can never compute heads of this size in this dtype; None: it can."""
+        """Returns the reason why it never computes heads of this size in this dtype; None: it does."""
         if dtype not in self.dtypes:
             return f"computes in {' or '.join(self.dtypes)}, not in {dtype}"
         if self.head_dims is not None and head_dim not in self.head_dims:
             return f"takes no heads of {head_dim}"
         return None
 
-    def error(self, request: Request) -> str | None:
-        """Why it cannot do what is requested; None: it can."""
-        if request.platform not in self.platforms:
-            return f"runs on {' or '.join(self.platforms)}, not on {request.platform}"
-        if request.masked and not self.masks:
+    def error(self, call: AttentionCall) -> str | None:
+        """Returns the reason why it cannot compute a call; None: it can."""
+        if call.platform not in self.platforms:
+            return f"runs on {' or '.join(self.platforms)}, not on {call.platform}"
+        if call.masked and not self.masks:
             return "takes no mask, which decoding over a cache needs"
-        if request.partial and not self.partial:
+        if call.partial and not self.partial:
             return "computes all queries of a row"
-        if request.length % 2 and self.even_length:
-            return f"takes rows of an even length, not of {request.length}"
-        return self.shape_error(request.dtype, request.head_dim)
+        if call.length % 2 and self.even_length:
+            return f"takes rows of an even length, not of {call.length}"
+        return self.shape_error(call.dtype, call.head_dim)
 
 
 def _blockwise(query, key, value, segment_ids, causal):
@@ -115,7 +116,7 @@ def _blockwise(query, key, value, segment_ids, causal):
     return jnp.swapaxes(blockwise.bidirectional_attention(*heads_first, segment_ids), 1, 2)
 
 
-def _of_jax(query, key, value, segment_ids, causal, mask=None, *, name):
+def _jax_attention(query, key, value, segment_ids, causal, mask=None, *, name):
     if segment_ids is not None:
         together = segment_ids[:, : query.shape[1], None] == segment_ids[:, None, :]
         mask = together[:, None] if mask is None else mask & together[:, None]
@@ -132,12 +133,12 @@ def _one_segment(key: jax.Array) -> jax.Array:
 
 
 IMPLEMENTATIONS = {
-    "xla": Implementation(functools.partial(_of_jax, name="xla"), segments=False, masks=True, partial=True),
+    "xla": Implementation(functools.partial(_jax_attention, name="xla"), segments=False, masks=True, partial=True),
     "blockwise": Implementation(_blockwise, partial=True),
     "splash": Implementation(functools.partial(_kernel, function=flash_attention.splash_attention), platforms=("tpu",)),
     "cudnn": Implementation(
-        functools.partial(_of_jax, name="cudnn"), platforms=("gpu",), dtypes=("bfloat16",), head_dims=range(8, 257, 8),
-        even_length=True, segments=False,
+        functools.partial(_jax_attention, name="cudnn"), platforms=("gpu",), dtypes=("bfloat16",),
+        head_dims=range(8, 257, 8), even_length=True, segments=False,
     ),
     "triton": Implementation(
         functools.partial(_kernel, function=flash_attention.triton_attention), platforms=("gpu",),
@@ -146,27 +147,27 @@ IMPLEMENTATIONS = {
 }  # fmt: skip
 
 
-def by_speed(request: Request) -> tuple[str, ...]:
-    """Names of implementations, fastest first, able or not."""
-    if request.platform == "tpu":
+def by_speed(call: AttentionCall) -> tuple[str, ...]:
+    """Returns the names of a platform's implementations, fastest first, whether they can compute the call or not."""
+    if call.platform == "tpu":
         return "splash", "blockwise", "xla"
-    if request.platform == "gpu":
+    if call.platform == "gpu":
         # JAX's cuDNN attention takes documents as a dense bias of [batch, 1, length, length] that every head reads and
         # (before jax 0.12) whose gradient it writes; it computes the whole triangle, where the Triton kernel skips
-        # what lies between documents. Argued from their sources, not measured.
-        return ("triton", "cudnn", "blockwise", "xla") if request.segments else ("cudnn", "triton", "blockwise", "xla")
+        # the blocks between documents. Argued from their sources, not measured.
+        return ("triton", "cudnn", "blockwise", "xla") if call.segments else ("cudnn", "triton", "blockwise", "xla")
     return "blockwise", "xla"
 
 
-def choose(name: str | None, request: Request) -> str:
-    """The implementation `name` if it can do what is requested, else the fastest that can, with a warning once."""
-    error = None if name is None else IMPLEMENTATIONS[name].error(request)
+def choose_implementation(name: str | None, call: AttentionCall) -> str:
+    """Returns `name` if that implementation can compute the call, else the fastest that can, with a warning once."""
+    error = None if name is None else IMPLEMENTATIONS[name].error(call)
     if name is not None and error is None:
         return name
-    best = next(other for other in by_speed(request) if IMPLEMENTATIONS[other].error(request) is None)
+    fastest = next(other for other in by_speed(call) if IMPLEMENTATIONS[other].error(call) is None)
     if name is not None:
-        _warn(f"attention '{name}' {error}; '{best}' takes its place")
-    return best
+        _warn(f"attention '{name}' {error}; '{fastest}' takes its place")
+    return fastest
 
 
 @functools.cache
@@ -178,51 +179,52 @@ _is_named = jax.checkpoint_policies.save_only_these_names("query", "key", "value
 
 
 def keep_attention(primitive, *avals, **params) -> bool:
-    """Remat policy that keeps whatever attention's backward pass reads, so that attention does not run twice.
+    """Remat policy that keeps all that attention's backward pass reads, so that attention does not run twice.
 
     Implementations name their output "attended" and the logarithm of the softmax's sums "log_sum" where those become
-    residuals. cuDNN's are named by nobody: its forward operation is known by name.
+    residuals. cuDNN's residuals have no names: its forward operation is known by its own.
     """
     return primitive.name == "dot_product_attention_fwd_wrapper" or _is_named(primitive, *avals, **params)
 
 
-def check_name(config: str, name: str | None, dtype: str, head_dim: int) -> None:
-    """Checks the field `attention` of a configuration, as far as it does not depend on the platform.
+def check_attention(config: Any, head_dim: int) -> None:
+    """Checks the field `attention` of a model's configuration, with its `dtype`, on any platform.
 
     Raises:
       InputError: there is no such implementation, or it cannot compute this dtype or size of heads.
     """
-    if name is None:
+    if (name := config.attention) is None:
         return
+    field = f"{type(config).__name__}.attention = {name!r}"
     if name not in IMPLEMENTATIONS:
-        raise InputError(f"{config}.attention = {name!r}: not one of {', '.join(IMPLEMENTATIONS)}")
-    if error := IMPLEMENTATIONS[name].shape_error(dtype, head_dim):
-        raise InputError(f"{config}.attention = {name!r}: {error}")
+        raise InputError(f"{field}: not one of {', '.join(IMPLEMENTATIONS)}")
+    if error := IMPLEMENTATIONS[name].shape_error(config.dtype, head_dim):
+        raise InputError(f"{field}: {error}")
 
 
 def dot_product_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[ArrayLike, "batch queries heads head_dim"],
+    key: Float[ArrayLike, "batch keys kv_heads head_dim"],
+    value: Float[ArrayLike, "batch keys kv_heads head_dim"],
     *,
-    segment_ids: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    segment_ids: Int[ArrayLike, "batch segment_ids"] | None = None,
+    mask: Bool[ArrayLike, "batch 1 queries keys"] | None = None,
     causal: bool = True,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "batch queries heads head_dim"]:
     """Softmax attention, causal, bidirectional or by a mask.
 
     Args:
-      query: `[batch, q_length, heads, head_dim]`. Without a mask q_length is kv_length, or, if not causal, the queries
-        are the first tokens of the row.
-      key, value: `[batch, kv_length, kv_heads, head_dim]`; kv_heads divides heads (grouped queries, arXiv 2305.13245).
-      segment_ids: int32 `[batch, kv_length]`; a token attends only within its segment, whatever the mask says.
-      mask: bool `[batch, 1, q_length, kv_length]`, in place of the causal mask (decoding over a cache).
+      query: `[batch, queries, heads, head_dim]`. Without a mask there are as many queries as keys, or, if not causal,
+        the queries are the first tokens of the row.
+      key, value: `[batch, keys, kv_heads, head_dim]`; kv_heads divides heads (grouped queries, arXiv 2305.13245).
+      segment_ids: int32 `[batch, keys]`; a token attends only within its segment, also under a mask.
+      mask: bool `[batch, 1, queries, keys]`, in place of the causal mask (decoding over a cache).
       causal: tokens do not attend to later ones.
       implementation: a name in IMPLEMENTATIONS; None picks the fastest on the platform of the current mesh.
 
     Returns:
-      `[batch, q_length, heads, head_dim]`, in the dtype of `query`.
+      `[batch, queries, heads, head_dim]`, in the dtype of `query`.
 
     Raises:
       ValueError: segment ids, mask and lengths do not fit together.
@@ -232,18 +234,23 @@ def dot_product_attention(
         raise ValueError(f"causal attention of {n_queries} queries to {n_keys} keys needs a mask")
     if segment_ids is not None and (segment_ids.shape[1] != n_keys or (mask is not None and n_queries != n_keys)):
         raise ValueError(f"segment ids of {segment_ids.shape[1]} tokens for {n_queries} queries and {n_keys} keys")
-    request = Request(
+    call = AttentionCall(
         partitioning.platform(), query.dtype.name, query.shape[-1], n_queries, segment_ids is not None,
         mask is not None, mask is None and n_queries < n_keys,
     )  # fmt: skip
-    function = IMPLEMENTATIONS[choose(implementation, request)].function
+    function = IMPLEMENTATIONS[choose_implementation(implementation, call)].function
     if mask is not None:
         return function(query, key, value, segment_ids, causal=False, mask=mask)
     return function(query, key, value, segment_ids, causal=causal)
 
 
-def write_cache(cache: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
-    """Puts `[batch, length, kv_heads, head_dim]` into slots `positions` (`[batch, length]`) of each row."""
+def write_cache(
+    cache: Cache,
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    positions: Int[Array, "batch length"],
+) -> Cache:
+    """Writes keys and values `[batch, length, kv_heads, head_dim]` into the slots `positions` of each row."""
     rows = jnp.arange(key.shape[0])[:, None]
     return Cache(
         cache.keys.at[rows, positions].set(key.astype(cache.keys.dtype), mode="drop"),
@@ -256,7 +263,7 @@ class Attention(nn.Module):
 
     Attributes:
       n_heads, n_kv_heads, head_dim: shape of the projections.
-      output_gain: scales the initial output projection.
+      output_gain: factor of the initial output projection.
       implementation: see `dot_product_attention`; decoding takes the fastest that takes a mask.
     """
 
@@ -269,15 +276,25 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        forest: TreeMask | None,
+        x: Float[Array, "batch length embed"],
+        angles: Angles,
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None,
+        tree_mask: TreeMask | None,
         cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """`x`: `[batch, length, embed]`. With a cache, keys are written at `positions` and all up to there are read;
-        with a forest, the cache is the prefix of its trees and stays as it is."""
+    ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
+        """Attends within rows, and to a cache.
+
+        Args:
+          x: `[batch, length, embed]`.
+          angles: those of `rotary_angles` at `positions`.
+          positions, segment_ids: int `[batch, length]`.
+          tree_mask: rows are trees; the cache is then the prefix they share, and stays as it is.
+          cache: without a tree mask: keys are written at `positions`, and all keys up to there are read.
+
+        Returns:
+          Attention's output `[batch, length, embed]`, and the cache.
+        """
         embed, heads, kv_heads = x.shape[-1], (self.n_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
         query = matrix(self, "query", (embed, *heads), ("embed", "heads", "head_dim"), embed)
         key = matrix(self, "key", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)
@@ -292,8 +309,8 @@ class Attention(nn.Module):
         k = constrain(k, "batch", "length", "act_kv_heads", None)
         v = constrain(v, "batch", "length", "act_kv_heads", None)
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        if forest is not None:
-            attended = tree_attention(q, k, v, forest, cache)
+        if tree_mask is not None:
+            attended = tree_attention(q, k, v, tree_mask, cache)
         else:
             mask = None
             if cache is not None:

@@ -1,4 +1,4 @@
-"""Causal attention in plain XLA, block of queries by block of queries; the default on CPU.
+"""Attention in plain XLA, block of queries by block of queries; the default on CPU.
 
 A block of queries reads only the keys up to its end, so nearly half of the square is never computed, and the
 backward pass recomputes a block's probabilities instead of keeping them (as in FlashAttention, arXiv 2205.14135), so
@@ -12,19 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, ArrayLike, Float, Int
 
 MAX_BLOCKS = 8
 MIN_BLOCK = 64
 
-# Scores that `bidirectional_attention` computes at once, 16 MB of them: what leaves a CPU's caches takes longer to
-# write than to compute.
+# Scores that `bidirectional_attention` computes at once, 16 MB: scores that leave a CPU's caches take longer to write
+# than to compute.
 SCORES = 1 << 22
 
 
 @functools.partial(jax.custom_vjp)
 def blockwise_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
-) -> jax.Array:
+    query: Float[ArrayLike, "batch length heads head_dim"],
+    key: Float[ArrayLike, "batch length kv_heads head_dim"],
+    value: Float[ArrayLike, "batch length kv_heads head_dim"],
+    segment_ids: Int[ArrayLike, "batch length"],
+) -> Float[Array, "batch length heads head_dim"]:
     """Causal softmax attention within segments, scale 1 / sqrt(head_dim), softmax and sums in float32.
 
     Args:
@@ -39,22 +43,22 @@ def blockwise_attention(
 
 
 def _blocks(length: int) -> list[tuple[slice, slice]]:
-    """(queries, keys they may read) of each block; all of one size."""
-    fits = (n for n in range(min(MAX_BLOCKS, length // MIN_BLOCK), 1, -1) if length % n == 0)
-    size = length // next(fits, 1)
+    """Returns (queries, keys they may read) of each block; all blocks have one size."""
+    counts = (n for n in range(min(MAX_BLOCKS, length // MIN_BLOCK), 1, -1) if length % n == 0)
+    size = length // next(counts, 1)
     return [(slice(start, start + size), slice(0, start + size)) for start in range(0, length, size)]
 
 
 def _group(x: jax.Array, kv_heads: int) -> jax.Array:
-    """`[batch, length, heads, head_dim]` -> `[batch, length, kv_heads, heads / kv_heads, head_dim]`."""
+    """Reshapes `[batch, length, heads, head_dim]` to `[batch, length, kv_heads, heads / kv_heads, head_dim]`."""
     batch, length, heads, head_dim = x.shape
     return x.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
 
 
 def _probabilities(query, key, query_segments, key_segments):
-    """Unnormalised probabilities float32 `[batch, kv_heads, group, queries, keys]` and their sums over keys.
+    """Returns unnormalised probabilities float32 `[batch, kv_heads, group, queries, keys]`, and their sums over keys.
 
-    The queries are the last of the positions of the keys.
+    The queries stand at the last positions of the keys.
     """
     scale = query.shape[-1] ** -0.5
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32) * scale
@@ -76,7 +80,7 @@ def _attended(query, key, value, segment_ids):
 
 
 def _forward(query, key, value, segment_ids):
-    # Named here, where it becomes a residual: a name given outside would keep a copy, and attention would run again.
+    # Named where it becomes a residual: a name given outside would keep a copy, and attention would run again.
     output = checkpoint_name(_attended(query, key, value, segment_ids), "attended")
     return output, (query, key, value, segment_ids, output)
 
@@ -107,7 +111,12 @@ def _backward(residuals, d_output):
 blockwise_attention.defvjp(_forward, _backward)
 
 
-def bidirectional_attention(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def bidirectional_attention(
+    query: Float[ArrayLike, "batch heads queries head_dim"],
+    key: Float[ArrayLike, "batch heads length head_dim"],
+    value: Float[ArrayLike, "batch heads length head_dim"],
+    segment_ids: Int[ArrayLike, "batch length"],
+) -> Float[Array, "batch heads queries head_dim"]:
     """Softmax attention within segments, scale 1 / sqrt(head_dim), softmax in float32, a few rows at a time.
 
     The backward pass computes the probabilities again, so that memory grows with SCORES, not with the batch.
@@ -133,7 +142,7 @@ def bidirectional_attention(query: jax.Array, key: jax.Array, value: jax.Array, 
         return (attended / total).astype(query.dtype)
 
     operands = (query, key, value, segment_ids)
-    at_once = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
-    if at_once >= query.shape[0]:
+    batch_size = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+    if batch_size >= query.shape[0]:
         return rows(operands)
-    return jax.lax.map(rows, operands, batch_size=at_once if at_once > 1 else None)
+    return jax.lax.map(rows, operands, batch_size=batch_size if batch_size > 1 else None)

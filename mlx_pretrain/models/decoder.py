@@ -7,16 +7,18 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import Attention, Cache, check_name, keep_attention
-from mlx_pretrain.models.layers import GatedMLP, RMSNorm, fan_in_init, rotary_angles
+from mlx_pretrain.models.attention import Attention, Cache, check_attention, keep_attention
+from mlx_pretrain.models.config_checks import check_choice, check_divides, check_integers
+from mlx_pretrain.models.layers import Angles, GatedMLP, RMSNorm, fan_in_init, rotary_angles
 from mlx_pretrain.models.projections import lookup
 from mlx_pretrain.models.tree_attention import TreeMask
 from mlx_pretrain.parallel.partitioning import constrain
 
-# What the backward pass keeps of each layer; the rest is computed again. Products are known by the name that `project`
-# gives them: policies that look for matrix products do not see into functions with a gradient of their own.
+# Values of each layer that the backward pass keeps; it computes the rest again. Products are known by the name that
+# `project` gives them: policies that look for matrix products do not see into functions with their own gradient.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,16 +34,25 @@ REMAT_POLICIES = {
 class DecoderConfig:
     """Shape and numerics of a decoder.
 
+    config = DecoderConfig(vocab_size=32_000, embed_dim=512, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=64,
+                           mlp_dim=1408, max_length=2048, dtype="bfloat16")
+    params = flax.linen.unbox(config.init(jax.random.key(0)))
+    config.parameters()  # 56_107_520
+
     Attributes:
       vocab_size: rows of the embedding; pad it to a multiple of the tensor axis.
       embed_dim: width of the residual stream.
-      n_layers, n_heads, n_kv_heads, head_dim, mlp_dim: as usual; n_kv_heads < n_heads is grouped-query attention.
+      n_layers: number of layers.
+      n_heads: query heads of a layer.
+      n_kv_heads: key and value heads; fewer than n_heads is grouped-query attention.
+      head_dim: size of a head, even.
+      mlp_dim: width of the feed-forward part.
       max_length: longest sequence (positions) the model is meant for.
       rope_theta: base of the rotary frequencies.
-      norm_epsilon: inside the square root of RMSNorm.
+      norm_epsilon: summand inside the square root of RMSNorm.
       tie_embeddings: the output projection is the embedding transposed.
       segment_attention: tokens attend only within their own document of a packed sequence. False: a row is one text,
-        its documents see those before them, and positions run through the row.
+        its documents attend to those before them, and positions run through the row.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       remat: key of REMAT_POLICIES.
       unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
@@ -67,34 +78,28 @@ class DecoderConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "embed_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_dim", "max_length")
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"DecoderConfig.{name} = {value!r}: must be a positive integer")
-        if self.n_heads % self.n_kv_heads:
-            raise InputError(f"DecoderConfig: n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
+        check_integers(self, *sizes)
+        check_divides(self, "n_kv_heads", "n_heads")
         if self.head_dim % 2:
             raise InputError(f"DecoderConfig.head_dim = {self.head_dim}: rotary positions need an even number")
-        if self.remat not in REMAT_POLICIES:
-            raise InputError(f"DecoderConfig.remat = {self.remat!r}: not one of {', '.join(REMAT_POLICIES)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"DecoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
-        check_name("DecoderConfig", self.attention, self.dtype, self.head_dim)
+        check_choice(self, "remat", REMAT_POLICIES)
+        check_choice(self, "dtype", ("float32", "bfloat16"))
+        check_attention(self, self.head_dim)
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters in boxes that carry their logical axis names."""
+        """Returns fresh parameters in boxes that carry their logical axis names."""
         tokens = jnp.zeros((1, 2), jnp.int32)
         return Decoder(self).init(key, tokens, tokens, tokens)["params"]
 
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Returns the number of parameters."""
         attention = 2 * self.embed_dim * (self.n_heads + self.n_kv_heads) * self.head_dim
         layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
         return self.n_layers * layer + embeddings + self.embed_dim
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs to train on one token of a sequence of `length`, without recomputation.
+        """Returns the FLOPs to train on one token of a sequence of `length`, without recomputation.
 
         6 per weight in a matrix product (the output projection included, the embedding lookup not) plus
         12 * layers * heads * head_dim * length for attention scores and values over the whole square, halved for
@@ -113,14 +118,22 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, angles, positions, segment_ids, forest, cache):
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        angles: Angles,
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None,
+        tree_mask: TreeMask | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
         config = self.config
         # Residual branches start smaller in deep models, so that the stream's variance does not grow with depth.
         gain = (2 * config.n_layers) ** -0.5
         normed = RMSNorm(config.norm_epsilon, self.dtype, name="attention_norm")(x)
         attended, cache = Attention(
             config.n_heads, config.n_kv_heads, config.head_dim, gain, config.attention, name="attention"
-        )(normed, angles, positions, segment_ids, forest, cache)
+        )(normed, angles, positions, segment_ids, tree_mask, cache)
         x = constrain(x + attended, "batch", "length", "act_embed")
         hidden = RMSNorm(config.norm_epsilon, self.dtype, name="mlp_norm")(x)
         x = x + GatedMLP(config.mlp_dim, gain, name="mlp")(hidden)
@@ -128,10 +141,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to final hidden states; `logits` projects those to the vocabulary.
+    """Computes the final hidden states of tokens; `logits` projects those to the vocabulary.
 
-    Training calls the module and hands the hidden states to `losses.cross_entropy` with `output_kernel(params)`, so
-    that float32 logits of a whole batch never exist.
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)     # tokens: int [batch, length]
+    hidden, _ = Decoder(config).apply({"params": params}, tokens, positions)    # [batch, length, embed]
+    log_probs = jax.nn.log_softmax(logits(params, hidden))                      # [batch, length, vocab]
+
+    Training hands the hidden states to `losses.cross_entropy` with `output_kernel(params)`, so that float32 logits of
+    a whole batch never exist.
     """
 
     config: DecoderConfig
@@ -139,23 +156,24 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None = None,
+        tokens: Int[ArrayLike, "batch length"],
+        positions: Int[ArrayLike, "batch length"],
+        segment_ids: Int[ArrayLike, "batch length"] | None = None,
         cache: Cache | None = None,
-        forest: TreeMask | None = None,
-        features: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        tree_mask: TreeMask | None = None,
+        features: Float[ArrayLike, "batch_or_1 n embed"] | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
         """Runs the decoder.
 
         Args:
           tokens: int `[batch, length]`; with `features`, id vocab_size + i stands for the i-th of them.
           positions: int `[batch, length]`, counted within each document.
-          segment_ids: int `[batch, length]`, which document of the row a token is in; None: one document, as for
+          segment_ids: int `[batch, length]`, number of the document that a token is in; None: one document, as for
             `segment_attention=False`, which also counts positions through the row.
           cache: keys and values `[layers, batch, cache_length, kv_heads, head_dim]` to extend; None: training.
-          forest: rows are trees, for `inference.scoring`; a cache is then the prefix they share, see `tree_attention`.
-          features: `[batch or 1, n, embed]`, what is read besides words: frames of a video; 1: the same for all rows.
+          tree_mask: rows are trees, for `inference.scoring`; a cache is then the prefix they share, see
+            `tree_attention`.
+          features: `[batch or 1, n, embed]`, inputs that are no words, as frames of a video; 1: the same for all rows.
 
         Returns:
           hidden: `[batch, length, embed]` after the final norm.
@@ -171,13 +189,13 @@ class Decoder(nn.Module):
         words = tokens if features is None else jnp.minimum(tokens, config.vocab_size - 1)
         x = lookup(table, words, dtype)
         if features is not None:
-            places = jnp.maximum(tokens - config.vocab_size, 0)
-            found = (jnp.take(features[0], places, axis=0) if features.shape[0] == 1
-                     else jnp.take_along_axis(features, places[..., None], axis=1))
-            x = jnp.where((tokens < config.vocab_size)[..., None], x, found.astype(dtype))
+            indices = jnp.maximum(tokens - config.vocab_size, 0)
+            vectors = (jnp.take(features[0], indices, axis=0) if features.shape[0] == 1
+                       else jnp.take_along_axis(features, indices[..., None], axis=1))
+            x = jnp.where((tokens < config.vocab_size)[..., None], x, vectors.astype(dtype))
         x = constrain(x, "batch", "length", "act_embed")
         if segment_ids is not None and not config.segment_attention:
-            # Positions that restart would place documents that see each other on top of each other.
+            # Positions that restart would place documents that attend to each other on top of each other.
             segment_ids, positions = None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)
         block = Block
@@ -192,7 +210,7 @@ class Decoder(nn.Module):
             unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, forest, cache)
+        x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, tree_mask, cache)
         return RMSNorm(config.norm_epsilon, dtype, name="final_norm")(x), cache
 
 
@@ -203,24 +221,26 @@ class _Output(nn.Module):
     embed_dim: int
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> Float32[Array, "embed vocab"]:
         init = nn.with_logical_partitioning(fan_in_init(self.embed_dim), ("embed", "vocab"))
         return self.param("kernel", init, (self.embed_dim, self.vocab_size), jnp.float32)
 
 
-def output_kernel(params: Any) -> jax.Array:
-    """The output projection `[embed, vocab]` of a decoder's (unboxed) parameters, tied or not."""
+def output_kernel(params: Any) -> Float32[Array, "embed vocab"]:
+    """Returns the output projection `[embed, vocab]` of a decoder's (unboxed) parameters, tied or not."""
     return params["output"]["kernel"] if "output" in params else params["embedding"].T
 
 
-def logits(params: Any, hidden: jax.Array) -> jax.Array:
-    """Float32 logits `[..., vocab]` of hidden states `[..., embed]`."""
+def logits(params: Any, hidden: Float[ArrayLike, "*tokens embed"]) -> Float32[Array, "*tokens vocab"]:
+    """Returns float32 logits `[..., vocab]` of hidden states `[..., embed]`."""
     kernel = output_kernel(params).astype(hidden.dtype)
     return jnp.einsum("...D,DV->...V", hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def token_logits(params: Any, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Float32 logit `[...]` of one token of each of the hidden states `[..., embed]`; tokens: int `[...]`."""
+def token_logits(
+    params: Any, hidden: Float[Array, "*tokens embed"], tokens: Int[Array, "*tokens"]
+) -> Float32[Array, "*tokens"]:
+    """Returns the float32 logit `[...]` of one token, int `[...]`, for each of the hidden states `[..., embed]`."""
     if "output" in params:
         kernel = jnp.moveaxis(jnp.take(params["output"]["kernel"], tokens, axis=1), 0, -1)
     else:
@@ -229,6 +249,6 @@ def token_logits(params: Any, hidden: jax.Array, tokens: jax.Array) -> jax.Array
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
-    """A zero cache for all layers: `[layers, batch, length, kv_heads, head_dim]`."""
+    """Returns a cache of zeros for all layers: `[layers, batch, length, kv_heads, head_dim]`."""
     shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))

@@ -9,9 +9,10 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
 
-from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import check_name, dot_product_attention
+from mlx_pretrain.models.attention import check_attention, dot_product_attention
+from mlx_pretrain.models.config_checks import check_choice, check_divides, check_integers
 from mlx_pretrain.models.layers import matrix
 from mlx_pretrain.models.projections import lookup, project
 from mlx_pretrain.parallel.partitioning import constrain
@@ -26,12 +27,15 @@ class EncoderConfig:
 
     Attributes:
       vocab_size: rows of the embedding; pad it to a multiple of the tensor axis.
-      embed_dim, n_layers, n_heads, mlp_dim: as usual; a head has embed_dim / n_heads dimensions.
+      embed_dim: width of the residual stream.
+      n_layers: number of layers.
+      n_heads: heads of a layer, of embed_dim / n_heads dimensions each.
+      mlp_dim: width of the feed-forward part.
       max_length: longest sequence (positions).
       position_offset: row of the position table that a first token takes: 0 in BERT, pad_id + 1 in XLM-R.
       token_types: rows of the table of token types (BERT's sentence A, B); 0: no such table.
-      norm_epsilon: inside the square root of LayerNorm.
-      pad_id: the token that fills a row up; what is padding is said by segment_ids alone.
+      norm_epsilon: summand inside the square root of LayerNorm.
+      pad_id: token that fills rows up; segment_ids alone tell padding from text.
       pooling: a row's vector is its "first" token's or the "mean" of its tokens'.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       remat: the backward pass computes each layer again instead of keeping its activations.
@@ -56,31 +60,25 @@ class EncoderConfig:
     attention: str | None = None
 
     def __post_init__(self):
-        least = {"position_offset": 0, "token_types": 0, "pad_id": 0}
-        sizes = ("vocab_size", "embed_dim", "n_layers", "n_heads", "mlp_dim", "max_length", "unroll")
-        for name, smallest in {**dict.fromkeys(sizes, 1), **least}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < smallest:
-                raise InputError(f"EncoderConfig.{name} = {value!r}: must be an integer of at least {smallest}")
-        if self.embed_dim % self.n_heads:
-            raise InputError(f"EncoderConfig: n_heads={self.n_heads} does not divide embed_dim={self.embed_dim}")
-        if self.pooling not in POOLINGS:
-            raise InputError(f"EncoderConfig.pooling = {self.pooling!r}: not one of {', '.join(POOLINGS)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"EncoderConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
-        check_name("EncoderConfig", self.attention, self.dtype, self.embed_dim // self.n_heads)
+        check_integers(self, "vocab_size", "embed_dim", "n_layers", "n_heads", "mlp_dim", "max_length", "unroll")
+        check_integers(self, "position_offset", "token_types", "pad_id", minimum=0)
+        check_divides(self, "n_heads", "embed_dim")
+        check_choice(self, "pooling", POOLINGS)
+        check_choice(self, "dtype", ("float32", "bfloat16"))
+        check_attention(self, self.embed_dim // self.n_heads)
 
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Returns the number of parameters."""
         embed, mlp = self.embed_dim, self.mlp_dim
         layer = 4 * embed * (embed + 1) + 2 * embed * mlp + mlp + embed + 4 * embed
         rows = self.vocab_size + self.max_length + self.position_offset + self.token_types
         return self.n_layers * layer + rows * embed + 2 * embed
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of the forward pass for one token of a sequence of `length`; training takes three times as many.
+        """Returns the FLOPs of the forward pass for one token of a sequence of `length`.
 
-        2 per weight in a matrix product plus 4 * layers * embed * length for attention's scores and values.
+        2 per weight in a matrix product plus 4 * layers * embed * length for attention's scores and values. Training
+        takes three times as many.
         """
         layer = 4 * self.embed_dim**2 + 2 * self.embed_dim * self.mlp_dim
         return self.n_layers * (2.0 * layer + 4.0 * self.embed_dim * length)
@@ -92,20 +90,23 @@ class LayerNorm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float32[Array, "*batch features"]) -> Float32[Array, "*batch features"]:
         scale = vector(self, "scale", (x.shape[-1],), ("norm",), nn.initializers.ones)
         bias = vector(self, "bias", (x.shape[-1],), ("norm",))
         x -= jnp.mean(x, axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale + bias
 
 
-def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> jax.Array:
-    """A float32 bias or scale of `shape` with logical `axes`."""
+def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float32[Array, "..."]:
+    """Declares a float32 bias or scale `name` of `shape` with logical `axes`, and returns it."""
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's cumulative function (arXiv 1606.08415); `jax.nn.gelu`'s erfc is 3x slower."""
+def gelu(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Returns x times the normal distribution's cumulative function (arXiv 1606.08415), in the shape of x.
+
+    `jax.nn.gelu`'s erfc is 3x slower.
+    """
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -116,8 +117,10 @@ class SelfAttention(nn.Module):
     implementation: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, segment_ids: jax.Array, queries: int) -> jax.Array:
-        """`[batch, length, embed]` to `[batch, queries, embed]`."""
+    def __call__(
+        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"], queries: int
+    ) -> Float[Array, "batch {queries} embed"]:
+        """Returns `[batch, queries, embed]` for x `[batch, length, embed]`."""
         embed, n_heads = x.shape[-1], self.n_heads
         heads = (n_heads, embed // n_heads)
         weight = matrix(self, "qkv", (embed, 3, *heads), ("embed", None, "heads", "head_dim"), embed)
@@ -138,13 +141,15 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: `[batch, length, embed]` in, its first `queries` tokens out."""
+    """One layer: `[batch, length, embed]` in, `[batch, queries, embed]` of the first `queries` tokens out."""
 
     config: EncoderConfig
     queries: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"]
+    ) -> Float[Array, "batch {self.queries} embed"]:
         config, dtype, embed = self.config, x.dtype, x.shape[-1]
         attended = SelfAttention(config.n_heads, config.attention, name="attention")(x, segment_ids, self.queries)
         x = self._add(x[:, : self.queries], attended, "attention")
@@ -157,7 +162,7 @@ class Block(nn.Module):
         return self._add(x, project("BTF,FD->BTD", hidden, down), "mlp")
 
     def _add(self, x: jax.Array, branch: jax.Array, name: str) -> jax.Array:
-        """The normalised sum of the stream, a branch's output and that output's bias."""
+        """Returns the normalised sum of the residual stream, a branch's output and that output's bias."""
         bias = vector(self, f"{name}_bias", (x.shape[-1],), ("norm",))
         total = x.astype(jnp.float32) + branch.astype(jnp.float32) + bias
         x = LayerNorm(self.config.norm_epsilon, name=f"{name}_norm")(total).astype(x.dtype)
@@ -165,18 +170,24 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens to final hidden states, or with `pooled` to one vector a row."""
+    """Computes the final hidden states of tokens, or with `pooled` one vector a row.
+
+    config, params = load_encoder("minilm")                      # mlx_pretrain.convert.encoders
+    tokens = jnp.array([[101, 7592, 102, 0]])                    # [CLS] hello [SEP], one padding token
+    segment_ids = (tokens != config.pad_id).astype(jnp.int32)
+    vectors = Encoder(config).apply({"params": params}, tokens, segment_ids, pooled=True)    # float32 [batch, embed]
+    """
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
-        segment_ids: jax.Array,
-        token_types: jax.Array | None = None,
+        tokens: Int[ArrayLike, "batch length"],
+        segment_ids: Int[ArrayLike, "batch length"],
+        token_types: Int[ArrayLike, "batch length"] | None = None,
         pooled: bool = False,
-    ) -> jax.Array:
+    ) -> Float[Array, "batch length embed"] | Float32[Array, "batch embed"]:
         """Runs the encoder.
 
         Args:
@@ -187,7 +198,7 @@ class Encoder(nn.Module):
             then runs on the first tokens alone.
 
         Returns:
-          `[batch, length, embed]`, or `[batch, embed]` float32 with `pooled`. What stands at padding is finite but
+          `[batch, length, embed]`, or `[batch, embed]` float32 with `pooled`. Hidden states of padding are finite but
           meaningless.
 
         Raises:
@@ -225,19 +236,24 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """The normalised sum of a token's, its position's and its type's vector, `[batch, length, embed]`."""
+    """Computes the normalised sum of a token's, its position's and its type's vector, `[batch, length, embed]`."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, segment_ids: jax.Array, token_types: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: Int[ArrayLike, "batch length"],
+        segment_ids: Int[ArrayLike, "batch length"],
+        token_types: Int[ArrayLike, "batch length"] | None,
+    ) -> Float[Array, "batch length embed"]:
         config, embed = self.config, self.config.embed_dim
         rows = matrix(self, "token", (config.vocab_size, embed), ("vocab", "embed"), embed)
-        places = matrix(
+        position_rows = matrix(
             self, "position", (config.max_length + config.position_offset, embed), (None, "embed"), embed
         )
         x = lookup(rows, tokens, jnp.dtype(config.dtype)).astype(jnp.float32)
-        x += jnp.take(constrain(places, None, None), positions(segment_ids) + config.position_offset, axis=0)
+        x += jnp.take(constrain(position_rows, None, None), positions(segment_ids) + config.position_offset, axis=0)
         if config.token_types:
             types = matrix(self, "type", (config.token_types, embed), (None, "embed"), embed)
             x += types[0] if token_types is None else jnp.take(types, token_types, axis=0)
@@ -245,18 +261,20 @@ class Embeddings(nn.Module):
         return constrain(x, "batch", "length", "act_embed")
 
 
-def positions(segment_ids: jax.Array) -> jax.Array:
-    """Place of each token within its run of one segment id, from 0: int32 `[batch, length]`."""
+def positions(segment_ids: Int[ArrayLike, "batch length"]) -> Int32[Array, "batch length"]:
+    """Returns the position of each token within its run of one segment id, from 0: int32 `[batch, length]`."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def pool(config: EncoderConfig, hidden: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """One float32 vector `[batch, embed]` of each row's hidden states `[batch, length, embed]`, a document a row.
+def pool(
+    config: EncoderConfig, hidden: Float[ArrayLike, "batch length embed"], segment_ids: Int[ArrayLike, "batch length"]
+) -> Float32[Array, "batch embed"]:
+    """Returns one float32 vector `[batch, embed]` of each row's hidden states `[batch, length, embed]`.
 
-    Pooling "first" takes the first column, where the document begins; "mean" the mean of the row's non-padding tokens,
-    zeros for a row that has none.
+    A row is one document. Pooling "first" takes the first column, where the document begins; "mean" the mean of the
+    row's tokens without padding, zeros for a row that has none.
     """
     if config.pooling == "first":
         return hidden[:, 0].astype(jnp.float32)

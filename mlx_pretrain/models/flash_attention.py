@@ -15,11 +15,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from mlx_pretrain.parallel import partitioning
 
 PADDING_SEGMENT = np.iinfo(np.int32).max
-# Kernel -> its matrix products of queries by keys: scores and values; in the gradient the scores again.
+# Kernel -> number of its products of the size queries x keys: scores and values; in the gradient the scores again.
 _PRODUCTS = {
     "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,
     "flash_forward": 2, "flash_d_query": 3, "flash_d_key_value": 4,
@@ -28,10 +29,10 @@ MASKED = -1e30  # finite: a block that is masked for a query is forgotten once i
 
 
 def kernel_flops(op_name: str) -> float:
-    """FLOPs of one execution of a kernel of this module, for rows of one document; 0 for what is none of them.
+    """Returns the FLOPs of one execution of a kernel of this module, for rows of one document; 0 for other operations.
 
     Args:
-      op_name: where a compiled program has it from; the scopes of the JAX program are part of it.
+      op_name: the operation's `op_name` in a compiled program, which holds the scopes of the JAX program.
     """
     products = next((n for name, n in _PRODUCTS.items() if name in op_name), 0)
     flops = re.search(r"product_of_(\d+)_flops", op_name)
@@ -39,8 +40,10 @@ def kernel_flops(op_name: str) -> float:
 
 
 def _scope(query: jax.Array, block: int, causal: bool):
-    """Tells `kernel_flops` what one product takes: XLA cannot look into a kernel. `query` is `[batch, length, heads,
-    head_dim]`, `block` its rows that are masked together."""
+    """Returns a scope that tells `kernel_flops` the FLOPs of one product: XLA cannot look into a kernel.
+
+    `query` is `[batch, length, heads, head_dim]`, `block` its rows that are masked together.
+    """
     batch, length, heads, head_dim = query.shape
     n = length // block
     blocks = n * (n + 1) // 2 if causal else n * n
@@ -48,9 +51,15 @@ def _scope(query: jax.Array, block: int, causal: bool):
 
 
 def splash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, causal: bool, *,
-    max_block: int = 512, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    query: Float[ArrayLike, "batch length heads head_dim"],
+    key: Float[ArrayLike, "batch length kv_heads head_dim"],
+    value: Float[ArrayLike, "batch length kv_heads head_dim"],
+    segment_ids: Int[ArrayLike, "batch length"],
+    causal: bool,
+    *,
+    max_block: int = 512,
+    interpret: bool = False,
+) -> Float[Array, "batch length heads head_dim"]:
     """Attention in JAX's Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`).
 
     Args:
@@ -58,8 +67,8 @@ def splash_attention(
       key, value: `[batch, length, kv_heads, head_dim]`; kv_heads divides heads.
       segment_ids: int32 `[batch, length]`.
       causal: tokens do not attend to later ones.
-      max_block: most queries and keys of a block, a multiple of 128. 512 is MaxText's choice; of a head_dim of 128,
-        1,024 still fit a v5e's scoped vector memory, 2,048 do not.
+      max_block: largest number of queries and keys of a block, a multiple of 128. 512 is MaxText's choice; with a
+        head_dim of 128, 1,024 still fit a v5e's scoped vector memory, 2,048 do not.
       interpret: run on any platform, slowly.
 
     Returns:
@@ -93,9 +102,15 @@ def _splash(query, key, value, segment_ids, *, causal, max_block, interpret):
 
 
 def triton_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, causal: bool, *,
-    blocks: tuple[int, int] = (128, 64), interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    query: Float[ArrayLike, "batch length heads head_dim"],
+    key: Float[ArrayLike, "batch length kv_heads head_dim"],
+    value: Float[ArrayLike, "batch length kv_heads head_dim"],
+    segment_ids: Int[ArrayLike, "batch length"],
+    causal: bool,
+    *,
+    blocks: tuple[int, int] = (128, 64),
+    interpret: bool = False,
+) -> Float[Array, "batch length heads head_dim"]:
     """Attention in a Pallas kernel for GPUs, after FlashAttention-2 (arXiv 2307.08691).
 
     It reads only blocks of keys whose segment ids can occur among the block of queries: a row of many documents takes
@@ -124,7 +139,7 @@ def _flash_padded(causal, blocks, interpret, query, key, value, segment_ids):
 
 
 def _pad(multiple: int, query, key, value, segment_ids):
-    """All four, `[batch, length, ...]`, with a length that is a multiple; what is added is a segment of its own."""
+    """Returns all four, `[batch, length, ...]`, padded to a multiple in length; padding is a segment of its own."""
     added = -query.shape[1] % multiple
     if not added:
         return query, key, value, segment_ids
@@ -133,7 +148,7 @@ def _pad(multiple: int, query, key, value, segment_ids):
 
 
 def _per_shard(function: Callable, query, key, value, segment_ids) -> jax.Array:
-    """Runs `function` on every device's rows and heads, by the rule table; without a mesh as it is."""
+    """Runs `function` on every device's rows and heads, by the rule table; without a mesh on all of them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(query, key, value, segment_ids)
@@ -251,7 +266,7 @@ def _flash_d_query(causal, blocks, interpret, segment_ids, query, key, value, d_
 
 
 def _flash_d_key_value(causal, blocks, interpret, segment_ids, query, key, value, d_attended, log_sum, delta):
-    """A program sums over all heads that share its keys."""
+    """Computes the gradients of keys and values; a program sums over all heads that share its keys."""
     (batch, length, kv_heads, head_dim), (outer, inner) = key.shape, blocks
     group, scale = query.shape[2] // kv_heads, _log2_scale(head_dim)
     first, stop = _ranges(segment_ids, outer, inner, causal, of_keys=True)
@@ -294,7 +309,7 @@ def _flash_d_key_value(causal, blocks, interpret, segment_ids, query, key, value
 
 
 def _specs(length: int, outer: int, head_dim: int, group: int):
-    """Blocks of the loop bounds, the segment ids, the program's rows, and the whole row of one head's keys."""
+    """Returns the blocks of loop bounds, segment ids, the program's rows, and the whole row of one head's keys."""
     return (
         lambda bounds: pl.BlockSpec((None, bounds.shape[1]), lambda i, b, h: (b, 0)),
         pl.BlockSpec((None, length), lambda i, b, h: (b, 0)),
@@ -304,14 +319,14 @@ def _specs(length: int, outer: int, head_dim: int, group: int):
 
 
 def _ranges(segment_ids: jax.Array, outer: int, inner: int, causal: bool, of_keys: bool) -> tuple[jax.Array, jax.Array]:
-    """First block of `inner` rows that a block of `outer` rows has to read, and the one after the last.
+    """Returns the first block of `inner` rows that a block of `outer` rows has to read, and the one after the last.
 
     Both int32 `[batch, length / outer]`. Blocks whose ranges of segment ids do not meet hold no common document.
     """
     batch, length = segment_ids.shape
     low, high = (f(segment_ids.reshape(batch, -1, outer), axis=2)[:, :, None] for f in (jnp.min, jnp.max))
-    least, most = (f(segment_ids.reshape(batch, -1, inner), axis=2)[:, None, :] for f in (jnp.min, jnp.max))
-    meet = (least <= high) & (most >= low)
+    lowest, highest = (f(segment_ids.reshape(batch, -1, inner), axis=2)[:, None, :] for f in (jnp.min, jnp.max))
+    meet = (lowest <= high) & (highest >= low)
     if causal:
         starts, columns = np.arange(0, length, outer)[:, None], np.arange(0, length, inner)
         meet &= columns + inner > starts if of_keys else columns < starts + outer

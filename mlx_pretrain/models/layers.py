@@ -1,4 +1,4 @@
-"""Layers shared by the models: normalisation, rotary positions, gated MLP."""
+"""Layers that models share: normalisation, rotary positions, gated MLP."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,21 +6,26 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from mlx_pretrain.models.projections import project
 from mlx_pretrain.parallel.partitioning import constrain
 
+# Cosines and sines of rotary positions.
+Angles = tuple[Float32[Array, "batch length 1 half_head_dim"], Float32[Array, "batch length 1 half_head_dim"]]
+
 
 def fan_in_init(fan_in: int, gain: float = 1.0) -> Callable[..., jax.Array]:
-    """Truncated normal with standard deviation gain / sqrt(fan_in)."""
+    """Returns an initializer: truncated normal with standard deviation gain / sqrt(fan_in)."""
     # 0.8796 is the standard deviation of a unit normal truncated to [-2, 2].
     return nn.initializers.truncated_normal(gain / (0.8796 * fan_in**0.5))
 
 
 def matrix(
-    module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str], fan_in: int, gain: float = 1.0
-) -> jax.Array:
-    """A float32 weight of `shape` with logical `axes`."""
+    module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], fan_in: int,
+    gain: float = 1.0,
+) -> Float32[Array, "..."]:  # fmt: skip
+    """Declares a float32 weight `name` of `shape` with logical `axes`, and returns it."""
     init = nn.with_logical_partitioning(fan_in_init(fan_in, gain), tuple(axes))
     return module.param(name, init, tuple(shape), jnp.float32)
 
@@ -32,7 +37,7 @@ class RMSNorm(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         scale = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
         )
@@ -41,11 +46,13 @@ class RMSNorm(nn.Module):
         return (x32 * scale).astype(self.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), frequencies theta^(-2i/head_dim).
+def rotary_angles(positions: Int[Array, "batch length"], head_dim: int, theta: float) -> Angles:
+    """Returns cosines and sines of the rotary embedding (arXiv 2104.09864), frequencies theta^(-2i/head_dim).
 
     Args:
       positions: int `[batch, length]`.
+      head_dim: size of a head, even.
+      theta: base of the frequencies.
 
     Returns:
       cos, sin: float32 `[batch, length, 1, head_dim / 2]`.
@@ -55,7 +62,11 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    cos: Float32[Array, "batch length 1 head_dim//2"],
+    sin: Float32[Array, "batch length 1 head_dim//2"],
+) -> Float[Array, "batch length heads head_dim"]:
     """Rotates `[batch, length, heads, head_dim]`; pairs are (i, i + head_dim / 2), as in Hugging Face's LLaMA."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -68,7 +79,7 @@ class GatedMLP(nn.Module):
     output_gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         embed = x.shape[-1]
         gate = matrix(self, "gate", (embed, self.mlp_dim), ("embed", "mlp"), embed)
         up = matrix(self, "up", (embed, self.mlp_dim), ("embed", "mlp"), embed)

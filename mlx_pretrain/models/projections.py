@@ -1,11 +1,11 @@
 """Products of activations with weights, and the lookup of embeddings, on one device and on a mesh.
 
 Weights are float32 parameters that a mesh splits: over `fsdp` to save memory, over `tensor` to share the work. On a
-mesh everything runs in `shard_map`, so that what crosses the network is written here and not left to the compiler:
+mesh everything runs in `shard_map`, so that this module, not the compiler, decides what crosses the network:
 
 - a weight is gathered over `fsdp` in the compute dtype, once forward and once backward;
 - its gradient, summed over the tokens of all devices, is scattered at once (reduce-scatter), in float32;
-- activations that `tensor` has split the sum of are added up in the compute dtype (Megatron, arXiv 1909.08053).
+- activations whose sum `tensor` splits are added up in the compute dtype (Megatron, arXiv 1909.08053).
 """
 
 import functools
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.parallel import collectives, partitioning
 
@@ -32,8 +33,8 @@ _LOGICAL = {
 }
 
 
-def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`einsum(equation, x, weight)` of activations with a float32 weight, in the dtype of `x`.
+def project(equation: str, x: Float[ArrayLike, "..."], weight: Float32[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(equation, x, weight)` of activations and a float32 weight, in the dtype of `x`.
 
     All three products, forward and backward, take operands in that dtype and sum in float32; the weight's gradient
     stays float32. Left to autodiff, the backward products would run on float32 operands, or round their sums.
@@ -70,13 +71,13 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class _Plan(NamedTuple):
-    """How the devices of a mesh share a product.
+    """The division of a product among the devices of a mesh.
 
     Attributes:
-      x, weight, y: letters.
+      x, weight, y: letters of the equation.
       gathered: (dimension, mesh axes) of the weight's dimensions that are gathered for the product.
       summed: mesh axes over which the product is added up.
-      summed_backward: the same of the gradient to `x`.
+      summed_backward: mesh axes over which the gradient to `x` is added up.
       replicas: mesh axes over which the weight's gradient is added up, besides those it is scattered over.
     """
 
@@ -89,7 +90,7 @@ class _Plan(NamedTuple):
     replicas: tuple[str, ...]
 
     def specs(self) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-        """Layouts of x, the weight and y."""
+        """Returns the layouts of x, the weight and y."""
         roles = ((self.x, 1), (self.weight, 0), (self.y, 1))
         return tuple(partitioning.spec(*(_LOGICAL[letter][role] for letter in letters)) for letters, role in roles)
 
@@ -106,7 +107,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(equation: str, x: jax.Array, weight: jax.Array) -> _Plan | None:
-    """None where the compiler decides: one device, letters without a meaning, sizes that do not divide."""
+    """Returns None where the compiler decides: one device, letters without a meaning, sizes that do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(equation) <= {*_LOGICAL, *",->"}:
         return None
@@ -172,8 +173,10 @@ def _sharded_backward(plan: _Plan, residuals, dy: jax.Array):
 _sharded.defvjp(_sharded_forward, _sharded_backward)
 
 
-def lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of an embedding.
+def lookup(
+    table: Float32[ArrayLike, "vocab embed"], ids: Int[ArrayLike, "batch length"], dtype: jnp.dtype
+) -> Float[Array, "batch length embed"]:
+    """Returns the rows of an embedding.
 
     On a mesh the table is gathered in `dtype`; a device adds up the gradient of its tokens and the sum over devices is
     scattered, in float32.
@@ -181,6 +184,7 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     Args:
       table: float32 `[vocab, embed]`.
       ids: int `[batch, length]`.
+      dtype: dtype of the result.
 
     Returns:
       `[batch, length, embed]` in `dtype`.
@@ -214,7 +218,7 @@ def _lookup(static, table, ids):
 
 
 def _local_ids(ids: jax.Array, rows: int, axes: tuple[str, ...]) -> jax.Array:
-    """Places of ids in a device's `rows` of the table; one past the end for those of other devices."""
+    """Returns the indices of ids in a device's `rows` of the table; one past the end for those of other devices."""
     if not axes:
         return ids
     ids = ids - jax.lax.axis_index(axes) * rows

@@ -8,9 +8,11 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.attention import check_name
+from mlx_pretrain.models.attention import check_attention
+from mlx_pretrain.models.config_checks import check_choice, check_divides, check_integers
 from mlx_pretrain.models.encoder import LayerNorm, SelfAttention, vector
 from mlx_pretrain.models.layers import matrix, project
 from mlx_pretrain.parallel.partitioning import constrain
@@ -23,11 +25,14 @@ class VisionConfig:
 
     Attributes:
       image_size: pixels of a side of the square images.
-      patch_size: pixels of a side of a patch; what is left over at the right and below is not seen.
-      embed_dim, n_layers, n_heads, mlp_dim: as usual.
+      patch_size: pixels of a side of a patch; pixels left over at the right and below are not read.
+      embed_dim: width of the residual stream.
+      n_layers: number of layers.
+      n_heads: heads of a layer, of embed_dim / n_heads dimensions each.
+      mlp_dim: width of the feed-forward part.
       final_norm: normalise the last layer's output (SigLIP does, LLaVA takes an earlier layer as it is).
-      norm_epsilon: of layer normalisation.
-      mean, std: of the colours, subtracted and divided by, where pixels are 0 to 1.
+      norm_epsilon: summand inside the square root of LayerNorm.
+      mean, std: of red, green and blue, subtracted from pixels of 0 to 1 and divided by.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       unroll: layers per iteration of the scan over layers.
       attention: name of an implementation in `models.attention.IMPLEMENTATIONS`; None: the platform's fastest.
@@ -48,22 +53,17 @@ class VisionConfig:
     attention: str | None = None
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "embed_dim", "n_layers", "n_heads", "mlp_dim", "unroll"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"VisionConfig.{name} = {value!r}: must be a positive integer")
+        check_integers(self, "image_size", "patch_size", "embed_dim", "n_layers", "n_heads", "mlp_dim", "unroll")
         if self.patch_size > self.image_size:
             raise InputError(f"VisionConfig: patch_size={self.patch_size} exceeds image_size={self.image_size}")
-        if self.embed_dim % self.n_heads:
-            raise InputError(f"VisionConfig: n_heads={self.n_heads} does not divide embed_dim={self.embed_dim}")
+        check_divides(self, "n_heads", "embed_dim")
         for name in ("mean", "std"):
             value = tuple(getattr(self, name))
             if len(value) != 3 or (name == "std" and not min(value) > 0):
                 raise InputError(f"VisionConfig.{name} = {value!r}: must be three numbers, one for each colour")
             object.__setattr__(self, name, value)  # JSON has no tuples
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"VisionConfig.dtype = {self.dtype!r}: not float32 or bfloat16")
-        check_name("VisionConfig", self.attention, self.dtype, self.embed_dim // self.n_heads)
+        check_choice(self, "dtype", ("float32", "bfloat16"))
+        check_attention(self, self.embed_dim // self.n_heads)
 
     @property
     def side(self) -> int:
@@ -71,19 +71,19 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters in boxes that carry their logical axis names."""
+        """Returns fresh parameters in boxes that carry their logical axis names."""
         images = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.uint8)
         return VisionTransformer(self).init(key, images)["params"]
 
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Returns the number of parameters."""
         embed, mlp = self.embed_dim, self.mlp_dim
         layer = 4 * embed * (embed + 1) + 2 * embed * mlp + mlp + embed + 4 * embed
         patches = (3 * self.patch_size**2 + 1 + self.side**2) * embed
         return self.n_layers * layer + patches + 2 * embed * self.final_norm
 
     def flops_per_image(self) -> float:
-        """FLOPs of the forward pass; training takes three times as many."""
+        """Returns the FLOPs of the forward pass; training takes three times as many."""
         tokens, embed = self.side**2, self.embed_dim
         layer = 4 * embed**2 + 2 * embed * self.mlp_dim + 2 * embed * tokens
         return 2.0 * tokens * (self.n_layers * layer + 3 * self.patch_size**2 * embed)
@@ -95,7 +95,9 @@ class _Block(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: Float[Array, "batch patches embed"], segment_ids: Int[Array, "batch patches"]
+    ) -> tuple[Float[Array, "batch patches embed"], None]:
         config, dtype, embed = self.config, x.dtype, x.shape[-1]
 
         def normed(x: jax.Array, name: str) -> jax.Array:
@@ -116,7 +118,8 @@ class _Block(nn.Module):
 
 
 def layers(config: VisionConfig, name: str) -> nn.Module:
-    """The tower's layers: called with `[batch, tokens, embed]` and int segments `[batch, tokens]`, (output, None)."""
+    """Returns the tower's layers, a module of (`[batch, tokens, embed]`, int segment ids `[batch, tokens]`) that
+    returns (`[batch, tokens, embed]`, None)."""
     scanned = nn.scan(
         _Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
         length=config.n_layers, unroll=config.unroll, metadata_params={nn.PARTITION_NAME: "layers"},
@@ -125,13 +128,15 @@ def layers(config: VisionConfig, name: str) -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """Images to one vector for every patch, row by row from the top."""
+    """Computes one vector for every patch of images, row by row from the top."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """`[batch, patches, embed]` of `images` uint8 `[batch, image_size, image_size, 3]`, red, green, blue."""
+    def __call__(
+        self, images: UInt8[ArrayLike, "batch {self.config.image_size} {self.config.image_size} 3"]
+    ) -> Float[Array, "batch {self.config.side**2} embed"]:
+        """Returns `[batch, patches, embed]` for uint8 `[batch, image_size, image_size, 3]`, red, green, blue."""
         config, dtype, embed = self.config, jnp.dtype(self.config.dtype), self.config.embed_dim
         side, patch, batch = config.side, config.patch_size, images.shape[0]
         pixels = (images.astype(jnp.float32) / 255 - jnp.array(config.mean)) / jnp.array(config.std)

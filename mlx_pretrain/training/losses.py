@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Float32, Integer
 
 from mlx_pretrain.parallel import collectives, partitioning
 
@@ -29,9 +30,9 @@ class LossSums(NamedTuple):
       weight: sum of the loss weights.
     """
 
-    nll: jax.Array
-    z_loss: jax.Array
-    weight: jax.Array
+    nll: Float32[Array, ""]
+    z_loss: Float32[Array, ""]
+    weight: Float32[Array, ""]
 
 
 class _Plan(NamedTuple):
@@ -43,14 +44,14 @@ class _Plan(NamedTuple):
 
 
 def cross_entropy(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[ArrayLike, "batch length embed"],
+    kernel: Float[ArrayLike, "embed vocab"],
+    targets: Integer[ArrayLike, "batch length"],
+    weights: Float[ArrayLike, "batch length"],
     *,
     z_coefficient: float = 0.0,
     chunk_tokens: int | None = None,
-) -> tuple[jax.Array, LossSums]:
+) -> tuple[Float32[Array, ""], LossSums]:
     """Weighted sum of softmax cross entropy (plus z-loss) over all tokens of the global batch.
 
     Differentiable in `hidden` and `kernel`.
@@ -71,7 +72,12 @@ def cross_entropy(
     return _cross_entropy(_plan(chunk_tokens, z_coefficient), hidden, kernel, targets, weights.astype(jnp.float32))
 
 
-def token_nll(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens: int | None = None) -> jax.Array:
+def token_nll(
+    hidden: Float[ArrayLike, "batch length embed"],
+    kernel: Float[ArrayLike, "embed vocab"],
+    targets: Integer[ArrayLike, "batch length"],
+    chunk_tokens: int | None = None,
+) -> Float32[Array, "batch length"]:
     """Negative log-likelihood of every target, nats: float32 `[batch, length]`; arguments as in `cross_entropy`."""
     plan = _plan(chunk_tokens, 0.0)
     return _run(plan, False, hidden, kernel, targets, jnp.zeros(targets.shape, jnp.float32))[0]

@@ -120,6 +120,6 @@ def test_a_macro_whose_reader_is_overridden_is_no_mistake_of_its_file(tmp_path):
 
 
 def test_no_file_of_the_repository_sets_a_macro_that_none_reads():
-    files = glob.glob(f"{gin_files.REPOSITORY}/gin/**/*.gin", recursive=True)
+    files = glob.glob(f"{gin_files.GIN_ROOT}/gin/**/*.gin", recursive=True)
     assert len(files) > 20
     gin_files._check_macros(files, [], [])

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models import attention, flash_attention
-from mlx_pretrain.models.attention import IMPLEMENTATIONS, Request, choose, dot_product_attention
+from mlx_pretrain.models.attention import IMPLEMENTATIONS, AttentionCall, choose_implementation, dot_product_attention
 from mlx_pretrain.models.decoder import Decoder
 from mlx_pretrain.models.encoder import EncoderConfig
 from mlx_pretrain.models.tree_attention import TreeMask, tree_attention
@@ -185,28 +185,28 @@ def test_trees_over_several_blocks_equal_numpy():
     rng, length, prefix_length = np.random.default_rng(0), 300, 9
     query, key, value, _ = operands(length)
     prefix_key, prefix_value = operands(12, batch=1, seed=1)[1:3]
-    ends = np.full((2, length), length)
-    for row in ends:  # a token's range lies within that of the token whose range it begins in
+    subtree_ends = np.full((2, length), length)
+    for row in subtree_ends:  # a token's range lies within that of the token whose range it begins in
         for i in range(length):
             within = min((end for j, end in enumerate(row[:i]) if j < i < end), default=length)
             row[i] = rng.integers(i + 1, within + 1) if rng.random() < 0.05 else within
-    places = np.arange(length)
-    seen = (places[None, :] <= places[:, None]) & (places[:, None] < ends[:, None, :])
-    assert 0.1 < seen.mean() < 0.45 and seen[:, 256:, :128].any()
+    index = np.arange(length)
+    read = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_ends[:, None, :])
+    assert 0.1 < read.mean() < 0.45 and read[:, 256:, :128].any()
     for prefix in (None, (prefix_key, prefix_value)):
-        keys, values, visible = key, value, seen[:, None]
+        keys, values, visible = key, value, read[:, None]
         if prefix:
             keys, values = (np.concatenate([np.repeat(p, 2, axis=0), x], axis=1) for p, x in zip(prefix, (key, value)))
             real = np.broadcast_to(np.arange(12) < prefix_length, (2, 1, length, 12))
             visible = np.concatenate([real, visible], axis=3)
         expected = reference(query, keys, values, visible, query)[0]
-        found = jax.jit(tree_attention)(query, key, value, TreeMask(ends, np.int32(prefix_length)), prefix)
+        found = jax.jit(tree_attention)(query, key, value, TreeMask(subtree_ends, np.int32(prefix_length)), prefix)
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 # What is chosen.
 
-CALL = Request("cpu", "bfloat16", 64, 128, segments=True, masked=False, partial=False)
+CALL = AttentionCall("cpu", "bfloat16", 64, 128, segments=True, masked=False, partial=False)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ CALL = Request("cpu", "bfloat16", 64, 128, segments=True, masked=False, partial=
     ],
 )
 def test_the_fastest_that_can_is_chosen(change, expected):
-    assert choose(None, CALL._replace(**change)) == expected
+    assert choose_implementation(None, CALL._replace(**change)) == expected
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_name_that_cannot_is_replaced_aloud_once(name, change, chosen, message
     attention._warn.cache_clear()
     with caplog.at_level(logging.WARNING, logger="mlx_pretrain.models.attention"):
         for _ in range(2):
-            assert choose(name, CALL._replace(**change)) == chosen
+            assert choose_implementation(name, CALL._replace(**change)) == chosen
     assert len(caplog.messages) == (message is not None) and all(message in m for m in caplog.messages)
 
 

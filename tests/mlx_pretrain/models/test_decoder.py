@@ -14,7 +14,7 @@ from mlx_pretrain.data.batches import decoder_batch
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, logits
 
-MODELS = pathlib.Path(gin_files.REPOSITORY) / "gin" / "models"
+MODELS = pathlib.Path(gin_files.GIN_ROOT) / "gin" / "models"
 
 
 def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
