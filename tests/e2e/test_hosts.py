@@ -71,6 +71,24 @@ def test_two_processes_compute_what_one_does(pair, reference):
     assert (facts["processes"], facts["mesh"]["data"]) == (2, 2)
 
 
+def test_two_processes_stop_by_a_rule_and_write_each_metric_once(tiny_gin, tmp_path):
+    """The learning rate is 0, so that no evaluation is better than the first."""
+    pytest.importorskip("wandb")
+    flags = ("--gin.train.learning_rate=@constant_schedule()", "--gin.constant_schedule.value=0.0",
+             "--gin.train.stop_rules=[@EarlyStopping()]", "--gin.EarlyStopping.patience=2",
+             "--gin.train.average=@WeightAverage()", "--gin.train.sinks=[@WeightsAndBiases]",
+             "--gin.WeightsAndBiases.mode=offline")
+    ended = run_job(TRAIN, tiny_gin, *flags, folder=tmp_path)
+    assert codes(ended) == [0, 0], ended
+    assert "stopped by a rule after step 16" in ended[0].out
+    for event in ("eval", "eval_ema"):
+        assert [line["step"] for line in lines(tmp_path / "run", event)] == [0, 8, 16]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped"]["step"] == 16
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    ended = run_job(TRAIN, tiny_gin, *flags, folder=tmp_path)
+    assert codes(ended) == [0, 0] and "nothing left to do, stopped after step 16: eval/loss has not" in ended[0].out
+
+
 def stopped(job: list[Process], run_dir: pathlib.Path, number: int, since: int) -> list[Ended]:
     """Sends a signal to the last process alone, a few steps after step `since`."""
     begun = time.time()
