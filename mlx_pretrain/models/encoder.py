@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"], queries: int
+        self, x: Float[Array, "batch length embed"], segment_ids: Int[ArrayLike, "batch length"], queries: int
     ) -> Float[Array, "batch {queries} embed"]:
         """Returns `[batch, queries, embed]` for x `[batch, length, embed]`."""
         embed, n_heads = x.shape[-1], self.n_heads
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"]
+        self, x: Float[Array, "batch length embed"], segment_ids: Int[ArrayLike, "batch length"]
     ) -> Float[Array, "batch {self.queries} embed"]:
         config, dtype, embed = self.config, x.dtype, x.shape[-1]
         attended = SelfAttention(config.n_heads, config.attention, name="attention")(x, segment_ids, self.queries)
