@@ -1,4 +1,4 @@
-"""A decoder as a Hugging Face folder, which transformers and our own commands read:
+"""Exports a decoder as a Hugging Face folder, which transformers and our own commands read:
 
     python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo --gin.export_model.output=hf/demo
 """
@@ -26,7 +26,7 @@ def export_model(
     model: str = gin.REQUIRED, output: str = gin.REQUIRED, step: int | None = None, dtype: str = "float32"
 ) -> None:
     """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, and the
-    chat templates that come with somebody else's tokenizer.
+    chat templates of a Hugging Face tokenizer.
 
     Args:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file (its weights dequantised).
@@ -42,37 +42,39 @@ def export_model(
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; export_model.output must be a new folder")
-    found = load_language_model(model, step=step)
+    language_model = load_language_model(model, step=step)
+    config = language_model.config
     # config.json, which makes the folder a model, is written last.
-    if isinstance(found.tokenizer, Tokenizer):
-        tokenizer, settings = tokenizer_json(found.tokenizer)
+    if isinstance(language_model.tokenizer, Tokenizer):
+        tokenizer, settings = tokenizer_json(language_model.tokenizer)
         templates = {}
     else:
-        tokenizer, settings = _foreign_tokenizer(found)
+        tokenizer, settings = _hf_tokenizer(language_model)
         templates = template_files(model) if epath.Path(model).is_dir() else {}
-    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": found.config.max_length})
+    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": config.max_length})
     write_atomic(folder / HF_TOKENIZER, tokenizer)
     for name, content in templates.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, content)
-    save_decoder(folder, found.config, found.params, bos_id=found.bos_id, eos_id=found.eos_ids, dtype=dtype)
-    where = f", step {found.step}" if found.step is not None else ""
-    print(f"{folder}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {model}{where}, {found.config.parameters():,} parameters "
+    save_decoder(folder, config, language_model.params, bos_id=language_model.bos_id, eos_id=language_model.eos_ids,
+                 dtype=dtype)
+    of_step = "" if language_model.step is None else f", step {language_model.step}"
+    print(f"{folder}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {model}{of_step}, {config.parameters():,} parameters "
           f"in {dtype}")
 
 
-def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
-    """The contents of tokenizer.json and tokenizer_config.json, which agree on what stands before a text.
+def _hf_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
+    """Returns the contents of tokenizer.json and tokenizer_config.json, which agree on the ids before a text.
 
-    Special tokens have the names that they had, for chat templates use these.
+    Special tokens keep their names, because chat templates use them.
     """
     vocabulary, path = model.tokenizer.vocabulary(), epath.Path(model.path)
     pieces = {token: piece for piece, token in vocabulary.items()}
     if path.suffix == ".gguf":
         named, template = {}, GGUF(path).chat_template()
     else:
-        found = read_tokenizer_settings(path)
-        named, template = _named_tokens(found, vocabulary), template_setting(path, found)
+        original = read_tokenizer_settings(path)
+        named, template = _named_tokens(original, vocabulary), template_setting(path, original)
     prefix_ids = model.prefix_ids
     same = prefix_ids == tuple(model.tokenizer.before.tolist())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
@@ -83,7 +85,7 @@ def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
 
 
 def _named_tokens(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, str]:
-    """The special tokens that settings name, as far as they are in the vocabulary: "pad_token" -> its text."""
+    """Returns the special tokens that settings name and the vocabulary holds: "pad_token" -> its text."""
     named = {name: token.get("content") if isinstance(token, dict) else token
              for name, token in settings.items() if name.endswith("_token")}
     return {name: token for name, token in named.items() if isinstance(token, str) and token in vocabulary}

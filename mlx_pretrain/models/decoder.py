@@ -221,12 +221,12 @@ class _Output(nn.Module):
     embed_dim: int
 
     @nn.compact
-    def __call__(self) -> Float32[Array, "embed vocab"]:
+    def __call__(self) -> Float32[ArrayLike, "embed vocab"]:
         init = nn.with_logical_partitioning(fan_in_init(self.embed_dim), ("embed", "vocab"))
         return self.param("kernel", init, (self.embed_dim, self.vocab_size), jnp.float32)
 
 
-def output_kernel(params: Any) -> Float32[Array, "embed vocab"]:
+def output_kernel(params: Any) -> Float32[ArrayLike, "embed vocab"]:
     """Returns the output projection `[embed, vocab]` of a decoder's (unboxed) parameters, tied or not."""
     return params["output"]["kernel"] if "output" in params else params["embedding"].T
 

@@ -24,7 +24,7 @@ def fan_in_init(fan_in: int, gain: float = 1.0) -> Callable[..., jax.Array]:
 def matrix(
     module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], fan_in: int,
     gain: float = 1.0,
-) -> Float32[Array, "..."]:  # fmt: skip
+) -> Float32[ArrayLike, "..."]:  # fmt: skip
     """Declares a float32 weight `name` of `shape` with logical `axes`, and returns it."""
     init = nn.with_logical_partitioning(fan_in_init(fan_in, gain), tuple(axes))
     return module.param(name, init, tuple(shape), jnp.float32)
