@@ -6,11 +6,11 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
-EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile")
+EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile", "wandb")
 
 
 def requirements(name: str) -> list[str]:
-    """The direct requirements in requirements/<name>.in, without its `-r` lines."""
+    """Returns the direct requirements in requirements/<name>.in, without its `-r` lines."""
     lines = (ROOT / "requirements" / f"{name}.in").read_text().splitlines()
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
@@ -23,8 +23,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=[pattern for p in PACKAGES for pattern in (p, f"{p}.*")]),
-    package_data={"": ["*.html.j2"]},
+    # The gin files become part of mlx_pretrain: a top-level gin/ would lie in the folder of the library of that name.
+    packages=[*find_packages(include=[pattern for p in PACKAGES for pattern in (p, f"{p}.*")]), "mlx_pretrain.gin"],
+    package_dir={"mlx_pretrain.gin": "gin"},
+    package_data={"": ["*.html.j2"], "mlx_pretrain.gin": ["**/*.gin"]},
     install_requires=requirements("core"),
     extras_require={
         **{name: requirements(name) for name in EXTRAS},

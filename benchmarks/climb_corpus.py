@@ -29,9 +29,8 @@ import time
 
 import numpy as np
 
-from data_mixtures.climb.laws.interactions import INTERACTIONS
-from data_mixtures.climb.laws.parametric import Climb
-from data_mixtures.climb.laws.registry import LAWS
+from data_mixtures.climb.laws import LAWS, Climb
+from data_mixtures.climb.laws.transfer import TRANSFER_FAMILIES
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs, proxy_runs
 from data_mixtures.climb.validation import scores
 from mlx_pretrain.data.rates import load_rates
@@ -122,7 +121,7 @@ def compare_laws(fit_to: ProxyRuns, judge: ProxyRuns, families: bool) -> dict[st
     laws = {name: law() for name, law in LAWS.items()}
     if families:
         laws |= {f"climb {name}{'' if shift else ', no shift'}": Climb(name, shift=shift)
-                 for name in INTERACTIONS for shift in (True, False)}
+                 for name in TRANSFER_FAMILIES for shift in (True, False)}
     found, predicted = {}, {}
     for name, law in laws.items():
         started = time.perf_counter()
@@ -191,7 +190,7 @@ def main() -> None:
     parser.add_argument("--mixtures", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="proxies trained side by side")
-    parser.add_argument("--families", action="store_true", help="all interaction families too")
+    parser.add_argument("--families", action="store_true", help="all transfer families too")
     parser.add_argument("--quick", action="store_true", help="three languages, few and short runs: a check, no result")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -200,9 +199,9 @@ def main() -> None:
         arguments.mixtures, arguments.seeds = 6, 1
     split_documents(arguments.corpus, arguments.languages, work / "documents")
     tokenizer, store = work / "tokenizer.model", work / "tokens"
-    command("data_mixtures.tokenizer", Corpus__folder=work / "documents", train_tokenizer__corpus="@Corpus()",
+    command("data_mixtures.tokenizer", Corpus__root=work / "documents", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=tokenizer, train_tokenizer__vocab_size=VOCAB_SIZE)
-    command("data_mixtures.export", Corpus__folder=work / "documents", export_tokens__corpus="@Corpus()",
+    command("data_mixtures.export", Corpus__root=work / "documents", export_tokens__corpus="@Corpus()",
             export_tokens__tokenizer=tokenizer, export_tokens__store=store, export_tokens__sequence_length=LENGTH)
     tokens = [arguments.tokens // k for k in (8, 4, 2, 1)]
     runs = train(work, "proxies", tokens, arguments.threads, planned_mixtures__mixtures=arguments.mixtures)

@@ -1,13 +1,14 @@
 """How often Climb's intervals hold the truth, over made-up worlds whose laws are known.
 
-    python benchmarks/climb_intervals.py [--law climb|process] [--worlds 20] [--mixtures 20] [--replicates 60] [--quick]
+    python benchmarks/climb_intervals.py [--law climb|structured_gp] [--worlds 20] [--mixtures 20]
+        [--replicates 60] [--quick]
 
 A world draws the parameters of its law at random, what languages give each other among them; its proxy runs are read
 with noise, half of it common to all checkpoints of a run. Two kinds of tables, for the two default laws:
 
 - `climb`: monolingual runs and mixtures at four token counts, asked for at four times the most tokens. Which
   family the transfer is of, Climb must find out.
-- `process`: mixtures at one size, asked for at that size.
+- `structured_gp`: mixtures at one size, asked for at that size.
 
 Counted is how often the truth lies in the interval of nominal 90%: the loss of each target at the uniform mixture, at a
 random one and at the recommended one, and each language's ratio in the best mixture of the world's own law. `half` is
@@ -23,11 +24,12 @@ import numpy as np
 
 from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
+from data_mixtures.climb.laws import default_law
 from data_mixtures.climb.laws.base import FittedLaw
-from data_mixtures.climb.laws.formulas import EffectiveModel, Shared
-from data_mixtures.climb.laws.interactions import INTERACTIONS
-from data_mixtures.climb.laws.parametric import EffectiveFit
-from data_mixtures.climb.laws.registry import default_law
+from data_mixtures.climb.laws.climb import Shared
+from data_mixtures.climb.laws.formulas import EffectiveFormula
+from data_mixtures.climb.laws.parametric import FittedEffectiveFormula
+from data_mixtures.climb.laws.transfer import TRANSFER_FAMILIES
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 
 TOKENS = (1e6, 2e6, 4e6, 8e6)
@@ -36,21 +38,22 @@ KINDS = ("uniform", "random", "recommended", "ratio")
 NOISE = 0.007  # of a row and, once more, of a run: standard deviations of the log-loss
 
 
-def world(number: int, family: str, languages: int) -> EffectiveFit:
-    """A law of the form `Shared` with transfer of a family of `INTERACTIONS`, its parameters at random."""
+def world(number: int, family: str, languages: int) -> FittedEffectiveFormula:
+    """A law of the form `Shared` with transfer of a family of `TRANSFER_FAMILIES`, its parameters at random."""
     rng = np.random.default_rng(number)
     names = tuple(f"l{i}" for i in range(languages))
-    interaction = INTERACTIONS[family](True)
-    model = EffectiveModel(languages, Shared(n_varies=False, d_varies=True, shift=True), interaction)
+    transfer = TRANSFER_FAMILIES[family](True)
+    formula = EffectiveFormula(languages, Shared(n_varies=False, d_varies=True, shift=True), transfer)
     drawn = {"log_e": (np.log(2), 0.2), "log_gamma": (np.log(0.05), 0.4), "log_b": (0.0, 0.4),
              "log_kappa": (np.log(0.15), 0.4), "log_beta": (np.log(0.3), 0.3), "log_shift": (np.log(0.02), 0.7)}
-    drawn |= {name: (mean, 0.7 * sd) for name, (mean, sd) in interaction.prior().items()}
+    drawn |= {name: (mean, 0.7 * sd) for name, (mean, sd) in transfer.prior().items()}
     drawn |= {"log_strength": (np.log(0.1), 0.7)}
-    means, sds = (np.concatenate([np.full(size, drawn[name][i]) for name, size in model.sizes.items()]) for i in (0, 1))
+    sizes = formula.sizes.items()
+    means, sds = (np.concatenate([np.full(size, drawn[name][i]) for name, size in sizes]) for i in (0, 1))
     parameters = means + sds * rng.normal(size=(languages, len(means)))
     every = np.broadcast_to(means, parameters.shape)
-    return EffectiveFit(model, names, names, parameters, every, np.broadcast_to(sds, every.shape), np.ones(languages),
-                        PROXY, TOKENS[1], 1e-3, np.full(languages, 1 / languages))
+    return FittedEffectiveFormula(formula, names, names, parameters, every, np.broadcast_to(sds, every.shape),
+                                  np.ones(languages), PROXY, TOKENS[1], 1e-3, np.full(languages, 1 / languages))
 
 
 def table(law: FittedLaw, mixtures: int, tokens: tuple[float, ...], corners: bool, seed: int) -> ProxyRuns:
@@ -68,7 +71,7 @@ def table(law: FittedLaw, mixtures: int, tokens: tuple[float, ...], corners: boo
 
 
 def coverage(number: int, family: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Of one world: whether each truth lies in its interval, the intervals' half-widths and the errors."""
+    """Returns, for one world, whether each truth lies in its interval, the intervals' half-widths and the errors."""
     law, climb = world(number, family, arguments.languages), arguments.law == "climb"
     tokens = TOKENS if climb else TOKENS[1:2]
     size = 4 * tokens[-1] if climb else tokens[-1]
@@ -95,10 +98,10 @@ def coverage(number: int, family: str, arguments: argparse.Namespace) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--law", choices=("climb", "process"), default="climb")
+    parser.add_argument("--law", choices=("climb", "structured_gp"), default="climb")
     parser.add_argument("--families", default="substitution_fading,saturating_fading,aggregate_fading",
-                        help="of the worlds' transfer")
-    parser.add_argument("--worlds", type=int, default=20, help="of each family")
+                        help="families of the worlds' transfer")
+    parser.add_argument("--worlds", type=int, default=20, help="worlds of each family")
     parser.add_argument("--first", type=int, default=0, help="the first world")
     parser.add_argument("--languages", type=int, default=5)
     parser.add_argument("--mixtures", type=int, default=20, help="mixed runs of a table")
@@ -108,8 +111,8 @@ def main() -> None:
     if arguments.quick:
         arguments.worlds, arguments.replicates, arguments.families = 2, 10, "substitution_fading"
     families = arguments.families.split(",")
-    if unknown := [name for name in families if name not in INTERACTIONS]:
-        parser.error(f"no family {unknown[0]!r}; there are {', '.join(INTERACTIONS)}")
+    if unknown := [name for name in families if name not in TRANSFER_FAMILIES]:
+        parser.error(f"no family {unknown[0]!r}; there are {', '.join(TRANSFER_FAMILIES)}")
     start, results = time.perf_counter(), {}
     for family in families:
         found = []

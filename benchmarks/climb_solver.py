@@ -20,28 +20,31 @@ import time
 import numpy as np
 
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.laws.formulas import EffectiveModel, Shared
-from data_mixtures.climb.laws.interactions import INTERACTIONS
-from data_mixtures.climb.laws.parametric import EffectiveFit
+from data_mixtures.climb.laws.climb import Shared
+from data_mixtures.climb.laws.formulas import EffectiveFormula
+from data_mixtures.climb.laws.parametric import FittedEffectiveFormula
+from data_mixtures.climb.laws.transfer import TRANSFER_FAMILIES
 from data_mixtures.climb.solve import solve_two_step
 
 N_PARAMS, TOKENS = 1.2e9, 3e11
 
 
-def draw_law(languages: int, seed: int) -> EffectiveFit:
+def draw_law(languages: int, seed: int) -> FittedEffectiveFormula:
     """A Climb law, as fitted to proxies of 20M parameters and 1B tokens."""
     rng = np.random.default_rng(seed)
-    model = EffectiveModel(languages, Shared(True, True, True), INTERACTIONS["substitution_fading"](d_varies=True))
+    transfer = TRANSFER_FAMILIES["substitution_fading"](d_varies=True)
+    formula = EffectiveFormula(languages, Shared(True, True, True), transfer)
     names = tuple(f"l{i:02}" for i in range(languages))
-    prior = model.prior(rng.uniform(3, 6, 100))
+    prior = formula.prior(rng.uniform(3, 6, 100))
     mean, sd = (
-        np.concatenate([np.full(size, prior[name][which]) for name, size in model.sizes.items()]) for which in (0, 1)
+        np.concatenate([np.full(size, prior[name][which]) for name, size in formula.sizes.items()]) for which in (0, 1)
     )
     # What a fit finds varies less than its prior, which is wide.
     parameters = mean + 0.3 * sd * rng.normal(size=(languages, len(mean)))
     mean, sd = np.tile(mean, (languages, 1)), np.tile(sd, (languages, 1))
     noise, uniform = np.full(languages, 0.01), np.full(languages, 1 / languages)
-    return EffectiveFit(model, names, names, parameters, mean, sd, noise, 2e7, 1e9, 0.1 / languages, uniform)
+    return FittedEffectiveFormula(formula, names, names, parameters, mean, sd, noise, 2e7, 1e9, 0.1 / languages,
+                                  uniform)
 
 
 def solve(languages: int, seed: int) -> dict:

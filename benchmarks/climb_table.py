@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from data_mixtures.climb.laws.registry import LAWS
+from data_mixtures.climb.laws import LAWS
 from data_mixtures.climb.proxy_table import ProxyRuns, regmix_runs
 from data_mixtures.climb.validation import scores
 from mlx_pretrain.errors import InputError

@@ -101,10 +101,11 @@ def write_models(scratch: pathlib.Path, smollm2: str | None) -> dict[str, pathli
 
 def ours(folder: str, items: list[dict], warm_up: list[dict], examples: list[dict]) -> dict:
     """Through `evals`, as `evals.run` does it."""
-    from evals.requests import requests_of
-    from evals.results import evaluate
-    from evals.tables import table_of_scores
-    from evals.tasks import Aligned, Item, Task
+    from evals.scoring.item_tables import table_of_scores
+    from evals.scoring.requests import item_requests
+    from evals.scoring.results import compute_results
+    from evals.tasks.alignment import AlignedItems
+    from evals.tasks.task_files import Item, Task
     from mlx_pretrain.inference.language_model import load_language_model
     from mlx_pretrain.inference.scoring import Scorer
 
@@ -116,10 +117,10 @@ def ours(folder: str, items: list[dict], warm_up: list[dict], examples: list[dic
     scorer = Scorer(model.config, model.params, model.mesh)
 
     def score(items):
-        scores = scorer.score(requests_of(model, items, shown))
+        scores = scorer.score(item_requests(model, items, shown))
         table = table_of_scores(items, scores, False)
-        found = evaluate(task, Aligned(("en",), {"en": items}, (), {}), {"en": table})
-        return table["log_likelihood"].to_pylist(), found.intervals
+        results = compute_results(task, AlignedItems(("en",), {"en": items}, (), {}), {"en": table})
+        return table["log_likelihood"].to_pylist(), results.intervals
 
     start = time.perf_counter()
     score(first)

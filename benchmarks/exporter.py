@@ -18,8 +18,8 @@ import pathlib
 import tempfile
 import time
 
-from data_mixtures.export import export_tokens
-from data_mixtures.tokenizer import train_tokenizer
+from data_mixtures.export import ExportConfig, export_tokens
+from data_mixtures.tokenizer import TokenizerConfig, train_tokenizer
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.data.token_store import TokenStore
@@ -54,12 +54,13 @@ def main() -> None:
                         break
         model = folder / "tokenizer.model"
         with contextlib.redirect_stderr(io.StringIO()):
-            train_tokenizer(Corpus(folder / ".jsonl"), model, arguments.vocab_size, max_bytes=2_000_000)
+            train_tokenizer(TokenizerConfig(Corpus(folder / ".jsonl"), model, arguments.vocab_size,
+                                            max_bytes=2_000_000))
         for extension in WRITERS:
             store, corpus = folder / extension / "store", Corpus(folder / extension)
             start = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):
-                export_tokens(corpus, model, store, arguments.sequence_length, arguments.threads)
+                export_tokens(ExportConfig(corpus, model, store, arguments.sequence_length, arguments.threads))
             seconds = time.perf_counter() - start
             part = TokenStore(store).part("train", "all")
             rows.append((extension, part.bytes, part.tokens, seconds))

@@ -47,11 +47,11 @@ def read(source: loader.BatchSource, threads: int, seconds: float, batch_tokens:
     iterator = loader.batches(source, threads=threads)
     counts = []
     for _ in range(8):  # what was read ahead before the clock starts
-        counts.append(np.bincount(next(iterator)["source"], minlength=len(source.languages)))
+        counts.append(np.bincount(next(iterator)["language_id"], minlength=len(source.languages)))
     start, timed = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds:
         batch = next(iterator)
-        counts.append(np.bincount(batch["source"], minlength=len(source.languages)))
+        counts.append(np.bincount(batch["language_id"], minlength=len(source.languages)))
         timed += 1
     return timed * batch_tokens / spent, np.cumsum(counts, axis=0)
 

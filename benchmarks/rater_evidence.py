@@ -248,7 +248,7 @@ def pretraining(
         write(web / f"{language}.jsonl", corrupt_share((d for d in whole if d.id not in out), 0.5))
         write(work / "web_clean" / "train" / f"{language}.jsonl",
               ((document, 0.0) for document in whole if document.id not in out))
-    command("data_mixtures.tokenizer", Corpus__folder=work / "web_clean", train_tokenizer__corpus="@Corpus()",
+    command("data_mixtures.tokenizer", Corpus__root=work / "web_clean", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=work / "web_tokenizer.model", train_tokenizer__vocab_size=2048)
     command("raters.score",
             score__documents=[str(web / "*.jsonl")], score__output=work / "scores", score__rater="@QualityScorer()",
@@ -270,7 +270,7 @@ def pretraining(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(work / "web_clean" / "heldout" / f"{language}.jsonl", target)
         store = work / f"{arm} tokens"
-        command("data_mixtures.export", Corpus__folder=work / arm, Corpus__pattern="{split}/{language}/*",
+        command("data_mixtures.export", Corpus__root=work / arm, Corpus__files="{split}/{language}/*",
                 export_tokens__corpus="@Corpus()", export_tokens__tokenizer=work / "web_tokenizer.model",
                 export_tokens__store=store, export_tokens__sequence_length=128)
         runs = train(work, f"{arm}-proxies", [tokens], 2, proxies__token_store=store, proxies__eval_sequences=128,
@@ -314,7 +314,7 @@ def main() -> None:
         arguments.seeds = arguments.rater_seeds = 1
     prepare(arguments.corpus, work, documents)
     make_pairs(work, max(arguments.steps * 20, 400))
-    command("data_mixtures.tokenizer", Corpus__folder=work / "clean", train_tokenizer__corpus="@Corpus()",
+    command("data_mixtures.tokenizer", Corpus__root=work / "clean", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=work / "tokenizer.model", train_tokenizer__vocab_size=16384)
     found, seeds = {}, 1 if arguments.encoder else arguments.rater_seeds
     for name in arguments.raters:

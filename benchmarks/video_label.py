@@ -1,12 +1,12 @@
-"""Losses of all combinations of frames: prefix trees against each combination by itself.
+"""Compares prefix trees with one sequence per combination, for the losses of all combinations of frames.
 
     python benchmarks/video_label.py [--model=RUN --frame_store=DIR --questions=FILE] [--candidates=16] [--frames=4]
         [--quick]
 
 Both compute the loss of the answers to the same questions for all combinations of T of M frames. The naive loop encodes
-the T frames and runs the whole sequence for each combination, so many combinations in a batch as fill the same number
-of tokens; programs are compiled before the clock starts. Without a model: drawn weights of the nano Video-LLM of
-gin/video/nano.gin and noise for frames. The last line is JSON: {"ratio", "max_abs_diff", ...}.
+the T frames and runs the whole sequence for each combination, in batches of the same number of tokens; programs are
+compiled before the clock starts. Without a model it takes random weights of the nano Video-LLM of gin/video/nano.gin
+and noise for frames. The last line is JSON: {"ratio", "max_abs_diff", ...}.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from mlx_pretrain.models.decoder import logits as all_logits
 from mlx_pretrain.models.vision import VisionConfig
 from mlx_pretrain.parallel import hardware, partitioning
 from mlx_pretrain.training.train_state import abstract_params
-from video.decode import FrameStore
 from video.frame_choice.rules import even
+from video.frames.frame_store import FrameStore
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
@@ -35,8 +35,8 @@ from video.voyager.combinations import combinations
 TOKENS = {"cpu": 1024}  # in a batch of the naive loop
 
 
-def drawn(size: str):
-    """A Video-LLM with drawn weights: (config, params, mesh, prompts)."""
+def random_video_llm(size: str):
+    """Makes a Video-LLM with random weights: (config, params, mesh, prompts)."""
     vision = VisionConfig(image_size=48, patch_size=8, embed_dim=96, n_layers=3, n_heads=3, mlp_dim=384, unroll=3)
     decoder = DecoderConfig(vocab_size=512, embed_dim=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32,
                             mlp_dim=352, max_length=256, tie_embeddings=True, unroll=4)
@@ -54,18 +54,18 @@ def drawn(size: str):
     return config, params, mesh, Prompts(config, (3,), 1, encode)
 
 
-def naive(config, params, prompts, frames, question, chosen, batch):
-    """Mean loss of the answer for each combination: float64 `[combinations]`."""
+def naive(config, params, prompts, frames, question, all_combinations, batch):
+    """Returns the answer's mean loss for each combination: float64 `[combinations]`."""
     words = prompts.words([question.question])[0]
     (answer,) = prompts.answers([question.answer])
-    context = prompts.context(words, range(chosen.shape[1]))
+    context = prompts.context(words, range(all_combinations.shape[1]))
     tokens = np.concatenate([context, answer])[:-1]
     run = _program(config, len(context), batch)
-    found = []
-    for start in range(0, len(chosen), batch):
-        part = chosen[np.minimum(np.arange(start, start + batch), len(chosen) - 1)]
-        found.append(run(params, frames[part], np.tile(tokens, (batch, 1)), answer))
-    return np.concatenate([np.asarray(x) for x in found])[: len(chosen)]
+    losses = []
+    for start in range(0, len(all_combinations), batch):
+        part = all_combinations[np.minimum(np.arange(start, start + batch), len(all_combinations) - 1)]
+        losses.append(run(params, frames[part], np.tile(tokens, (batch, 1)), answer))
+    return np.concatenate([np.asarray(x) for x in losses])[: len(all_combinations)]
 
 
 _programs = {}
@@ -85,13 +85,13 @@ def _program(config, start, batch):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a Video-LLM; without it drawn weights")
-    parser.add_argument("--size", default="nano", choices=["nano", "small"], help="of drawn weights")
+    parser.add_argument("--model", help="folder of a Video-LLM; default: random weights")
+    parser.add_argument("--size", default="nano", choices=["nano", "small"], help="size of the random model")
     parser.add_argument("--frame_store")
     parser.add_argument("--questions")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--count", type=int, default=4, help="questions")
+    parser.add_argument("--count", type=int, default=4, help="number of questions")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, help="combinations in a batch of the naive loop; 1: one by one")
     parser.add_argument("--quick", action="store_true", help="a question, 8 candidates, one round: does it run?")
@@ -102,43 +102,45 @@ def main() -> None:
         llm = load_video_llm(arguments.model)
         config, params, mesh, prompts = llm.config, llm.params, llm.mesh, llm.prompts
         store, questions = FrameStore(arguments.frame_store), read_questions(arguments.questions)[: arguments.count]
-        places = even(store.candidates, arguments.candidates)
-        videos = {q.video: store.frames([store.row(q.video)])[0][places] for q in questions}
+        indices = even(store.candidates, arguments.candidates)
+        videos = {q.video: store.frames([store.row(q.video)])[0][indices] for q in questions}
     else:
-        config, params, mesh, prompts = drawn(arguments.size)
+        config, params, mesh, prompts = random_video_llm(arguments.size)
         rng, size = np.random.default_rng(1), config.vision.image_size
         questions = [Question(str(n), f"{n // 2}.mp4", "Which came first, then?"[: 12 + 5 * (n % 3)], "left")
                      for n in range(arguments.count)]
         videos = {q.video: rng.integers(0, 256, (arguments.candidates, size, size, 3)).astype(np.uint8)
                   for q in questions}
-    chosen = combinations(arguments.candidates, arguments.frames)
+    all_combinations = combinations(arguments.candidates, arguments.frames)
     length = len(prompts.context(prompts.words([questions[0].question])[0], range(arguments.frames)))
     batch = arguments.batch or max(TOKENS.get(jax.default_backend(), 16_384) // length, 1)
-    answering = AnswerScorer(config, params, mesh, prompts)
+    answer_scorer = AnswerScorer(config, params, mesh, prompts)
 
     def trees():
-        return [answers.losses for answers in answering(
-            lambda video: answering.features(videos[video]), questions, [chosen] * len(questions), options=False)]
+        answered = answer_scorer(lambda video: answer_scorer.features(videos[video]), questions,
+                                 [all_combinations] * len(questions), options=False)
+        return [answers.losses for answers in answered]
 
     def loop():
-        return [naive(config, params, prompts, videos[q.video], q, chosen, batch) for q in questions]
+        return [naive(config, params, prompts, videos[q.video], q, all_combinations, batch) for q in questions]
 
-    ours, theirs = trees(), [naive(config, params, prompts, videos[q.video], q, chosen[:batch], batch)
+    ours, theirs = trees(), [naive(config, params, prompts, videos[q.video], q, all_combinations[:batch], batch)
                              for q in questions]  # compiles
     seconds = {"trees": [], "naive": []}
     for _ in range(arguments.rounds):
         for name, run in (("trees", trees), ("naive", loop)):
             started = time.perf_counter()
-            found = run()
+            losses = run()
             seconds[name].append(time.perf_counter() - started)
-            ours, theirs = (found, theirs) if name == "trees" else (ours, found)
-            print(f"{name}: {seconds[name][-1]:.2f} s, {len(questions) * len(chosen) / seconds[name][-1]:,.0f} "
-                  "combinations/s", flush=True)
+            ours, theirs = (losses, theirs) if name == "trees" else (ours, losses)
+            rate = len(questions) * len(all_combinations) / seconds[name][-1]
+            print(f"{name}: {seconds[name][-1]:.2f} s, {rate:,.0f} combinations/s", flush=True)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
-    scorer = answering.scorer
+    scorer = answer_scorer.scorer
     print(json.dumps({
         "ratio": round(float(np.median(seconds["naive"]) / np.median(seconds["trees"])), 2),
-        "max_abs_diff": difference, "combinations": len(chosen), "questions": len(questions), "naive_batch": batch,
+        "max_abs_diff": difference, "combinations": len(all_combinations), "questions": len(questions),
+        "naive_batch": batch,
         "seconds": {name: [round(x, 3) for x in values] for name, values in seconds.items()},
         "tokens_shared": round(1 - scorer.fed_tokens / scorer.naive_tokens, 3),
         "device": hardware.describe_devices(), "parameters": config.parameters()}))

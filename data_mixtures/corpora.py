@@ -16,6 +16,7 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
+from mlx_pretrain.artifacts import is_current
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
@@ -25,13 +26,13 @@ VERSION = "1.0.0"
 
 @dataclasses.dataclass(eq=False)
 class LanguageConfig(tfds.core.BuilderConfig):
-    """One language of a corpus; `name` is the language."""
+    """Configuration of one language's dataset; `name` is the language."""
 
     corpus: Corpus | None = None
 
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
-        """What the dataset is made of, kept as its metadata."""
+        """Settings and hashes of the documents, kept as the dataset's metadata."""
         hashes = {split: self.corpus.hashes(split, self.name) for split in self.corpus.splits_of(self.name)}
         return {"inputs": hashes, **self.corpus.settings}
 
@@ -39,8 +40,8 @@ class LanguageConfig(tfds.core.BuilderConfig):
 class TextCorpora(tfds.core.GeneratorBasedBuilder):
     """Documents of one language in the order of their files. Needs no network.
 
-    Prepared with `TextCorpora(config=LanguageConfig(name="fi", corpus=corpus))`; which languages there are depends on
-    the files, so none is listed in the class.
+    Prepared with `TextCorpora(config=LanguageConfig(name="fi", corpus=corpus))`. The class lists no languages, as they
+    depend on the files.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -66,38 +67,46 @@ class TextCorpora(tfds.core.GeneratorBasedBuilder):
 
 
 class _OrderedSource(seqio.TfdsDataSource):
-    """Reads in the order of the files, which TFDS insists on; SeqIO shuffles the rows afterwards."""
+    """Source that reads in the order of the files, as TFDS demands; SeqIO shuffles the rows afterwards."""
 
     def get_dataset(self, split: str | None = None, shuffle: bool = True, *args: Any, **kwargs: Any):
         return super().get_dataset(split, False, *args, **kwargs)
 
 
-@gin.configurable
-def prepare_corpora(corpus: Corpus = gin.REQUIRED, data_dir: epath.PathLike = gin.REQUIRED,
-                    overwrite: bool = False) -> None:
-    """Writes all languages of a corpus as TensorFlow datasets; those made before from the same files are kept.
+@gin.configurable("prepare_corpora")
+@dataclasses.dataclass(frozen=True)
+class CorporaConfig:
+    """Parameters of the preparation.
 
-    Args:
-      corpus: the documents.
+    Attributes:
+      corpus: documents, e.g. @Corpus().
       data_dir: folder of the datasets.
       overwrite: replaces datasets that were made from other files.
+    """
+
+    corpus: Corpus = gin.REQUIRED
+    data_dir: epath.PathLike = gin.REQUIRED
+    overwrite: bool = False
+
+
+def prepare_corpora(config: CorporaConfig) -> None:
+    """Writes all languages of a corpus as TensorFlow datasets; those made before from the same files are kept.
 
     Raises:
       InputError: documents cannot be read, or a dataset made from other files is in the way.
     """
     tfds.disable_progress_bar()
-    for language in corpus.all_languages:
-        config = LanguageConfig(name=language, corpus=corpus)
-        builder = TextCorpora(config=config, data_dir=data_dir, file_format="tfrecord")
+    for language in config.corpus.all_languages:
+        language_config = LanguageConfig(name=language, corpus=config.corpus)
+        make_builder = functools.partial(TextCorpora, config=language_config, data_dir=config.data_dir,
+                                         file_format="tfrecord")
+        builder = make_builder()
         folder = epath.Path(builder.data_dir)
         if folder.exists():
-            if dict(builder.info.metadata) == config.made_from:
-                print(f"{folder}: made before from the same files, kept", file=sys.stderr)
+            if is_current(folder, dict(builder.info.metadata), language_config.made_from, overwrite=config.overwrite):
                 continue
-            if not overwrite:
-                raise InputError(f"{folder}: made from other files; set prepare_corpora.overwrite=True to replace it")
             folder.rmtree()
-            builder = TextCorpora(config=config, data_dir=data_dir, file_format="tfrecord")
+            builder = make_builder()
         builder.download_and_prepare()
         print(f"{folder}: {sum(split.num_examples for split in builder.info.splits.values()):,} documents",
               file=sys.stderr)
@@ -105,10 +114,13 @@ def prepare_corpora(corpus: Corpus = gin.REQUIRED, data_dir: epath.PathLike = gi
 
 @gin.configurable
 def tfds_sources(data_dir: epath.PathLike) -> dict[str, seqio.DataSource]:
-    """language -> SeqIO source on the prepared datasets of a folder.
+    """Returns language -> SeqIO source on the prepared datasets of a folder.
+
+    Args:
+      data_dir: folder that `data_mixtures.corpora` wrote.
 
     Raises:
-      InputError: none is there.
+      InputError: no dataset is there.
     """
     folders = sorted((epath.Path(data_dir) / TextCorpora.name).glob(f"*/{VERSION}/dataset_info.json"))
     if not folders:
@@ -119,4 +131,4 @@ def tfds_sources(data_dir: epath.PathLike) -> dict[str, seqio.DataSource]:
 
 
 if __name__ == "__main__":
-    run(prepare_corpora, "data_mixtures.corpora")
+    run(prepare_corpora, CorporaConfig, "data_mixtures.corpora")

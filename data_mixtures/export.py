@@ -2,11 +2,11 @@
 
     python -m data_mixtures.export --gin_file=gin/mixtures/sample.gin --gin_file=gin/mixtures/prepare.gin
 
-The manifest is written last: an export that was killed leaves no store, and is simply run again; parts (a language of a
-split) that are whole are kept.
+The manifest is written last, so that an export that was killed leaves no store. Run again, it keeps the parts (a
+language of a split) that are whole.
 
-Several processes share the parts (`--shard=I/N`, or a SLURM array), each seeing the same folders. Whichever finds that
-all parts are there writes the manifest. The command without `--shard` does what is left, and the same.
+Several processes that see the same folders can share the parts (`--shard=I/N`, or a SLURM array). The process that
+finds all parts whole writes the manifest. The command without `--shard` exports the parts that are left.
 """
 
 import contextlib
@@ -21,8 +21,9 @@ import numpy as np
 from etils import epath
 
 from mlx_pretrain import __version__
+from mlx_pretrain.artifacts import is_current, read_record
 from mlx_pretrain.command_line import run
-from mlx_pretrain.data import token_store as token_store
+from mlx_pretrain.data import token_store
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.token_store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
@@ -31,13 +32,13 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import file_sizes, read_json, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
-RECORDS = ".export"  # folder in an unfinished store: what is known of each part that is whole
+RECORDS = ".export"  # folder in an unfinished store with a record of each whole part
 _BATCH_BYTES = 1 << 20  # of text tokenised at a time
 _EOS = np.array([EOS_ID], np.int32)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    """Groups texts to about _BATCH_BYTES, with their UTF-8 bytes."""
+    """Yields groups of texts of about _BATCH_BYTES, each with its size in UTF-8 bytes."""
     texts, size = [], 0
     for document in documents:
         texts.append(document.text)
@@ -53,16 +54,16 @@ def export_part(
     documents: Iterable[Document], tokenizer: Tokenizer, path: epath.PathLike, sequence_length: int,
     dtype: np.dtype, num_threads: int = 2, name: str = "",
 ) -> Part:
-    """Writes one language: documents, each followed by EOS, joined and cut; the last row is padded.
+    """Writes one language: documents, each followed by EOS, joined and cut into rows; the last row is padded.
 
     Args:
-      documents: the texts, in order.
-      tokenizer: for the ids.
+      documents: texts, in order.
+      tokenizer: tokenizer that gives the ids.
       path: folder of the array.
       sequence_length: tokens per row.
-      dtype: of the array.
+      dtype: type of the array.
       num_threads: threads that tokenise.
-      name: names the part in the progress lines on stderr.
+      name: name of the part in the progress lines on stderr.
     """
     writer = PartWriter(path, sequence_length, dtype)
     n_tokens = n_bytes = n_documents = 0
@@ -94,54 +95,53 @@ def _report(name: str, documents: int, tokens: int, seconds: float) -> None:
           file=sys.stderr, flush=True)
 
 
-class Records:
-    """Notes on the parts of an unfinished store, one file each: STORE/.export/SPLIT/LANGUAGE.json.
+class PartRecords:
+    """Records of the whole parts of an unfinished store, one file each: STORE/.export/SPLIT/LANGUAGE.json.
 
-    A process knows the content of the documents it exports itself by their hashes. Of the others' documents it compares
-    sizes and times of change, which are the same for all processes that see the same folder.
+    A process compares the documents of its own parts by their hashes. Those of other processes' parts it compares by
+    size and time of change, which are the same for all processes that see the same folder.
     """
 
     def __init__(self, store: epath.Path, corpus: Corpus, settings: Mapping[str, Any]):
-        """`settings`: what all parts depend on besides the documents."""
+        """Reads nothing yet; all parts depend on `settings` besides the documents."""
         self._store, self._corpus, self._settings = store, corpus, settings
 
     def add(self, split: str, language: str, hashes: Mapping[str, str], files: list[list], part: Part) -> None:
-        """Notes that a part is whole: `hashes` and `files` (see `fingerprint`) of its documents before it was made."""
+        """Records that a part is whole; `hashes` and `files` (see `fingerprint`) are those before it was made."""
         write_json(self._path(split, language), {
             "settings": self._settings, "hashes": hashes, "files": files, "part": dataclasses.asdict(part)})
 
     def remove(self, split: str, language: str) -> None:
+        """Removes the record of a part."""
         self._path(split, language).unlink(missing_ok=True)
 
     def find(self, split: str, language: str, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-        """What is noted of a part made from the documents as they are, whole; None: there is no such part.
+        """Returns the record of a whole part made from the documents as they are now; None without such a part.
 
-        `hashes` are those of the documents; None: they are known by size and time of change.
+        Documents are compared by `hashes`, or, where these are None, by size and time of change.
         """
         path = self._path(split, language)
         if not any(other.name == path.name for other in _children(path.parent)):
-            return None  # a listing is fresh where network file systems keep the absence of a file in mind
+            return None  # network file systems remember that a file was absent, but list folders afresh
         try:
             record = read_json(path)
             part = record["part"] = Part(**record["part"])
-        except (InputError, KeyError, TypeError):  # gone since, for the store is complete, or of another version
+        except (InputError, KeyError, TypeError):  # removed since, as the store is complete, or of another version
             return None
-        same = (record["files"] == self.fingerprint(split, language) if hashes is None else record["hashes"] == hashes)
-        if not same or record["settings"] != self._settings:
+        unchanged = (record["files"] == self.fingerprint(split, language) if hashes is None
+                     else record["hashes"] == hashes)
+        if not unchanged or record["settings"] != self._settings:
             return None
         return record if part.files.items() <= file_sizes(self._store / split / language).items() else None
 
     def fingerprint(self, split: str, language: str) -> list[list]:
-        """[file, relative to the corpus, size, time of change] of each file of documents."""
-        found = []
-        for path in self._corpus.files(split, language):
-            stat = path.stat()
-            found.append([str(path.relative_to(self._corpus.folder)), stat.length, stat.mtime])
-        return found
+        """Returns [path relative to the corpus's root, size, time of change] of each file of a part."""
+        stats = {name: path.stat() for name, path in self._corpus.files_of(split, language).items()}
+        return [[name, stat.length, stat.mtime] for name, stat in stats.items()]
 
     def clear(self) -> None:
-        """Removes all notes: the store is complete."""
-        with contextlib.suppress(OSError):  # another process removes them, too
+        """Removes all records, once the store is complete."""
+        with contextlib.suppress(OSError):  # another process may be removing them too
             if (self._store / RECORDS).exists():
                 (self._store / RECORDS).rmtree()
 
@@ -153,115 +153,123 @@ def _children(folder: epath.Path) -> list[epath.Path]:
     return list(folder.iterdir()) if folder.exists() else []
 
 
-def _is_made(store: epath.Path, planned: Manifest, overwrite: bool) -> bool:
-    """Whether `store`, which has a manifest, already holds what is planned, whole.
+def _recorded(store: epath.Path) -> dict[str, Any] | None:
+    """Returns what a store's manifest records of its making; None without a readable manifest."""
+    manifest = read_record(store / token_store.MANIFEST)
+    if manifest is None:
+        return None
+    provenance = manifest.get("provenance")
+    return {**{name: manifest.get(name) for name in ("sequence_length", "tokenizer_sha256")},
+            **(provenance if isinstance(provenance, dict) else {})}
 
-    Raises:
-      InputError: it holds a store made otherwise, and may not be overwritten.
-    """
+
+def _damage(store: epath.Path) -> str | None:
+    """Returns what is missing from a store or cannot be read; None for a whole one."""
     try:
         existing = TokenStore(store)
-        found = existing.manifest
-        same = ((found.sequence_length, found.tokenizer_sha256, found.provenance)
-                == (planned.sequence_length, planned.tokenizer_sha256, planned.provenance))
-        if same:
-            for split in found.splits:
-                for language in existing.parts(split):
-                    existing.array(split, language)
-            return True
-        cause = "made from other documents or with other settings"
+        for split in existing.manifest.splits:
+            existing.arrays(split, existing.parts(split))
     except InputError as error:
-        cause = f"damaged ({error})"
-    if overwrite:
-        return False
-    raise InputError(f"{store}: holds a token store, {cause}; set export_tokens.overwrite=True to replace it")
+        return str(error)
+    return None
 
 
-@gin.configurable
-def export_tokens(
-    corpus: Corpus = gin.REQUIRED,
-    tokenizer: epath.PathLike = gin.REQUIRED,
-    store: epath.PathLike = gin.REQUIRED,
-    sequence_length: int = gin.REQUIRED,
-    num_threads: int = 2,
-    overwrite: bool = False,
-) -> None:
+@gin.configurable("export_tokens")
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Parameters of the export.
+
+    Attributes:
+      corpus: documents, e.g. @Corpus().
+      tokenizer: SentencePiece model file; a copy goes into the store.
+      store: folder of the store, local or gs://.
+      sequence_length: tokens per row.
+      num_threads: threads that tokenise.
+      overwrite: replaces a store that was made from other documents or settings.
+    """
+
+    corpus: Corpus = gin.REQUIRED
+    tokenizer: epath.PathLike = gin.REQUIRED
+    store: epath.PathLike = gin.REQUIRED
+    sequence_length: int = gin.REQUIRED
+    num_threads: int = 2
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.sequence_length, int) or self.sequence_length < 1:
+            raise InputError(f"export_tokens.sequence_length: {self.sequence_length!r} is no positive number of tokens")
+
+
+def export_tokens(config: ExportConfig) -> None:
     """Exports all splits and languages of a corpus to a token store, or this process's share of them.
 
     A whole store made before from the same files and settings is kept; an export that was interrupted goes on with the
     parts that are not whole.
 
-    Args:
-      corpus: the documents.
-      tokenizer: SentencePiece model file; a copy goes into the store.
-      store: folder of the store, local or gs://.
-      sequence_length: tokens per row.
-      num_threads: threads that tokenise.
-      overwrite: replaces a store that was made otherwise, or is damaged.
-
     Raises:
       InputError: documents or tokenizer cannot be read, or another store is in the way.
     """
-    if not isinstance(sequence_length, int) or sequence_length < 1:
-        raise InputError(f"export_tokens.sequence_length: {sequence_length!r} is no positive number of tokens")
-    store, model = epath.Path(store), Tokenizer(tokenizer)
-    parts = [(split, language) for split in corpus.splits for language in corpus.languages(split)]
+    corpus, store, model = config.corpus, epath.Path(config.store), Tokenizer(config.tokenizer)
+    parts = [(split, language) for split in corpus.all_splits for language in corpus.languages_of(split)]
     number, count = cluster.shard()
-    bytes_of = {part: sum(path.stat().length for path in corpus.files(*part)) for part in parts}
+    bytes_of = {part: sum(path.stat().length for path in corpus.files_of(*part).values()) for part in parts}
     # The largest first, dealt out in turn.
-    mine = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
+    own_parts = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()
-    made_by = {"program": "data_mixtures.export", "version": __version__, **corpus.settings}
-    # All documents are read where a store is in the way, this process's part of them otherwise.
+    settings = {"program": "data_mixtures.export", "version": __version__, **corpus.settings}
+    # All documents are hashed where a store is in the way, those of this process's parts otherwise.
     exists = (store / token_store.MANIFEST).exists()
-    hashes = {part: corpus.hashes(*part) for part in (parts if exists else mine)}
-    planned = Manifest(sequence_length, model.vocab_size, model.sha256, {}, {})
-    records = Records(store, corpus, {**made_by, "sequence_length": sequence_length, "tokenizer": model.sha256})
+    hashes = {part: corpus.hashes(*part) for part in (parts if exists else own_parts)}
+    planned = Manifest(config.sequence_length, model.vocab_size, model.sha256, {}, {})
+    records = PartRecords(
+        store, corpus, {**settings, "sequence_length": config.sequence_length, "tokenizer": model.sha256})
     if exists:
-        if _is_made(store, _with_inputs(planned, made_by, hashes), overwrite):
+        made_from = {"sequence_length": config.sequence_length, "tokenizer_sha256": model.sha256,
+                     **_with_inputs(planned, settings, hashes).provenance}
+        if is_current(store, _recorded(store), made_from, overwrite=config.overwrite, damage=lambda: _damage(store)):
             records.clear()
-            print(f"{store}: made before from the same documents and settings, kept", file=sys.stderr)
             return
         (store / token_store.MANIFEST).unlink(missing_ok=True)
-    for part in mine:
+    for part in own_parts:
         if records.find(*part, hashes[part]):
             continue
         records.remove(*part)
         files = records.fingerprint(*part)
-        made = export_part(corpus.documents(*part), model, store / part[0] / part[1], sequence_length, planned.dtype,
-                           num_threads, "/".join(part))
-        records.add(*part, hashes[part], files, made)
-    found = {part: records.find(*part, hashes.get(part) if part in mine else None) for part in parts}
-    if missing := [part for part in parts if not found[part]]:
+        written = export_part(corpus.documents(*part), model, store / part[0] / part[1], config.sequence_length,
+                              planned.dtype, config.num_threads, "/".join(part))
+        records.add(*part, hashes[part], files, written)
+    whole = {part: record for part in parts
+             if (record := records.find(*part, hashes.get(part) if part in own_parts else None))}
+    if len(whole) < len(parts):
         if (store / token_store.MANIFEST).exists():
             print(f"{store}: completed by another process", file=sys.stderr)
             return
-        print(f"{store}: {len(parts) - len(missing)} of {len(parts)} parts are there; the process with the last one "
-              "completes the store", file=sys.stderr)
+        print(f"{store}: {len(whole)} of {len(parts)} parts are there; the process with the last one completes the "
+              "store", file=sys.stderr)
         return
-    _complete(store, model, _with_inputs(planned, made_by, {part: record["hashes"] for part, record in found.items()}),
-              {part: record["part"] for part, record in found.items()})
+    _complete(store, model, _with_inputs(planned, settings, {part: record["hashes"] for part, record in whole.items()}),
+              {part: record["part"] for part, record in whole.items()})
     records.clear()
-    _report(f"{store}:", sum(record["part"].documents for record in found.values()),
-            sum(record["part"].tokens for record in found.values()), time.perf_counter() - start)
+    _report(f"{store}:", sum(record["part"].documents for record in whole.values()),
+            sum(record["part"].tokens for record in whole.values()), time.perf_counter() - start)
 
 
-def _with_inputs(planned: Manifest, made_by: Mapping[str, Any], hashes: Mapping[tuple[str, str], Any]) -> Manifest:
-    """`planned` with its provenance: the documents' `hashes` by (split, language)."""
+def _with_inputs(planned: Manifest, settings: Mapping[str, Any], hashes: Mapping[tuple[str, str], Any]) -> Manifest:
+    """Returns `planned` with its provenance: `settings` and, as "inputs", the documents' hashes by split, language."""
     inputs: dict[str, dict[str, Any]] = {}
-    for (split, language), of_part in hashes.items():
-        inputs.setdefault(split, {})[language] = of_part
-    return dataclasses.replace(planned, provenance={**made_by, "inputs": inputs})
+    for (split, language), part_hashes in hashes.items():
+        inputs.setdefault(split, {})[language] = part_hashes
+    return dataclasses.replace(planned, provenance={**settings, "inputs": inputs})
 
 
 def _complete(store: epath.Path, model: Tokenizer, planned: Manifest, parts: Mapping[tuple[str, str], Part]) -> None:
-    """Makes a store of parts that are all there; several processes may do so at once, and write the same."""
+    """Makes a store of whole parts; several processes may do so at once, as they write the same."""
     splits: dict[str, dict[str, Part]] = {}
     for (split, language), part in parts.items():
         splits.setdefault(split, {})[language] = part
     for split, languages in splits.items():
         for folder in _children(store / split):
-            if folder.name not in languages:  # of an earlier store
+            if folder.name not in languages:  # part of an earlier store
                 with contextlib.suppress(OSError):
                     folder.rmtree()
     write_atomic(store / token_store.TOKENIZER, model.model)
@@ -269,4 +277,4 @@ def _complete(store: epath.Path, model: Tokenizer, planned: Manifest, parts: Map
 
 
 if __name__ == "__main__":
-    run(export_tokens, "data_mixtures.export", shards=True)
+    run(export_tokens, ExportConfig, "data_mixtures.export", shards=True)

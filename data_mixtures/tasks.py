@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from mlx_pretrain.data.corpus import Corpus
-from mlx_pretrain.data.documents import Document, DocumentFields, read_documents
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
@@ -86,44 +86,44 @@ class TokenizerVocabulary(seqio.Vocabulary):
 class _BlockReader:
     """Block `index` of a file's documents, for any index; walks the file once when asked in order."""
 
-    def __init__(self, text_unit: str, fields: DocumentFields):
-        self._text_unit, self._fields = text_unit, fields
+    def __init__(self, corpus: Corpus):
+        self._corpus = corpus
         self._lock = threading.Lock()
         self._open: tuple[bytes, int, Iterator[Document]] | None = None
 
-    def __call__(self, path: bytes, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, name: bytes, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, sources, texts): [documents] each, without documents after the last block."""
         with self._lock:
-            if self._open is None or self._open[:2] != (path, index):
-                documents = read_documents(path.decode(), self._text_unit, fields=self._fields)
+            if self._open is None or self._open[:2] != (name, index):
+                documents = self._corpus.read(name.decode())
                 for _ in range(index * _DOCUMENTS_PER_BLOCK):
                     next(documents, None)
             else:
                 documents = self._open[2]
             block = [document for _, document in zip(range(_DOCUMENTS_PER_BLOCK), documents)]
-            self._open = (path, index + 1, documents)
+            self._open = (name, index + 1, documents)
         return tuple(np.array([getattr(document, name).encode() for document in block], object)
                      for name in ("id", "source", "text"))
 
 
 def _document_dataset(corpus: Corpus, language: str, split: str, shuffle_files: bool, seed: int | None = None):
     """Documents of one language, in file order, as {"id", "source", "text"}: the features of the TFDS builder."""
-    paths = [str(path) for path in corpus.files(split, language)]
-    reader = _BlockReader(corpus.text_unit, corpus.fields)
+    names = list(corpus.files_of(split, language))
+    reader = _BlockReader(corpus)
 
     @_plain
-    def read_block(path: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
-        block = tf.numpy_function(reader, [path, index], [tf.string] * 3, stateful=False)
-        return {name: tf.ensure_shape(value, [None]) for name, value in zip(("id", "source", "text"), block)}
+    def read_block(name: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
+        block = tf.numpy_function(reader, [name, index], [tf.string] * 3, stateful=False)
+        return {key: tf.ensure_shape(value, [None]) for key, value in zip(("id", "source", "text"), block)}
 
     @_plain
-    def read_file(path: tf.Tensor) -> tf.data.Dataset:
-        blocks = tf.data.Dataset.counter().map(_plain(lambda index: read_block(path, index)))
+    def read_file(name: tf.Tensor) -> tf.data.Dataset:
+        blocks = tf.data.Dataset.counter().map(_plain(lambda index: read_block(name, index)))
         return blocks.take_while(_plain(lambda block: tf.size(block["text"]) > 0)).unbatch()
 
-    files = tf.data.Dataset.from_tensor_slices(paths)
+    files = tf.data.Dataset.from_tensor_slices(names)
     if shuffle_files:
-        files = files.shuffle(len(paths), seed)
+        files = files.shuffle(len(names), seed)
     return files.flat_map(read_file)
 
 
@@ -197,7 +197,7 @@ def register_tasks(prefix: str, sources: Mapping[str, seqio.DataSource], tokeniz
 
 
 def _take_in_order(datasets: list[tf.data.Dataset], rates: list[float], seed: int | None, positions: list[int]):
-    """A mixture's sample_fn: `MixtureOrder` over the datasets, each example with its number as "source".
+    """A mixture's sample_fn: `MixtureOrder` over the datasets, each example with its number as "language_id".
 
     `positions`: where SeqIO, which sorts tasks by name, has put each source of the rates file.
     """
@@ -217,14 +217,14 @@ def _take_in_order(datasets: list[tf.data.Dataset], rates: list[float], seed: in
 
 
 def _numbered(dataset: tf.data.Dataset, source: int) -> tf.data.Dataset:
-    return dataset.map(_plain(lambda example: {**example, "source": tf.constant(source, tf.int32)}))
+    return dataset.map(_plain(lambda example: {**example, "language_id": tf.constant(source, tf.int32)}))
 
 
 def register_mixture(name: str, tasks: Mapping[str, str], rates: Mapping[str, float]) -> seqio.Mixture:
     """Registers (again, if need be) the mixture of language tasks.
 
-    Its examples are {"tokens": int32 [length], "source": int32 []}, "source" counting the languages of `rates` in
-    their order. It is endless with SeqIO's default `num_epochs=None`; otherwise it ends with its first task.
+    Its examples are {"tokens": int32 [length], "language_id": int32 []}, "language_id" counting the languages of
+    `rates` in their order. It is endless with SeqIO's default `num_epochs=None`; otherwise it ends with its first task.
 
     Args:
       name: of the mixture.
@@ -247,7 +247,7 @@ class MixtureBatches:
     """Endless batches of a mixture, in NumPy; what the token loader gives, without an export.
 
     Attributes:
-      languages: the language of each number in "source".
+      languages: the language of each number in "language_id".
     """
 
     def __init__(self, dataset: tf.data.Dataset, languages: list[str]):
@@ -258,7 +258,11 @@ class MixtureBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """{"tokens": int32 [batch, length], "source": int32 [batch]}. Raises InputError for unreadable documents."""
+        """Returns {"tokens": int32 [batch, length], "language_id": int32 [batch]}.
+
+        Raises:
+          InputError: documents cannot be read.
+        """
         try:
             return {name: value.numpy() for name, value in next(self._iterator).items()}
         except tf.errors.OpError as error:  # TensorFlow wraps what Python functions in its graph raise

@@ -4,9 +4,10 @@
 
 The model is lossless: decode(encode(text)) == text for every text, whatever its script, spaces, tabs and line ends,
 because nothing is normalised and unknown characters fall back to their UTF-8 bytes. Two exceptions: U+2581 "▁", with
-which SentencePiece itself spells the space, comes back as a space; lone surrogates are no text and cannot be encoded.
+which SentencePiece itself spells the space, is decoded as a space; lone surrogates are no text and cannot be encoded.
 """
 
+import dataclasses
 import hashlib
 import io
 import sys
@@ -20,21 +21,21 @@ from etils import epath
 
 from data_mixtures.baselines import capped_budgets, temperature_rates
 from mlx_pretrain import __version__
+from mlx_pretrain.artifacts import is_current, read_record, settings_of
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, write_atomic, write_json
+from mlx_pretrain.files import sha256, write_atomic, write_json
 
 FORMAT = "mlx-tokenizer"
 VERSION = 1
 
 
 def _sentences(corpus: Corpus, split: str, language: str, max_bytes: int) -> Iterator[tuple[str, int]]:
-    """Lines of a language's documents, cut to at most `max_bytes`, each with its length in bytes.
+    """Yields the lines of a language's documents, cut to at most `max_bytes`, each with its length in bytes.
 
-    Line ends are a piece of their own in the vocabulary, so training needs none; it refuses NUL.
+    Line ends are a piece of their own in the vocabulary, so the sample needs none. SentencePiece refuses NUL.
     """
     step = max(max_bytes // 4, 1)  # a character has up to 4 bytes
     for document in corpus.documents(split, language):
@@ -46,21 +47,21 @@ def _sentences(corpus: Corpus, split: str, language: str, max_bytes: int) -> Ite
 def sample_sentences(
     corpus: Corpus, split: str, max_bytes: int, temperature: float, max_sentence_bytes: int
 ) -> tuple[Iterator[str], dict[str, int]]:
-    """A sample of all languages, balanced by temperature and spread evenly over each language's text.
+    """Samples all languages, balanced by temperature and spread evenly over each language's text.
 
     Reads the corpus twice (sizes, then text); memory stays at one document. No randomness.
 
     Args:
       corpus, split: the text.
       max_bytes: size of the sample; a smaller corpus is taken whole.
-      temperature: language shares are proportional to bytes^(1 / temperature), as far as there is text.
+      temperature: bytes of a language are proportional to (bytes in the corpus)^(1 / temperature), up to all its text.
       max_sentence_bytes: longest sentence.
 
     Returns:
-      The sentences, and language -> bytes of text aimed at.
+      The sentences, and language -> bytes to sample.
     """
     sizes = {language: sum(size for _, size in _sentences(corpus, split, language, max_sentence_bytes))
-             for language in corpus.languages(split)}
+             for language in corpus.languages_of(split)}
     rates = temperature_rates(sizes, temperature)
     budgets = {language: int(budget) for language, budget in capped_budgets(rates, max_bytes, sizes).items()}
 
@@ -76,8 +77,8 @@ def sample_sentences(
     return sentences(), budgets
 
 
-def train_model(sentences: Iterator[str], config: Mapping[str, Any]) -> bytes:
-    """Trains SentencePiece with the framework's special ids.
+def train_model(sentences: Iterator[str], settings: Mapping[str, Any]) -> bytes:
+    """Trains SentencePiece with the framework's special ids and returns the model file's bytes.
 
     Raises:
       InputError: the sample does not support the vocabulary size.
@@ -87,11 +88,11 @@ def train_model(sentences: Iterator[str], config: Mapping[str, Any]) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences,
             model_writer=model,
-            model_type=config["model_type"],
-            vocab_size=config["vocab_size"],
-            character_coverage=config["character_coverage"],
-            max_sentence_length=config["max_sentence_bytes"],
-            num_threads=config["num_threads"],
+            model_type=settings["model_type"],
+            vocab_size=settings["vocab_size"],
+            character_coverage=settings["character_coverage"],
+            max_sentence_length=settings["max_sentence_bytes"],
+            num_threads=settings["num_threads"],
             pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, bos_id=BOS_ID,
             byte_fallback=True,
             split_digits=True,
@@ -109,66 +110,80 @@ def train_model(sentences: Iterator[str], config: Mapping[str, Any]) -> bytes:
     return model.getvalue()
 
 
-@gin.configurable
-def train_tokenizer(
-    corpus: Corpus = gin.REQUIRED,
-    output: epath.PathLike = gin.REQUIRED,
-    vocab_size: int = gin.REQUIRED,
-    model_type: str = "unigram",
-    max_bytes: int = 4_000_000,
-    temperature: float = 3.33,
-    character_coverage: float = 0.9995,
-    max_sentence_bytes: int = 4096,
-    num_threads: int = 2,
-    split: str = "train",
-    overwrite: bool = False,
-) -> None:
-    """Trains the tokenizer of a corpus and writes it, with a .json beside it that says how it was made.
+@gin.configurable("train_tokenizer")
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Parameters of the tokenizer's training.
 
-    A tokenizer made before from the same files and settings is kept.
-
-    Args:
-      corpus: the documents.
-      output: the model file, e.g. "runs/demo/tokenizer.model".
+    Attributes:
+      corpus: documents, e.g. @Corpus().
+      output: model file, e.g. "runs/demo/tokenizer.model".
       vocab_size: number of pieces, 4 special and 256 byte pieces included.
       model_type: "unigram" or "bpe".
       max_bytes: size of the training sample over all languages.
-      temperature: balances the languages in the sample; 1 natural, 3.33 that of XLM-R, large uniform.
-      character_coverage: share of all characters that get a piece; the rest is spelled in bytes.
-      max_sentence_bytes: longer lines are cut.
-      num_threads: unigram's result depends on it in the last digits, so it is a setting and not the core count.
-      split: the split to train on.
-      overwrite: replaces a tokenizer that was made otherwise.
+      temperature: balance of the languages in the sample; 1 natural, 3.33 that of XLM-R, large values uniform.
+      character_coverage: share of all characters that get a piece; the others are spelled in bytes.
+      max_sentence_bytes: length to which lines are cut.
+      num_threads: threads of SentencePiece. Unigram's result depends on it in the last digits, so that it is a setting
+        and not the number of cores.
+      split: split to train on.
+      overwrite: replaces a tokenizer that was made from other files or settings.
     """
-    if model_type not in ("unigram", "bpe"):
-        raise InputError(f"train_tokenizer.model_type: {model_type!r}, known are unigram and bpe")
-    output = epath.Path(output)
+
+    corpus: Corpus = gin.REQUIRED
+    output: epath.PathLike = gin.REQUIRED
+    vocab_size: int = gin.REQUIRED
+    model_type: str = "unigram"
+    max_bytes: int = 4_000_000
+    temperature: float = 3.33
+    character_coverage: float = 0.9995
+    max_sentence_bytes: int = 4096
+    num_threads: int = 2
+    split: str = "train"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if self.model_type not in ("unigram", "bpe"):
+            raise InputError(f"train_tokenizer.model_type: {self.model_type!r}, known are unigram and bpe")
+
+
+def train_tokenizer(config: TokenizerConfig) -> None:
+    """Trains the tokenizer of a corpus and writes it, with a .json beside it that records how it was made.
+
+    A tokenizer made before from the same files and settings is kept.
+
+    Raises:
+      InputError: documents cannot be read, the sample does not support the vocabulary size, or a tokenizer made from
+        others is in the way.
+    """
+    corpus, output, split = config.corpus, epath.Path(config.output), config.split
     sidecar = output.with_suffix(".json")
-    config = {"vocab_size": vocab_size, "model_type": model_type, "max_bytes": max_bytes, "temperature": temperature,
-              "character_coverage": character_coverage, "max_sentence_bytes": max_sentence_bytes,
-              "num_threads": num_threads, "split": split, **corpus.settings}
-    made_from = {"config": config, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages(split)}}
-    if output.exists() and not overwrite:
-        record = read_json(sidecar, "tokenizer record") if sidecar.exists() else {}
-        if any(record.get(key) != value for key, value in made_from.items()):
-            raise InputError(f"{output}: exists, made from other files or settings; set train_tokenizer.overwrite=True "
-                             "to replace it")
-        if record.get("sha256") == Tokenizer(output).sha256:
-            print(f"{output}: made before from the same files and settings, kept", file=sys.stderr)
-            return
+    settings = settings_of(config)
+    settings |= settings.pop("corpus")
+    made_from = {"config": settings, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
+    recorded = None
+    if output.exists():
+        recorded = read_record(sidecar) if sidecar.exists() else {}
+
+    def damage() -> str | None:
+        return None if sha256(output) == recorded.get("sha256") else "not the file that its record describes"
+
+    if is_current(output, recorded, made_from, overwrite=config.overwrite, damage=damage):
+        return
     start = time.perf_counter()
-    sentences, sampled = sample_sentences(corpus, split, max_bytes, temperature, max_sentence_bytes)
-    print(f"training a {model_type} tokenizer of {vocab_size} pieces on {sum(sampled.values()) / 1e6:.1f} MB of text "
-          f"in {len(sampled)} languages", file=sys.stderr)
-    model = train_model(sentences, config)
+    sentences, sampled = sample_sentences(corpus, split, config.max_bytes, config.temperature,
+                                          config.max_sentence_bytes)
+    print(f"training a {config.model_type} tokenizer of {config.vocab_size} pieces on "
+          f"{sum(sampled.values()) / 1e6:.1f} MB of text in {len(sampled)} languages", file=sys.stderr)
+    model = train_model(sentences, settings)
     record = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(model).hexdigest(), **made_from,
               "sampled_bytes": sampled, "provenance": {"program": "data_mixtures.tokenizer", "version": __version__,
                                                        "sentencepiece": sentencepiece.__version__}}
-    output.unlink(missing_ok=True)  # record first, model last: a model always has its own record
+    output.unlink(missing_ok=True)  # the record is written first, so that a model always has its own record
     write_json(sidecar, record)
     write_atomic(output, model)
     print(f"{output}: trained in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(train_tokenizer, "data_mixtures.tokenizer")
+    run(train_tokenizer, TokenizerConfig, "data_mixtures.tokenizer")

@@ -1,11 +1,11 @@
-"""BMLAMA (arXiv 2310.10378) in MuBench's form.
+"""Converts BMLAMA (arXiv 2310.10378) to MuBench's form.
 
     python -m evals.bmlama --gin.bmlama.source=DIR --gin.bmlama.output=DIR
 
-The published tables, `<language>.tsv[.xz]` with the columns sentence, answer, candidates and subject, have their rows
-aligned and the right candidate listed last. Here candidates are shuffled, the same way in all languages, and rows with
-one candidate are left out. What precedes the mask is the prompt, a candidate with all that follows it a choice, so that
-sentences with the mask in the middle are scored to their end.
+In the published tables, `<language>.tsv[.xz]` with the columns sentence, answer, candidates and subject, rows are
+aligned and the right candidate is the last. Here candidates are shuffled, the same way in all languages, and rows with
+one candidate are left out. The text before the mask is the prompt, a candidate with the text after the mask a choice,
+so that sentences with the mask in the middle are scored to their end.
 """
 
 import csv
@@ -18,8 +18,8 @@ import gin
 import numpy as np
 from etils import epath
 
-from evals.language_families import by_family
-from evals.tasks import Item, Task, write_items
+from evals.tasks.language_families import by_family
+from evals.tasks.task_files import Item, Task, write_items
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 
@@ -29,33 +29,33 @@ MASK = "<mask>"
 
 @gin.configurable
 def bmlama(source: str = gin.REQUIRED, output: str = gin.REQUIRED, seed: int = 0) -> dict[str, int]:
-    """Converts all languages of a folder.
+    """Writes OUTPUT/BMLAMADataset/lighteval_<language>_test.jsonl for all languages of a folder.
 
     Args:
       source: folder of the tables.
-      output: where to put BMLAMADataset/lighteval_<language>_test.jsonl.
-      seed: of the shuffling.
+      output: folder of the tasks.
+      seed: seed of the shuffling.
 
     Returns:
-      language -> items.
+      Language -> number of items.
 
     Raises:
-      InputError: no tables there, or one that is malformed.
+      InputError: there are no tables, or one is malformed.
     """
     folder = epath.Path(source)
-    found = {path.name.split(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
-    paths = {language: path for language, path in found.items() if re.search(r"\.tsv(\.xz)?$", path.name)}
+    files = {path.name.split(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
+    paths = {language: path for language, path in files.items() if re.search(r"\.tsv(\.xz)?$", path.name)}
     if not paths:
         raise InputError(f"{folder}: no <language>.tsv or .tsv.xz there")
     counts = {}
     for language in by_family(paths):
-        counts[language] = write_items(output, TASK, language, _items(paths[language], seed))
+        counts[language] = write_items(output, TASK, language, _read_items(paths[language], seed))
         print(f"{language}: {counts[language]:,} items")
     return counts
 
 
-def _items(path: epath.Path, seed: int) -> Iterator[Item]:
-    for number, (sentence, answer, candidates, _) in _rows(path):
+def _read_items(path: epath.Path, seed: int) -> Iterator[Item]:
+    for number, (sentence, answer, candidates, _) in _read_rows(path):
         candidates = [candidate.strip() for candidate in candidates.split(", ")]
         if len(candidates) < 2:
             continue
@@ -64,24 +64,23 @@ def _items(path: epath.Path, seed: int) -> Iterator[Item]:
         if candidates[-1] != answer.strip():
             raise InputError(f"{path}:{number}: the last candidate is {candidates[-1]!r}, the answer {answer!r}")
         before, after = sentence.split(MASK)
-        # The same places in all languages, whose rows and candidates are aligned.
+        # The same order in all languages, as their rows and candidates are aligned.
         order = np.random.default_rng([seed, number]).permutation(len(candidates)).tolist()
         prompt = before.rstrip()
-        # What stood between the prompt and the mask; at the beginning of a sentence, nothing.
         delimiter = " " if prompt and before != prompt else ""
-        choices = tuple(candidates[place] + after.rstrip() for place in order)
+        choices = tuple(candidates[index] + after.rstrip() for index in order)
         yield Item(str(number - 2), prompt, choices, order.index(len(candidates) - 1), delimiter)
 
 
-def _rows(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, columns) of a table."""
+def _read_rows(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number, columns) of a table's rows."""
     content = path.read_bytes()
     try:
         text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
     except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     rows = csv.reader(io.StringIO(text), delimiter="\t")
-    # By place: in the published Chinese table, "Candidate Ans" is torn into two columns.
+    # Columns are read by position: the published Chinese table has "Candidate Ans" split into two names.
     if next(rows, [])[:2] != ["Prompt", "Ans"]:
         raise InputError(f"{path}:1: the columns are not Prompt, Ans, Candidate Ans, Subject")
     for row in rows:

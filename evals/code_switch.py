@@ -1,12 +1,12 @@
-"""Code-switched variants of a task (MIX; MuBench, arXiv 2506.19468).
+"""Writes code-switched variants of a task (MIX; MuBench, arXiv 2506.19468).
 
     python -m evals.code_switch --gin.code_switch.tasks='["mubench/*/lighteval_*_test.jsonl"]' \\
         --gin.code_switch.output=mubench
 
-Of every item of a language, the prompt and each choice are replaced by another language's with probability one half;
-the other languages in one item are at most `most`. What is replaced follows from the seed and the item's place: the
-same parts in all languages. (MuBench also switches the template apart from the question; in its files both are one
-text, so here they switch together.)
+The prompt and each choice of an item are replaced by those of another language with probability one half; an item has
+parts of at most `max_languages` other languages. The replaced parts are the same in all languages: they follow from the
+seed and the item's number. (MuBench switches template and question separately; in its files both are one text, so here
+they switch together.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 import gin
 import numpy as np
 
-from evals.tasks import MODES, Item, Task, align, find_tasks, write_items
+from evals.tasks.alignment import align_items
+from evals.tasks.task_files import Item, Task, find_tasks, write_items
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 
 PROBABILITY = 0.5
-MIXED = {"lighteval": "mix_lighteval", "local_template": "mix", "en_template": "mix"}
+MIXED_MODES = {"lighteval": "mix_lighteval", "local_template": "mix", "en_template": "mix"}
 
 
 @gin.configurable
@@ -27,54 +28,58 @@ def code_switch(
     tasks: Sequence[str] = gin.REQUIRED,
     output: str = gin.REQUIRED,
     languages: Sequence[str] | None = None,
-    most: int = 2,
+    max_languages: int = 2,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Writes mix_<language>_<most>_test.jsonl (of cloze tasks mix_lighteval_...) beside its sources' dataset.
+    """Writes OUTPUT/<dataset>/mix_<language>_<max_languages>_test.jsonl (mix_lighteval_... for cloze tasks).
 
     Args:
-      tasks: globs of files of one mode, see `tasks.find_tasks`.
+      tasks: globs of files of one mode, see `tasks.task_files.find_tasks`.
       output: folder of the tasks.
-      languages: to mix; None: all that are there.
-      most: other languages in one item, at most; MuBench has 9 in BMLAMA and 3 elsewhere.
-      seed: of what is replaced.
+      languages: languages to mix; None: all.
+      max_languages: greatest number of other languages in an item; MuBench has 9 in BMLAMA and 3 elsewhere.
+      seed: seed of the replacements.
 
     Returns:
-      task -> items in each language.
+      Task -> number of items in each language.
 
     Raises:
-      InputError: fewer than two languages, a mode that is mixed already, or `most` out of range.
+      InputError: fewer than two languages, a mode that is mixed already, or `max_languages` out of range.
     """
     counts = {}
     for task, files in find_tasks(tasks, languages).items():
-        if task.mode not in MIXED:
-            raise InputError(f"code_switch: {task.name}: of the modes {', '.join(MODES)}, only those not mixed can be")
-        if not 1 <= most < len(files):
-            raise InputError(f"code_switch.most = {most}: must be at least 1 and less than the {len(files)} languages "
-                             f"of {task.name}")
-        aligned = align(files)
-        mixed = Task(task.dataset, f"{MIXED[task.mode]}_{most}")
+        if task.mode not in MIXED_MODES:
+            raise InputError(f"code_switch: {task.name}: only modes that are not mixed yet can be: "
+                             f"{', '.join(MIXED_MODES)}")
+        if not 1 <= max_languages < len(files):
+            raise InputError(f"code_switch.max_languages = {max_languages}: must be at least 1 and less than the "
+                             f"{len(files)} languages of {task.name}")
+        aligned = align_items(files)
+        mixed = Task(task.dataset, f"{MIXED_MODES[task.mode]}_{max_languages}")
         if mixed.name in counts:
             raise InputError(f"code_switch: {task.name} and another mode would both become {mixed.name}")
         for language in aligned.languages:
             counts[mixed.name] = write_items(output, mixed, language, (
-                _mix(number, language, aligned.items, most, seed) for number in range(len(aligned.items[language]))))
+                _mix_item(number, language, aligned.items, max_languages, seed)
+                for number in range(len(aligned.items[language]))))
         print(f"{mixed.name}: {counts[mixed.name]:,} items in {len(aligned.languages)} languages")
     return counts
 
 
-def _mix(number: int, language: str, items: Mapping[str, Sequence[Item]], most: int, seed: int) -> Item:
-    """One item of a language with parts of others."""
+def _mix_item(
+    number: int, language: str, items: Mapping[str, Sequence[Item]], max_languages: int, seed: int
+) -> Item:
+    """Returns an item of a language with parts of other languages."""
     own = items[language][number]
-    # All languages draw the same numbers; only who the others are differs.
+    # All languages draw the same numbers, so that the same parts are replaced.
     rng = np.random.default_rng([seed, number])
     replaced = rng.random(1 + len(own.choices)) < PROBABILITY
     others = [other for other in items if other != language]
-    pool = [others[place] for place in rng.choice(len(others), most, replace=False)]
-    drawn = rng.integers(most, size=len(replaced))
-    source = [items[pool[place]][number] if other else own for other, place in zip(replaced, drawn)]
-    choices = tuple(item.choices[place] for place, item in enumerate(source[1:]))
-    return Item(own.id, source[0].prompt, choices, own.label, source[0].delimiter)
+    mixed_in = [others[index] for index in rng.choice(len(others), max_languages, replace=False)]
+    drawn = rng.integers(max_languages, size=len(replaced))
+    sources = [items[mixed_in[index]][number] if replace else own for replace, index in zip(replaced, drawn)]
+    choices = tuple(item.choices[index] for index, item in enumerate(sources[1:]))
+    return Item(own.id, sources[0].prompt, choices, own.label, sources[0].delimiter)
 
 
 if __name__ == "__main__":

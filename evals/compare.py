@@ -1,4 +1,4 @@
-"""Two runs of `evals.run` on the same items: which model is better, by how much, and how sure that is.
+"""Compares two runs of `evals.run` on the same items: accuracies, their difference and its significance.
 
     python -m evals.compare --gin.compare.first=runs/evals_a --gin.compare.second=runs/evals_b
 """
@@ -9,22 +9,24 @@ import gin
 import numpy as np
 from etils import epath
 
-from evals import metrics, tables
-from evals.language_families import by_family
-from evals.tasks import Task
+from evals.scoring import item_tables
+from evals.scoring.bootstrap import PairedComparison, compare_paired
+from evals.scoring.metrics import EXACT_MATCH, METRICS
+from evals.tasks.language_families import by_family
+from evals.tasks.task_files import Task
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 
 
-class Compared(NamedTuple):
-    """One task in one language, or in all ("all").
+class TaskComparison(NamedTuple):
+    """The comparison of one task in one language, or in all languages together ("all").
 
     Attributes:
       task, language, metric: what was compared.
-      items: in both runs.
-      first, second: accuracies.
-      paired: see `metrics.paired`.
+      items: number of items in both runs.
+      first, second: accuracy of each run.
+      paired: difference and p-value.
     """
 
     task: str
@@ -33,83 +35,81 @@ class Compared(NamedTuple):
     items: int
     first: float
     second: float
-    paired: metrics.Paired
+    paired: PairedComparison
 
 
 @gin.configurable
 def compare(
     first: str = gin.REQUIRED, second: str = gin.REQUIRED, metric: str | None = None, output: str | None = None
-) -> list[Compared]:
-    """Compares accuracies, paired by item; prints a table.
+) -> list[TaskComparison]:
+    """Compares accuracies, paired by item, and prints a table.
 
     Args:
       first, second: output folders of `evals.run`.
-      metric: of `metrics.NORMALISATIONS`; None: that of each dataset, and exact_match for generated answers.
-      output: JSON file to write the table to.
+      metric: name in `scoring.metrics.METRICS`; None: that of each dataset, and exact_match for generated answers.
+      output: JSON file to write the table to; None: none.
 
     Raises:
-      InputError: a folder that is none, nothing in both, items with other labels, or a metric that was not measured.
+      InputError: a folder without tables, no task or item in both runs, labels that differ, or a metric that was not
+        measured.
     """
-    if metric is not None and metric not in metrics.NORMALISATIONS:
-        raise InputError(f"compare.metric = {metric!r}: not one of {', '.join(metrics.NORMALISATIONS)}")
-    there = [_tables(epath.Path(folder)) for folder in (first, second)]
-    common = sorted(set(there[0]) & set(there[1]))
+    if metric is not None and metric not in METRICS:
+        raise InputError(f"compare.metric = {metric!r}: not one of {', '.join(METRICS)}")
+    runs = [_find_tables(epath.Path(folder)) for folder in (first, second)]
+    common = sorted(set(runs[0]) & set(runs[1]))
     if not common:
         raise InputError(f"{first}, {second}: no task and language in both")
-    found: list[Compared] = []
-    for name in dict.fromkeys(name for name, _ in common):
-        generated = all(there[0][name, language].parent.parent.name == "answers" for task, language in common
-                        if task == name)
-        chosen = metrics.EXACT_MATCH if generated else metric or Task(*_split(name)).metric
-        rows = {language: _right(there[0][name, language], there[1][name, language], chosen)
-                for language in by_family(language for task, language in common if task == name)}
-        if len(rows) > 1 and len({ids for ids, _ in rows.values()}) == 1:
-            ids = next(iter(rows.values()))[0]
-            rows["all"] = ids, np.stack([right for _, right in rows.values()], axis=1)
-        for language, (ids, right) in rows.items():
-            found.append(Compared(name, language, chosen, len(ids), float(right[0].mean()), float(right[1].mean()),
-                                  metrics.paired(*right)))
+    comparisons: list[TaskComparison] = []
+    for task_name in dict.fromkeys(task_name for task_name, _ in common):
+        languages = by_family(language for name, language in common if name == task_name)
+        generated = all(runs[0][task_name, language].parent.parent.name == "answers" for language in languages)
+        dataset, _, mode = task_name.partition("_")
+        task_metric = EXACT_MATCH if generated else metric or Task(dataset, mode).main_metric
+        correct = {language: _read_correct(runs[0][task_name, language], runs[1][task_name, language], task_metric)
+                   for language in languages}
+        if len(correct) > 1 and len({ids for ids, _ in correct.values()}) == 1:
+            ids = next(iter(correct.values()))[0]
+            correct["all"] = ids, np.stack([right for _, right in correct.values()], axis=1)
+        for language, (ids, right) in correct.items():
+            comparisons.append(TaskComparison(
+                task_name, language, task_metric, len(ids), float(right[0].mean()), float(right[1].mean()),
+                compare_paired(*right)))
     print(f"{'task':<36} {'language':<9} {'metric':<10} {'items':>6} {'first':>7} {'second':>7} {'difference':>22} p")
-    for row in found:
+    for row in comparisons:
         value, low, high = (100 * x for x in row.paired.difference)
         print(f"{row.task:<36} {row.language:<9} {row.metric:<10} {row.items:>6} {100 * row.first:>7.2f} "
               f"{100 * row.second:>7.2f} {value:>+7.2f} [{low:+.2f}, {high:+.2f}] {row.paired.p_value:.2g}")
     if output is not None:
         plain = [row._asdict() | {"paired": {"difference": row.paired.difference._asdict(),
-                                             "p_value": row.paired.p_value}} for row in found]
+                                             "p_value": row.paired.p_value}} for row in comparisons]
         write_json(output, {"first": str(first), "second": str(second), "compared": plain})
-    return found
+    return comparisons
 
 
-def _tables(folder: epath.Path) -> dict[tuple[str, str], epath.Path]:
-    """(task, language) -> file; options, where both they and answers are there."""
-    paths = [path for name in reversed(tables.FOLDERS) if (folder / name).exists()
+def _find_tables(folder: epath.Path) -> dict[tuple[str, str], epath.Path]:
+    """Returns (task, language) -> file; scored options take precedence over generated answers."""
+    paths = [path for name in reversed(item_tables.FOLDERS) if (folder / name).exists()
              for path in (folder / name).glob("*/*.parquet")]
     if not paths:
         raise InputError(f"{folder}: neither log_likelihoods nor answers, not the output of evals.run")
     return {(path.parent.name, path.stem): path for path in paths}
 
 
-def _split(name: str) -> tuple[str, str]:
-    dataset, _, mode = name.partition("_")
-    return dataset, mode
-
-
-def _right(first: epath.Path, second: epath.Path, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Ids of the items in both, and whether each was right: bool `[2, items]`."""
+def _read_correct(first: epath.Path, second: epath.Path, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns the ids of the items in both tables, and the correct answers of each: bool `[2, items]`."""
     answers = []
     for path in (first, second):
-        table = tables.load(path)
-        ids, labels = tables.items_of(table)
-        choices = tables.choices_of(table)
+        table = item_tables.load(path)
+        ids, labels = item_tables.ids_and_labels(table)
+        choices = item_tables.choices_of(table)
         if metric not in choices:
             raise InputError(f"{path}: {metric} was not measured, only {', '.join(choices)}")
         answers.append(dict(zip(ids, zip(labels.tolist(), (labels == choices[metric]).tolist()))))
     ids = tuple(id for id in answers[0] if id in answers[1])
     if not ids:
         raise InputError(f"{first}, {second}: no item in both")
-    if other := [id for id in ids if answers[0][id][0] != answers[1][id][0]]:
-        raise InputError(f"{first}, {second}: item {other[0]} has another label in each; not the same files")
+    if differing := [id for id in ids if answers[0][id][0] != answers[1][id][0]]:
+        raise InputError(f"{first}, {second}: item {differing[0]} has another label in each; not the same files")
     return ids, np.array([[answer[id][1] for id in ids] for answer in answers])
 
 

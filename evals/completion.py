@@ -1,10 +1,10 @@
-"""Which line goes on? Cloze items from aligned documents, in MuBench's form (our own formulation).
+"""Makes cloze items in MuBench's form from aligned documents: which line continues the text (our own formulation).
 
     python -m evals.completion --gin.completion.documents='samples/text/heldout/*.jsonl.xz' --gin.completion.output=DIR
 
-Of documents that have the same number of lines in several languages, every line but the first is an item: the lines
-before it are the prompt, the line itself is right, and three lines of other documents of the same source are wrong, the
-same ones in all languages. Documents that are not aligned in all the languages are left out.
+Documents are aligned when they have the same source, id and number of lines in all languages; others are left out.
+Every line but the first is an item: the lines before it are the prompt, the line itself is the right choice, and three
+lines of other documents of the same source are the wrong ones, the same in all languages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import gin
 import numpy as np
 
-from evals.language_families import by_family
-from evals.tasks import Item, Task, write_items
+from evals.tasks.language_families import by_family
+from evals.tasks.task_files import Item, Task, write_items
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.errors import InputError
@@ -21,8 +21,8 @@ from mlx_pretrain.errors import InputError
 TASK = Task("CompletionDataset", "lighteval")
 N_CHOICES = 4
 
-# (source, id) -> lines.
-Lines = dict[tuple[str, str], list[str]]
+Lines = dict[tuple[str, str], list[str]]  # (source, id) of a document -> its lines
+LinePosition = tuple[tuple[str, str], int]  # (source, id) of a document, line number
 
 
 @gin.configurable
@@ -40,14 +40,14 @@ def completion(
     Args:
       documents: glob of files <language>.jsonl[.xz], aligned by `source` and `id`.
       output: folder of the tasks.
-      languages: to take; None: all that are there.
-      min_characters, max_characters: of a line that is a choice, in every language; the first is halved, the second
-        divided by three for scripts of syllables and words (zh, ja, ko).
-      prompt_characters: so many at the end of the lines before it, whole lines, one at least.
-      seed: of the wrong choices and the order.
+      languages: languages to take; None: all.
+      min_characters, max_characters: bounds on the length of a choice in every language; for scripts of syllables and
+        words (zh, ja, ko) the first is halved and the second divided by three.
+      prompt_characters: greatest length of a prompt in whole lines; one line is always kept.
+      seed: seed of the wrong choices and the order.
 
     Returns:
-      How many items, the same ones in every language.
+      The number of items in every language.
 
     Raises:
       InputError: a language is missing, or no item is left.
@@ -58,40 +58,45 @@ def completion(
             raise InputError(f"{path}: its language has {other.name}, too; one file a language is read")
     if missing := sorted(set(languages or ()) - set(texts)):
         raise InputError(f"{documents}: no file for {', '.join(missing)}; there is {', '.join(sorted(texts))}")
-    lines = {language: _lines(texts[language]) for language in by_family(languages or texts)}
-    aligned = _aligned(lines)
+    lines = {language: _read_lines(texts[language]) for language in by_family(languages or texts)}
+    aligned = _aligned_documents(lines)
     bounds = {language: (min_characters // 2, max_characters // 3) if language in ("zh", "ja", "ko")
               else (min_characters, max_characters) for language in lines}
-    places = [(document, number) for document in aligned for number in range(1, len(aligned[document]))
-              if all(low <= len(found[document][number]) <= high
-                     for found, (low, high) in ((lines[language], bounds[language]) for language in lines))]
-    chosen = _with_wrong_choices(places, np.random.default_rng(seed))
-    if not chosen:
+    positions = [(document, number) for document in aligned for number in range(1, len(aligned[document]))
+                 if all(low <= len(lines[language][document][number]) <= high
+                        for language, (low, high) in bounds.items())]
+    items = _with_wrong_choices(positions, np.random.default_rng(seed))
+    if not items:
         raise InputError(f"{documents}: no line is left that is aligned in {', '.join(lines)}")
-    for language, found in lines.items():
-        write_items(output, TASK, language, (_item(found, choices, label, prompt_characters)
-                                             for choices, label in chosen))
-    print(f"{len(chosen)} items in {len(lines)} languages")
-    return len(chosen)
+    for language, language_lines in lines.items():
+        write_items(output, TASK, language, (_make_item(language_lines, choices, label, prompt_characters)
+                                             for choices, label in items))
+    print(f"{len(items)} items in {len(lines)} languages")
+    return len(items)
 
 
-def _lines(path) -> Lines:
+def _read_lines(path) -> Lines:
     return {(document.source, document.id): [line.strip() for line in document.text.split("\n") if line.strip()]
             for document in read_documents(path)}
 
 
-def _aligned(lines: Mapping[str, Lines]) -> Lines:
-    """Documents of the first language that have as many lines in all."""
+def _aligned_documents(lines: Mapping[str, Lines]) -> Lines:
+    """Returns the documents of the first language that have the same number of lines in all languages."""
     first, *rest = lines.values()
-    return {document: found for document, found in first.items()
-            if all(len(other.get(document, ())) == len(found) for other in rest)}
+    return {document: document_lines for document, document_lines in first.items()
+            if all(len(other.get(document, ())) == len(document_lines) for other in rest)}
 
 
-def _with_wrong_choices(places: Sequence, rng: np.random.Generator) -> list[tuple[list, int]]:
-    """(places of the choices, which is right) of each item; places without three others of their source are left."""
+def _with_wrong_choices(
+    positions: Sequence[LinePosition], rng: np.random.Generator
+) -> list[tuple[list[LinePosition], int]]:
+    """Returns (positions of the choices, index of the right one) of each item.
+
+    Lines without enough lines in other documents of their source are left out.
+    """
     items = []
-    for document, number in places:
-        others = [place for place in places if place[0][0] == document[0] and place[0] != document]
+    for document, number in positions:
+        others = [position for position in positions if position[0][0] == document[0] and position[0] != document]
         if len(others) < N_CHOICES - 1:
             continue
         wrong = [others[i] for i in rng.choice(len(others), N_CHOICES - 1, replace=False)]
@@ -100,7 +105,7 @@ def _with_wrong_choices(places: Sequence, rng: np.random.Generator) -> list[tupl
     return items
 
 
-def _item(lines: Lines, choices: Sequence, label: int, prompt_characters: int) -> Item:
+def _make_item(lines: Lines, choices: Sequence[LinePosition], label: int, prompt_characters: int) -> Item:
     document, number = choices[label]
     before = lines[document][:number]
     while len(before) > 1 and sum(map(len, before)) > prompt_characters:

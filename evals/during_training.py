@@ -1,4 +1,4 @@
-"""Tasks evaluated while a model trains, every so many steps, by the same engine as `evals.run`:
+"""Evaluates tasks while a model trains, with the engine of `evals.run`.
 
     python -m mlx_pretrain.train --gin_file=gin/runs/demo.gin --gin_file=gin/evals/during_training.gin
 """
@@ -9,14 +9,15 @@ from typing import Any
 import gin
 import numpy as np
 
-from evals import metrics
-from evals.language_families import ENGLISH
-from evals.requests import check_lengths, requests_of
-from evals.tables import choices_of, table_of_scores
-from evals.tasks import align, find_tasks, read_examples
+from evals.scoring.consistency import consistency, mean_over_pairs, mean_with_reference
+from evals.scoring.item_tables import choices_of, table_of_scores
+from evals.scoring.requests import check_lengths, item_requests
+from evals.tasks.alignment import align_items, read_examples
+from evals.tasks.language_families import ENGLISH
+from evals.tasks.task_files import find_tasks
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Scorer
-from mlx_pretrain.training.trainer import Evaluator, checked
+from mlx_pretrain.training.evaluation import Evaluate, checked
 
 
 @gin.configurable(denylist=["model"])
@@ -26,30 +27,30 @@ def task_evaluation(
     languages: Sequence[str] | None = None,
     few_shot: int = 0,
     limit: int | None = None,
-) -> Evaluator:
-    """Reads the tasks.
+) -> Evaluate:
+    """Reads the tasks and returns their evaluation.
 
     Args:
-      model: whose tokenizer and shape they are for; its parameters are not used.
+      model: model whose tokenizer and shape the requests are made for; its parameters are not used.
       tasks, languages, few_shot, limit: see `evals.run.run_tasks`.
 
     Returns:
-      An evaluator whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over the
-      languages), `<task>/<metric>/<language>`; with several languages `<task>/mlc` over all pairs, `<task>/chance`,
+      The function of an `Evaluator`, whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over
+      the languages), `<task>/<metric>/<language>`; with several languages `<task>/mlc` over all pairs, `<task>/chance`,
       and `<task>/mlc_vs_english`.
 
     Raises:
       InputError: no files there, no item left, or an option that is longer than the model.
     """
     files = find_tasks(tasks, languages)
-    aligned = {task: align(by_language, limit) for task, by_language in files.items()}
+    aligned = {task: align_items(by_language, limit) for task, by_language in files.items()}
     scorer: Scorer | None = None
     windows = []
-    for task, found in aligned.items():
+    for task, task_items in aligned.items():
         examples = read_examples(files[task], few_shot)
-        for language in found.languages:
-            requests = requests_of(model, found.items[language], examples[language])
-            check_lengths(found.items[language], requests, model.config.max_length)
+        for language, items in task_items.items.items():
+            requests = item_requests(model, items, examples[language])
+            check_lengths(items, requests, model.config.max_length)
             windows.append(((task, language), requests))
 
     def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
@@ -57,22 +58,24 @@ def task_evaluation(
         if scorer is None:
             scorer = Scorer(model.config, params, model.mesh)
         scorer.update(params)
-        chosen = {key: choices_of(table_of_scores(aligned[key[0]].items[key[1]], scores, False))[key[0].metric]
-                  for key, scores in checked(scorer(windows), check)}
+        chosen = {(task, language): choices_of(
+            table_of_scores(aligned[task].items[language], scores, False))[task.main_metric]
+            for (task, language), scores in checked(scorer(windows), check)}
         scalars: dict[str, float] = {}
-        for task, found in aligned.items():
-            labels = np.array([item.label for item in found.items[found.languages[0]]])
-            choices = np.stack([chosen[task, language] for language in found.languages])
-            accuracy, name = (choices == labels).mean(axis=1), f"{task.name}/{task.metric}"
+        for task, task_items in aligned.items():
+            languages = task_items.languages
+            labels = np.array([item.label for item in task_items.items[languages[0]]])
+            choices = np.stack([chosen[task, language] for language in languages])
+            accuracy, name = (choices == labels).mean(axis=1), f"{task.name}/{task.main_metric}"
             scalars[name] = float(accuracy.mean())
-            if len(found.languages) > 1:
-                agreement = metrics.consistency(choices, labels)
-                scalars[f"{task.name}/mlc"] = metrics.over_pairs(agreement.mlc)
-                scalars[f"{task.name}/chance"] = metrics.over_pairs(agreement.chance)
-                if ENGLISH in found.languages:
-                    scalars[f"{task.name}/mlc_vs_english"] = metrics.against(
-                        agreement.mlc, found.languages.index(ENGLISH))
-            scalars |= {f"{name}/{language}": float(x) for language, x in zip(found.languages, accuracy)}
+            if len(languages) > 1:
+                agreement = consistency(choices, labels)
+                scalars[f"{task.name}/mlc"] = mean_over_pairs(agreement.mlc)
+                scalars[f"{task.name}/chance"] = mean_over_pairs(agreement.chance)
+                if ENGLISH in languages:
+                    scalars[f"{task.name}/mlc_vs_english"] = mean_with_reference(
+                        agreement.mlc, languages.index(ENGLISH))
+            scalars |= {f"{name}/{language}": float(x) for language, x in zip(languages, accuracy)}
         return scalars
 
     return evaluate

@@ -1,9 +1,9 @@
-"""lm-evaluation-harness on our decoders:
+"""Runs lm-evaluation-harness on our decoders.
 
     python -m evals.harness run --model mlx_pretrain --model_args path=RUN --tasks arc_easy
 
-takes what `lm_eval` takes. The model is a training run, a Hugging Face folder of a LLaMA, or a GGUF file; `model_args`
-are `path`, `step`, `dtype`, `max_length` and `max_gen_toks`. Options share what they have in common (`Scorer`).
+The arguments are those of `lm_eval`. The model is a training run, a Hugging Face folder of a LLaMA, or a GGUF file;
+`model_args` are `path`, `step`, `dtype`, `max_length` and `max_gen_toks`. Common prefixes are computed once (`Scorer`).
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,25 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from evals.generations import encode_prompts, generate_answers
-from evals.requests import encode_pairs
+from evals.scoring.generations import encode_prompts, generate_answers
+from evals.scoring.requests import encode_pairs
 from mlx_pretrain.command_line import errors_as_one_line
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.inference.scoring import Request, Scorer
 
-WINDOW = 8192  # requests that may share tokens
+WINDOW = 8192  # requests among which common prefixes are looked for
 
 
 @register_model("mlx_pretrain")
 class MLXPretrain(LM):
-    """Our decoders as the harness sees a model."""
+    """A decoder of this project behind the harness's interface of a model.
+
+        import lm_eval
+        model = MLXPretrain(path="runs/demo", dtype="bfloat16")
+        results = lm_eval.simple_evaluate(model, tasks=["arc_easy"], num_fewshot=0)
+        print(results["results"]["arc_easy"]["acc,none"])
+    """
 
     def __init__(
         self,
@@ -43,20 +49,22 @@ class MLXPretrain(LM):
         max_batch_size: Any = None,
         **unknown: Any,
     ):
-        """Loads the model; `batch_size`, `device` and `max_batch_size`, which the harness hands on, change nothing.
+        """Loads the model.
 
         Args:
           path, step, dtype: see `load_language_model`.
           max_length: tokens of context and continuation; None: the model's positions.
-          max_gen_toks: generated at most, where the task does not say.
+          max_gen_toks: greatest number of tokens to generate where the task sets none.
+          batch_size, device, max_batch_size: passed by the harness; they change nothing.
+          **unknown: refused.
 
         Raises:
-          InputError: no path, an argument that is not one of these, or no model there.
+          InputError: no path, an unknown argument, or no model there.
         """
         super().__init__()
         if unknown or path is None:
-            what = f"unknown {', '.join(sorted(unknown))}" if unknown else "no path"
-            raise InputError(f"model_args: {what}; known are path, step, dtype, max_length, max_gen_toks")
+            cause = f"unknown {', '.join(sorted(unknown))}" if unknown else "no path"
+            raise InputError(f"model_args: {cause}; known are path, step, dtype, max_length, max_gen_toks")
         for name, value in (("step", step), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
             if value is not None and (not isinstance(value, int) or value < (name != "step")):
                 raise InputError(f"model_args: {name} = {value!r}: must be a positive integer")
@@ -65,15 +73,15 @@ class MLXPretrain(LM):
         self._max_gen_toks = max_gen_toks
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, and whether each is the greedy one."""
+        """Returns (log-likelihood, greedy) of each continuation; greedy: it is the model's most likely one."""
         encoded = encode_pairs(self._model, [request.args for request in requests])
-        found = [(score.log_likelihood, score.greedy) for score in self._score(encoded)]
-        for request, answer in zip(requests, found):
+        answers = [(score.log_likelihood, score.greedy) for score in self._score(encoded)]
+        for request, answer in zip(requests, answers):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return found
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows without overlap."""
+        """Returns the log-likelihood of each whole text, in windows without overlap."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self._model.tokenizer.encode(request.args[0])
@@ -84,20 +92,20 @@ class MLXPretrain(LM):
             for context, continuation in map(utils.make_disjoint_window, pairs):
                 windows.append(Request(np.array(context), np.array(continuation)))
                 owners.append(number)
-        found = np.zeros(len(requests))
-        np.add.at(found, owners, [score.log_likelihood for score in self._score(windows)])
-        for request, answer in zip(requests, found.tolist()):
+        sums = np.zeros(len(requests))
+        np.add.at(sums, owners, [score.log_likelihood for score in self._score(windows)])
+        for request, answer in zip(requests, sums.tolist()):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        return found.tolist()
+        return sums.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the task's stop sequences; sampled with temperature, else greedy."""
+        """Returns continuations up to the task's first stop sequence, sampled if it has a temperature, else greedy."""
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         for numbers in groups.values():
-            # Their names for the number of tokens are several, and a task may sample by its temperature alone.
+            # The harness has several names for the number of tokens, and a temperature alone makes a task sample.
             try:
                 settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self._max_gen_toks)
             except (TypeError, ValueError) as error:
@@ -105,11 +113,11 @@ class MLXPretrain(LM):
             new = settings["max_gen_toks"]
             prompts = encode_prompts(
                 self._model, [requests[number].args[0] for number in numbers], new, self._scorer.max_length)
-            found = generate_answers(
+            texts = generate_answers(
                 self._model, [ids for ids, _ in prompts], [stop for stop in settings["until"] if stop],
                 max_new_tokens=new, top_p=float(settings.get("top_p", 1.0)),
                 temperature=float(settings.get("temperature", 0.0)) if settings["do_sample"] else 0.0)
-            for number, text in zip(numbers, found):
+            for number, text in zip(numbers, texts):
                 answers[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return answers
@@ -120,7 +128,7 @@ class MLXPretrain(LM):
 
 
 def main() -> None:
-    """Runs lm_eval; what is wrong with a model or a request ends it with one line."""
+    """Runs lm_eval; an InputError of a model or a request ends it with one line."""
     with errors_as_one_line():
         cli_evaluate()
 

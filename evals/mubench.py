@@ -1,8 +1,8 @@
-"""MuBench's files from the Hugging Face Hub, through `datasets`:
+"""Downloads MuBench's files from the Hugging Face Hub through `datasets`.
 
     python -m evals.mubench --gin.mubench.output=mubench --gin.mubench.languages='["en", "de", "sw"]'
 
-What is there already is not read again. Without a network, any folder with the same files does as `repository`.
+Files that exist are not read again. Without a network, `repository` can be a folder with the same files.
 """
 
 import json
@@ -13,8 +13,8 @@ import datasets
 import gin
 from etils import epath
 
-from evals.language_families import LANGUAGES
-from evals.tasks import MODES, Task, file_of
+from evals.tasks.language_families import LANGUAGES
+from evals.tasks.task_files import MODES, Task, file_name
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
@@ -38,31 +38,31 @@ def mubench(
     """Writes OUTPUT/<dataset>/<mode>_<language>_<split>.jsonl, for `evals.run`.
 
     Args:
-      output: folder.
-      repository: on the Hub, or a local folder.
-      names: of the datasets.
-      modes: e.g. "lighteval", "local_template", "mix_2" (code-switched, two other languages at most).
-      languages: None: all 61.
+      output: folder of the tasks.
+      repository: repository on the Hub, or local folder.
+      names: datasets to download.
+      modes: e.g. "lighteval", "local_template", "mix_2" (code-switched, at most two other languages).
+      languages: languages to download; None: all 61.
       splits: "test", "dev".
-      revision: of the repository, for results that can be repeated; None: the newest.
+      revision: revision of the repository, for results that can be repeated; None: the newest.
 
     Returns:
-      How many files were written.
+      The number of files written.
 
     Raises:
-      InputError: a name, mode or language that MuBench has not, or a file that is not there or cannot be read.
+      InputError: MuBench has no such name, mode or language, or a file is missing or cannot be read.
     """
-    for what, given, known in (("names", names, DATASETS), ("languages", languages or (), LANGUAGES),
-                               ("modes", [Task("", mode).plain_mode for mode in modes], MODES)):
-        if unknown := [one for one in given if one not in known]:
-            raise InputError(f"mubench.{what}: {', '.join(unknown)}: not one of {', '.join(known)}")
+    for parameter, values, known in (("names", names, DATASETS), ("languages", languages or (), LANGUAGES),
+                                     ("modes", [Task("", mode).plain_mode for mode in modes], MODES)):
+        if unknown := [value for value in values if value not in known]:
+            raise InputError(f"mubench.{parameter}: {', '.join(unknown)}: not one of {', '.join(known)}")
     datasets.disable_progress_bars()
     written = 0
     for name in names:
         for mode in modes:
             for language in languages or LANGUAGES:
                 for split in splits:
-                    file = file_of(Task(name, mode), language, split)
+                    file = file_name(Task(name, mode), language, split)
                     path = epath.Path(output) / file
                     if path.exists():
                         continue
@@ -77,7 +77,7 @@ def mubench(
 def _read(repository: str, file: str, revision: str | None) -> datasets.Dataset:
     try:
         return datasets.load_dataset(repository, data_files=file, split="train", revision=revision)
-    # Of the network, the Hub, files and their formats: the library has no type in common for them.
+    # Errors of the network, the Hub, files and their formats have no common type.
     except Exception as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{repository}/{file}: cannot be read through `datasets` ({cause[:300]})") from None

@@ -1,34 +1,26 @@
 """Evaluates a decoder on tasks in MuBench's form: `python -m evals.run --gin_file=gin/evals/run.gin`.
 
-Options are scored, or answers generated, task by task and language by language; what is finished is not computed again
-(`tables`). Several processes are one mesh of all their devices: each prepares the same requests, the devices share the
-rows of a batch, and process 0 alone reads and writes the results.
+Options are scored, or answers generated, task by task and language by language; finished tables are not computed again
+(`scoring.item_tables`). Several processes form one mesh of all their devices (`scoring.measure`).
 """
 
 import dataclasses
-import functools
-import hashlib
-import itertools
-import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import gin
 from etils import epath
 from jax.sharding import Mesh
 
-from evals import metrics, tables
-from evals.generations import encode_prompts, generate_answers
 from evals.report import report
-from evals.requests import check_lengths, prompt_of, requests_of
-from evals.results import TaskResults, evaluate, write_results
-from evals.tasks import Aligned, Item, Task, align, find_tasks, read_examples
-from mlx_pretrain.command_line import run, save_effective
+from evals.scoring.measure import measure
+from evals.scoring.results import TaskResults, compute_results, format_results, write_results
+from evals.tasks.alignment import align_items, read_examples
+from evals.tasks.task_files import find_tasks
+from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
+from mlx_pretrain.configuration.gin_files import save_effective
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import LanguageModel, load_language_model, read_model_config
+from mlx_pretrain.inference.language_model import load_language_model, read_model_config
 from mlx_pretrain.inference.scoring import Scorer
 from mlx_pretrain.parallel import cluster, hardware
 from mlx_pretrain.training.train_state import abstract_params
@@ -51,27 +43,28 @@ def run_tasks(
     max_length: int | None = None,
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
 ) -> list[TaskResults]:
-    """Scores all options and writes results, samples, the options' log-likelihoods, and the report.
+    """Measures all items and writes item tables, results, samples and the report.
 
     Args:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
-      tasks: globs of files named as MuBench's, see `tasks.find_tasks`.
-      output: folder of the results; the same command goes on where it was.
-      languages: to take; None: all that are there.
-      few_shot: solved examples before every prompt, the first ones of the split "dev" beside the test file.
-      limit: items of each task, evenly spaced; None: all.
+      tasks: globs of files named as MuBench's, see `tasks.task_files.find_tasks`.
+      output: folder of the results; the same command resumes.
+      languages: languages to evaluate; None: all.
+      few_shot: number of solved examples before every prompt: the first items of the split "dev" beside the test file.
+      limit: number of items of each task, evenly spaced; None: all.
       mutual_information: also scores every option without its prompt, for acc_mutual_info.
-      generate: takes the first line that the model writes as its answer, most likely tokens, and compares it with the
-        options (exact match), in place of scoring them: for chat models.
-      template: what is put around a prompt then, {prompt} in it once: a chat model's turns with its special tokens.
-      max_new_tokens: of a generated answer.
-      step: which checkpoint of a run; None: the latest.
+      generate: generates answers greedily and compares the first line of each with the options (exact match), in place
+        of scoring the options: for chat models.
+      template: text around a prompt whose answer is generated, with {prompt} once: a chat model's turns with its
+        special tokens.
+      max_new_tokens: greatest length of a generated answer.
+      step: checkpoint of a run; None: the latest.
       dtype: compute dtype; None: that of the run, float32 for other models.
-      max_length: tokens of prompt and option; None: the model's positions. Longer prompts lose their beginning.
-      compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
+      max_length: tokens of prompt and option; None: the model's positions. Longer prompts are cut at their beginning.
+      compilation_cache: folder of compiled programs, kept between runs; None: none.
 
     Returns:
-      What was found; in other processes than process 0 nothing.
+      The results by task in process 0, nothing in other processes.
 
     Raises:
       InputError: no model or files there, no item left to evaluate, or an option that is longer than the model.
@@ -81,7 +74,7 @@ def run_tasks(
     if template.count("{prompt}") != 1:
         raise InputError(f"evaluate.template = {template!r}: must have {{prompt}} in it once")
     files = find_tasks(tasks, languages)
-    aligned = {task: align(by_language, limit) for task, by_language in files.items()}
+    aligned = {task: align_items(by_language, limit) for task, by_language in files.items()}
     examples = {task: read_examples(by_language, few_shot) for task, by_language in files.items()}
     hardware.keep_compiled(compilation_cache)
     language_model = load_language_model(model, step=step, dtype=dtype)
@@ -99,13 +92,13 @@ def run_tasks(
         settings |= {"template": template, "max_new_tokens": max_new_tokens}
     else:
         settings |= {"mutual_information": mutual_information}
-    found = _measure(folder, language_model, scorer, files, aligned, examples, settings)
+    tables = measure(folder, language_model, scorer, aligned, examples, settings)
     if not cluster.is_main():
         return []
-    results = [evaluate(task, aligned[task], found[task]) for task in files]
-    path = write_results(folder, results, aligned, found, settings)
+    results = [compute_results(task, aligned[task], tables[task]) for task in files]
+    path = write_results(folder, results, aligned, tables, settings)
     report(folder)
-    for line in summary(results):
+    for line in format_results(results):
         print(line)
     print(f"{path}, {folder / 'report.html'}")
     return results
@@ -113,8 +106,10 @@ def run_tasks(
 
 @programs.register("evaluate.tasks")
 def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """The largest program that scores options, for the model of the training run in the same gin files or else for
-    `evaluate.model`; none where answers are generated."""
+    """Returns the largest program that scores options; nothing where answers are generated.
+
+    The model is that of the training run in the same gin files, or else `evaluate.model`.
+    """
     from mlx_pretrain.train import TrainConfig  # nothing else here needs it
 
     settings = gin.get_bindings(run_tasks)
@@ -135,134 +130,6 @@ def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program
         model_flops=rows * length * config.flops_per_token(2 * prefix + length) / 3,  # the forward pass
         remedies=lambda excess: [f"evaluate.max_length={int(prefix / max(excess, 2))}"],
     )]
-
-
-# (task, language, file, what it depends on), items, examples.
-_Todo = tuple[tuple[Task, str, epath.Path, dict[str, Any]], Sequence[Item], Sequence[Item]]
-
-
-def _measure(
-    folder: epath.Path,
-    model: LanguageModel,
-    scorer: Scorer,
-    files: dict[Task, dict[str, epath.Path]],
-    aligned: dict[Task, Aligned],
-    examples: dict[Task, dict[str, tuple[Item, ...]]],
-    settings: dict[str, Any],
-) -> dict[Task, dict[str, Any]]:
-    """Tables of all tasks and languages: those that are there, and those computed now; in process 0."""
-    found: dict[Task, dict[str, Any]] = {task: {} for task in files}
-    generate = "template" in settings
-    todo: list[_Todo] = []
-    for task, by_language in files.items():
-        for language in by_language:
-            items, shown = aligned[task].items[language], examples[task][language]
-            depends_on = settings | {"language": language, "items": _digest(items), "examples": _digest(shown)}
-            path = tables.path_of(folder, "answers" if generate else "log_likelihoods", task, language)
-            table = tables.load(path, depends_on) if cluster.is_main() else None
-            if table is not None:
-                found[task][language] = table
-            todo.append(((task, language, path, depends_on), items, shown))
-    # The tables that process 0 finds are those that nobody computes.
-    left = cluster.share([language not in found[task] for (task, language, _, _), _, _ in todo])
-    todo = list(itertools.compress(todo, left))
-    skipped = len(left) - len(todo)
-    if skipped:
-        _say(f"{skipped} of {skipped + len(todo)} files were done before")
-    progress = _Progress(sum(len(items) for _, items, _ in todo))
-    measured = _generated(model, scorer, todo, progress) if generate else _scored(model, scorer, todo)
-    for (task, language, path, depends_on), table in measured:
-        if cluster.is_main():
-            tables.save(path, table, depends_on)
-        found[task][language] = table
-        progress.say(f"{task.name} {language}", len(aligned[task].items[language]))
-    if scorer.scored:
-        _say(f"fed {scorer.fed_tokens:,} tokens on {model.mesh.size} devices ({scorer.naive_tokens:,} if nothing were "
-             f"shared; {scorer.computed_tokens:,} with padding)")
-    return found
-
-
-def _digest(items: Sequence[Item]) -> str:
-    """SHA-256 of items, with all that is in them."""
-    return hashlib.sha256(json.dumps([dataclasses.astuple(item) for item in items]).encode()).hexdigest()
-
-
-def _scored(model: LanguageModel, scorer: Scorer, todo: Sequence[_Todo]) -> Iterator[tuple[Any, Any]]:
-    """(key, table of the options' log-likelihoods) of each."""
-    def windows() -> Iterator[tuple[Any, Any]]:
-        for key, items, shown in todo:
-            requests = requests_of(model, items, shown, key[3]["mutual_information"])
-            check_lengths(items, requests, scorer.max_length)
-            yield (key, items), requests
-
-    for (key, items), scores in scorer(windows()):
-        yield key, tables.table_of_scores(items, scores, key[3]["mutual_information"])
-
-
-def _generated(
-    model: LanguageModel, scorer: Scorer, todo: Sequence[_Todo], progress: "_Progress"
-) -> Iterator[tuple[Any, Any]]:
-    """(key, table of the answers) of each."""
-    for key, items, shown in todo:
-        task, language, _, settings = key
-        before, after = settings["template"].split("{prompt}")
-        prompts = [before + prompt_of(item, shown) + after for item in items]
-        encoded = encode_prompts(model, prompts, settings["max_new_tokens"], scorer.max_length)
-        answers = generate_answers(
-            model, [ids for ids, _ in encoded], (), max_new_tokens=settings["max_new_tokens"], temperature=0.0,
-            done=functools.partial(progress.say, f"{task.name} {language}", 0))
-        yield key, tables.table_of_answers(items, [first_line(answer) for answer in answers],
-                                           [dropped for _, dropped in encoded])
-
-
-def first_line(answer: str) -> str:
-    """Of an answer, the first line that is not empty."""
-    return answer.strip().split("\n")[0].strip()
-
-
-class _Progress:
-    """Lines on what is done and how long the rest will take, one in ten seconds at most for what is under way."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._start, self._last = total, 0, time.perf_counter(), time.perf_counter()
-
-    def say(self, what: str, finished: int, under_way: int = 0) -> None:
-        """So many more items are finished, or so many of those after them done."""
-        self._done += finished
-        now, done = time.perf_counter(), self._done + under_way
-        if not finished and now - self._last < 10:
-            return
-        self._last, speed = now, done / (now - self._start)
-        _say(f"{what}: {done:,} of {self._total:,} items, {speed:,.1f} items/s, "
-             f"{_clock((self._total - done) / speed)} left")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def _say(line: str) -> None:
-    if cluster.is_main():
-        print(line, file=sys.stderr, flush=True)
-
-
-def summary(results: Sequence[TaskResults]) -> list[str]:
-    """A line per task, and what was left out."""
-    lines = []
-    for found in results:
-        by_name = found.intervals[found.metric]
-        mean: metrics.Interval = by_name["mean_accuracy"]
-        line = (f"{found.task.name}: {found.metric} {100 * mean.value:.2f} [{100 * mean.low:.2f}, "
-                f"{100 * mean.high:.2f}], {len(found.ids):,} items, {len(found.languages)} languages")
-        if "mlc" in by_name:
-            line += f"; MLC {100 * by_name['mlc'].value:.2f} (chance {100 * by_name['chance'].value:.2f})"
-        lines.append(line)
-        counts = {"rows rejected": len(found.rejected), "items dropped": len(found.dropped),
-                  "prompts cut at their beginning": sum(found.truncated.values()),
-                  "items wrong for an option whose log-likelihood is no number": sum(found.unscored.values())}
-        lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
-    return lines
 
 
 if __name__ == "__main__":

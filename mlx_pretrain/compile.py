@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from mlx_pretrain import command_line
-from mlx_pretrain.errors import InputError
+from mlx_pretrain.configuration import gin_files
+from mlx_pretrain.errors import InputError, first_line
 
 _USAGE = """usage: python -m mlx_pretrain.compile --gin_file=FILE [...] [--gin.NAME=VALUE ...] --topology=TOPOLOGY
   --gin_file=FILE, --gin.NAME=VALUE, --gin_search_path=DIR
@@ -73,7 +74,7 @@ def compile_programs(arguments: Arguments) -> dict:
       InputError: the gin files, the topology or the mesh are wrong, or do not fit each other.
     """
     flags = command_line.parse_flags(arguments.gin)
-    filled = command_line.parse_gin(flags.files, flags.bindings, flags.search, fill_macros=True)
+    filled = gin_files.parse_gin(flags.files, flags.bindings, flags.search, fill_macros=True)
     # Imported late: the environment must be settled before anything loads a compiler.
     from mlx_pretrain.compilation import programs, topologies
     from mlx_pretrain.parallel import backend, partitioning
@@ -90,7 +91,7 @@ def compile_programs(arguments: Arguments) -> dict:
         if not filled:
             raise
         raise InputError(f"{', '.join(filled)}: these macros have no value, and one of them does not only name data "
-                         f"({command_line.first_line(error)})") from None
+                         f"({first_line(error)})") from None
     chip = topology.chip
     return {
         "topology": topology.name,
@@ -122,7 +123,7 @@ def _measured(program, topology) -> dict:
         "refusal": result.refusal,
         "flops": result.flops,
         "model_flops": model_flops,
-        "collectives": result.collectives and [dataclasses.asdict(traffic) for traffic in result.collectives],
+        "collectives": result.collectives and [_collective(traffic) for traffic in result.collectives],
         "seconds": seconds,
         "tokens_per_second": seconds and program.tokens / seconds["least"],
         "mfu": seconds and model_flops / topology.chip.flops / seconds["least"],
@@ -131,6 +132,11 @@ def _measured(program, topology) -> dict:
         "opaque_kernels": dict(result.opaque_kernels),
         "remedies": [] if result.fits else list(program.remedies(_excess(result.memory, needed))),
     }
+
+
+def _collective(traffic) -> dict:
+    fields = dataclasses.asdict(traffic)
+    return {"kind": fields.pop("operation"), **fields}
 
 
 def _excess(memory, needed: int | None) -> float:

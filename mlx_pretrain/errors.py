@@ -3,3 +3,9 @@
 
 class InputError(Exception):
     """A mistake in the input or the configuration: its message names the file and the cause."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the message's first line, or the name of an exception without a message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -14,6 +15,10 @@ from etils import epath
 
 from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
+
+# A file may change again within the resolution of its time of change: hashes of recent files are not remembered.
+_RECENT_SECONDS = 3
+_hashes: dict[str, tuple[tuple[float, ...], str]] = {}  # path -> (what tells versions of the file apart, SHA-256)
 
 
 @contextlib.contextmanager
@@ -157,9 +162,25 @@ def move_folder(source: epath.PathLike, target: epath.PathLike, last: str | None
 
 
 def sha256(path: epath.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Returns the hexadecimal SHA-256 of a file's bytes; a file that has not changed is read once in a process."""
+    path = epath.Path(path)
+    if gcs.is_gs(path):
+        with gcs.named_errors(path):
+            stat = path.stat()
+        modified, version = stat.mtime, (stat.length, stat.mtime)
+    else:
+        stat = os.stat(path)
+        modified, version = stat.st_mtime, (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if time.time() - modified < _RECENT_SECONDS:
+        return _sha256(path)
+    if _hashes.get(str(path), (None,))[0] != version:
+        _hashes[str(path)] = version, _sha256(path)
+    return _hashes[str(path)][1]
+
+
+def _sha256(path: epath.Path) -> str:
     digest = hashlib.sha256()
-    with gcs.named_errors(path), epath.Path(path).open("rb") as file:
+    with gcs.named_errors(path), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

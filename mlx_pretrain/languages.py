@@ -1,4 +1,8 @@
-"""Names of languages by their codes, and the groups in which bits per byte can be compared."""
+"""Codes of languages and their names, writing directions, and the groups in which bits per byte can be compared."""
+
+import re
+
+UNDETERMINED = "und"  # ISO 639-2's code for a language that nobody knows
 
 # code -> native name, English name.
 LANGUAGES = {
@@ -22,6 +26,7 @@ LANGUAGES = {
     "uk": ("Українська", "Ukrainian"), "ur": ("اردو", "Urdu"), "uz": ("Oʻzbekcha", "Uzbek"),
     "vi": ("Tiếng Việt", "Vietnamese"), "zh": ("中文", "Chinese"),
 }
+RIGHT_TO_LEFT = frozenset({"ar", "arz", "ckb", "dv", "fa", "he", "ks", "ku", "ps", "sd", "ug", "ur", "yi"})
 # UTF-8 bytes per letter decide what a bit per byte means, so languages are compared within these groups.
 GROUPS = {
     1: "Mostly one byte per letter (Latin)",
@@ -29,3 +34,16 @@ GROUPS = {
     3: "Three bytes per letter (Indic scripts, Thai, Han, kana, Hangul)",
     0: "Other languages",
 }
+# ISO 639-2 and 639-3 codes of the languages above, those of their largest varieties among them (cmn of zh, arb of ar).
+_THREE_LETTERS = """
+    afr als ara arb aze azj ben bul cat ceb ces cmn dan deu ekk ell eng est fas fil fin fra gle guj heb hin hrv hun ind
+    isl ita jav jpn kan kaz khm kor lav lit lvs mal mar msa mya nld nob nor pan pes pol por ron rus slk slv spa sqi srp
+    swa swe swh tam tel tgl tha tur ukr urd uzb uzn vie zho zsm
+"""
+
+
+def is_language(code: str) -> bool:
+    """True for a code of the languages above, also with script or region: "de", "zh-Hant", "fra_Latn", "pt_BR"."""
+    language, *subtags = re.split("[-_]", code)
+    return ((language.lower() in LANGUAGES or language.lower() in _THREE_LETTERS.split())
+            and all(re.fullmatch("[A-Za-z]{2}|[A-Za-z]{4}|[0-9]{3}", subtag) for subtag in subtags))

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.files import write_atomic
-from mlx_pretrain.languages import GROUPS, LANGUAGES
+from mlx_pretrain.languages import GROUPS
 from mlx_pretrain.reports.figures import (
     ACCENT,
     INK,
@@ -298,7 +298,7 @@ def report(run_dir: epath.PathLike = gin.REQUIRED, output: epath.PathLike | None
     page = render_page(
         epath.Path(__file__).parent / "reports" / "run_report.html.j2",
         name=folder.absolute().name, run=facts, summary=summary, history=history, plots=drawn, samples=samples,
-        goodput=goodput, languages=LANGUAGES, started=parse_time(facts["started"]), mean_bits=mean_bits,
+        goodput=goodput, started=parse_time(facts["started"]), mean_bits=mean_bits,
         sampling=sampling,
         gin_files={path.name: path.read_text() for path in sorted(folder.glob("*.gin"))})
     write_atomic(output or folder / "report.html", page)

@@ -26,31 +26,34 @@ from mlx_pretrain.inference.language_model import LanguageModel, from_run
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.evaluation import HELD_OUT, Evaluate, Evaluator
 from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.initial_weights import InitialWeights
-from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.train_module import Computation, TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training.trainer import RUN, Evaluation, Evaluator, Trainer, TrainerConfig, jitted_step
+from mlx_pretrain.training.trainer import RUN, Trainer
+from mlx_pretrain.training.trainer_config import TrainerConfig
 
 
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainerConfig):
-    """One pretraining run; see `TrainerConfig` for the rest of its attributes.
+    """Settings of a pretraining run.
 
     Attributes:
       model: shape and numerics of the decoder.
       token_store: folder made by the exporter.
       rates: rates file; its languages are the mixture.
-      init_from: start from the weights of another run's folder (or RUN/checkpoints/<step>) or of a Hugging Face folder,
-        with a fresh optimizer and a fresh stream of data; see `initial_weights`. None: from random ones.
+      init_from: folder whose weights the run starts from, that of another run (or RUN/checkpoints/<step>) or of a
+        Hugging Face model, with a fresh optimizer and the data from their beginning; None: random weights.
       z_coefficient: weight of the z-loss.
       chunk_tokens: tokens whose logits are held at once on a device; None: `losses.CHUNK_TOKENS` of the platform.
       eval_batch_size: sequences per evaluation step.
       eval_sequences: held-out sequences per language; None: all.
-      tasks: what else to evaluate: called with the model (a `LanguageModel` without parameters) before training, it
-        returns an `Evaluator`, e.g. @task_evaluation of `evals.during_training`.
-      tasks_every: steps between two such evaluations, besides those before the first and after the last step.
+      tasks: function that reads tasks to evaluate, e.g. @task_evaluation of `evals.during_training`; it is called with
+        a `LanguageModel` without parameters, and returns the function `Evaluator.evaluate`.
+      tasks_every: steps between evaluations on them, besides those before the first and after the last step.
     """
 
     model: DecoderConfig = gin.REQUIRED
@@ -61,7 +64,7 @@ class TrainConfig(TrainerConfig):
     chunk_tokens: int | None = None
     eval_batch_size: int = 16
     eval_sequences: int | None = None
-    tasks: Callable[[LanguageModel], Evaluator] | None = None
+    tasks: Callable[[LanguageModel], Evaluate] | None = None
     tasks_every: int | None = None
 
     def __post_init__(self):
@@ -76,14 +79,14 @@ class TrainConfig(TrainerConfig):
             raise self.config_error("tasks_every", "there are no train.tasks to evaluate")
 
 
-class DecoderComputation:
-    """A decoder on packed sequences: the `training_loop.Computation` of this command."""
+class DecoderComputation(Computation):
+    """A decoder and its loss on packed sequences."""
 
     def __init__(self, config: TrainConfig, length: int):
         """`length`: tokens of a sequence."""
         self.model = config.model
         self.batch_row = {"tokens": jax.ShapeDtypeStruct((length,), np.int32),
-                          "source": jax.ShapeDtypeStruct((), np.int32)}
+                          "language_id": jax.ShapeDtypeStruct((), np.int32)}
         self.tokens_per_sequence = length
         self.flops_per_token = config.model.flops_per_token(length)
         self._loss = make_decoder_loss(
@@ -94,8 +97,8 @@ class DecoderComputation:
         return self._loss(params, batch["tokens"])
 
 
-class Pretraining(DecoderComputation):
-    """A decoder on a mixture of languages: the `training_loop.TrainModule` of this command."""
+class Pretraining(DecoderComputation, TrainModule):
+    """Trains a decoder on a mixture of languages."""
 
     def __init__(self, config: TrainConfig):
         """Opens and checks all inputs; nothing is written yet.
@@ -109,10 +112,10 @@ class Pretraining(DecoderComputation):
         self.mixture = store_mixture(self._store, self._rates, config.batch_size, config.seed)
         self._languages = list(self.mixture.rates)
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
-        # A run that goes on needs them no more, and they may be gone.
+        self.tokenizer_path = self._store.path / TOKENIZER
+        # A run that goes on needs the initial weights no more, and they may be gone.
         fresh = config.init_from is not None and not checkpoints.saved_steps(config.run_dir)
-        tokenizer = self._store.path / TOKENIZER
-        self._weights = InitialWeights(config.init_from, config.model, tokenizer) if fresh else None
+        self._weights = InitialWeights(config.init_from, config.model, self.tokenizer_path) if fresh else None
         super().__init__(config, self._store.manifest.sequence_length)
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> BatchSource:
@@ -120,12 +123,12 @@ class Pretraining(DecoderComputation):
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         real = (batch["tokens"] != PAD_ID).sum(axis=1)
-        counts = np.bincount(batch["source"], weights=real, minlength=len(self._languages))
+        counts = np.bincount(batch["language_id"], weights=real, minlength=len(self._languages))
         return collections.Counter(dict(zip(self._languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> HeldOutEvaluator:
+    def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         config = self._config
-        return HeldOutEvaluator(
+        held_out = HeldOutEvaluator(
             self._store,
             config.model,
             mesh,
@@ -133,30 +136,20 @@ class Pretraining(DecoderComputation):
             max_sequences=config.eval_sequences,
             chunk_tokens=config.chunk_tokens,
         )
-
-    def headline(self, evaluation: Mapping[str, float]) -> str:
-        languages = sum(name.startswith("loss/") for name in evaluation)
-        return (f"held-out loss {evaluation['loss']:.4f} nats/token, {evaluation['bits_per_byte']:.4f} bits/byte "
-                f"(mean of {languages} languages)")
-
-    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
-        config = self._config
-        if config.tasks is None:
-            return []
-        tokenizer = Tokenizer(self._store.path / TOKENIZER)
-        model = from_run(config.run_dir, None, config.model, None, mesh, tokenizer)
-        return [Evaluation("tasks", config.tasks_every, config.tasks(model))]
-
-    def save_model(self, run_dir: epath.Path) -> None:
-        checkpoints.save_model(run_dir, self.model, self._store.path / TOKENIZER)
+        evaluators = [Evaluator(HELD_OUT, config.eval_every, held_out, format_held_out)]
+        if config.tasks is not None:
+            tokenizer = Tokenizer(self.tokenizer_path)
+            model = from_run(config.run_dir, None, config.model, None, mesh, tokenizer)
+            evaluators.append(Evaluator("tasks", config.tasks_every, config.tasks(model)))
+        return evaluators
 
     def initial_params(self, mesh: Mesh) -> Any | None:
         return self._weights and self._weights.load(mesh)
 
-    def summary(self) -> str:
+    def describe_data(self) -> str:
         return f"{len(self._rates)} languages, {self._config.batch_size} x {self.tokens_per_sequence} tokens a step"
 
-    def description(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         manifest = self._store.manifest
         return {
             "sequence_length": manifest.sequence_length,
@@ -168,21 +161,28 @@ class Pretraining(DecoderComputation):
         }
 
     def _init_from(self) -> dict[str, Any] | None:
-        """Where the first weights came from: as the start of the run wrote it down, when this process resumed it."""
+        """Returns the origin of the initial weights, from run.json when this process has resumed the run."""
         if self._weights:
             return self._weights.description()
         path = epath.Path(self._config.run_dir) / RUN
         return read_json(path, "description of a run").get("init_from") if path.exists() else None
 
 
+def format_held_out(metrics: Mapping[str, float]) -> str:
+    """Returns the scalars of a `HeldOutEvaluator` in a few words."""
+    languages = sum(name.startswith("loss/") for name in metrics)
+    return (f"held-out loss {metrics['loss']:.4f} nats/token, {metrics['bits_per_byte']:.4f} bits/byte "
+            f"(mean of {languages} languages)")
+
+
 def train(config: TrainConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains a decoder; returns and raises what `Trainer.run` does."""
     return Trainer(config, Pretraining(config)).run()
 
 
 @programs.register("train.steps")
 def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """The training step and the step of the evaluation on held-out data."""
+    """Returns the training step and the step of the evaluation on held-out data."""
     config = TrainConfig()
     model = config.model
     if length is None and (epath.Path(config.token_store) / MANIFEST).exists():
@@ -190,26 +190,15 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     length = length or model.max_length
     computation, rows = DecoderComputation(config, length), config.eval_batch_size
     partitioning.check_rows(mesh, rows, "train.eval_batch_size")
-    optimizer = config.optimizer(config.learning_rate)
-    state = abstract_state(model, optimizer, mesh)
     sharding = partitioning.batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
     language = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
     return [
-        programs.Program(
-            "training step",
-            *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} x {length} tokens" + programs.in_microbatches(config.microbatches),
-            mesh=mesh,
-            parameters=model.parameters(),
-            tokens=config.batch_size * length,
-            model_flops=config.batch_size * length * computation.flops_per_token,
-            remedies=programs.training_remedies(config, model, mesh),
-        ),
+        programs.training_step(config, computation, mesh, f"{config.batch_size} x {length} tokens"),
         programs.Program(
             "evaluation step",
             jax.jit(make_eval_step(model, 64, config.chunk_tokens)),  # the number of languages costs nothing
-            (state.params, tokens, language),
+            (abstract_params(model, mesh), tokens, language),
             batch=f"{rows} x {length} tokens",
             mesh=mesh,
             parameters=model.parameters(),

@@ -31,9 +31,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain.command_line import run, save_effective
+from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
-from mlx_pretrain.data.documents import TEXT_UNITS, Document, DocumentFields, read_documents
+from mlx_pretrain.configuration.gin_files import save_effective
+from mlx_pretrain.data.documents import TEXT_UNITS, Document, RecordKeys, read_documents
 from mlx_pretrain.data.tokenizers import load_tokenizer
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
@@ -209,7 +210,7 @@ class Reading:
     """
 
     text_unit: str
-    fields: DocumentFields
+    fields: RecordKeys
     extra: Sequence[str]
     languages: Languages
 
@@ -229,7 +230,7 @@ def read_pieces(writers: Iterable[ShardWriter], reading: Reading, progress: Prog
     for writer in writers:
         path, documents, size, failure = writer.shard.path, [], 0, None
         try:
-            for document in read_documents(path, reading.text_unit, fields=reading.fields, extra=reading.extra,
+            for document in read_documents(path, reading.text_unit, keys=reading.fields, extra=reading.extra,
                                            rejected=writer.reject):
                 document = dataclasses.replace(document, language=reading.languages.of(document, path))
                 if not _is_unicode(document):
@@ -343,7 +344,7 @@ def score(
       output: folder of the scores, local or gs://; one folder per rater.
       rater: @QualityScorer(), or a plug-in such as @GivenScores().
       text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
-      language_field: of the records, in place of DocumentFields.language, which other commands heed, too.
+      language_field: of the records, in place of "lang".
       language_pattern: end of the files' paths with {language} and wildcards, e.g. "{language}/*.jsonl.gz", for
         records without the field.
       detect_language: identifies the language (py3langid) where neither tells it.
@@ -362,7 +363,7 @@ def score(
     """
     _check(text_unit, workers, documents)
     hardware.keep_compiled(compilation_cache)
-    fields = DocumentFields()
+    fields = RecordKeys()
     if language_field != "lang":
         fields = dataclasses.replace(fields, language=language_field)
     reading = Reading(text_unit, fields, record_fields([rater]), Languages(language_pattern))

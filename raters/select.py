@@ -1,7 +1,7 @@
 """Keeps the best documents of every language: `python -m raters.select --gin_file=gin/raters/select.gin`.
 
     OUTPUT/train/<language>/<input file>.jsonl.gz   the documents kept, with `quality_score`; read them with
-                                                    Corpus.folder = OUTPUT, Corpus.pattern = "{split}/{language}/*"
+                                                    Corpus.root = OUTPUT, Corpus.files = "{split}/{language}/*"
     OUTPUT/unscored.jsonl                           documents without a score, which are never kept, and why
     OUTPUT/selection.json                           what was kept of what; `raters.selection_report` shows it
 

@@ -20,30 +20,27 @@ from matplotlib.ticker import MaxNLocator
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, write_atomic
-from mlx_pretrain.languages import LANGUAGES
 from mlx_pretrain.reports.figures import (
     ACCENT,
-    FIGURE_WIDTH,
     GREEN,
     INK,
     MUTED,
     PAPER,
     WARM,
     compact,
-    inline_svg,
-    label_rows,
+    fill_cells,
     legend,
+    matrix_panel,
     panel,
     plot_style,
     render_page,
     rows_panel,
-    save_figure,
+    save_figures,
+    short_label,
 )
 from raters.select import FORMAT, MANIFEST, VERSION
 
 _MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))
-_RIGHT_TO_LEFT = {"ar", "arz", "ckb", "dv", "fa", "he", "ks", "ku", "ps", "sd", "ug", "ur", "yi"}
-_PAGE = 936  # CSS pixels: the width of a page
 _STRONGEST = 0.62  # opacity of a cell, so that its number stays readable
 
 
@@ -60,11 +57,6 @@ def read_selection(path: epath.PathLike) -> dict[str, Any]:
     if not selection["languages"]:
         raise InputError(f"{path}: no language in it")
     return selection
-
-
-def _name(name: str, longest: int = 18) -> str:
-    name = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split())) or "(none)"
-    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def totals(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -113,7 +105,7 @@ class Plots:
 
     def _ridges(self, title: str, key: str, groups: Sequence[Mapping[str, Any]]) -> Figure:
         groups = [group for group in groups if group["quantiles"]]
-        figure, axes, rows = rows_panel(title, [_name(group[key]) for group in groups], row=24 if len(groups) < 30
+        figure, axes, rows = rows_panel(title, [short_label(group[key]) for group in groups], row=24 if len(groups) < 30
                                         else 18, top=34)
         edges = np.array(self._s["bins"])
         for row, group in zip(rows, groups):
@@ -141,28 +133,16 @@ class Plots:
             at = sources.index(cell["source"]), languages.index(cell["language"])
             rate[at] = cell["kept_tokens"] / max(cell["tokens"], 1)
         own = np.array([one["kept_tokens"] / max(one["tokens"], 1) for one in self._s["languages"]])
-        left = 14 + 6.5 * max(len(_name(name)) for name in sources)
-        size = min(40.0, max(20.0, (_PAGE - left - 14) / len(languages)))  # of a cell
-        height = 58 + 24 * len(sources)
-        figure, axes = panel("Tokens kept (%)", height, left, max(left + size * len(languages) + 14, FIGURE_WIDTH), 52)
-        figure.subplots_adjust(bottom=6 / height, top=1 - 52 / height)
-        label_rows(axes, [_name(name) for name in sources])
-        axes.set_xlim(-0.5, len(languages) - 0.5)
-        axes.set_ylim(len(sources) - 0.5, -0.5)
-        axes.xaxis.tick_top()
-        axes.set_xticks(range(len(languages)), [_name(name, 6) for name in languages])
-        axes.set_title(axes.get_title("left"), pad=24)
-        axes.tick_params(axis="x", length=0, labelcolor=INK)
-        axes.spines["bottom"].set_visible(False)
-        axes.grid(visible=False)
+        figure, axes, _ = matrix_panel("Tokens kept (%)", [short_label(name) for name in sources],
+                                       [short_label(name, 6) for name in languages], widths=(20, 40), height=24)
         with np.errstate(divide="ignore", invalid="ignore"):
-            strength = np.clip(np.log2(rate / own), -3, 3) / 3
+            strength = np.nan_to_num(np.clip(np.log2(rate / own), -3, 3) / 3)
+        colours = np.where(strength[..., None] > 0, to_rgba(ACCENT), to_rgba(WARM))
+        colours[..., 3] = _STRONGEST * np.abs(strength)
+        fill_cells(axes, colours)
         for (row, column), value in np.ndenumerate(rate):
             if not np.isfinite(value):
                 continue
-            weight = strength[row, column] if np.isfinite(strength[row, column]) else 0.0
-            axes.fill_between([column - 0.47, column + 0.47], row - 0.45, row + 0.45, linewidth=0,
-                              color=to_rgba(ACCENT if weight > 0 else WARM, _STRONGEST * abs(weight)))
             axes.text(column, row, f"{100 * value:.0f}" if value >= 0.01 or value == 0 else "<1", ha="center",
                       va="center", color=INK, fontsize=9.5)
         return figure
@@ -204,13 +184,13 @@ class Plots:
         languages = [one["language"] for one in self._s["languages"]]
         if not pairs:
             return None
-        figure, axes, rows = rows_panel(f"Rank correlation with {_name(self._s['rater'], 24)}",
-                                        [_name(name) for name in languages], top=46)
+        figure, axes, rows = rows_panel(f"Rank correlation with {short_label(self._s['rater'], 24)}",
+                                        [short_label(name) for name in languages], top=46)
         for pair, (marker, colour) in zip(pairs, _MARKS):
             values = [pair["spearman_by_language"].get(name) for name in languages]
             known = [i for i, value in enumerate(values) if value is not None]
             axes.plot([values[i] for i in known], rows[known], marker, color=colour, markersize=5, linestyle="none",
-                      markeredgecolor=PAPER, markeredgewidth=0.5, label=_name(pair["raters"][1], 24))
+                      markeredgecolor=PAPER, markeredgewidth=0.5, label=short_label(pair["raters"][1], 24))
         low = min([0.0, *(v for pair in pairs for v in pair["spearman_by_language"].values() if v is not None)])
         axes.set_xlim(min(-0.05, low - 0.05), 1.02)
         axes.axvline(0, color=MUTED, linewidth=0.9)
@@ -262,11 +242,8 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
     """
     folder = epath.Path(folder)
     selection = read_selection(folder / MANIFEST)
-    figures = {}
     with plot_style():
-        for name, figure, description in Plots(selection).all():
-            save_figure(figure, folder / "figures", name)
-            figures[name] = inline_svg(figure, name, description), round(figure.get_figwidth() * 72)
+        figures = save_figures(Plots(selection).all(), folder / "figures")
     examples: dict[str, list[dict[str, Any]]] = {}
     for example in selection["examples"]:
         examples.setdefault(example["language"], []).append(example)
@@ -274,8 +251,7 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
         epath.Path(__file__).parent / "selection_report.html.j2", name=folder.absolute().name, s=selection,
         figures=figures, total=totals(selection["languages"]), by_language=shares(selection["languages"]),
         by_source=sorted(shares(selection["sources"]), key=lambda one: -one["tokens"]), found=findings(selection),
-        examples=examples, languages=LANGUAGES, settings=_settings(selection), percent=percent,
-        right_to_left=_RIGHT_TO_LEFT)
+        examples=examples, settings=_settings(selection), percent=percent)
     write_atomic(folder / "report.html", page)
 
 

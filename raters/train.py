@@ -31,10 +31,12 @@ from mlx_pretrain.data.tokenizers import check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
-from mlx_pretrain.training import checkpoints
-from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
+from mlx_pretrain.training.train_module import Computation, TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Trainer, TrainerConfig, jitted_step
+from mlx_pretrain.training.trainer import Trainer
+from mlx_pretrain.training.trainer_config import TrainerConfig
 from raters.pairs import KINDS
 from raters.preferences.agreement import agreement
 from raters.preferences.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
@@ -88,8 +90,8 @@ class TrainRaterConfig(TrainerConfig):
             raise InputError("train_rater: give either encoder, or model and tokenizer")
 
 
-class RaterComputation:
-    """A quality model on pairs: the `training_loop.Computation` of this command."""
+class RaterComputation(Computation):
+    """A quality model and its loss on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig, model: QualityConfig, row_weights: tuple[float, float] = (1.0, 1.0)):
         """`row_weights`: of a pair of two documents and of a parallel pair in the loss.
@@ -142,8 +144,8 @@ class RaterComputation:
         return (tokens != self.model.pad_id).astype(jnp.int32)
 
 
-class RaterTraining(RaterComputation):
-    """A quality model on pairs: the `training_loop.TrainModule` of this command."""
+class RaterTraining(RaterComputation, TrainModule):
+    """Trains a quality model on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig):
         """Reads and tokenizes the pairs; nothing is written yet.
@@ -155,12 +157,12 @@ class RaterTraining(RaterComputation):
         if config.encoder is not None:
             encoder, self._params = load_encoder(config.encoder, config.dtype)
             model = QualityConfig(**dataclasses.asdict(encoder))
-            self._tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
+            self.tokenizer_path = epath.Path(config.encoder) / "tokenizer.json"
         else:
-            model, self._tokenizer_path = config.model, epath.Path(config.tokenizer)
+            model, self.tokenizer_path = config.model, epath.Path(config.tokenizer)
         super().__init__(config, model)
-        self._tokenizer = load_tokenizer(self._tokenizer_path)
-        check_vocabulary(self._tokenizer_path, self._tokenizer, model.vocab_size)
+        self._tokenizer = load_tokenizer(self.tokenizer_path)
+        check_vocabulary(self.tokenizer_path, self._tokenizer, model.vocab_size)
         self._train = read_pairs(config.pairs, self._tokenizer, self._length)
         self._validation = read_pairs(config.validation, self._tokenizer, self._length)
         kinds = self._used_kinds()
@@ -188,29 +190,25 @@ class RaterTraining(RaterComputation):
         counts = np.bincount(batch["language"].ravel(), weights=real.ravel(), minlength=len(self._train.languages))
         return collections.Counter(dict(zip(self._train.languages, counts.astype(int).tolist())))
 
-    def evaluator(self, mesh: Mesh) -> "Validation":
-        return Validation(self._validation, self.model, mesh, self._length, self._config.eval_batch_size)
+    def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        config = self._config
+        evaluate = PairEvaluator(self._validation, self.model, mesh, self._length, config.eval_batch_size)
+        return [Evaluator(HELD_OUT, config.eval_every, evaluate, self._format_metrics)]
 
-    def headline(self, evaluation: Mapping[str, float]) -> str:
-        return (f"validation loss {evaluation['loss']:.4f}, pair accuracy {evaluation['accuracy']:.1%} "
+    def _format_metrics(self, metrics: Mapping[str, float]) -> str:
+        return (f"validation loss {metrics['loss']:.4f}, pair accuracy {metrics['accuracy']:.1%} "
                 f"({len(self._validation):,} pairs, {len(self._validation.languages)} languages)")
-
-    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
-        return []
-
-    def save_model(self, run_dir: epath.Path) -> None:
-        checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
 
     def initial_params(self, mesh: Mesh) -> Any | None:
         if self._params is None:
             return None
         return {"encoder": self._params, "head": {"kernel": None, "bias": None}}
 
-    def summary(self) -> str:
+    def describe_data(self) -> str:
         languages, batch = len(self._train.languages), self._config.batch_size
         return f"{len(self._train):,} pairs in {languages} languages, {batch} x 2 x {self._length} tokens a step"
 
-    def description(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         config = self._config
         kinds = {name: int((self._train.kind == kind).sum()) for kind, name in enumerate(KINDS)}
         return {
@@ -230,8 +228,8 @@ def score_step(model: QualityConfig) -> Any:
         quality(model, params, tokens, segments(tokens))))
 
 
-class Validation:
-    """Scores the documents of validation pairs, each once, and compares with the preferences."""
+class PairEvaluator:
+    """Compares the scores of validation documents with the preferences of their pairs."""
 
     def __init__(self, table: PairTable, model: QualityConfig, mesh: Mesh, length: int, batch_size: int):
         """`batch_size`: documents per step, over all devices."""
@@ -270,32 +268,20 @@ def configured_model(config: TrainRaterConfig) -> QualityConfig:
 
 @programs.register("train_rater.steps")
 def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """The training step and the step that scores validation documents."""
+    """Returns the training step and the step that scores validation documents."""
     config = TrainRaterConfig()
     config = config if length is None else dataclasses.replace(config, length=length)
     model, rows = configured_model(config), config.eval_batch_size
     computation = RaterComputation(config, model)
     length = computation.tokens_per_sequence // 2
     partitioning.check_rows(mesh, rows, "train_rater.eval_batch_size")
-    optimizer = config.optimizer(config.learning_rate)
-    state = abstract_state(model, optimizer, mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=partitioning.batch_sharding(mesh))
-    pair_tokens = config.batch_size * computation.tokens_per_sequence
     return [
-        programs.Program(
-            "training step",
-            *jitted_step(config, computation, optimizer, state, mesh),
-            batch=f"{config.batch_size} pairs x 2 x {length} tokens" + programs.in_microbatches(config.microbatches),
-            mesh=mesh,
-            parameters=model.parameters(),
-            tokens=pair_tokens,
-            model_flops=pair_tokens * computation.flops_per_token,
-            remedies=programs.training_remedies(config, model, mesh),
-        ),
+        programs.training_step(config, computation, mesh, f"{config.batch_size} pairs x 2 x {length} tokens"),
         programs.Program(
             "validation step",
             score_step(model),
-            (state.params, tokens),
+            (abstract_params(model, mesh), tokens),
             batch=f"{rows} x {length} tokens",
             mesh=mesh,
             parameters=model.parameters(),

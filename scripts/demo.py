@@ -19,8 +19,8 @@ RATER, SELECTED = "runs/sample/rater", "runs/sample/selected"
 DOCUMENTS = "samples/text/train/*.jsonl.xz"
 
 
-def of_video(stage: str, *flags: str) -> list[str]:
-    """A command of Frame-Voyager at the demo's size."""
+def video_stage(stage: str, *flags: str) -> list[str]:
+    """Returns a command of Frame-Voyager at the demo's size."""
     return [f"video.{stage}", f"--gin_file=gin/video/{stage}.gin", "--gin_file=gin/video/demo.gin", *flags]
 
 
@@ -48,18 +48,20 @@ STAGES = [
                               "--gin.SCORES=runs/sample/scores", f"--gin.SELECTED={SELECTED}",
                               "--gin.select.fraction=0.5"]),
     ("Report on what was kept", ["raters.selection_report", f"--gin.selection_report.folder={SELECTED}"]),
-    ("Render short videos with questions", of_video(
+    ("Render short videos with questions", video_stage(
         "synthetic", "--gin.synthetic.train_videos=120", "--gin.synthetic.test_videos=16")),
-    ("Decode their frames", of_video("decode")),
-    ("Train a small Video-LLM", of_video("train", "--gin.STEPS=90", "--gin.warmup_cosine.warmup_steps=10",
-                                         "--gin.train_video.eval_questions=40")),
-    ("Its losses on combinations of frames", of_video("label", "--gin.label.most=64", "--gin.label.limit=300")),
-    ("The same on held-out videos", of_video("label", "--gin.label.most=256", "--gin.label.limit=60",
-                                             "--gin.QUESTIONS=%TEST", "--gin.LABELS=%TEST_LABELS")),
-    ("Train Frame-Voyager on these losses", of_video("train_voyager", "--gin.STEPS=60",
-                                                     "--gin.warmup_cosine.warmup_steps=10")),
-    ("Choose 4 of 32 frames for every question", of_video("select", "--gin.Selector.candidates=32",
-                                                          "--gin.Selector.frames=4", "--gin.select.sheets=4")),
+    ("Decode their frames", video_stage("decode")),
+    ("Train a small Video-LLM", video_stage("train", "--gin.STEPS=90", "--gin.warmup_cosine.warmup_steps=10",
+                                            "--gin.train_video.eval_questions=40")),
+    ("Compute its losses on combinations of frames", video_stage(
+        "label", "--gin.label.max_combinations=64", "--gin.label.limit=300")),
+    ("Compute them on held-out videos", video_stage(
+        "label", "--gin.label.max_combinations=256", "--gin.label.limit=60", "--gin.QUESTIONS=%TEST",
+        "--gin.LABELS=%TEST_LABELS")),
+    ("Train Frame-Voyager on these losses", video_stage("train_voyager", "--gin.STEPS=60",
+                                                        "--gin.warmup_cosine.warmup_steps=10")),
+    ("Choose 4 of 32 frames for every question", video_stage(
+        "select", "--gin.Selector.candidates=32", "--gin.Selector.num_frames=4", "--gin.select_frames.sheets=4")),
 ]
 
 

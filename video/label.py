@@ -1,17 +1,19 @@
-"""Losses of combinations of frames under a Video-LLM: `python -m video.label --gin_file=gin/video/label.gin`.
+"""Computes the labels that Frame-Voyager learns from: `python -m video.label --gin_file=gin/video/label.gin`.
 
-The data of Frame-Voyager (arXiv 2410.03226): for every question, the loss that a frozen Video-LLM has on the right
-answer given T of M candidate frames, for all combinations or a sample. Each frame goes through the vision tower once;
-question and beginnings of combinations are computed once (`video.llm.answer_scoring`). Two stores
-(`video.frames.row_store`) result:
+A label is the loss that a frozen Video-LLM has on a question's right answer, given one combination of T of M candidate
+frames (arXiv 2410.03226); every question gets one for each combination, or for a sample of them. Each frame goes
+through the vision tower once; question and beginnings of combinations are computed once (`video.llm.answer_scoring`).
+The results are two stores (`video.frames.row_store`):
 
     OUT/losses      a row for every question: "losses" float32 [K], "combinations" uint16 [K, T], ascending frames
-    OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], what the decoder reads of them
+    OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], its frames as the decoder reads
+                    them, and their "times" float64 [M]
 
-so whoever learns from them needs no Video-LLM. A run that was killed goes on with the first question that has no row.
-Several processes are one mesh of all their devices, which share the frames of a video and a question's combinations.
+so learning from them needs no Video-LLM. A run that was killed goes on with the first question without a row. Several
+processes are one mesh of all their devices, which share the frames of a video and a question's combinations.
 """
 
+import dataclasses
 import time
 
 import gin
@@ -23,8 +25,8 @@ from mlx_pretrain import command_line
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import cluster, hardware
-from video.decode import FrameStore
 from video.frame_choice.rules import even
+from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowWriter
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
@@ -33,93 +35,96 @@ from video.voyager.combinations import combinations
 from video.voyager.loss_labels import FEATURES, LOSSES, FeatureStore
 
 
-@gin.configurable
-def label(
-    model: epath.PathLike = gin.REQUIRED,
-    questions: epath.PathLike = gin.REQUIRED,
-    frame_store: epath.PathLike = gin.REQUIRED,
-    output: epath.PathLike = gin.REQUIRED,
-    candidates: int = 16,
-    frames: int = 4,
-    most: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
-) -> None:
-    """Computes and stores the losses.
+@gin.configurable("label")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Settings of `video.label`; more of the Video-LLM's are those of `load_video_llm`.
 
-    Args:
-      model: Video-LLM, see `load_video_llm`, which has more settings.
+    Attributes:
+      model: folder of the Video-LLM, see `load_video_llm`.
       questions: file of `video.questions`.
-      frame_store: folder that `video.decode` made.
+      frame_store: folder that `video.decode` wrote.
       output: folder of both stores.
-      candidates: M; spread evenly over those of the frame store.
-      frames: T.
-      most: K, a sample of so many combinations for each question; None: all.
-      limit: of the questions, the first so many; None: all.
-      seed: of the samples.
+      candidates: M; evenly spread over those of the frame store.
+      num_frames: T, frames of a combination.
+      max_combinations: K, number of combinations drawn for each question where there are more; None: all.
+      limit: number of questions, the first of the file; None: all.
+      seed: seed of the drawn combinations.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
+    """
+
+    model: str = gin.REQUIRED
+    questions: str = gin.REQUIRED
+    frame_store: str = gin.REQUIRED
+    output: str = gin.REQUIRED
+    candidates: int = 16
+    num_frames: int = 4
+    max_combinations: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
+
+
+def main(config: LabelConfig) -> None:
+    """Computes the losses of a Video-LLM on combinations of frames, and stores them.
 
     Raises:
       InputError: the inputs do not fit each other, or the folder holds losses of other inputs.
     """
-    store, asked = FrameStore(frame_store), read_questions(questions)[:limit]
-    if not 1 <= frames <= candidates <= store.candidates:
-        raise InputError(f"label: frames = {frames} out of candidates = {candidates} out of the store's "
+    candidates, num_frames = config.candidates, config.num_frames
+    store, questions = FrameStore(config.frame_store), read_questions(config.questions)[: config.limit]
+    if not 1 <= num_frames <= candidates <= store.candidates:
+        raise InputError(f"label: num_frames = {num_frames} out of candidates = {candidates} out of the store's "
                          f"{store.candidates}: each must be at most the next")
-    hardware.keep_compiled(compilation_cache)
-    llm = load_video_llm(model)
+    hardware.keep_compiled(config.compilation_cache)
+    llm = load_video_llm(config.model)
     store.check_size(llm.config.vision.image_size)
-    usable = [question for question in asked if question.video not in store.rejected]
+    usable = [question for question in questions if question.video not in store.rejected]
     videos = list(dict.fromkeys(question.video for question in usable))
-    places = even(store.candidates, candidates)
-    settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(), "candidates": places.tolist(),
+    indices = even(store.candidates, candidates)
+    settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(), "candidates": indices.tolist(),
                 "prompt": llm.config.prompt}
-    size = len(combinations(candidates, frames, most, seed))
+    count = len(combinations(candidates, num_frames, config.max_combinations, config.seed))
     tokens, embed = llm.config.frame_tokens, llm.config.decoder.embed_dim
-    features = RowWriter(epath.Path(output) / FEATURES, FEATURES, settings, len(videos), {
+    features = RowWriter(epath.Path(config.output) / FEATURES, FEATURES, settings, len(videos), {
         "features": ((candidates, tokens, embed), np.dtype(np.float32)),
         "times": ((candidates,), np.dtype(np.float64))})
-    losses = RowWriter(
-        epath.Path(output) / LOSSES, LOSSES,
-        {**settings, "questions": sha256(questions), "frames": frames, "most": most, "seed": seed}, len(asked), {
-            "losses": ((size,), np.dtype(np.float32)), "combinations": ((size, frames), np.dtype(np.uint16))})
-    for question in asked:
+    settings |= {"questions": sha256(config.questions), "frames": num_frames, "most": config.max_combinations,
+                 "seed": config.seed}
+    losses = RowWriter(epath.Path(config.output) / LOSSES, LOSSES, settings, len(questions), {
+        "losses": ((count,), np.dtype(np.float32)), "combinations": ((count, num_frames), np.dtype(np.uint16))})
+    for question in questions:
         if question.video in store.rejected and question.id not in losses.done:
             losses.reject(question.id, store.rejected[question.video])
-    todo = [question for question in usable if question.id not in losses.done]
-    if len(todo) < len(usable):
-        _say(f"{len(usable) - len(todo):,} of {len(usable):,} questions were done before")
-    answering, started = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
-    quiet = None if cluster.is_main() else True  # None: without a terminal
-    for video in tqdm([video for video in videos if video not in features.done], "frames", disable=quiet):
+    remaining = [question for question in usable if question.id not in losses.done]
+    if len(remaining) < len(usable):
+        _log(f"{len(usable) - len(remaining):,} of {len(usable):,} questions were done before")
+    answer_scorer, started = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
+    disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
+    for video in tqdm([video for video in videos if video not in features.done], "frames", disable=disable):
         row = store.row(video)
-        found = np.asarray(answering.features(store.frames([row])[0][places]), np.float32)
-        features.add(video, {"features": found, "times": store.times[row][places]})
+        embeddings = np.asarray(answer_scorer.features(store.frames([row])[0][indices]), np.float32)
+        features.add(video, {"features": embeddings, "times": store.times[row][indices]})
     features.complete()
-    encoded = FeatureStore(features.path)
-    drawn = [combinations(candidates, frames, most, seed, question.id) for question in todo]
-    answered = answering(encoded.features, todo, drawn, options=False)
-    for question, chosen, answers in tqdm(zip(todo, drawn, answered), "questions", len(todo), disable=quiet):
-        losses.add(question.id, {"losses": answers.losses, "combinations": chosen.astype(np.uint16)},
+    stored = FeatureStore(features.path)
+    drawn = [combinations(candidates, num_frames, config.max_combinations, config.seed, question.id)
+             for question in remaining]
+    answered = answer_scorer(stored.features, remaining, drawn, options=False)
+    for question, rows, answers in tqdm(zip(remaining, drawn, answered), "questions", len(remaining), disable=disable):
+        losses.add(question.id, {"losses": answers.losses, "combinations": rows.astype(np.uint16)},
                    video=question.video)
     losses.complete()
-    if todo:
-        seconds, scorer, devices = time.monotonic() - started, answering.scorer, llm.mesh.size
-        _say(f"{len(todo):,} questions, {len(todo) * size:,} combinations of {frames} out of {candidates} frames in "
-             f"{seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {devices} devices ({scorer.naive_tokens:,} if "
-             "nothing were shared)")
+    if remaining:
+        seconds, scorer = time.monotonic() - started, answer_scorer.scorer
+        _log(f"{len(remaining):,} questions, {len(remaining) * count:,} combinations of {num_frames} out of "
+             f"{candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} devices "
+             f"({scorer.naive_tokens:,} if nothing were shared)")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     if cluster.is_main():
         print(line)
 
 
-def main() -> None:
-    """Computes losses of combinations of frames. Parameters: label.* (see video/label.py) and load_video_llm.*."""
-    label()
-
-
 if __name__ == "__main__":
-    command_line.run(main, "video.label", joins=True)
+    command_line.run(main, LabelConfig, "video.label", joins=True)

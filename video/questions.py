@@ -1,17 +1,17 @@
-"""Questions on videos, one JSON object a line:
+"""Reads and writes files of questions on videos, one JSON object a line:
 
     {"id": "v0003-order", "video": "videos/v0003.mp4", "question": "Which appeared first, the star or the cross?",
      "answer": "star", "options": ["star", "cross"], "type": "order", "evidence": [[3.2, 4.3], [9.0, 10.1]]}
 
-`video` is relative to the file's folder. `type` parts the questions in tables; `options` are what answers are chosen
-from; `evidence`, where it is known, are the seconds between which what matters is on screen; with "clip": [2.0, 3.1]
-the question is about this part of the video alone, as captions are. As in Video-MME, the answer may be a letter, and
-the options may begin with theirs: "options": ["A. star", "B. cross"], "answer": "A" is read as the above. Its names of
-the fields are read too:
+`video` is relative to the file's folder. `type` groups the questions in tables; `options` are the answers to choose
+from; `evidence`, where it is known, lists the spans of seconds that show what the answer depends on; with "clip":
+[2.0, 3.1] the question is about this part of the video alone, as captions are. As in Video-MME, the answer may be a
+letter, and the options may begin with theirs: "options": ["A. star", "B. cross"], "answer": "A" is read as the above.
+Video-MME's names of the fields are read too:
 
     {"question_id": "001-1", "videoID": "fFjv93ACGo8", "task_type": "Counting Problem", "question": ...}
 
-An identifier of a video is the file's name without .mp4.
+A `videoID` is the file's name without .mp4.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from etils import epath
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl, write_atomic
 
-# Field -> its names here and in other collections; of several that a record has, the first counts.
+# Field -> its names here and in other collections; where a record has several, the first is taken.
 _NAMES = {
     "id": ("id", "question_id"),
     "video": ("video", "videoID", "video_id"),
@@ -41,15 +41,15 @@ _LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s*(\S.*)", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question on a video; see the module.
+    """A question on a video; the fields are explained in the module's docstring.
 
     Attributes:
       id: unique in its file.
       video: path relative to the file's folder.
       question, answer: texts.
-      type: of question.
-      options: among which the answer is, or none.
-      evidence: (start, end) in seconds.
+      type: type of question, "" where it has none.
+      options: the answers to choose from, or none.
+      evidence: (start, end) of each span in seconds.
       clip: (start, end) in seconds, or None for the whole video.
     """
 
@@ -73,23 +73,23 @@ def read_questions(path: epath.PathLike) -> list[Question]:
     """Reads a file of questions.
 
     Raises:
-      InputError: it is missing or malformed, names a video outside its folder, or has an id twice.
+      InputError: the file is missing or malformed, names a video outside its folder, or has an id twice.
     """
-    found: dict[str, Question] = {}
+    by_id: dict[str, Question] = {}
     for number, raw in read_jsonl(path):
         question = _question(f"{path}:{number}", raw)
-        if question.id in found:
+        if question.id in by_id:
             raise InputError(f"{path}:{number}: id {question.id!r} is there twice")
-        found[question.id] = question
-    if not found:
+        by_id[question.id] = question
+    if not by_id:
         raise InputError(f"{path}: no questions in it")
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _lettered(where: str, options: Sequence[str], answer: str) -> tuple[Sequence[str], str]:
-    """Options without their letters, and the one whose letter, or whose text, the answer is.
+    """Returns the options without their letters, and the option that the answer names by letter or text.
 
-    Letters go, for the likelihood of an option would be mostly that of its letter.
+    Letters are dropped because an option's likelihood would be mostly that of its letter.
     """
     parts = [_LETTER.fullmatch(option) for option in options]
     letters = [part and (part[1] or part[2]) for part in parts]
@@ -97,11 +97,11 @@ def _lettered(where: str, options: Sequence[str], answer: str) -> tuple[Sequence
         options = [part[3] for part in parts]
     if letter := re.fullmatch(r"\(?([A-Za-z])[.:)]?", answer.strip()):
         letter = letter[1].upper()
-        place = string.ascii_uppercase.index(letter)
-        if letter in letters and letters.index(letter) != place:
+        index = string.ascii_uppercase.index(letter)
+        if letter in letters and letters.index(letter) != index:
             raise InputError(f"{where}: the options' letters are not A, B, C, ... in this order")
-        if place < len(options):
-            answer = options[place]
+        if index < len(options):
+            answer = options[index]
     if answer not in options:
         raise InputError(f"{where}: the answer {answer!r} is not among the options")
     if len(set(options)) < len(options):
@@ -110,9 +110,9 @@ def _lettered(where: str, options: Sequence[str], answer: str) -> tuple[Sequence
 
 
 def _texts(where: str, raw: dict[str, Any]) -> dict[str, str]:
-    """The fields that are texts, by our names."""
+    """Returns the text fields of a record under our names."""
     if raw.get("videoID"):
-        raw = {**raw, "video_id": None}  # Video-MME has both; this one is a running number, no file is named by it
+        raw = {**raw, "video_id": None}  # Video-MME has both, and its video_id is a running number that names no file
     texts = {}
     for field, names in _NAMES.items():
         values = {name: raw[name] for name in names if raw.get(name) not in (None, "")}
@@ -135,6 +135,7 @@ def _texts(where: str, raw: dict[str, Any]) -> dict[str, str]:
 
 
 def _question(where: str, raw: dict[str, Any]) -> Question:
+    """Makes a question of a record; raises InputError that begins with `where`."""
     texts = _texts(where, raw)
     if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.([/\\]|$)|://", texts["video"]):
         raise InputError(f"{where}: video {texts['video']!r} is not a path inside the file's folder")

@@ -1,16 +1,17 @@
 """Renders videos with questions on them: `python -m video.synthetic --gin_file=gin/video/synthetic.gin`.
 
-Grey shapes drift over a shaded ground all the time; now and then a coloured shape is there for about a second. Every
-question is about such moments: on one of them (what colour, where), on two and their order (which came first), on
-several that have to be told apart (how often), on two that have to be compared (the same colour). So a frame is worth
-what the question makes of it, and for half of the questions one frame is worth little without another.
+Grey shapes drift over a shaded ground all the time; now and then a coloured shape appears for about a second. Every
+question is about such appearances: one of them (which colour, which side), the order of two (which came first), several
+that have to be counted (how often), or two that have to be compared (the same colour or not). So the value of a frame
+depends on the question, and for half of the questions one frame is worth little without another.
 
     FOLDER/videos/v00000.mp4 ...
-    FOLDER/train.jsonl, FOLDER/test.jsonl     see `video.questions`; no video is in both
-    FOLDER/train_captions.jsonl, ...          what is to be seen in parts of the videos
+    FOLDER/train.jsonl, FOLDER/test.jsonl     questions, see `video.questions`; no video is in both
+    FOLDER/train_captions.jsonl, ...          captions of parts of the videos
     FOLDER/tokenizer.model                    SentencePiece, trained on the training questions and answers
 """
 
+import dataclasses
 import functools
 import io
 
@@ -29,54 +30,65 @@ from video.questions import write_questions
 
 
 @gin.configurable("synthetic")
-def synthesize(
-    output: epath.PathLike = gin.REQUIRED,
-    train_videos: int = 600,
-    test_videos: int = 100,
-    seconds: float = 16.0,
-    fps: int = 8,
-    size: int = 64,
-    shown: float = 1.0,
-    seed: int = 0,
-    processes: int = 2,
-) -> None:
-    """Renders the videos of both splits and writes their questions; videos that are there are kept.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Settings of `video.synthetic`.
 
-    Args:
-      output: folder.
-      train_videos, test_videos: how many.
-      seconds, fps: of a video.
+    Attributes:
+      output: folder of videos and questions.
+      train_videos: number of videos that training questions are about.
+      test_videos: number of videos that test questions are about.
+      seconds: length of a video.
+      fps: frames per second.
       size: pixels of a side.
-      shown: shortest time that a coloured shape is there, seconds.
-      seed: a video follows from it and its number alone.
-      processes: that render.
+      shown: shortest time that a coloured shape is on screen, seconds.
+      seed: a video depends on this seed and its own number alone.
+      processes: number of worker processes.
+    """
+
+    output: str = gin.REQUIRED
+    train_videos: int = 600
+    test_videos: int = 100
+    seconds: float = 16.0
+    fps: int = 8
+    size: int = 64
+    shown: float = 1.0
+    seed: int = 0
+    processes: int = 2
+
+    def __post_init__(self):
+        if min(self.train_videos, self.test_videos, self.seconds, self.fps, self.size, self.shown, self.processes) <= 0:
+            raise InputError("synthetic: all numbers must be positive")
+        if self.seconds < 12 * self.shown:
+            raise InputError(f"synthetic.seconds = {self.seconds}: must be at least 12 times synthetic.shown")
+
+
+def main(config: SyntheticConfig) -> None:
+    """Renders the videos of both splits and writes their questions; videos that exist are kept.
 
     Raises:
-      InputError: a number that is not positive, or a video that is too short for what happens in it.
+      InputError: a number is not positive, or the videos are too short for their events.
     """
-    if min(train_videos, test_videos, seconds, fps, size, shown, processes) <= 0:
-        raise InputError("synthetic: all numbers must be positive")
-    if seconds < 12 * shown:
-        raise InputError(f"synthetic.seconds = {seconds}: must be at least 12 times synthetic.shown")
-    output, total = epath.Path(output), train_videos + test_videos
+    output, total = epath.Path(config.output), config.train_videos + config.test_videos
     (output / "videos").mkdir(parents=True, exist_ok=True)
-    settings = {"folder": str(output), "seed": seed, "seconds": seconds, "fps": fps, "size": size, "shown": shown}
-    with Workers(functools.partial(make_video, **settings), processes) as workers:
+    make = functools.partial(make_video, folder=str(output), seed=config.seed, seconds=config.seconds, fps=config.fps,
+                             size=config.size, shown=config.shown)
+    with Workers(make, config.processes) as workers:
         made = workers.map((number, number) for number in range(total))
-        questions = [found for _, found in tqdm(made, "videos", total, disable=None)]
-    for split, part in (("train", questions[:train_videos]), ("test", questions[train_videos:])):
-        everything = [question for found in part for question in found]
+        by_video = [questions for _, questions in tqdm(made, "videos", total, disable=None)]
+    train, test = by_video[: config.train_videos], by_video[config.train_videos :]
+    for split, part in (("train", train), ("test", test)):
         for name, captions in ((split, False), (f"{split}_captions", True)):
-            kept = [question for question in everything if (question.clip is not None) == captions]
+            kept = [question for questions in part for question in questions
+                    if (question.clip is not None) == captions]
             write_questions(output / f"{name}.jsonl", kept)
             print(f"{output / name}.jsonl: {len(kept):,} questions on {len(part):,} videos")
-    asked = [question for found in questions[:train_videos] for question in found]
-    tokenizer = train_tokenizer([text for question in asked for text in (question.question, question.answer)])
-    write_atomic(output / "tokenizer.model", tokenizer)
+    texts = [text for questions in train for question in questions for text in (question.question, question.answer)]
+    write_atomic(output / "tokenizer.model", train_tokenizer(texts))
 
 
 def train_tokenizer(texts: list[str]) -> bytes:
-    """A small SentencePiece model: the words of the texts, and all bytes."""
+    """Trains a small SentencePiece model that knows the words of the texts, and all bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
@@ -84,10 +96,5 @@ def train_tokenizer(texts: list[str]) -> bytes:
     return model.getvalue()
 
 
-def main() -> None:
-    """Renders a set of videos with questions. Parameters: synthetic.* (see video/synthetic.py)."""
-    synthesize()
-
-
 if __name__ == "__main__":
-    command_line.run(main, "video.synthetic")
+    command_line.run(main, SyntheticConfig, "video.synthetic")

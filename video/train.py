@@ -14,7 +14,6 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
@@ -23,15 +22,18 @@ from mlx_pretrain.data.token_store import BOS_ID, EOS_ID
 from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import output_kernel
-from mlx_pretrain.training import checkpoints, losses
+from mlx_pretrain.training import losses
+from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator, checked
+from mlx_pretrain.training.train_module import TrainModule
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Evaluator, Trainer, TrainerConfig, checked
-from video.decode import FrameStore
-from video.frames.reading import moments
+from mlx_pretrain.training.trainer import Trainer
+from mlx_pretrain.training.trainer_config import TrainerConfig
+from video.frames.frame_store import FrameStore
+from video.frames.reading import even_timestamps
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
 from video.llm.prompts import Prompts
-from video.llm.training_rows import ClipSource, showing
+from video.llm.training_rows import ClipSource, evidence_frames
 from video.questions import Question, read_questions
 
 
@@ -48,7 +50,7 @@ class TrainVideoConfig(TrainerConfig):
       validation: such a file on other videos.
       frames: of each video in a batch.
       questions_per_video: of each video in a batch, each on a random subset of the frames.
-      informed: share of these subsets that contain what they can of a question's evidence.
+      evidence_prob: probability that such a subset contains the evidence of its question.
       length: of a sequence: question, frames and answer.
       eval_frames: that held-out questions are answered with, spread evenly.
       eval_questions: of the validation file are used, spread evenly; None: all.
@@ -64,7 +66,7 @@ class TrainVideoConfig(TrainerConfig):
     validation: str = gin.REQUIRED
     frames: int = 8
     questions_per_video: int = 4
-    informed: float = 0.5
+    evidence_prob: float = 0.5
     length: int = 64
     eval_frames: int = 4
     eval_questions: int | None = 200
@@ -77,12 +79,12 @@ class TrainVideoConfig(TrainerConfig):
         self.check_counts("frames", "questions_per_video", "length", "eval_frames", *optional)
         if not isinstance(self.model, VideoLLMConfig):
             raise self.config_error("model", "must be a model, e.g. @VideoLLMConfig()")
-        if not 0 <= self.informed <= 1:
-            raise self.config_error("informed", "must be a share, 0 to 1")
+        if not 0 <= self.evidence_prob <= 1:
+            raise self.config_error("evidence_prob", "must be a probability, 0 to 1")
 
 
-class VideoTraining:
-    """A Video-LLM on questions: the `training_loop.Task` of this command."""
+class VideoTraining(TrainModule):
+    """Trains a Video-LLM on questions."""
 
     def __init__(self, config: TrainVideoConfig):
         """Opens and checks all inputs; nothing is written yet.
@@ -90,7 +92,7 @@ class VideoTraining:
         Raises:
           InputError: frames, questions, tokenizer and model do not fit each other, or a file is damaged.
         """
-        self._config, self.model = config, config.model
+        self._config, self.model, self.tokenizer_path = config, config.model, config.tokenizer
         self._tokenizer = Tokenizer(config.tokenizer)
         decoder = config.model.decoder
         check_vocabulary(config.tokenizer, self._tokenizer, decoder.vocab_size)
@@ -134,41 +136,33 @@ class VideoTraining:
     def source(self, mixture: Mixture, rows: np.ndarray) -> ClipSource:
         config = self._config
         return ClipSource(self._store, self._questions, self._prompts, frames=config.frames,
-                          questions_per_row=config.questions_per_video, informed=config.informed, length=config.length,
-                          mixture=mixture, rows=rows)
+                          questions_per_row=config.questions_per_video, evidence_prob=config.evidence_prob,
+                          length=config.length, mixture=mixture, rows=rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"answers": int((batch["answers"][..., 1] - batch["answers"][..., 0]).sum())})
 
-    def evaluator(self, mesh: Mesh) -> Evaluator:
+    def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         config = self._config
         usable = [question for question in self._validation if question.video not in self._store.rejected]
         count = min(config.eval_questions or len(usable), len(usable))
-        return _Validation(self.model, mesh, self._store, self._prompts,
-                           [usable[i * len(usable) // count] for i in range(count)], config.eval_frames)
+        questions = [usable[i * len(usable) // count] for i in range(count)]
+        evaluate = QuestionEvaluator(self.model, mesh, self._store, self._prompts, questions, config.eval_frames)
+        return [Evaluator(HELD_OUT, config.eval_every, evaluate, self._format_metrics)]
 
-    def headline(self, evaluation: Mapping[str, float]) -> str:
-        accuracy = f", accuracy {evaluation['accuracy']:.1%}" if "accuracy" in evaluation else ""
-        clips = (f"; {evaluation['informed_accuracy']:.1%} with the frames that matter"
-                 if "informed_accuracy" in evaluation else "")
-        return f"validation loss {evaluation['loss']:.4f}{accuracy} with {self._config.eval_frames} even frames{clips}"
+    def _format_metrics(self, metrics: Mapping[str, float]) -> str:
+        accuracy = f", accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
+        clips = (f"; {metrics['informed_accuracy']:.1%} with the frames that matter"
+                 if "informed_accuracy" in metrics else "")
+        return f"validation loss {metrics['loss']:.4f}{accuracy} with {self._config.eval_frames} even frames{clips}"
 
-    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
-        return []
-
-    def save_model(self, run_dir: epath.Path) -> None:
-        checkpoints.save_model(run_dir, self.model, self._config.tokenizer)
-
-    def initial_params(self, mesh: Mesh) -> Any | None:
-        return None
-
-    def summary(self) -> str:
+    def describe_data(self) -> str:
         config = self._config
         return (f"{len(self._questions):,} questions on {self.mixture.rows['videos']:,} videos, "
                 f"{config.batch_size} x {config.frames} frames and "
                 f"{config.batch_size * config.questions_per_video} questions a step")
 
-    def description(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         config = self._config
         return {
             "questions": [{"path": str(path), "sha256": sha256(path)} for path in config.questions],
@@ -178,7 +172,7 @@ class VideoTraining:
         }
 
 
-class _Validation:
+class QuestionEvaluator:
     """Answers held-out questions with evenly spread frames, and, where evidence is known, with frames that show it."""
 
     def __init__(self, model, mesh, store: FrameStore, prompts: Prompts, questions: list[Question], frames: int):
@@ -189,9 +183,9 @@ class _Validation:
         self._even, self._informed = [], []
         for question, row in zip(questions, rows):
             times = store.times[row]
-            even = np.unique([np.argmin(np.abs(times - t)) for t in moments(store.durations[row], frames)])
+            even = np.unique([np.argmin(np.abs(times - t)) for t in even_timestamps(store.durations[row], frames)])
             self._even.append(even)
-            shown = [int(places[len(places) // 2]) for places in showing(question, times)][:frames]
+            shown = [int(places[len(places) // 2]) for places in evidence_frames(question, times)][:frames]
             rest = [place for place in even if place not in shown][: frames - len(set(shown))]
             self._informed.append(np.unique([*shown, *rest]))
         self._has_evidence = any(question.evidence for question in questions)

@@ -15,7 +15,6 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
@@ -25,12 +24,14 @@ from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
-from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
+from mlx_pretrain.training.train_module import TrainModule
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Evaluator, Trainer, TrainerConfig
-from video.decode import FrameStore
+from mlx_pretrain.training.trainer import Trainer
+from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts, sigmoid_loss
-from video.llm.training_rows import ClipProvenance, showing
+from video.frames.frame_store import FrameStore
+from video.llm.training_rows import ClipProvenance, evidence_frames
 from video.questions import Question, read_questions
 
 
@@ -64,8 +65,8 @@ class TrainTowersConfig(TrainerConfig):
             raise self.config_error("model", "must be a model, e.g. @TowersConfig()")
 
 
-class TowersTraining:
-    """Towers on captions: the `training_loop.Task` of this command."""
+class TowersTraining(TrainModule):
+    """Trains towers on captions."""
 
     def __init__(self, config: TrainTowersConfig):
         """Opens and checks all inputs; nothing is written yet.
@@ -73,7 +74,7 @@ class TowersTraining:
         Raises:
           InputError: frames, captions, tokenizer and model do not fit each other, or a file is damaged.
         """
-        self._config, self.model = config, config.model
+        self._config, self.model, self.tokenizer_path = config, config.model, config.tokenizer
         self._tokenizer = Tokenizer(config.tokenizer)
         check_vocabulary(config.tokenizer, self._tokenizer, config.model.vocab_size)
         self._store = FrameStore(config.frame_store)
@@ -114,7 +115,7 @@ class TowersTraining:
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"captions": int((batch["tokens"] != PAD_ID).sum())})
 
-    def evaluator(self, mesh: Mesh) -> Evaluator:
+    def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         mixture = Mixture.of_one("captions", len(self._validation), "", 0, self._config.batch_size)
         source = CaptionSource(self._store, self._validation, self._tokenizer, [], self.model.max_length, mixture)
         batches = [source[number] for number in range(max(len(self._validation) // self._config.batch_size, 1))]
@@ -129,25 +130,16 @@ class TowersTraining:
                 parts.append(step(params, arrays)[1].means)
             return {name: float(np.mean([part[name][0] / part[name][1] for part in parts])) for name in parts[0]}
 
-        return evaluate
+        return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, self._format_metrics)]
 
-    def headline(self, evaluation: Mapping[str, float]) -> str:
-        return (f"validation loss {evaluation['loss']:.4f}, right caption of {self._config.batch_size} "
-                f"{evaluation['retrieval_accuracy']:.1%}")
+    def _format_metrics(self, metrics: Mapping[str, float]) -> str:
+        return (f"validation loss {metrics['loss']:.4f}, right caption of {self._config.batch_size} "
+                f"{metrics['retrieval_accuracy']:.1%}")
 
-    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
-        return []
-
-    def save_model(self, run_dir: epath.Path) -> None:
-        checkpoints.save_model(run_dir, self.model, self._config.tokenizer)
-
-    def initial_params(self, mesh: Mesh) -> Any | None:
-        return None
-
-    def summary(self) -> str:
+    def describe_data(self) -> str:
         return f"{len(self._captions):,} captions, {self._config.batch_size} pairs a step"
 
-    def description(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         config = self._config
         return {
             "captions": {"path": str(config.captions), "sha256": sha256(config.captions)},
@@ -183,7 +175,7 @@ class CaptionSource:
         for row, epoch in zip(rows, epochs):
             caption, rng = self._captions[row], np.random.default_rng([self._mixture.seed, int(row), int(epoch)])
             video = self._store.row(caption.video)
-            (inside,) = showing(dataclasses.replace(caption, evidence=()), self._store.times[video])
+            (inside,) = evidence_frames(dataclasses.replace(caption, evidence=()), self._store.times[video])
             videos.append(video)
             places.append(int(rng.choice(inside)))
             texts.append(self._text(caption.answer, rng))

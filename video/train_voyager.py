@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import gin
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
@@ -21,14 +20,16 @@ from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
-from mlx_pretrain.training import checkpoints
+from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
+from mlx_pretrain.training.train_module import TrainModule
 from mlx_pretrain.training.train_step import LossParts
-from mlx_pretrain.training.trainer import Evaluation, Evaluator, Trainer, TrainerConfig
+from mlx_pretrain.training.trainer import Trainer
+from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.llm.loading import load_video_llm
 from video.llm.prompts import PaddedPrompts
+from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
 from video.voyager.loss_labels import Labels, read_labels
-from video.voyager.module import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
-from video.voyager.ranking_metrics import ranking
+from video.voyager.ranking_metrics import ranking_metrics
 
 
 @gin.configurable("train_voyager")
@@ -73,8 +74,8 @@ class TrainVoyagerConfig(TrainerConfig):
         self.check_counts("layers", "head_dim", "eval_batch_size", *optional)
 
 
-class VoyagerTraining:
-    """Frame-Voyager on stored losses: the `training_loop.Task` of this command."""
+class VoyagerTraining(TrainModule):
+    """Trains Frame-Voyager on stored losses."""
 
     def __init__(self, config: TrainVoyagerConfig):
         """Reads all losses and features; nothing is written yet.
@@ -98,7 +99,7 @@ class VoyagerTraining:
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
         self._params = {"decoder": jax.device_get(params), "head": None}
         self.model = VoyagerConfig(decoder, tokens, config.head_dim)
-        self._tokenizer_path = llm.tokenizer_path
+        self.tokenizer_path = llm.tokenizer_path
         self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
             question.question for labels in (self._train, self._validation) for question in labels.questions])
         candidates = self._train.features.shape[1]
@@ -133,32 +134,21 @@ class VoyagerTraining:
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"questions": len(batch["tokens"])})
 
-    def evaluator(self, mesh: Mesh) -> Evaluator:
+    def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
         labels = self._validation
 
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
             of_frames = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
-            return ranking(of_frames, labels)
+            return ranking_metrics(of_frames, labels)
 
-        return evaluate
-
-    def headline(self, evaluation: Mapping[str, float]) -> str:
-        return (f"validation loss {evaluation['loss']:.4f}, pairs in order {evaluation['ranking_accuracy']:.1%}, "
-                f"Kendall {evaluation['kendall']:.3f}, loss above the best {evaluation['regret']:.3f} "
-                f"(at random {evaluation['random_regret']:.3f})")
-
-    def evaluations(self, mesh: Mesh) -> list[Evaluation]:
-        return []
-
-    def save_model(self, run_dir: epath.Path) -> None:
-        checkpoints.save_model(run_dir, self.model, self._tokenizer_path)
+        return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 
     def initial_params(self, mesh: Mesh) -> Any:
         return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
 
-    def summary(self) -> str:
+    def describe_data(self) -> str:
         labels, config = self._train, self._config
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
         chosen, candidates = labels.combinations.shape[2], labels.features.shape[1]
@@ -166,7 +156,7 @@ class VoyagerTraining:
                 f"{candidates} frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
-    def description(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         config = self._config
         return {
             "labels": {"path": str(config.labels), **self._train.settings, "left_out": self._train.dropped},
@@ -241,6 +231,13 @@ class RewardPredictor:
             given = [partitioning.put(x, self._sharding) for x in (features[video[rows]], tokens[rows], places[rows])]
             found.append(self._step(params, *given))
         return np.concatenate(jax.device_get(found))[: len(questions)]
+
+
+def format_ranking(metrics: Mapping[str, float]) -> str:
+    """Returns the scalars of `ranking` in a few words."""
+    return (f"validation loss {metrics['loss']:.4f}, pairs in order {metrics['ranking_accuracy']:.1%}, "
+            f"Kendall {metrics['kendall']:.3f}, loss above the best {metrics['regret']:.3f} "
+            f"(at random {metrics['random_regret']:.3f})")
 
 
 def train(config: TrainVoyagerConfig) -> dict[str, float]:

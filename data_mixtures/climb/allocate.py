@@ -22,9 +22,9 @@ from etils import epath
 from data_mixtures.baselines import temperature_rates, unimax_rates
 from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION, solve
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw, Law, float64
-from data_mixtures.climb.laws.parametric import EffectiveFit, ParametricFit
-from data_mixtures.climb.laws.registry import LAWS, default_law
+from data_mixtures.climb.laws import LAWS, default_law
+from data_mixtures.climb.laws.base import FittedEffectiveLaw, FittedLaw, Law, float64
+from data_mixtures.climb.laws.parametric import FittedEffectiveFormula, FittedFormula
 from data_mixtures.climb.proxy_table import ProxyRuns, outliers
 from data_mixtures.climb.validation import CrossValidation, cross_validate, measured_effective_ratios
 from mlx_pretrain import __version__
@@ -163,7 +163,7 @@ class Allocator:
         if self.replicates:
             low, high = np.quantile([self.predict(fitted, ratios) for fitted in self.replicates], _INTERVAL, axis=0)
         effective = None
-        if isinstance(self.fitted, EffectiveLaw):
+        if isinstance(self.fitted, FittedEffectiveLaw):
             with float64():
                 effective = np.asarray(
                     self.fitted.effective_ratios(ratios, float(config.n_params), float(config.tokens)))
@@ -269,17 +269,16 @@ def _poor(name: str, validation: CrossValidation, targets: Sequence[str]) -> str
             f"({scores.pooled_r2:.2f} with all losses together; {targets[worst]}: {scores.r2[worst]:.2f})")
 
 
-def _transfer(fitted: FittedLaw, replicates: Sequence[ParametricFit]) -> dict[str, Any] | None:
-    """The transfer matrix with intervals, None for laws without interaction."""
-    if not isinstance(fitted, EffectiveFit) or fitted.identified is None:
+def _transfer(fitted: FittedLaw, replicates: Sequence[FittedFormula]) -> dict[str, Any] | None:
+    """The transfer matrix with intervals, None for laws without transfer."""
+    if not isinstance(fitted, FittedEffectiveFormula) or fitted.identified is None:
         return None
     low = high = None
     if replicates:
-        low, high = np.quantile([replicate.transfer for replicate in replicates], _INTERVAL, axis=0)
-    own = np.array([[target == language for language in fitted.languages] for target in fitted.targets])
-    blank = lambda x: np.where(own, None, x.astype(object)).tolist()  # noqa: E731
+        low, high = np.quantile([replicate.transfer_matrix for replicate in replicates], _INTERVAL, axis=0)
+    blank = lambda x: np.where(fitted.is_own, None, x.astype(object)).tolist()  # noqa: E731
     return {
-        "values": blank(fitted.transfer),
+        "values": blank(fitted.transfer_matrix),
         "low": None if low is None else blank(low),
         "high": None if high is None else blank(high),
         "identified": fitted.identified.tolist(),
@@ -290,13 +289,13 @@ def _transfer(fitted: FittedLaw, replicates: Sequence[ParametricFit]) -> dict[st
 
 def _effective(fitted: FittedLaw, runs: ProxyRuns) -> dict[str, Any] | None:
     """Measured effective ratios beside the law's, None for laws without them."""
-    if not isinstance(fitted, EffectiveLaw):
+    if not isinstance(fitted, FittedEffectiveLaw):
         return None
     measured = measured_effective_ratios(fitted, runs)
     with float64():
         predicted = np.asarray(fitted.effective_ratios(runs.ratios, runs.n_params, runs.tokens))
     return {
-        "ratio": runs.ratios[:, runs.own].tolist(),
+        "ratio": runs.ratios[:, runs.own_columns].tolist(),
         "effective": _gaps(measured),
         "predicted": predicted.tolist(),
         "tokens": runs.tokens.tolist(),
@@ -305,9 +304,9 @@ def _effective(fitted: FittedLaw, runs: ProxyRuns) -> dict[str, Any] | None:
 
 def _parameters(fitted: FittedLaw) -> dict[str, Any] | None:
     """The fitted parameters by name, `[targets, size]` each; None for laws that are no formula."""
-    if not isinstance(fitted, ParametricFit):
+    if not isinstance(fitted, FittedFormula):
         return None
-    return {name: np.asarray(fitted[name]).tolist() for name in fitted.model.sizes}
+    return {name: np.asarray(fitted[name]).tolist() for name in fitted.formula.sizes}
 
 
 def _fingerprint(runs: ProxyRuns) -> str:
@@ -397,7 +396,7 @@ def _write(
     """Writes the rates files and, last, allocation.json."""
     config, runs, fitted = allocator.config, allocator.runs, allocator.fitted
     folder = epath.Path(config.output)
-    law = {"name": allocator.law.name, "family": getattr(fitted, "family", None), "notes": list(notes),
+    law = {"name": allocator.law.name, "family": getattr(fitted, "transfer_family", None), "notes": list(notes),
            "parameters": _parameters(fitted)}
     provenance = {**made_from, "runs": len(np.unique(runs.run)), "rows": len(runs),
                   "law": {k: law[k] for k in ("name", "family", "notes")}}

@@ -1,20 +1,20 @@
-"""Mixtures within bounds, and the one at which a field has one value for all languages between their bounds."""
+"""Finds mixtures within bounds, and the mixture at which a field is equal for all languages between their bounds."""
 
 import contextlib
 from collections.abc import Callable
 
 import numpy as np
 
-# A ratio this close to a bound is put on it.
+# Ratios this close to a bound are set to it.
 _SNAP = 1e-12
-# A residual this small beside the field cannot be reduced for certain.
+# A residual below this, relative to the field, is rounding.
 _ROUNDING = 1e-13
 
 
 def feasible(shares: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Mixtures `[..., languages]` within the bounds: each gets its lower bound, and the rest is shared out by `shares`.
+    """Returns mixtures `[..., languages]`: the lower bounds, plus the rest of 1 in proportion to `shares`.
 
-    What a language at its upper bound leaves goes to the others, by their shares.
+    A language gets no more than its upper bound; its excess goes to the others, in proportion to their shares.
     """
     room = upper - lower
     shares = np.where(room > 0, np.maximum(shares, 1e-12), 0.0)
@@ -30,7 +30,7 @@ def feasible(shares: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.nda
 
 
 def project(ratios: np.ndarray, scale: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """`clip(ratios + s * scale, lower, upper)`, all `[languages]`, with the s for which it sums to 1."""
+    """Returns `clip(ratios + s * scale, lower, upper)`, all `[languages]`, with the s for which it sums to 1."""
     # The sum is piecewise linear in s, with corners where a ratio reaches a bound.
     corners = np.sort(np.concatenate([(lower - ratios) / scale, (upper - ratios) / scale]))
     sums = np.clip(ratios + corners[:, None] * scale, lower, upper).sum(axis=1)
@@ -39,7 +39,7 @@ def project(ratios: np.ndarray, scale: np.ndarray, lower: np.ndarray, upper: np.
 
 
 def _newton_direction(ratios, goal, field, jacobian, lower, upper) -> np.ndarray:
-    """Step of all ratios: those that `goal` puts on a bound go there, the others to equal (linearised) fields."""
+    """Returns the step of all ratios: to a bound where `goal` is at one, the others to equal (linearised) fields."""
     free = (goal > lower) & (goal < upper)
     step = np.where(free, 0.0, goal - ratios)
     if n := int(free.sum()):
@@ -57,18 +57,18 @@ def solve_complementarity(
     upper: np.ndarray,
     max_steps: int = 60,
 ) -> np.ndarray:
-    """Mixture with `F_i = s`, `>= s` where r_i is at its lower and `<= s` where it is at its upper bound.
+    """Returns a mixture with `F_i = s`, `>= s` where r_i is at its lower and `<= s` where it is at its upper bound.
 
     Semismooth Newton on `r = clip(r - c (F - s), lower, upper)`, where s makes the right side sum to 1 and c is the
     inverse of the Jacobian's diagonal; a step that does not reduce the residual `(r - right side) / c` is shortened,
-    and replaced by the step to the right side if that does not help. Ends where nothing does: the caller looks at the
-    KKT residual.
+    and replaced by the step to the right side if that does not help. The last mixture is returned where neither reduces
+    the residual, so callers check the KKT residual.
 
     Args:
-      evaluate: mixture -> F `[languages]`, its Jacobian `[languages, languages]`.
+      evaluate: function from a mixture to F `[languages]` and its Jacobian `[languages, languages]`.
       ratios: a feasible mixture `[languages]` to start from.
       lower, upper: bounds `[languages]`.
-      max_steps: most steps taken.
+      max_steps: highest number of steps.
     """
 
     def residual(ratios, field):
@@ -95,7 +95,7 @@ def solve_complementarity(
         else:
             break
         ratios, field, jacobian = trial, new_field, new_jacobian
-    # Rounding leaves ratios beside their bounds; what putting them there changes goes to the widest language.
+    # Rounding leaves ratios beside their bounds; the language with the widest bounds absorbs the correction.
     ratios = np.where(ratios <= lower + _SNAP, lower, np.where(ratios >= upper - _SNAP, upper, ratios))
     widest = np.argmax(np.minimum(ratios - lower, upper - ratios))
     ratios[widest] = np.clip(ratios[widest] + 1 - ratios.sum(), lower[widest], upper[widest])

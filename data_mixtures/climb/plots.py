@@ -18,17 +18,18 @@ from mlx_pretrain.reports.figures import (
     GREEN,
     INK,
     MUTED,
+    PAGE_WIDTH,
     PAPER,
     RULE,
     WARM,
     compact,
     label_rows,
     rows_panel,
+    short_label,
 )
 
 _NAMES = {"climb": "Climb", "unimax": "UniMax", "msl": "MSL", "regmix": "RegMix", "lightgbm": "LightGBM",
           "mixing_law": "mixing law", "gaussian_process": "Gaussian process", "process": "structured process"}
-WIDE = 936  # CSS pixels: the width of a page.
 # Marker, colour, size: ink for what needs no law, warm for laws without interaction, green for the others.
 _MARKS = {
     "natural": ("|", INK, 12), "uniform": ("x", MUTED, 5), "temperature": ("^", MUTED, 5), "unimax": ("s", MUTED, 4.5),
@@ -38,12 +39,6 @@ _MARKS = {
 _MORE_MARKS = [("^", GREEN, 5), ("v", GREEN, 5), ("p", GREEN, 5.5), ("h", GREEN, 5.5), ("<", GREEN, 5), (">", GREEN, 5)]
 # More points than this make a page slow; the rest is left out evenly.
 _MOST_POINTS = 6000
-
-
-def label(name: str, longest: int = 18) -> str:
-    """A name as it stands in a plot: one line, not too long, without what no font can show."""
-    name = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split()))
-    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def display_name(name: str) -> str:
@@ -158,7 +153,7 @@ class Plots:
         self, title: str, names: Sequence[str], entries: int, width: float = FIGURE_WIDTH
     ) -> tuple[Figure, Axes, np.ndarray]:
         """A plot with a row per name and space for a legend of `entries` below the title."""
-        figure, axes, rows = rows_panel("", [label(name) for name in names], self._row,
+        figure, axes, rows = rows_panel("", [short_label(name) for name in names], self._row,
                                         30 + 16 * math.ceil(entries / _legend_columns(entries)), width)
         figure.text(0, 1 - 6 / (72 * figure.get_figheight()), title, va="top", fontsize=11.5)
         if self._row < 18:
@@ -169,7 +164,7 @@ class Plots:
         width, height = figure.get_size_inches() * 72
         handles, labels = axes.get_legend_handles_labels()
         # By rows, the recommended method first; matplotlib fills by columns.
-        handles, labels = [handles[-1], *handles[:-1]], [label(text, 13) for text in [labels[-1], *labels[:-1]]]
+        handles, labels = [handles[-1], *handles[:-1]], [short_label(text, 13) for text in [labels[-1], *labels[:-1]]]
         columns = _legend_columns(len(handles))
         order = [k for column in range(columns) for k in range(column, len(handles), columns)]
         figure.legend([handles[k] for k in order], [labels[k] for k in order], loc="upper left", ncols=columns,
@@ -236,15 +231,15 @@ class Plots:
         # A single plot of many rows would leave half of a page empty.
         half = math.ceil(len(names) / 2) if len(names) > 24 else len(names)
         figure, axes, _ = self._by_name("Epochs over the unique text", names[:half], len(shown) + (cap is not None),
-                                        FIGURE_WIDTH if half == len(names) else WIDE)
+                                        FIGURE_WIDTH if half == len(names) else PAGE_WIDTH)
         parts = [axes]
         if half < len(names):
             box = axes.get_position()
-            side = FIGURE_WIDTH / WIDE - box.x0
+            side = FIGURE_WIDTH / PAGE_WIDTH - box.x0
             axes.set_position((box.x0, box.y0, side, box.height))
             bottom = box.y0 + box.height * (1 - (len(names) - half) / half)
-            parts.append(figure.add_axes((1 - 14 / WIDE - side, bottom, side, box.y1 - bottom)))
-            label_rows(parts[1], [label(name) for name in names[half:]])
+            parts.append(figure.add_axes((1 - 14 / PAGE_WIDTH - side, bottom, side, box.y1 - bottom)))
+            label_rows(parts[1], [short_label(name) for name in names[half:]])
             parts[1].tick_params(axis="y", labelsize=9.5)
         for number, part in enumerate(parts):
             order = self._order[number * half :][:half]
@@ -276,8 +271,8 @@ class Plots:
                      for name in ("low", "high"))
         most = max(values.shape)
         cell = 50 if most <= 6 else 42 if most <= 10 else 40 if most <= 20 else max(9, min(26, 850 // most))
-        row_labels = [label(targets[k]) for k in rows]
-        column_labels = [label(languages[k]) for k in columns]
+        row_labels = [short_label(targets[k]) for k in rows]
+        column_labels = [short_label(languages[k]) for k in columns]
         font = 10.5 if cell >= 16 else 8.5
         figure, axes = _matrix_panel(row_labels, column_labels, cell, font)
         y, x = np.indices(values.shape)
@@ -422,7 +417,7 @@ def _grid(names: Sequence[str], title: str, x_label: str, shared: bool) -> tuple
     """Square small plots, one per name; `shared`: all have the same axes, so only the outer ones need numbers."""
     count = len(names)
     columns = min(count, 2 if count <= 4 else 3 if count <= 9 else 6 if count <= 24 else 8)
-    width = FIGURE_WIDTH if columns <= 3 else WIDE
+    width = FIGURE_WIDTH if columns <= 3 else PAGE_WIDTH
     left, right, top, bottom = 38, 8, 64 if shared else 44, 38
     gap_x, gap_y = (12, 24) if shared else (34, 40)
     side = (width - left - right - gap_x * (columns - 1)) / columns
@@ -434,7 +429,7 @@ def _grid(names: Sequence[str], title: str, x_label: str, shared: bool) -> tuple
         row, column = divmod(k, columns)
         x, y = left + column * (side + gap_x), height - top - row * (side + gap_y) - side
         axes = figure.add_axes((x / width, y / height, side / width, side / height))
-        axes.set_title(label(name, max(6, round(side / 6))), fontsize=10, pad=4)
+        axes.set_title(short_label(name, max(6, round(side / 6))), fontsize=10, pad=4)
         axes.tick_params(labelsize=9, length=2, pad=2)
         if shared:
             axes.tick_params(labelleft=column == 0, labelbottom=k + columns >= count)

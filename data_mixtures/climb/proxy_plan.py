@@ -1,7 +1,10 @@
-"""Which mixtures the proxy runs train on: corners that tell transfer apart, and mixtures around the natural one."""
+"""Plans of proxy runs: mixtures at the corners, which tell transfer apart, and mixtures around the natural one."""
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -10,8 +13,48 @@ from etils import epath
 from data_mixtures.baselines import temperature_rates
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.decoder import DecoderConfig
 
-Mixtures = dict[str, dict[str, float]]
+Mixtures = dict[str, dict[str, float]]  # name -> language -> ratio
+
+_NO_EFFECT = ("attention", "max_length", "remat", "unroll")  # fields of a model that leave the result the same
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxyRun:
+    """One proxy run.
+
+    Attributes:
+      mixture: name of its mixture.
+      model: its shape.
+      rates: its mixture, language -> ratio.
+      seed: seed of its parameters and data order.
+      steps: steps after which it is evaluated, ascending; the last ends it.
+      epochs_per_token: increase, with each training token, of the epochs of the language that is repeated most.
+    """
+
+    mixture: str
+    model: DecoderConfig
+    rates: Mapping[str, float]
+    seed: int
+    steps: tuple[int, ...]
+    epochs_per_token: float
+
+    @property
+    def name(self) -> str:
+        """Name of its rows and its file, e.g. "only-de-0.276M-seed0"."""
+        return f"{self.mixture}-{self.size}-seed{self.seed}"
+
+    @property
+    def size(self) -> str:
+        """Parameters of the model as a word, e.g. "0.276M"."""
+        return f"{self.model.parameters() / 1e6:.3g}M"
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Fields of the model that change the result, as JSON."""
+        fields = dataclasses.asdict(self.model)
+        return json.loads(json.dumps({name: value for name, value in fields.items() if name not in _NO_EFFECT}))
 
 
 @gin.configurable(denylist=["counts"])
@@ -26,23 +69,23 @@ def planned_mixtures(
     concentration: tuple[float, float] = (0.5, 5.0),
     seed: int = 0,
 ) -> Mixtures:
-    """The plan of proxy runs: name -> language -> ratio.
+    """Returns the mixtures of a plan of proxy runs: name -> language -> ratio.
 
-    Monolingual runs fix the isolated laws; pairs and leave-one-out runs identify what one language gives another;
-    the drawn mixtures stand where the answer will be. Names and draws do not depend on how many are asked for, so a
+    Monolingual runs fix the isolated laws; pairs and leave-one-out runs identify the transfer from one language to
+    another; the drawn mixtures lie where the best one is expected. Names and draws do not depend on their number, so a
     finished plan can be extended.
 
     Args:
       counts: language -> tokens of text.
-      mixtures: how many to draw from Dirichlet distributions around the natural ratios (as RegMix, arXiv 2407.01492).
-      monolingual: a run per language.
+      mixtures: mixtures drawn from Dirichlet distributions around the natural ratios (as RegMix, arXiv 2407.01492).
+      monolingual: a run per language with nothing else.
       leave_one_out: a run per language in which it is missing and the others keep their natural proportions.
-      pairs: at most so many runs of two languages, drawn; None: all pairs.
-      pair_shares: shares of the first language of a pair; .5 serves both directions.
-      temperature: of the centre of the Dirichlet distributions (1 natural, larger is flatter).
+      pairs: highest number of runs of two languages, drawn from all pairs; None: all pairs.
+      pair_shares: ratios of the first language of a pair; .5 serves both directions.
+      temperature: temperature of the centre of the Dirichlet distributions (1 natural, larger is flatter).
       concentration: lowest and highest sum of a Dirichlet's parameters per language, drawn log-uniformly per mixture;
         small ones reach the edges of the simplex.
-      seed: of the draws.
+      seed: seed of the draws.
 
     Raises:
       InputError: a language without text, fewer than two languages, or an empty plan.
@@ -82,7 +125,11 @@ def planned_mixtures(
 
 @gin.configurable(denylist=["counts"])
 def given_mixtures(counts: Mapping[str, int], paths: Sequence[epath.PathLike] = gin.REQUIRED) -> Mixtures:
-    """A plan of mixtures from rates files, each named as its file (without .json).
+    """Returns the mixtures of rates files, each named like its file (without .json).
+
+    Args:
+      counts: language -> tokens of text.
+      paths: the rates files.
 
     Raises:
       InputError: a file is no rates file, names a language without text, or two have one name.

@@ -34,8 +34,8 @@ from data_mixtures.climb.plots import Plots, display_name, thinning
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, write_atomic
-from mlx_pretrain.reports.figures import inline_svg, number, plot_style, render_page, save_figure
-from mlx_pretrain.reports.run_history import LANGUAGES, parse_time
+from mlx_pretrain.reports.figures import number, plot_style, render_page, save_figures
+from mlx_pretrain.reports.run_history import parse_time
 
 _BINDING = {"floor": "floor", "max_epochs": "epoch cap", "fixed": "fixed"}
 
@@ -275,11 +275,8 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
     """
     folder = epath.Path(folder)
     allocation = read_allocation(folder / "allocation.json")
-    figures = {}
     with plot_style():
-        for name, figure, description in Plots(allocation).all():
-            save_figure(figure, folder / "figures", name)
-            figures[name] = inline_svg(figure, name, description), round(figure.get_figwidth() * 72)
+        figures = save_figures(Plots(allocation).all(), folder / "figures")
     n_targets = len(allocation["targets"])
     drawn = {name: (len(allocation[name]["tokens"]), thinning(len(allocation[name]["tokens"]), panels))
              for name, panels in (("predictions", n_targets), ("effective", 2 * n_targets)) if allocation[name]}
@@ -288,7 +285,7 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
         epath.Path(__file__).parent / "report.html.j2",
         name=folder.absolute().name, a=allocation, best=allocation["methods"][allocation["method"]],
         base=allocation["methods"].get(allocation["baseline"]), methods=methods, figures=figures, drawn=drawn,
-        method_name=display_name, languages=LANGUAGES, started=parse_time(allocation["provenance"].get("started")),
+        method_name=display_name, started=parse_time(allocation["provenance"].get("started")),
         rows=table(allocation), share=share, summary=summary(allocation), laws=laws(allocation["validation"]))
     write_atomic(folder / "report.html", page)
 

@@ -29,7 +29,7 @@ from scipy import optimize
 
 from data_mixtures.climb.complementarity import feasible, project, solve_complementarity
 from data_mixtures.climb.constraints import Constraints, numbers
-from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw, float64
+from data_mixtures.climb.laws.base import FittedEffectiveLaw, FittedLaw, float64
 from mlx_pretrain.errors import InputError
 
 # A KKT residual below this is a solution.
@@ -123,7 +123,7 @@ def _check_weights(law: FittedLaw, weights, n_params: float, tokens: float) -> n
 
 def has_effective_ratios(law: FittedLaw) -> bool:
     """Whether every language has an effective ratio and a loss."""
-    return isinstance(law, EffectiveLaw) and tuple(law.targets) == tuple(law.languages)
+    return isinstance(law, FittedEffectiveLaw) and tuple(law.targets) == tuple(law.languages)
 
 
 def _evaluate(law: FittedLaw, ratios, n_params, tokens, weights):
@@ -355,13 +355,13 @@ def solve_two_step(
     """The two-step mixture (see the module), with the joint solution of the same problem in `joint`.
 
     Args:
-      law: an `EffectiveLaw`, whose losses decrease and are convex in the effective ratios.
+      law: an `FittedEffectiveLaw`, whose losses decrease and are convex in the effective ratios.
       n_params, tokens, weights, constraints, starts, seed: as of `solve_joint`.
 
     Raises:
       InputError: as of `solve_joint`; the law has no effective ratios.
     """
-    if not isinstance(law, EffectiveLaw):
+    if not isinstance(law, FittedEffectiveLaw):
         raise InputError(
             f"two-step solver: {type(law).__name__} has no effective ratios, in which it equalises marginal benefits; "
             "use the joint solver"

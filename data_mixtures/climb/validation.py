@@ -1,4 +1,4 @@
-"""How well a law predicts runs it has not seen, and what effective ratios the runs really had."""
+"""Cross-validation of laws, and the effective ratios that were measured."""
 
 import dataclasses
 import time
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from data_mixtures.climb.laws.base import EffectiveLaw, Law, float64
+from data_mixtures.climb.laws.base import FittedEffectiveLaw, Law, float64
 from data_mixtures.climb.proxy_table import ProxyRuns
 from mlx_pretrain.errors import InputError
 
@@ -18,10 +18,10 @@ class Scores:
     """Agreement of predicted with measured losses, per target.
 
     Attributes:
-      r2: float64 `[targets]`, share of the variance explained; negative: worse than the mean. nan where the measured
+      r2: float64 `[targets]`, share of the variance explained; negative if worse than the mean, nan if the measured
         losses of a target are all the same.
       mae: float64 `[targets]`, mean absolute error, nats per token.
-      spearman: float64 `[targets]`, rank correlation; nan where the measured or the predicted losses are all the same.
+      spearman: float64 `[targets]`, rank correlation; nan if the measured or the predicted losses are all the same.
       pooled_r2: share of the variance explained of all targets' losses together, each about its target's mean.
 
     A target with fewer than 2 rows to compare has nan for each of its scores.
@@ -34,7 +34,7 @@ class Scores:
 
     @property
     def mean(self) -> dict[str, float]:
-        """`{"r2", "mae", "spearman"}`: means over the targets that have the score; nan where none has."""
+        """Means of "r2", "mae" and "spearman" over the targets that have the score; nan if none has."""
         values = {name: getattr(self, name) for name in ("r2", "mae", "spearman")}
         return {name: float(np.nanmean(v)) if not np.isnan(v).all() else float("nan") for name, v in values.items()}
 
@@ -45,11 +45,11 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def scores(measured: np.ndarray, predicted: np.ndarray, counted: np.ndarray | None = None) -> Scores:
-    """Compares predicted with measured losses, both `[rows, targets]`.
+    """Returns the agreement of predicted with measured losses.
 
     Args:
-      measured, predicted: losses.
-      counted: bool `[rows, targets]`, which of them to compare; None: all.
+      measured, predicted: losses `[rows, targets]`.
+      counted: bool `[rows, targets]`, True for those to compare; None: all.
 
     Raises:
       InputError: the shapes differ, or no target has 2 rows to compare.
@@ -78,12 +78,12 @@ class CrossValidation:
     """Predictions of a law for runs it was not fitted to.
 
     Attributes:
-      predicted: float64 `[rows, targets]`, of each row by the law fitted without that row's run; nan where it is not
-        judged: the run has none of the target's language (laws without interaction have no prediction there), or has
-        some of a language that no run the law was fitted to has (nothing told the law what its text is worth).
-      scores: of all these predictions together.
-      seconds: that all folds took.
-      notes: what could not be judged.
+      predicted: float64 `[rows, targets]`, prediction of each row by the law fitted without that row's run; nan where
+        it is not judged: the run has none of the target's language (laws without transfer have no prediction there), or
+        has some of a language that no run of the fit has (nothing tells the law what its text is worth).
+      scores: scores of all these predictions together.
+      seconds: time of all folds.
+      notes: rows and targets that could not be judged.
     """
 
     predicted: np.ndarray
@@ -93,29 +93,38 @@ class CrossValidation:
 
 
 def cross_validate(law: Law, runs: ProxyRuns, folds: int = 5, seed: int = 0) -> CrossValidation:
-    """Leaves out one of `folds` parts of the runs at a time; all rows (checkpoints) of a run are in one part.
+    """Fits a law `folds` times, each time to all parts of the runs but one, and predicts that part.
 
-    Where only runs of one part have any of a language, the law is fitted without that target in that fold.
+    All rows (checkpoints) of a run are in one part. Where only runs of one part have any of a language, the law is
+    fitted without that target in that fold.
+
+        cross_validate(Climb(), runs).scores.mean       # {"r2": 0.98, "mae": 0.01, "spearman": 0.99}
+
+    Args:
+      law: the law.
+      runs: the table.
+      folds: number of parts.
+      seed: seed of the parts and of the fits.
 
     Raises:
       InputError: fewer than 2 folds, or fewer runs than folds; no target has 2 rows that can be judged.
     """
     started = time.perf_counter()
-    names, which = np.unique(runs.run, return_inverse=True)
+    names, run_index = np.unique(runs.run, return_inverse=True)
     if not 2 <= folds <= len(names):
         raise InputError(f"cross_validate: {folds} folds of {len(names)} runs; 2 to {len(names)} are possible")
-    fold = np.random.default_rng(seed).permutation(np.arange(len(names)) % folds)[which]
+    fold = np.random.default_rng(seed).permutation(np.arange(len(names)) % folds)[run_index]
     predicted = np.full(runs.losses.shape, np.nan)
-    counted = np.where(runs.own >= 0, runs.ratios[:, runs.own] > 0, True)
-    unseen: dict[str, int] = {}  # language -> rows that have it where the law has not
+    counted = runs.has_own
+    unseen: dict[str, int] = {}  # language -> rows that have it while no run of the fit has
     for number in range(folds):
         held_out = np.flatnonzero(fold == number)
         training = runs.rows(fold != number)
         missing = ~(training.ratios > 0).any(axis=0)
-        judged = np.flatnonzero((runs.own < 0) | ~missing[runs.own])
+        judged = np.flatnonzero((runs.own_columns < 0) | ~missing[runs.own_columns])
         if len(judged):
-            fitted = law.fit(_of_targets(training, judged), seed)
-            predicted[np.ix_(held_out, judged)] = fitted.predict(_of_targets(runs.rows(held_out), judged))
+            fitted = law.fit(_with_targets(training, judged), seed)
+            predicted[np.ix_(held_out, judged)] = fitted.predict(_with_targets(runs.rows(held_out), judged))
         foreign = runs.ratios[held_out][:, missing] > 0
         counted[held_out[foreign.any(axis=1)]] = False
         unseen |= dict(zip(np.array(runs.languages)[missing].tolist(), foreign.sum(axis=0).tolist()))
@@ -127,17 +136,17 @@ def cross_validate(law: Law, runs: ProxyRuns, folds: int = 5, seed: int = 0) -> 
     return CrossValidation(predicted, scores(runs.losses, predicted, counted), time.perf_counter() - started, notes)
 
 
-def _of_targets(runs: ProxyRuns, which: Sequence[int]) -> ProxyRuns:
-    """The table with those loss columns only."""
-    targets = tuple(runs.targets[at] for at in which)
-    return dataclasses.replace(runs, targets=targets, losses=runs.losses[:, which])
+def _with_targets(runs: ProxyRuns, columns: Sequence[int]) -> ProxyRuns:
+    """Returns the table with those loss columns only."""
+    targets = tuple(runs.targets[column] for column in columns)
+    return dataclasses.replace(runs, targets=targets, losses=runs.losses[:, columns])
 
 
-def measured_effective_ratios(law: EffectiveLaw, runs: ProxyRuns) -> np.ndarray:
-    """`[rows, targets]`: the ratios at which the law's isolated part gives the losses that were measured.
+def measured_effective_ratios(law: FittedEffectiveLaw, runs: ProxyRuns) -> np.ndarray:
+    """Returns `[rows, targets]`: the ratios at which the isolated part of a law predicts the measured losses.
 
     Our definition of the effective ratio (arXiv 2509.15556 has the notion), run by run and without the law's own
-    interaction: 0 where the loss is above any the isolated law reaches, infinite where it is below.
+    transfer: 0 where the loss is above all that the isolated law reaches, infinite where it is below.
     """
     low, high = np.full(runs.losses.shape, np.log(1e-9)), np.full(runs.losses.shape, np.log(1e4))
     with float64():

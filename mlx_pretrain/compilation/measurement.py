@@ -1,4 +1,4 @@
-"""What a program compiled for absent devices would take of them: memory, FLOPs, traffic, and time at the least."""
+"""Memory, FLOPs, traffic and lower bounds of the time of a program compiled for absent devices."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from mlx_pretrain.compilation.compiled_program import Collective, CustomCall, Pr
 from mlx_pretrain.compilation.topologies import Topology
 from mlx_pretrain.models.flash_attention import kernel_flops
 
-# JAX takes this part of a GPU's memory for itself and its programs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says other.
+# JAX takes this part of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 GPU_MEMORY_FRACTION = 0.75
 
 
@@ -24,9 +24,9 @@ class Memory:
 
     Attributes:
       arguments: of the program; a training step's state, which stays in place, and its batch.
-      temporaries: what it allocates besides, fragmentation included; None if the compiler refused the program.
-      peak: most that is live at once, arguments included; None likewise.
-      limit: what a program can have.
+      temporaries: allocated besides, fragmentation included; None if the compiler refused the program.
+      peak: the largest amount live at once, arguments included; None if the compiler refused the program.
+      limit: memory that a program can have.
     """
 
     arguments: int
@@ -37,16 +37,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind and type, of one device and run of the program.
+    """Collectives of one operation and type, of one device and run of the program.
 
     Attributes:
-      kind, dtype: e.g. "all-gather", "bf16".
-      network: they cross slices or nodes.
+      operation, dtype: e.g. "all-gather", "bf16".
+      network: True if they cross slices or nodes.
       count: executions.
-      sent_bytes: by a device.
+      sent_bytes: bytes sent by a device.
     """
 
-    kind: str
+    operation: str
     dtype: str
     network: bool
     count: int
@@ -55,7 +55,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Lower bounds of the time of one run, each as if everything else took none; an estimate, not a measurement.
+    """Estimated lower bounds of the time of one run, each as if everything else took no time.
 
     Attributes:
       compute: matrix products at the peak of bfloat16.
@@ -71,12 +71,12 @@ class Seconds:
 
     @property
     def least(self) -> float:
-        """The largest of them: what is left if all else is hidden behind it."""
+        """The largest bound: the time of a run in which all else is hidden behind it."""
         return max(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
-        """Name of the largest."""
+        """The name of the largest bound."""
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
@@ -86,13 +86,14 @@ class Measurement:
 
     Attributes:
       memory: its memory.
-      refusal: the compiler's words when it found no way to fit the program; the fields below are None then.
-      flops: of matrix products, loop bodies times their trip counts, and what kernels say of themselves.
+      refusal: the compiler's message when it could not fit the program; `flops`, `collectives` and `seconds` are None
+        then.
+      flops: of matrix products, loop bodies times their trip counts, and of kernels with an estimate of their own.
       collectives: in order of bytes.
       seconds: lower bounds of its time.
-      compile_seconds: how long tracing and compilation took here.
-      unknown_loops: loops counted once, for want of a trip count.
-      opaque_kernels: name -> executions of kernels that do not say how many FLOPs they take; not in `flops`.
+      compile_seconds: time of tracing and compilation on this machine.
+      unknown_loops: loops without a known trip count, counted once.
+      opaque_kernels: name -> executions of kernels without an estimate of their FLOPs, which are not in `flops`.
     """
 
     memory: Memory
@@ -110,7 +111,7 @@ class Measurement:
 
 
 def memory_limit(topology: Topology) -> int:
-    """Bytes of a device that a program can have."""
+    """Returns the bytes of a device's memory that a program can have."""
     share = 1.0
     if topology.platform == "gpu":
         share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION))
@@ -118,7 +119,7 @@ def memory_limit(topology: Topology) -> int:
 
 
 def measure(program, topology: Topology) -> Measurement:
-    """Compiles a `programs.Program` for the devices of a topology."""
+    """Compiles a `programs.Program` for the devices of a topology and counts what it takes."""
     start, limit, arguments = time.perf_counter(), memory_limit(topology), program.argument_bytes()
     lowered = program.lower()
     try:
@@ -149,12 +150,12 @@ def _flops(call: CustomCall) -> float:
 
 
 def opaque_kernels(counts: Program) -> dict[str, int]:
-    """Name -> executions of Pallas kernels of which nobody says how many FLOPs they take."""
-    found: dict[str, int] = collections.Counter()
+    """Returns name -> executions of the Pallas kernels without an estimate of their FLOPs."""
+    executions: dict[str, int] = collections.Counter()
     for call in counts.custom_calls:
         if not _flops(call) and (call.target == "tpu_custom_call" or "pallas_call" in call.op_name):
-            found[call.op_name.removesuffix("/pallas_call").rpartition("/")[2] or "Pallas kernel"] += call.times
-    return dict(found)
+            executions[call.op_name.removesuffix("/pallas_call").rpartition("/")[2] or "Pallas kernel"] += call.times
+    return dict(executions)
 
 
 def _peak(stats) -> int:
@@ -168,7 +169,7 @@ def _traffic(counts: Program, slices: Sequence[int]) -> tuple[Traffic, ...]:
     sums: dict[tuple[str, str, bool], list[int]] = collections.defaultdict(lambda: [0, 0])
     for collective in counts.collectives:
         if collective.sent_bytes:
-            entry = sums[collective.kind, collective.dtype, collective.crosses(slices)]
+            entry = sums[collective.operation, collective.dtype, collective.crosses(slices)]
             entry[0] += collective.times
             entry[1] += collective.times * collective.sent_bytes
     return tuple(sorted((Traffic(*key, *entry) for key, entry in sums.items()), key=lambda t: -t.sent_bytes))
@@ -188,14 +189,15 @@ def _seconds(counts: Program, flops: float, topology: Topology, devices: Sequenc
 
 
 def _split(collective: Collective, slices: Sequence[int]) -> tuple[float, float]:
-    """Bytes a device sends within its slice and between slices: first there, then what each device has of the result.
+    """Returns the bytes a device sends within its slice and between slices.
 
-    As XLA does it for groups over several slices: reduce within a slice, exchange parts between, gather within.
+    For groups over several slices XLA reduces within a slice, exchanges each device's part between slices, and gathers
+    within a slice.
     """
     sent = float(collective.sent_bytes)
     if not collective.crosses(slices):
         return sent, 0.0
-    if collective.kind == "collective-permute":
+    if collective.operation == "collective-permute":
         return 0.0, sent
     group = collective.groups[0]
     n_slices = len({slices[device] for device in group})
@@ -206,8 +208,10 @@ def _split(collective: Collective, slices: Sequence[int]) -> tuple[float, float]
 
 
 def _directions(collective: Collective, topology: Topology, devices: Sequence[jax.Device]) -> int:
-    """Links that a device can send through at once: two for every side of the torus that a group spans, one where the
-    side is no ring. A GPU's switch counts as one."""
+    """Returns the number of links that a device can send through at once.
+
+    Every side of the torus that a group spans has two, or one where the side is no ring; a GPU's switch counts as one.
+    """
     if topology.platform == "gpu":
         return 1
     coords = np.array([device.coords for device in devices])
@@ -219,6 +223,6 @@ def _directions(collective: Collective, topology: Topology, devices: Sequence[ja
 
 
 def needed_bytes(refusal: str) -> int | None:
-    """Bytes that the compiler said it would need, of a `Measurement.refusal`; None if it did not say."""
+    """Returns the bytes that the compiler needs, as a `Measurement.refusal` says; None if it does not say."""
     match = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", refusal)
     return match and int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2])))

@@ -6,7 +6,7 @@ A command registers a function that lists its programs; it is asked when the gin
     def train_programs(mesh, length):
         config = TrainConfig()
         ...
-        return [programs.Program("training step", *jitted_step(...), mesh=mesh, ...)]
+        return [programs.training_step(config, computation, mesh, "3072 x 4096 tokens")]
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ from jax.sharding import Mesh
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import losses
+from mlx_pretrain.training.train_module import Computation, jitted_step
+from mlx_pretrain.training.train_state import abstract_state
+from mlx_pretrain.training.trainer_config import TrainerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +103,20 @@ def is_bound(parameter: str) -> bool:
     return True
 
 
-def in_microbatches(n: int) -> str:
-    """What to say of a batch in slices."""
-    return f" in {n} microbatches" if n > 1 else ""
+def training_step(config: TrainerConfig, computation: Computation, mesh: Mesh, batch: str) -> Program:
+    """Returns the training step of a run; `batch` is its batch in words."""
+    optimizer, model = config.make_optimizer(), computation.model
+    tokens = config.batch_size * computation.tokens_per_sequence
+    return Program(
+        "training step",
+        *jitted_step(config, computation, optimizer, abstract_state(model, optimizer, mesh), mesh),
+        mesh=mesh,
+        batch=batch + (f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
+        parameters=model.parameters(),
+        tokens=tokens,
+        model_flops=tokens * computation.flops_per_token,
+        remedies=_training_remedies(config, model, mesh),
+    )
 
 
 def smaller(rows: int, mesh: Mesh, excess: float) -> int:
@@ -111,8 +125,8 @@ def smaller(rows: int, mesh: Mesh, excess: float) -> int:
     return max(1, int(rows / max(excess, 2)) // shards) * shards
 
 
-def training_remedies(config, model, mesh: Mesh) -> Callable[[float], list[str]]:
-    """`Program.remedies` of a training step; `config` is a TrainerConfig, `model` what it trains."""
+def _training_remedies(config: TrainerConfig, model: Any, mesh: Mesh) -> Callable[[float], list[str]]:
+    """Returns `Program.remedies` of the training step of `model`."""
     rows = config.batch_size // config.microbatches // partitioning.shards(mesh, "batch")
 
     def remedies(excess: float) -> list[str]:

@@ -1,110 +1,246 @@
-"""The corpus: one folder with the documents of every split and language."""
+"""The corpus: where documents lie, how their records are read, and which language each document is in.
 
+Every command that reads documents takes a `Corpus`. A document is known by its file's path relative to the corpus's
+root, its number in the file, and the hash of its id (`documents.id_hash`), so that all commands that are given the same
+root mean the same document, whatever files each of them reads.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gin
 from etils import epath
 
-from mlx_pretrain.data.documents import (
-    TEXT_UNITS,
-    Document,
-    DocumentFields,
-    glob_files,
-    read_documents,
-    refuse_twins,
-)
+from mlx_pretrain.data.documents import TEXT_UNITS, Document, RecordKeys, glob_files, read_documents, refuse_twins
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.languages import UNDETERMINED, is_language
 
 SPLITS = ("train", "heldout")
+_BY_SPLIT_AND_LANGUAGE = "{split}/{language}.*"
+_WILDCARD = re.compile(r"[*?\[{]")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A file of the corpus: its path, and the split and language that its pattern tells."""
+
+    path: epath.Path
+    split: str | None
+    language: str | None
 
 
 @gin.configurable
+@dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The documents of every split and language, found by where they lie under one folder."""
+    """Documents below one folder. Finds the files at once and reads none; other files there are left alone.
 
-    def __init__(
-        self,
-        folder: epath.PathLike,
-        pattern: str = "{split}/{language}.*",
-        languages: Sequence[str] | None = None,
-        text_unit: str = "file",
-        splits: Sequence[str] | None = None,
-    ):
-        """Finds the files; reads none of them. Whatever else lies in the folder is left alone.
+        corpus = Corpus("samples/text")                                  # train/en.jsonl.xz, heldout/en.jsonl.xz, ...
+        corpus = Corpus("web", "{language}/*.parquet", text_key="content")
+        for name in corpus.paths():
+            for document in corpus.read(name):
+                print(name, document.number, document.id, document.language)
 
-        Args:
-          folder: local or gs:// folder.
-          pattern: path of the files below it, with wildcards; `{split}` and `{language}` stand for names without
-            "/" and ".", e.g. "{split}/{language}/*.parquet".
-          languages: only these; None takes all there are.
-          text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
-          splits: the splits to read; None takes "train" and "heldout", or the one of them that is there.
+    The language of a document is the one its record names; else {language} of the pattern; else, without {language},
+    the file's name up to its first dot, or the nearest folder's name, that is a known code of a language
+    (`mlx_pretrain.languages`); else "und".
 
-        Raises:
-          InputError: no file matches, a wanted split or language has none, or a language is there twice: two of its
-            files are one but for the extension, or two names of languages are one but for upper and lower case.
-        """
-        self.folder, self.text_unit, self.fields = epath.Path(folder), text_unit, DocumentFields()
-        if text_unit not in TEXT_UNITS:
-            raise InputError(f"Corpus.text_unit: {text_unit!r}, known are {', '.join(TEXT_UNITS)}")
-        if pattern.count("{split}") != 1 or pattern.count("{language}") != 1:
-            raise InputError(f"Corpus.pattern: {pattern!r} must hold {{split}} and {{language}} once each")
-        if isinstance(splits, str) or any(not re.fullmatch(r"[^/.*?\[]+", split) for split in splits or ()):
-            raise InputError(f"Corpus.splits: {splits!r} must be a list of names without wildcards, '/' and '.'")
-        self._files: dict[str, dict[str, list[epath.Path]]] = {}
-        for split in splits or SPLITS:
-            if found := _find_languages(self.folder, pattern.replace("{split}", split), languages):
-                self._files[split] = found
-            elif splits is not None:
-                raise InputError(f"{self.folder / pattern}: no file of the split {split!r} matches")
-        if missing := sorted(set(languages or ()) - set(self.all_languages)):
-            raise InputError(f"{self.folder / pattern}: no documents in {', '.join(missing)}")
-        if not self._files:
-            raise InputError(f"{self.folder / pattern}: no file matches with the split {' or '.join(SPLITS)}; "
-                             "Corpus.splits names others")
+    Attributes:
+      root: folder of the corpus, local or gs://; None: the longest folder without wildcards that all `files` share.
+      files: pattern or patterns of the files' paths below the root (whole paths where the root is None), with the
+        wildcards * ? [...]; {split} and {language} stand for names without "/" and ".", at most once a pattern each.
+      text_key, id_key, source_key: keys of a record's text, id and source.
+      language_key: key of a record's language; None: records have none. With the default a record without "lang" may
+        have "language".
+      text_unit: document of a .txt file: the whole "file", or each non-blank "line".
+      languages: the names to take for {language}; None: all.
+      splits: the names to take for {split}; None: "train" and "heldout", or the one of them that has files.
+
+    Raises:
+      InputError: no file matches, a wanted split or language has none, or documents are there twice: two files are
+        the same but for the extension, or two names of languages are the same but for upper and lower case.
+    """
+
+    root: epath.PathLike | None = None
+    files: str | Sequence[str] = _BY_SPLIT_AND_LANGUAGE
+    text_key: str = "text"
+    id_key: str = "id"
+    language_key: str | None = "lang"
+    source_key: str = "source"
+    text_unit: str = "file"
+    languages: Sequence[str] | None = None
+    splits: Sequence[str] | None = None
+
+    def __post_init__(self):
+        self._check()
+        if self.splits is not None:
+            for split in self.splits:
+                if split not in self.all_splits:
+                    raise InputError(f"{self.location}: no file of the split {split!r} matches")
+        if missing := sorted(set(self.languages or ()) - set(self.all_languages)):
+            raise InputError(f"{self.location}: no documents in {', '.join(missing)}")
         seen: dict[str, str] = {}
         for language in self.all_languages:
             if (other := seen.setdefault(language.lower(), language)) != language:
                 raise InputError(f"{self.folder}: {other!r} and {language!r} name one language; rename one of them, "
                                  "or list the other in Corpus.languages")
 
+    def _check(self) -> None:
+        if self.root is None and self.files == _BY_SPLIT_AND_LANGUAGE:
+            raise InputError("Corpus.root: no folder is given; set it, or Corpus.files to whole paths")
+        if not self._patterns:
+            raise InputError(f"Corpus.files: {self.files!r} must be a pattern or a list of patterns")
+        for pattern in self._patterns:
+            if pattern.count("{split}") > 1 or pattern.count("{language}") > 1:
+                raise InputError(f"Corpus.files: {pattern!r} must hold {{split}} and {{language}} at most once each")
+            if self.root is not None and (".." in epath.Path(pattern).parts
+                                          or not (self.folder / pattern).is_relative_to(self.folder)):
+                raise InputError(f"Corpus.files: {pattern!r} does not lie below Corpus.root, {self.root}")
+        for name in ("split", "language"):
+            wanted = getattr(self, f"{name}s")
+            if wanted is None:
+                continue
+            if isinstance(wanted, str) or any(not re.fullmatch(r"[^/.*?\[]+", value) for value in wanted):
+                raise InputError(f"Corpus.{name}s: {wanted!r} must be a list of names without wildcards, '/' and '.'")
+            self._require(name)
+        if self.text_unit not in TEXT_UNITS:
+            raise InputError(f"Corpus.text_unit: {self.text_unit!r}, known are {', '.join(TEXT_UNITS)}")
+
+    def _require(self, *names: str) -> None:
+        """Raises InputError unless every pattern holds {split} or {language}, as named."""
+        for name in names:
+            for pattern in self._patterns:
+                if f"{{{name}}}" not in pattern:
+                    raise InputError(f"Corpus.files: {pattern!r} must hold {{{name}}}, so that the path of a file "
+                                     f"tells its {name}")
+
+    @functools.cached_property
+    def _patterns(self) -> list[str]:
+        """Patterns as given."""
+        patterns = [self.files] if isinstance(self.files, (str, os.PathLike)) else list(self.files)
+        return [os.fspath(pattern) for pattern in patterns]
+
+    @functools.cached_property
+    def folder(self) -> epath.Path:
+        """The root, given or found."""
+        if self.root is not None:
+            return epath.Path(self.root)
+        levels = zip(*map(_fixed_parts, self._patterns))
+        shared = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
+        return epath.Path(".", *(names[0] for names in shared))
+
+    @functools.cached_property
+    def location(self) -> str:
+        """Root and patterns, as messages name them."""
+        return ", ".join(str(self.folder / pattern) if self.root is not None else pattern
+                         for pattern in self._patterns)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, _Place]:
+        """Path relative to the root -> file, sorted by path."""
+        places: dict[str, _Place] = {}
+        for pattern in self._patterns:
+            whole = str(self.folder / pattern) if self.root is not None else str(epath.Path(pattern))
+            for split in (self.splits or SPLITS) if "{split}" in pattern else (None,):
+                of_split = whole.replace("{split}", split or "")
+                shape = _regex(of_split)
+                for path in glob_files(of_split.replace("{language}", "*")):
+                    match = shape.fullmatch(str(path))
+                    language = match["language"] if match and "{language}" in pattern else None
+                    if match and (self.languages is None or language in self.languages):
+                        places[str(path.relative_to(self.folder))] = _Place(path, split, language)
+        if not places:
+            raise InputError(f"{self.location}: " + (
+                f"no file matches with the split {' or '.join(self.splits or SPLITS)}; Corpus.splits names others"
+                if any("{split}" in pattern for pattern in self._patterns) and self.splits is None
+                else "no file matches" if _WILDCARD.search(self.location) else "no such file"))
+        places = dict(sorted(places.items(), key=lambda item: epath.Path(item[0]).parts))
+        refuse_twins(place.path for place in places.values())
+        return places
+
+    @property
+    def keys(self) -> RecordKeys:
+        """Keys of the fields of records."""
+        return RecordKeys(self.text_key, self.id_key, self.language_key, self.source_key)
+
     @property
     def settings(self) -> dict[str, Any]:
         """How the files are read: what an output made from the documents records besides their hashes."""
-        return {"text_unit": self.text_unit, **({"fields": self.fields.changed} if self.fields.changed else {})}
+        return {"text_unit": self.text_unit, **({"fields": self.keys.changed} if self.keys.changed else {})}
+
+    def paths(self) -> dict[str, epath.Path]:
+        """Path relative to the root -> path, of all files, sorted."""
+        return {name: place.path for name, place in self._places.items()}
+
+    def read(
+        self, name: str, *, extra: Sequence[str] | None = (), rejected: Callable[[int, str], None] | None = None
+    ) -> Iterator[Document]:
+        """Streams the documents of a file, each with its language.
+
+        Args:
+          name: path relative to the root, a key of `paths`.
+          extra, rejected: see `read_documents`.
+
+        Raises:
+          InputError: as `read_documents`.
+        """
+        return read_documents(self._places[name].path, self.text_unit, keys=self.keys, extra=extra, rejected=rejected,
+                              language=self.language_of_path(name))
+
+    def language_of_path(self, name: str) -> str:
+        """Language of a file's records that name none, "und" where the path does not tell it either."""
+        if (language := self._places[name].language) is not None:
+            return language
+        path = epath.Path(name)
+        names = (path.name.split(".")[0], *reversed(path.parent.parts), self.folder.name)
+        return next(filter(is_language, names), UNDETERMINED)
+
+    # For commands that need {split} and {language} in the pattern.
+
+    @functools.cached_property
+    def _by_split(self) -> dict[str, dict[str, dict[str, epath.Path]]]:
+        """split -> language -> path relative to the root -> path."""
+        self._require("split", "language")
+        by_split: dict[str, dict[str, dict[str, epath.Path]]] = {}
+        for name, place in self._places.items():
+            by_split.setdefault(place.split, {}).setdefault(place.language, {})[name] = place.path
+        return by_split
 
     @property
-    def splits(self) -> list[str]:
-        return sorted(self._files)
+    def all_splits(self) -> list[str]:
+        """Splits that have files, sorted."""
+        return sorted({place.split for place in self._places.values() if place.split is not None})
 
     @property
     def all_languages(self) -> list[str]:
-        """Languages of any split, sorted."""
-        return sorted({language for files in self._files.values() for language in files})
+        """Names that {language} stands for, in any split, sorted."""
+        return sorted({place.language for place in self._places.values() if place.language is not None})
 
     def splits_of(self, language: str) -> list[str]:
-        """The splits that have text in a language."""
-        return [split for split in self.splits if language in self._files[split]]
+        """Splits that have files of a language. Raises InputError for patterns without {split} and {language}."""
+        return [split for split in sorted(self._by_split) if language in self._by_split[split]]
 
-    def languages(self, split: str) -> list[str]:
+    def languages_of(self, split: str) -> list[str]:
         """Languages of a split, sorted. Raises InputError for an unknown split."""
-        if split not in self._files:
-            raise InputError(f"{self.folder}: no split {split!r}; there is {', '.join(self.splits)}")
-        return sorted(self._files[split])
+        if split not in self._by_split:
+            raise InputError(f"{self.folder}: no split {split!r}; there is {', '.join(self.all_splits)}")
+        return sorted(self._by_split[split])
 
-    def files(self, split: str, language: str) -> list[epath.Path]:
-        """Files of one language, sorted. Raises InputError when there is none."""
-        if language not in self.languages(split):
+    def files_of(self, split: str, language: str) -> dict[str, epath.Path]:
+        """Path relative to the root -> path, of the files of one language, sorted. Raises InputError without files."""
+        if language not in self.languages_of(split):
             raise InputError(f"{self.folder}: no {split} documents in {language!r}; "
-                             f"there is {', '.join(self.languages(split))}")
-        return self._files[split][language]
+                             f"there is {', '.join(self.languages_of(split))}")
+        return self._by_split[split][language]
 
     def hashes(self, split: str, language: str) -> dict[str, str]:
-        """File, relative to the folder -> SHA-256: what an output made from the language records."""
-        return {str(path.relative_to(self.folder)): sha256(path) for path in self.files(split, language)}
+        """Path relative to the root -> SHA-256: what an output made from the language records."""
+        return {name: sha256(path) for name, path in self.files_of(split, language).items()}
 
     def documents(self, split: str, language: str) -> Iterator[Document]:
         """Streams the documents of one language, files in order.
@@ -113,26 +249,25 @@ class Corpus:
           InputError: as `read_documents`, or, at the end, no document of the language has any text.
         """
         blank = True
-        for path in self.files(split, language):
-            for document in read_documents(path, self.text_unit, fields=self.fields):
+        for name in self.files_of(split, language):
+            for document in self.read(name):
                 blank = blank and not document.text.strip()
                 yield document
         if blank:
-            raise InputError(f"{', '.join(map(str, self.files(split, language)))}: no document has any text; leave "
-                             f"{language!r} out of {split!r}")
+            raise InputError(f"{', '.join(map(str, self.files_of(split, language).values()))}: no document has any "
+                             f"text; leave {language!r} out of {split!r}")
 
 
-def _find_languages(
-    folder: epath.Path, pattern: str, languages: Sequence[str] | None
-) -> dict[str, list[epath.Path]]:
-    """language -> files of one split; `pattern` holds {language}. Empty where nothing matches."""
-    shape = re.sub(r"\\\*", r"[^/]*", re.escape(pattern)).replace(r"\?", "[^/]")
-    shape = shape.replace(re.escape("{language}"), "(?P<language>[^/.]+)")
-    found: dict[str, list[epath.Path]] = {}
-    for path in glob_files(folder / pattern.replace("{language}", "*")):
-        match = re.fullmatch(shape, str(path.relative_to(folder)))
-        if match and (languages is None or match["language"] in languages):
-            found.setdefault(match["language"], []).append(path)
-    for paths in found.values():
-        refuse_twins(paths)
-    return found
+def _fixed_parts(pattern: str) -> tuple[str, ...]:
+    """Folders of a pattern before its first wildcard; never its last part, the file's name."""
+    parts = epath.Path(pattern).parts[:-1]
+    return parts[: next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts))]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression; {language} becomes a group of that name."""
+    translate = {"*": "[^/]*", "?": "[^/]", "{language}": "(?P<language>[^/.]+)"}
+    pieces = re.split(r"(\*|\?|\[!?\]?[^\]/]*\]|\{language\})", pattern)
+    return re.compile("".join(
+        translate.get(piece) or (f"[{piece[1:-1].replace('!', '^', 1)}]" if i % 2 else re.escape(piece))
+        for i, piece in enumerate(pieces)))

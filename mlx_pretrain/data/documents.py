@@ -1,10 +1,10 @@
 """Streaming readers of documents.
 
-A document is `{id, lang, text, source}`, of which only `text` is required; `DocumentFields` has other names of these
-fields. Files, by their extension:
+A document is `{id, lang, text, source}`, of which only `text` is required; `RecordKeys` names other keys of these
+fields. Commands read documents through a `corpus.Corpus`, which also tells their languages. Files, by extension:
 
     .jsonl, .json    one JSON object per line, blank lines allowed
-    .txt             plain text; one file is one document, or every non-blank line is (`Corpus.text_unit`)
+    .txt             plain text; a file is one document, or every non-blank line is (`Corpus.text_unit`)
     .parquet         one row per document, row groups streamed; text may be in a string or a binary column
 
 .jsonl, .json and .txt may be compressed: .xz, .gz, .zst. Paths may be local or gs://. Memory stays at one document (one
@@ -14,6 +14,7 @@ row group for parquet).
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -22,7 +23,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
-import gin
 import pyarrow as pa
 import pyarrow.parquet
 import zstandard
@@ -34,7 +34,7 @@ TEXT_UNITS = ("file", "line")
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses zstd frames, one after another; windows have up to 2 GiB, which is what `zstd --long=31` writes.
+    """Decompresses zstd frames one after another, with windows of up to 2 GiB, as `zstd --long=31` writes them.
 
     The readers of the zstandard package end a truncated frame in silence; this one raises EOFError.
     """
@@ -45,7 +45,7 @@ class _ZstdReader(io.RawIOBase):
     @staticmethod
     def _decompress(compressed: BinaryIO) -> Iterator[bytes]:
         decompressor, frame = zstandard.ZstdDecompressor(max_window_size=2**31), None
-        while piece := compressed.read(256):  # 4 bytes may stand for 128 KiB, so this bounds what they become to 8 MiB
+        while piece := compressed.read(256):  # 4 bytes may expand to 128 KiB: at most 8 MiB a piece
             while piece:
                 frame = frame or decompressor.decompressobj()
                 yield frame.decompress(piece)
@@ -77,16 +77,13 @@ _JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a numbe
 _COLUMNS = ("id", "lang", "text", "source")
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
-class DocumentFields:
-    """Names of the fields of records, for files that were made elsewhere: `DocumentFields.text = 'content'`.
-
-    They hold for every file of documents that a command reads; commands write the names of the defaults.
+class RecordKeys:
+    """Keys of the fields of records in files that were made elsewhere; commands write those of the defaults.
 
     Attributes:
-      text, id, source: of these fields.
-      language: of the field with the language; None: no field has it. A record without "lang", the default, may have
+      text, id, source: keys of these fields.
+      language: key of the language; None: records have none. With the default a record without "lang" may have
         "language".
     """
 
@@ -97,18 +94,18 @@ class DocumentFields:
 
     @property
     def changed(self) -> dict[str, str | None]:
-        """The names that are not the defaults: what an output records of how its input was read."""
+        """The keys that are not the defaults: what an output records of how its input was read."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if getattr(self, field.name) != field.default}
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The fields that may have the language; the first one that is there has it."""
+        """Keys that may have the language, the one to prefer first."""
         return {None: (), "lang": ("lang", "language")}.get(self.language, (self.language,))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """All fields that are read."""
+    def all(self) -> tuple[str, ...]:
+        """All keys that are read."""
         return (self.id, self.text, self.source, *self.languages)
 
 
@@ -119,10 +116,10 @@ class Document:
     Attributes:
       id: the record's id, else "<file name>:<line or row, from 1>" (or the file name alone for a whole file).
       text: the text as it is in the file.
-      language: the record's `lang`, else its `language`, else "".
-      source: the record's `source`, else "".
-      number: line or row of the file, from 1; no part of what makes documents equal.
-      extra: further fields of the record that were asked for; absent ones are None.
+      language: the record's, else the one that the reader was given for the file (`Corpus` takes it from the path).
+      source: the record's, else "".
+      number: line or row of the file, from 1; not compared.
+      extra: further fields of the record, as requested from the reader; absent ones are None.
     """
 
     id: str
@@ -133,15 +130,20 @@ class Document:
     extra: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
 
 
+def id_hash(document_id: str) -> int:
+    """Returns the 64-bit hash of a document's id, which tells documents of one file and number apart."""
+    digest = hashlib.blake2b(document_id.encode(errors="surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
 def glob_files(pattern: epath.PathLike) -> list[epath.Path]:
-    """Files matching a path or glob, sorted; none where nothing matches.
+    """Returns the files matching a path or glob, sorted; an empty list where nothing matches.
 
     Raises:
       InputError: the pattern holds **.
     """
-    # A glob is anchored at the longest folder that holds no wildcard.
     parts = epath.Path(pattern).parts
-    if "**" in parts:  # epath has none, on no file system
+    if "**" in parts:  # epath supports it on no file system
         raise InputError(f"{pattern}: ** is not supported; name the folders, or use * for each level")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
     if fixed is None:
@@ -151,25 +153,25 @@ def glob_files(pattern: epath.PathLike) -> list[epath.Path]:
 
 
 def match_files(pattern: epath.PathLike) -> list[epath.Path]:
-    """Files matching a path or glob, sorted.
+    """Returns the files matching a path or glob, sorted.
 
     Raises:
-      InputError: nothing matches, or two files are one but for the extension.
+      InputError: nothing matches, or two files are the same but for the extension.
     """
-    found = glob_files(pattern)
-    if not found:
+    paths = glob_files(pattern)
+    if not paths:
         raise InputError(f"{pattern}: no {'file matches' if re.search(r'[*?[]', str(pattern)) else 'such file'}")
-    refuse_twins(found)
-    return found
+    refuse_twins(paths)
+    return paths
 
 
 def without_extension(name: str) -> str:
-    """A path or name of a document file without the part that says its format and compression."""
+    """Returns a path or name of a document file without the extensions of its format and compression."""
     return re.sub(rf"({'|'.join(map(re.escape, _FORMATS))})({'|'.join(map(re.escape, _DECOMPRESS))})?$", "", name)
 
 
 def refuse_twins(paths: Iterable[epath.PathLike]) -> None:
-    """Refuses files that are one but for the extension: a file left beside its compressed copy would be read twice.
+    """Refuses files that are the same but for the extension: a file beside its compressed copy would be read twice.
 
     Raises:
       InputError: names the first two such files.
@@ -185,7 +187,8 @@ def read_documents(
     path: epath.PathLike,
     text_unit: str = "file",
     *,
-    fields: DocumentFields | None = None,
+    keys: RecordKeys = RecordKeys(),
+    language: str = "",
     extra: Sequence[str] | None = (),
     rejected: Callable[[int, str], None] | None = None,
 ) -> Iterator[Document]:
@@ -193,25 +196,26 @@ def read_documents(
 
     Args:
       path: a .jsonl, .json, .txt (each may end in .xz, .gz or .zst too) or .parquet file.
-      text_unit: what a document is in a .txt file, the "file" or each non-blank "line".
-      fields: names of the fields of records; None: as configured.
-      extra: names of further fields to keep of each record of a .jsonl or .parquet file; None: all there are.
-      rejected: called with the line or row and the reason for every bad record, which is then passed over; None: the
-        first one ends the reading.
+      text_unit: document of a .txt file: the whole "file", or each non-blank "line".
+      keys: keys of the fields of records.
+      language: language of documents whose record names none.
+      extra: keys of further fields to keep of each record of a .jsonl or .parquet file; None: all.
+      rejected: called with the line or row and the reason for every bad record, which is then skipped; None: the first
+        one ends the reading.
 
     Raises:
       InputError: the file is missing, of unknown type, empty, truncated or damaged as a whole, or is a parquet
         file without the column of the text; or, without `rejected`, a record is not UTF-8, no JSON object, without
         text or with a language that is no string. The message names the file, and the line, row or byte.
     """
-    path, fields = epath.Path(path), fields or DocumentFields()
+    path = epath.Path(path)
     suffixes = path.suffixes
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESS else path.suffix
-    if kind == ".parquet" and path.suffix == ".parquet":
-        records, parse = _parquet_rows(path, fields, extra), _document
-    elif kind in _JSON:
+    extension = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESS else path.suffix
+    if path.suffix == ".parquet":
+        records, parse = _parquet_rows(path, keys, extra), _document
+    elif extension in _JSON:
         records, parse = _lines(path), _json_document
-    elif kind == ".txt":
+    elif extension == ".txt":
         records, parse = (_lines(path), _line_document) if text_unit == "line" else (_whole(path), _text_document)
     else:
         raise InputError(f"{path}: unknown type of document file; known are {', '.join(_JSON)} and .txt "
@@ -220,7 +224,7 @@ def read_documents(
     for number, record in records:
         empty = False
         try:
-            document = parse(record, f"{path}:{number}", number, path.name, fields, extra)
+            document = parse(record, f"{path}:{number}", number, path.name, language, keys, extra)
         except InputError as error:
             if rejected is None:
                 raise
@@ -233,7 +237,7 @@ def read_documents(
 
 @contextlib.contextmanager
 def _open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading, decompressed by its extension; damage becomes an InputError."""
+    """Opens a file for reading, decompressed according to its extension; turns damage into an InputError."""
     try:
         with path.open("rb") as raw:
             try:
@@ -249,7 +253,7 @@ def _open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
-    """Non-blank lines with their numbers from 1, without the line end."""
+    """Yields (number from 1, line without its end) of the non-blank lines."""
     with _open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -267,22 +271,22 @@ def _whole(path: epath.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_rows(
-    path: epath.Path, fields: DocumentFields, extra: Sequence[str] | None
+    path: epath.Path, keys: RecordKeys, extra: Sequence[str] | None
 ) -> Iterator[tuple[int, dict[str, object]]]:
     try:
         with path.open("rb") as file:
             table = pa.parquet.ParquetFile(file)
             schema = table.schema_arrow
-            if fields.text not in schema.names:
-                raise InputError(f'{path}: no column "{fields.text}"; there is {", ".join(schema.names)} '
-                                 "(DocumentFields.text names the one with the text)")
+            if keys.text not in schema.names:
+                raise InputError(f'{path}: no column "{keys.text}"; there is {", ".join(schema.names)} '
+                                 "(Corpus.text_key names the one with the text)")
             columns = schema.names if extra is None else [
-                name for name in dict.fromkeys((*fields.names, *extra)) if name in schema.names]
+                name for name in dict.fromkeys((*keys.all, *extra)) if name in schema.names]
             number = 0
             for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
                 # As bytes, so that text that is not UTF-8 is the fault of its row.
                 batch = pa.RecordBatch.from_arrays(
-                    [column.cast(pa.large_binary()) if name in fields.names and column.type in _STRINGS else column
+                    [column.cast(pa.large_binary()) if name in keys.all and column.type in _STRINGS else column
                      for name, column in zip(batch.schema.names, batch.columns)], batch.schema.names)
                 for record in batch.to_pylist():
                     number += 1
@@ -302,19 +306,20 @@ def _decode(content: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8: {error}") from None
 
 
-# Parsers take a record, its place for messages, its number, the name of its file, names of fields, and further fields.
+# Parsers take a record, its place for messages, its number, the name of its file, the language of records that name
+# none, the keys, and keys of further fields.
 
 
-def _text_document(content: bytes, where: str, number: int, name: str, *_: object) -> Document:
-    return Document(name, _decode(content, where.removesuffix(":1")), "", "", number)
+def _text_document(content: bytes, where: str, number: int, name: str, language: str, *_: object) -> Document:
+    return Document(name, _decode(content, where.removesuffix(":1")), language, "", number)
 
 
-def _line_document(line: bytes, where: str, number: int, name: str, *_: object) -> Document:
-    return Document(f"{name}:{number}", _decode(line, where), "", "", number)
+def _line_document(line: bytes, where: str, number: int, name: str, language: str, *_: object) -> Document:
+    return Document(f"{name}:{number}", _decode(line, where), language, "", number)
 
 
 def _json_document(
-    line: bytes, where: str, number: int, name: str, fields: DocumentFields, extra: Sequence[str] | None
+    line: bytes, where: str, number: int, name: str, language: str, keys: RecordKeys, extra: Sequence[str] | None
 ) -> Document:
     try:
         record = json.loads(_decode(line, where))
@@ -322,7 +327,7 @@ def _json_document(
         raise InputError(f"{where}: malformed JSON: {error} (each line must be a JSON object)") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: {_JSON_NAMES[type(record)]} where a JSON object is expected")
-    document = _document(record, where, number, name, fields, extra)
+    document = _document(record, where, number, name, language, keys, extra)
     if b"\\u" in line:  # JSON can spell half a surrogate pair, which no encoding of Unicode can hold
         try:
             document.text.encode()
@@ -332,22 +337,24 @@ def _json_document(
 
 
 def _document(
-    record: dict[str, object], where: str, number: int, name: str, fields: DocumentFields, extra: Sequence[str] | None
+    record: dict[str, object], where: str, number: int, name: str, language: str, keys: RecordKeys,
+    extra: Sequence[str] | None,
 ) -> Document:
-    for field in fields.names:
-        if isinstance(record.get(field), bytes):
-            record[field] = _decode(record[field], f'{where}: "{field}"')
-    text, key, source = record.get(fields.text), record.get(fields.id), record.get(fields.source)
+    for key in keys.all:
+        if isinstance(record.get(key), bytes):
+            record[key] = _decode(record[key], f'{where}: "{key}"')
+    text, document_id, source = record.get(keys.text), record.get(keys.id), record.get(keys.source)
     if not isinstance(text, str):
         others = [field for field, value in record.items() if isinstance(value, str)]
-        hint = f"; there is {', '.join(others[:5])} (DocumentFields.text names the one with the text)" if others else ""
-        raise InputError(f'{where}: no "{fields.text}" string in this record{hint}')
-    field, language = next(((field, record[field]) for field in fields.languages
-                            if record.get(field) not in (None, "")), ("", ""))
+        hint = f"; there is {', '.join(others[:5])} (Corpus.text_key names the one with the text)" if others else ""
+        raise InputError(f'{where}: no "{keys.text}" string in this record{hint}')
+    language_key, language = next(((key, record[key]) for key in keys.languages
+                                   if record.get(key) not in (None, "")), ("", language))
     if not isinstance(language, str):
-        raise InputError(f'{where}: "{field}" is {_JSON_NAMES.get(type(language), type(language).__name__)} where a '
-                         "string is expected (DocumentFields.language names another field, or is None)")
-    known = {*_COLUMNS, fields.id, fields.text, fields.source, field}
-    kept = [field for field in record if field not in known] if extra is None else extra
-    return Document(f"{name}:{number}" if key is None else str(key), text, language,
-                    str(source or ""), number, {field: record.get(field) for field in kept})
+        json_name = _JSON_NAMES.get(type(language), type(language).__name__)
+        raise InputError(f'{where}: "{language_key}" is {json_name} where a string is expected '
+                         "(Corpus.language_key names another, or is None)")
+    read = {*_COLUMNS, keys.id, keys.text, keys.source, language_key}
+    further = [key for key in record if key not in read] if extra is None else extra
+    return Document(f"{name}:{number}" if document_id is None else str(document_id), text, language,
+                    str(source or ""), number, {key: record.get(key) for key in further})

@@ -204,11 +204,11 @@ class BatchSource:
 
         Returns:
           tokens: int32 `[rows, length]`.
-          source: int32 `[rows]`, index into `languages`.
+          language_id: int32 `[rows]`, index into `languages`.
         """
         source, row, _ = self._stream.locate(batch, self._rows)
         tokens = self._tokens[self._starts[source] + row].read().result()
-        return {"tokens": tokens.astype(np.int32), "source": source.astype(np.int32)}
+        return {"tokens": tokens.astype(np.int32), "language_id": source.astype(np.int32)}
 
     def provenance(self, batch: int) -> list[RowProvenance]:
         """Where every row of the global batch comes from, for error reports."""
@@ -277,7 +277,7 @@ def batches(source: BatchSource, threads: int = 2, prefetch: int = 4) -> Iterato
 
 
 def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int, rows: np.ndarray) -> dict[str, jax.Array]:
-    """Global arrays from this host's `rows`: `tokens` `[batch_size, length]`, `source` `[batch_size]`."""
+    """Global arrays from this host's `rows`: `tokens` `[batch_size, length]`, `language_id` `[batch_size]`."""
     where = np.full(batch_size, -1)
     where[rows] = np.arange(len(rows))
 

@@ -8,7 +8,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jinja2
@@ -17,9 +17,11 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from mlx_pretrain.files import write_atomic
+from mlx_pretrain.languages import LANGUAGES, RIGHT_TO_LEFT
 
 # The light colours of style.html.j2, where each has its dark counterpart. No two may be equal, as plots inside a page
 # are coloured by looking for them.
@@ -39,7 +41,8 @@ _STYLE = {
 _FONTS = "font-family: 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 # Characters that HTML, XML or UTF-8 cannot hold; a model writing bytes makes some.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-FIGURE_WIDTH = 400  # CSS pixels before scaling; two stand side by side on a wide page, one fits a phone.
+# In CSS pixels. Two figures stand side by side on a wide page, one fits a phone.
+FIGURE_WIDTH, PAGE_WIDTH = 400, 936
 
 
 @contextlib.contextmanager
@@ -84,6 +87,51 @@ def rows_panel(
     return figure, axes, label_rows(axes, labels)
 
 
+def matrix_panel(
+    title: str, rows: Sequence[str], columns: Sequence[str], widths: tuple[float, float], height: float | None = None
+) -> tuple[Figure, Axes, float]:
+    """Axes for a table of cells with the rows' labels on the left and the columns' on top.
+
+    Args:
+      title: what the cells show.
+      rows, columns: labels; row 0 is the uppermost.
+      widths: bounds of a cell's width in CSS pixels, which fits the page between them.
+      height: of a cell in CSS pixels; its width by default.
+
+    Returns:
+      The figure; axes on which cell [row, column] is the unit square around (column, row); a cell's width.
+    """
+    left = 14 + 6.5 * max(map(len, rows))
+    cell = min(max((PAGE_WIDTH - left - 14) / len(columns), widths[0]), widths[1])
+    total = 60 + (height or cell) * len(rows)
+    width = max(left + cell * len(columns) + 14, FIGURE_WIDTH)
+    figure, axes = panel(title, total, left, width, 52)
+    figure.subplots_adjust(bottom=8 / total, right=(left + cell * len(columns)) / width)
+    label_rows(axes, rows)
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_title(title, x=-left / (cell * len(columns)), pad=24)
+    axes.tick_params(axis="x", length=0, labelcolor=INK)
+    axes.spines["bottom"].set_visible(False)
+    axes.grid(visible=False)
+    return figure, axes, cell
+
+
+def fill_cells(axes: Axes, colours: np.ndarray) -> None:
+    """Fills the cells of a `matrix_panel` with RGBA colours `[rows, columns, 4]`; an opacity of 0 leaves one empty."""
+    corners = np.array(((-0.48, -0.48), (0.48, -0.48), (0.48, 0.48), (-0.48, 0.48)))
+    rows, columns = np.nonzero(colours[..., 3])
+    squares = np.stack([columns, rows], axis=-1)[:, None] + corners
+    axes.add_collection(PolyCollection(squares, facecolors=colours[rows, columns], linewidths=0))
+
+
+def short_label(name: str, longest: int = 18) -> str:
+    """A name as it stands in a plot: one line, at most `longest` characters, without what no font can show."""
+    name = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split())) or "(none)"
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
 def legend(axes: Axes, **more: Any) -> None:
     """The legend, in the line of the title, where no curve can cross it; `more` goes to `Axes.legend`."""
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, columnspacing=1.1, borderaxespad=0.25,
@@ -126,6 +174,24 @@ def save_figure(figure: Figure, folder: epath.PathLike, name: str) -> None:
     figure.savefig(buffer, format="png", dpi=300)
     write_atomic(epath.Path(folder) / f"{name}.svg", text)
     write_atomic(epath.Path(folder) / f"{name}.png", buffer.getvalue())
+
+
+def save_figures(figures: Iterable[tuple[str, Figure, str]], folder: epath.PathLike) -> dict[str, tuple[Markup, int]]:
+    """Writes figures into a folder, see `save_figure`, and returns them for a page.
+
+    Args:
+      figures: (name, figure, description for screen readers).
+      folder: made if absent.
+
+    Returns:
+      name -> (inline SVG, width in CSS pixels).
+    """
+    drawn = {}
+    for name, figure, description in figures:
+        save_figure(figure, folder, name)
+        svg = inline_svg(figure, name.replace(" ", "-"), description)
+        drawn[name] = svg, round(figure.get_figwidth() * 72)
+    return drawn
 
 
 def unit(largest: float) -> tuple[float, str]:
@@ -175,12 +241,14 @@ def duration(seconds: float | None) -> str:
 def render_page(template: epath.PathLike, **values: Any) -> str:
     """The page that a template makes of `values`, escaped; it may include templates of this package.
 
-    The functions for numbers above are its filters, and so is every callable among `values`, under its name.
+    The functions for numbers above are its filters, and so is every callable among `values`, under its name; it also
+    knows `languages` and `right_to_left` of `mlx_pretrain.languages`.
     """
     template = epath.Path(template)
     loader = jinja2.FileSystemLoader([template.parent, epath.Path(__file__).parent])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(languages=LANGUAGES, right_to_left=RIGHT_TO_LEFT)
     environment.filters.update(number=number, compact=compact, duration=duration, signed=signed)
     environment.filters.update({name: value for name, value in values.items() if callable(value)})
     return _UNPRINTABLE.sub("\ufffd", environment.get_template(template.name).render(**values))

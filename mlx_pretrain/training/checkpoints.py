@@ -12,8 +12,10 @@ Errors that say nothing about the files (network, memory, permissions) are raise
 """
 
 import dataclasses
+import functools
 import logging
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -38,6 +40,7 @@ from mlx_pretrain.training.checksums import (
     write_digests,
 )
 from mlx_pretrain.training.train_state import TrainState
+from mlx_pretrain.training.weight_average import CHECKPOINT_PATH as AVERAGE_PATH
 
 _log = logging.getLogger(__name__)
 
@@ -245,15 +248,24 @@ def _agree(damage: str | None) -> str | None:
     return next((found for found in cluster.gather(damage) if found is not None), None)
 
 
-def check_fits(folder: epath.Path, abstract: Any) -> None:
-    """Raises InputError when the state of the checkpoint in `folder` lacks an array of `abstract`, a tree of
-    ShapeDtypeStruct, or has one of another shape or dtype, or more of the same part (parameters, optimizer's state)."""
-    saved = named_leaves(ocp.handlers.StandardCheckpointHandler().metadata(folder / "state").tree)
-    wanted = named_leaves(abstract)
-    parts = {name.split("/")[0] for name in wanted}
+def check_fits(folder: epath.Path, abstract: Any, path: Sequence[str] = ()) -> None:
+    """Compares the arrays in a checkpoint with those that are wanted.
+
+    Args:
+      folder: the checkpoint's folder.
+      abstract: tree of ShapeDtypeStruct.
+      path: keys of the part of the checkpoint's state that is compared; none: all of it.
+
+    Raises:
+      InputError: an array of `abstract` is missing, or of another shape or dtype, or there is one more.
+    """
+    prefix = "".join(f"{key}/" for key in path)
+    saved = {name: leaf for name, leaf in named_leaves(
+        ocp.handlers.StandardCheckpointHandler().metadata(folder / "state").tree).items() if name.startswith(prefix)}
+    if path == AVERAGE_PATH and not saved:
+        raise InputError(f"{folder}: holds no average of the weights; train.average of its run was None")
+    wanted = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
     for name in sorted(saved.keys() | wanted.keys()):
-        if name.split("/")[0] not in parts:
-            continue
         old, new = _describe(saved.get(name)), _describe(wanted.get(name))
         if old != new:
             raise InputError(f"{folder}: this checkpoint has {old} {name}, the configuration {new}; use the model and "
@@ -264,19 +276,24 @@ def _describe(leaf: Any) -> str:
     return "no" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike) -> None:
-    """Writes what other commands need to use the run's checkpoints: the model's configuration, a dataclass, and the
-    tokenizer, a file .model or .json. Process 0 alone calls it.
+def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike | None) -> None:
+    """Writes what other commands need to use the run's checkpoints. Process 0 alone calls it.
+
+    Args:
+      run_dir: the run's folder.
+      config: the model's configuration, a dataclass.
+      tokenizer: the tokenizer, a file .model or .json; None: the model has none.
 
     Raises:
       InputError: the folder holds a run of another model or another tokenizer.
     """
-    path, fingerprint = epath.Path(run_dir) / MODEL, sha256(tokenizer)
+    path, fingerprint = epath.Path(run_dir) / MODEL, tokenizer and sha256(tokenizer)
     if path.exists():
         check_same_model(run_dir, config, fingerprint)
         return
-    name = epath.Path(TOKENIZER).with_suffix(epath.Path(tokenizer).suffix)
-    write_atomic(epath.Path(run_dir) / name, epath.Path(tokenizer).read_bytes())
+    if tokenizer is not None:
+        name = epath.Path(TOKENIZER).with_suffix(epath.Path(tokenizer).suffix)
+        write_atomic(epath.Path(run_dir) / name, epath.Path(tokenizer).read_bytes())
     content = {"kind": type(config).__name__, "model": dataclasses.asdict(config), "tokenizer_sha256": fingerprint}
     write_json(path, content)
 
@@ -355,32 +372,43 @@ def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
     return steps[-1] if step is None else step
 
 
-def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = None) -> tuple[Any, int]:
-    """Parameters alone, without the optimizer's state, laid out as `abstract`.
+# Keys of the weights that a checkpoint's state holds: the last ones, and their average (`weight_average`).
+_WEIGHTS = {"last": ("params",), "ema": AVERAGE_PATH}
 
-    Their checksums are compared with those that were saved, and the sizes of all files.
+
+def restore_params(
+    run_dir: epath.PathLike, abstract: Any, step: int | None = None, weights: str = "last"
+) -> tuple[Any, int]:
+    """Reads a checkpoint's weights, without the rest of its state.
+
+    Compares their checksums with those that were saved, and the sizes of all files.
 
     Args:
       run_dir: a run's folder.
-      abstract: tree of ShapeDtypeStruct with shardings (`train_state.abstract_params`).
-      step: which checkpoint; None: the latest.
+      abstract: tree of ShapeDtypeStruct with shardings (`train_state.abstract_params`), how to lay them out.
+      step: step of the checkpoint; None: the latest.
+      weights: "last", or "ema" for their average, which runs with `train.average` keep.
 
     Returns:
       params, step.
 
     Raises:
-      InputError: no checkpoint, not that one, or it does not fit or is damaged.
+      InputError: there are no such checkpoint or weights, or they do not fit `abstract` or are damaged.
       Exception: of Orbax, TensorStore or the file system, which does not mean damage.
     """
-    step = find_step(run_dir, step)
-    directory, item = absolute(run_dir) / _CHECKPOINTS, {"params": abstract}
+    if weights not in _WEIGHTS:
+        raise InputError(f"weights = {weights!r}: must be {' or '.join(map(repr, _WEIGHTS))}")
+    step, path = find_step(run_dir, step), _WEIGHTS[weights]
+    directory, item = absolute(run_dir) / _CHECKPOINTS, abstract
+    for key in reversed(path):
+        item = {key: item}
     folder = directory / str(step)
     if damage := changed_files(folder, _SMALL):
         raise InputError(f"{folder}: damaged: {damage}")
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         try:
-            check_fits(folder, item)
+            check_fits(folder, abstract, path)
             restored = manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -392,8 +420,7 @@ def restore_params(run_dir: epath.PathLike, abstract: Any, step: int | None = No
             if not is_damage(error):
                 raise
             raise InputError(f"{folder}: damaged: {first_line(error)}") from None
-    found = {"params": restored.state["params"]}
     saved = restored.meta.get("checksums")
-    if saved is not None and (damage := changed_arrays(saved, checksums(found))):
+    if saved is not None and (damage := changed_arrays(saved, checksums(restored.state))):
         raise InputError(f"{folder}: damaged: {damage}")
-    return found["params"], step
+    return functools.reduce(operator.getitem, path, restored.state), step

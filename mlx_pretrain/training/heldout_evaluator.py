@@ -55,12 +55,12 @@ class HeldOutEvaluator:
         rows = [_spread_rows(array, max_sequences) for array in store.arrays(split, self.languages)]
         self._bytes_per_token = np.array([parts[l].bytes / parts[l].tokens for l in self.languages])
         tokens = np.concatenate(rows).astype(np.int32)
-        source = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+        language_id = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
         batch_size += -batch_size % partitioning.shards(mesh, "batch")
         # The last batch is filled with padding, which weighs nothing.
         missing = -len(tokens) % batch_size
         self._tokens = np.pad(tokens, ((0, missing), (0, 0)), constant_values=PAD_ID)
-        self._source = np.pad(source, (0, missing))
+        self._language_id = np.pad(language_id, (0, missing))
         self._batch_size = batch_size
         self._sharding = partitioning.batch_sharding(mesh)
         self._rows = local_rows(self._sharding, batch_size)
@@ -76,9 +76,9 @@ class HeldOutEvaluator:
         for start in range(0, len(self._tokens), self._batch_size):
             check()
             rows = start + self._rows
-            batch = {"tokens": self._tokens[rows], "source": self._source[rows]}
+            batch = {"tokens": self._tokens[rows], "language_id": self._language_id[rows]}
             batch = to_devices(batch, self._sharding, self._batch_size, self._rows)
-            started.append(self._step(params, batch["tokens"], batch["source"]))
+            started.append(self._step(params, batch["tokens"], batch["language_id"]))
             # Devices go on while sums travel; nor do batches pile up on them.
             if len(started) > _IN_FLIGHT:
                 totals += np.array(jax.device_get(started.popleft()))

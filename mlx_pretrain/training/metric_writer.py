@@ -1,19 +1,19 @@
-"""Where numbers of a run go: metrics.jsonl (every tool reads it) and TensorBoard event files.
+"""Writes the metrics of a run: to metrics.jsonl, which every tool reads, to TensorBoard files, and to other sinks.
 
-A line of metrics.jsonl is one JSON object with "step", "kind" ("train", "eval" or "tasks"), "time" (Unix seconds) and
-scalars.
-clu's metric writers import TensorFlow wherever it is installed, so TensorBoard files come from tensorboardX.
+A line of metrics.jsonl is one JSON object with "step", "kind" (the event: "train", or an evaluator's name), "time"
+(Unix seconds) and scalars; null stands for a scalar that is not finite, for JSON has no NaN.
 
 On gs://, where files cannot grow, both are appended to every 30 seconds (`gcs.Appender`): a killed run loses the lines
 since.
 """
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -33,12 +33,13 @@ class _EventFiles:
         return gcs.Appender(f"{path}.{time.time_ns()}", every=None)
 
     def directory_check(self, path: str) -> None:
-        """Folders need not exist there."""
+        """Does nothing: gs:// has no folders to make."""
 
 
 def _board(folder: str, **options: Any) -> Any:
-    """A tensorboardX.SummaryWriter."""
-    # tensorboardX imports both where they are installed, for seconds; one is replaced here, the other is not used.
+    """Returns a tensorboardX.SummaryWriter; clu's metric writers would import TensorFlow wherever it is installed."""
+    # tensorboardX imports both where they are installed, which takes seconds; `_EventFiles` replaces the first, the
+    # second is not used.
     hidden = [name for name in ("google.cloud.storage", "torch") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     try:
@@ -51,43 +52,100 @@ def _board(folder: str, **options: Any) -> Any:
     return tensorboardX.SummaryWriter(folder, **options)
 
 
-def kinds_at(run_dir: epath.PathLike, step: int) -> set[str]:
-    """Returns the kinds of lines that a run has written for `step`."""
+def events_at(run_dir: epath.PathLike, step: int) -> set[str]:
+    """Returns the events of the lines that a run has written for `step`."""
+    return {line["kind"] for line in read_metrics(run_dir) if line["step"] == step}
+
+
+def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl; none when there is no such file."""
     path = epath.Path(run_dir) / METRICS
-    return {record["kind"] for _, record in read_jsonl(path) if record["step"] == step} if path.exists() else set()
+    return [line for _, line in read_jsonl(path)] if path.exists() else []
 
 
-class MetricWriter:
-    """Appends scalars of a run; used by one process of a job."""
+class MetricSink(Protocol):
+    """Takes the metrics of a run; used in process 0 alone.
 
-    def __init__(self, run_dir: epath.PathLike, step: int):
-        """Opens the files of a run that goes on after `step` (-1: from the start); lines of later steps are removed.
+    A sink is made by a function of (run_dir, step), for a run that goes on after `step` (-1: from the start): what came
+    after that step, before a crash, will be written again. docs/training.md has an example.
+    """
 
-        Those are from before a crash, and will be written again.
-        """
-        path = epath.Path(run_dir) / METRICS
-        if path.exists():
-            kept = [json.dumps(record) + "\n" for _, record in read_jsonl(path) if record["step"] <= step]
-            write_atomic(path, "".join(kept))
-        self._file = open_to_append(path)
-        self._board = _board(str(epath.Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=_FLUSH_S)
-
-    def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of one kind ("train", "eval" or "tasks").
-
-        Non-finite ones are null in metrics.jsonl, for JSON has no NaN, and left out of TensorBoard.
-        """
-        clean = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **clean})
-        self._file.write(f"{line}\n".encode())
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+    def write(self, step: int, event: str, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of one event ("train", or an evaluator's name); values may be NaN or infinite."""
 
     def flush(self) -> None:
-        """Makes the lines so far durable: to be called before a checkpoint, after which they are not written again."""
+        """Makes everything so far durable; called before a checkpoint, after which it is not written again."""
+
+    def close(self) -> None:
+        """Flushes, and releases all resources."""
+
+
+SinkFactory = Callable[[epath.PathLike, int], MetricSink]
+
+
+class JsonLines:
+    """Writes metrics.jsonl."""
+
+    def __init__(self, run_dir: epath.PathLike, step: int):
+        """Opens the file, and removes lines after `step`."""
+        path = epath.Path(run_dir) / METRICS
+        if path.exists():
+            kept = [json.dumps(line) + "\n" for line in read_metrics(run_dir) if line["step"] <= step]
+            write_atomic(path, "".join(kept))
+        self._file = open_to_append(path)
+
+    def write(self, step: int, event: str, metrics: Mapping[str, float]) -> None:
+        clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = json.dumps({"step": step, "kind": event, "time": round(time.time(), 3), **clean})
+        self._file.write(f"{line}\n".encode())
+
+    def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+class TensorBoard:
+    """Writes TensorBoard files; scalars that are not finite are left out."""
+
+    def __init__(self, run_dir: epath.PathLike, step: int):
+        """Opens a new file, which tells TensorBoard to forget what came after `step`."""
+        self._board = _board(str(epath.Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=_FLUSH_S)
+
+    def write(self, step: int, event: str, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Does nothing: metrics.jsonl has the same numbers, so some seconds of them may be lost here."""
+
+    def close(self) -> None:
         self._board.close()
+
+
+class MetricWriter:
+    """Writes metrics to several sinks."""
+
+    def __init__(self, run_dir: epath.PathLike, step: int, factories: Sequence[SinkFactory] = ()):
+        """Opens metrics.jsonl, TensorBoard files and the sinks that `factories` make, see `MetricSink`."""
+        with contextlib.ExitStack() as stack:
+            self._sinks = []
+            for factory in (JsonLines, TensorBoard, *factories):
+                self._sinks.append(stack.enter_context(contextlib.closing(factory(run_dir, step))))
+            self._stack = stack.pop_all()
+
+    def write(self, step: int, event: str, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of one event to all sinks."""
+        for sink in self._sinks:
+            sink.write(step, event, metrics)
+
+    def flush(self) -> None:
+        """Flushes all sinks."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        """Closes all sinks."""
+        self._stack.close()

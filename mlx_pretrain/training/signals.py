@@ -1,6 +1,7 @@
-"""What comes from outside while a run is under way: requests to stop and requests for a profile."""
+"""Requests that reach a run from outside: to stop, to save a checkpoint, to record a profile."""
 
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -17,7 +18,7 @@ PATIENCE = 5.0  # seconds that a request to stop may wait for a boundary while t
 
 
 class _Handlers(contextlib.AbstractContextManager):
-    """Signal handlers for the time of a `with` block."""
+    """Signal handlers that are installed during a `with` block."""
 
     def __init__(self, handlers: dict[signal.Signals, Callable[..., None]]):
         self._handlers = handlers
@@ -35,11 +36,11 @@ class StopRequest(_Handlers):
     """Passes SIGTERM and Ctrl-C on as requests to `parallel.cluster`; a second Ctrl-C interrupts at once.
 
     Python handles signals between two of its own instructions, so a compilation of minutes would keep them waiting.
-    As long as there is nothing to save, a thread therefore ends the whole job when a request was not met in a while.
+    As long as there is nothing to save, a thread therefore ends the whole job when no boundary came within PATIENCE.
 
     Attributes:
       requested: name of the signal that came to this process, or None.
-      nothing_to_save: true until the owner of this object sets it to false.
+      nothing_to_save: whether the job may be ended like that; the owner of this object sets it to false.
     """
 
     def __init__(self, nothing_to_save: bool = False):
@@ -60,7 +61,7 @@ class StopRequest(_Handlers):
         self._writer.close()  # ends the thread
 
     def _watch(self, reader: socket.socket) -> None:
-        """Reads the numbers of arriving signals, which the interpreter writes at once, whatever it is doing."""
+        """Reads the numbers of arriving signals, which the interpreter writes at once even while it compiles."""
         with reader:
             while number := reader.recv(1):
                 if number[0] in (signal.SIGTERM, signal.SIGINT) and self.nothing_to_save:
@@ -80,8 +81,52 @@ class StopRequest(_Handlers):
 STOP_CODES = {"SIGTERM": 143, "SIGINT": 130}
 
 
+class Stopped(Exception):
+    """Cuts an evaluation short, at the same batch in every process."""
+
+
+class AgreedRequests:
+    """Requests that all processes of the job have agreed to meet from the last boundary on.
+
+    Attributes:
+      stop: name of the signal that ends the run, or None.
+      save: whether a checkpoint is due by the clock.
+    """
+
+    def __init__(self, checkpoint_minutes: float | None):
+        """`checkpoint_minutes`: age of the last checkpoint at which another is due; None: never."""
+        self.stop: str | None = None
+        self.save = False
+        self._minutes, self._saved_at = checkpoint_minutes, time.monotonic()
+
+    def poll(self) -> None:
+        """Passes a boundary, see `cluster.boundary`."""
+        age = (time.monotonic() - self._saved_at) / 60
+        if self._minutes is not None and cluster.is_main() and age > self._minutes:
+            self._saved_at = math.inf  # asked once
+            cluster.request(_SAVE)
+        for action in cluster.boundary():
+            if action == _SAVE:
+                self.save = True
+            else:
+                self.stop = self.stop or action
+
+    def check(self) -> None:
+        """Passes a boundary. Raises Stopped when the run is to end."""
+        self.poll()
+        if self.stop:
+            raise Stopped
+
+    def saved(self) -> None:
+        """Notes that a checkpoint was saved."""
+        self._saved_at, self.save = time.monotonic(), False
+
+
+_SAVE = "checkpoint"
+
+
 class Profiler(_Handlers):
-    """Records a `jax.profiler` trace of a few steps, at a given step or when SIGUSR1 comes."""
+    """Records a `jax.profiler` trace of a few steps, at step `at` or when SIGUSR1 comes."""
 
     def __init__(self, folder: epath.Path, at: int | None, steps: int = 5):
         super().__init__({signal.SIGUSR1: self._note})
@@ -93,7 +138,7 @@ class Profiler(_Handlers):
         self._asked = True
 
     def before_step(self, step: int, state: Any) -> None:
-        """Starts or ends a trace, when the steps before have really ended."""
+        """Starts or ends a trace, once the devices have finished the steps before."""
         if self._until is not None and step >= self._until:
             self._end(state)
         if self._until is None and (self._asked or step == self._at):

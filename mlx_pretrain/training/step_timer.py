@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and what is said about it: a progress bar on a terminal, plain lines otherwise."""
+"""Speed of a run, and its progress: a bar on a terminal, plain lines otherwise."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from mlx_pretrain.training.goodput import Clock, duration
 
 
 class StepTimer(contextlib.AbstractContextManager):
-    """Measures the wall time of steps and of what interrupts them."""
+    """Measures the wall time of steps and of what interrupts them, and prints the progress."""
 
     def __init__(
         self,
@@ -26,12 +26,12 @@ class StepTimer(contextlib.AbstractContextManager):
         """Starts after `step` of `steps`.
 
         Args:
-          clock: of this process; its part under way is "step" whenever no other is.
+          clock: this process's clock; its part under way is "step" whenever no other is.
           step, steps: steps done, steps in all.
-          tokens_per_step: of the global batch, padding included.
-          flops_per_token: to train on one of them.
+          tokens_per_step: tokens of the global batch, padding included.
+          flops_per_token: FLOPs to train on one of them.
           peak_flops: FLOP/s of all devices together; None: unknown.
-          quiet: print nothing.
+          quiet: whether to print nothing.
         """
         self._clock, self._steps, self._tokens = clock, steps, tokens_per_step
         self._flops, self._peak, self._quiet = flops_per_token, peak_flops, quiet
@@ -45,13 +45,16 @@ class StepTimer(contextlib.AbstractContextManager):
         """Moves the progress bar."""
         self._bar.update(step - self._bar.n)
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
-        """The line of a log step: `scalars` plus speed and the parts of a step's time since the last line.
+    def measure(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adds the speed since the last call to the metrics of a step, and prints a line.
 
         Returns:
-          seconds/step: wall time per step without evaluation, checkpoints and compilation; seconds/data of it is
-          waiting for data; seconds/compute the rest; seconds/checkpoint and seconds/eval are per step too, beside it.
-          tokens_per_s and mfu (model FLOPs over peak) follow from seconds/step.
+          `metrics`, and
+            seconds/step: wall time per step without evaluation, checkpoints and compilation;
+            seconds/data, seconds/compute: its two parts, waiting for data and the rest;
+            seconds/checkpoint, seconds/eval: per step too, beside it;
+            seconds/compile: compilation, once;
+            tokens_per_s, mfu (model FLOPs over peak): follow from seconds/step.
         """
         now, n = self._clock.now(), step - self._logged_step
         spent = {part: seconds - self._logged.get(part, 0.0) for part, seconds in now.items()}
@@ -59,7 +62,7 @@ class StepTimer(contextlib.AbstractContextManager):
         seconds = spent.get("step", 0.0) / n + data
         speed = self._tokens / seconds
         line = {
-            **scalars,
+            **metrics,
             "tokens_per_s": speed,
             "seconds/step": seconds,
             "seconds/compute": seconds - data,
@@ -80,7 +83,7 @@ class StepTimer(contextlib.AbstractContextManager):
             print(f"step {step}/{self._steps}  {text}  {duration(left)} left", flush=True)
         return line
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
         if not self._bar.disable:
             self._bar.write(text)

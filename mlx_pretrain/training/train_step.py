@@ -122,15 +122,18 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: DecoderConfig, n_sources: int, chunk_tokens: int | None = None
+    config: DecoderConfig, n_languages: int, chunk_tokens: int | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Builds `step(params, tokens [batch, length], source [batch]) -> (nll, tokens)`, float32 `[n_sources]` sums."""
+    """Builds `step(params, tokens [batch, length], language_id [batch]) -> (nll, tokens)`.
 
-    def step(params: Any, tokens: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+    Both results are sums by language, float32 `[n_languages]`.
+    """
+
+    def step(params: Any, tokens: jax.Array, language_id: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden, batch = _hidden(config, params, tokens)
         nll = losses.token_nll(hidden, output_kernel(params), batch.targets, chunk_tokens) * batch.weights
         # Not a product with one-hot rows: TPUs would round the sums of rows to bfloat16.
-        by_source = lambda sums: jax.ops.segment_sum(sums, source, n_sources)  # noqa: E731
-        return by_source(nll.sum(axis=1)), by_source(batch.weights.sum(axis=1))
+        by_language = lambda sums: jax.ops.segment_sum(sums, language_id, n_languages)  # noqa: E731
+        return by_language(nll.sum(axis=1)), by_language(batch.weights.sum(axis=1))
 
     return step

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.data.documents import Document, DocumentFields, match_files, read_documents, without_extension
+from mlx_pretrain.data.documents import Document, match_files, read_documents, without_extension
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic
 from mlx_pretrain.parallel import cluster
@@ -87,8 +87,6 @@ def provenance(program: str, config: Any, files: Mapping[str, epath.Path]) -> di
     """
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
                 if field.name not in ("output", "overwrite")}
-    if changed := DocumentFields().changed:
-        settings["fields"] = changed
     for path in config.exclude:
         if not epath.Path(path).exists():
             raise InputError(f"{path}: no such removal list")

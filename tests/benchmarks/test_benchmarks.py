@@ -59,7 +59,7 @@ def test_solver_reaches_optimality():
 @pytest.mark.slow
 def test_every_law_is_scored_on_a_table_in_the_regmix_layout():
     result = last_line("climb_table.py")
-    assert set(result["laws"]) == {"process", "ridge"}
+    assert set(result["laws"]) == {"structured_gp", "ridge"}
     for law in result["laws"].values():
         assert law["runs"] == result["runs"] and -1 <= law["spearman"] <= 1 and law["mae"] > 0 and law["r2"] <= 1
 

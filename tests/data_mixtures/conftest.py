@@ -72,17 +72,17 @@ def corpus(corpus_folder):
 
 @pytest.fixture(scope="session")
 def tokenizer_path(corpus, tmp_path_factory):
-    from data_mixtures.tokenizer import train_tokenizer
+    from data_mixtures.tokenizer import TokenizerConfig, train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(corpus, path, vocab_size=512)
+    train_tokenizer(TokenizerConfig(corpus, path, vocab_size=512))
     return path
 
 
 @pytest.fixture(scope="session")
 def store_path(corpus, tokenizer_path, tmp_path_factory):
-    from data_mixtures.export import export_tokens
+    from data_mixtures.export import ExportConfig, export_tokens
 
     path = tmp_path_factory.mktemp("store") / "tokens"
-    export_tokens(corpus, tokenizer_path, path, sequence_length=32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, path, sequence_length=32))
     return path

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_mixtures.baselines import capped_budgets, temperature_rates, unimax_rates, write_baseline
+from data_mixtures.baselines import BaselineConfig, capped_budgets, temperature_rates, unimax_rates, write_baseline
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.token_store import read_manifest
 from mlx_pretrain.errors import InputError
@@ -70,7 +70,7 @@ def test_budgets_beyond_all_text_give_every_language_its_cap():
 ])
 def test_settings_that_make_no_sense_are_named(store_path, tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
-        write_baseline(store_path, tmp_path / "rates.json", **arguments)
+        write_baseline(BaselineConfig(store_path, tmp_path / "rates.json", **arguments))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,11 +82,11 @@ def test_a_language_without_text_is_named():
 def test_rates_files_come_from_the_store(store_path, tmp_path):
     tokens = {language: part.tokens for language, part in read_manifest(store_path).splits["train"].items()}
     total = sum(tokens.values())
-    write_baseline(store_path, tmp_path / "natural.json")
+    write_baseline(BaselineConfig(store_path, tmp_path / "natural.json"))
     assert load_rates(tmp_path / "natural.json") == pytest.approx({k: v / total for k, v in tokens.items()})
-    write_baseline(store_path, tmp_path / "uniform.json", "inf")
+    write_baseline(BaselineConfig(store_path, tmp_path / "uniform.json", "inf"))
     assert load_rates(tmp_path / "uniform.json") == pytest.approx(dict.fromkeys(tokens, 1 / 3))
     budget = 2 * min(tokens.values()) * 3
-    write_baseline(store_path, tmp_path / "unimax.json", "inf", max_epochs=1.5, total_tokens=budget)
+    write_baseline(BaselineConfig(store_path, tmp_path / "unimax.json", "inf", max_epochs=1.5, total_tokens=budget))
     assert load_rates(tmp_path / "unimax.json") == pytest.approx(unimax_of_the_paper(tokens, budget, 1.5))
     assert max(read_json(tmp_path / "unimax.json")["epochs"].values()) == pytest.approx(1.5)

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import sentencepiece
 
 from data_mixtures import export
-from data_mixtures.export import export_tokens
+from data_mixtures.export import ExportConfig, export_tokens
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.token_store import ROWS_PER_SHARD, TokenStore, read_manifest
@@ -42,7 +43,7 @@ def plain_rows(corpus, split, language, model, length):
 @pytest.mark.parametrize("length", [1, 32, 33, 100_000])
 def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length, monkeypatch):
     monkeypatch.setattr("data_mixtures.export._BATCH_BYTES", 1000)  # a few documents; what is over goes into the next
-    export_tokens(corpus, tokenizer_path, tmp_path / "store", length)
+    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", length))
     store = TokenStore(tmp_path / "store")
     for split in ("train", "heldout"):
         assert list(store.parts(split)) == ["el", "en", "zh"]
@@ -76,7 +77,7 @@ def test_more_rows_than_a_shard(tmp_path, tokenizer_path, write_jsonl, made_up_t
     text = made_up_text("en", 4000, 0)
     write_jsonl(tmp_path / "train/en.jsonl", [{"text": text}] * 3)
     corpus = Corpus(tmp_path)
-    export_tokens(corpus, tokenizer_path, tmp_path / "store", 2)
+    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", 2))
     rows, _ = plain_rows(corpus, "train", "en", tokenizer_path, 2)
     assert len(rows) > ROWS_PER_SHARD
     np.testing.assert_array_equal(TokenStore(tmp_path / "store").read("train", "en"), rows)
@@ -84,7 +85,7 @@ def test_more_rows_than_a_shard(tmp_path, tokenizer_path, write_jsonl, made_up_t
 
 def test_the_same_bytes_twice(corpus, corpus_folder, tokenizer_path, store_path, tmp_path):
     (tmp_path / "elsewhere").symlink_to(corpus_folder)
-    export_tokens(Corpus(tmp_path / "elsewhere"), tokenizer_path, tmp_path / "again", 32, num_threads=1)
+    export_tokens(ExportConfig(Corpus(tmp_path / "elsewhere"), tokenizer_path, tmp_path / "again", 32, num_threads=1))
     assert contents(tmp_path / "again") == contents(store_path)
 
 
@@ -98,19 +99,19 @@ def test_provenance_names_tokenizer_and_documents(corpus, corpus_folder, tokeniz
 
 def test_made_before_is_kept_and_made_otherwise_needs_overwrite(tmp_path, tokenizer_path, capsys, write_corpus):
     corpus, store = Corpus(write_corpus(tmp_path / "corpus", {"en": 4, "el": 4})), tmp_path / "store"
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     before, stamp = contents(store), (store / "manifest.json").stat().st_mtime_ns
     capsys.readouterr()
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     assert "kept" in capsys.readouterr().err
     assert (store / "manifest.json").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"export_tokens\.overwrite=True"):
-        export_tokens(corpus, tokenizer_path, store, 64)
+    with pytest.raises(InputError, match=r"set overwrite=True"):
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 64))
     english = Corpus(write_corpus(tmp_path / "other", {"en": 5}))
-    with pytest.raises(InputError, match=r"export_tokens\.overwrite=True"):
-        export_tokens(english, tokenizer_path, store, 32)
+    with pytest.raises(InputError, match=r"set overwrite=True"):
+        export_tokens(ExportConfig(english, tokenizer_path, store, 32))
     assert contents(store) == before
-    export_tokens(english, tokenizer_path, store, 32, overwrite=True)
+    export_tokens(ExportConfig(english, tokenizer_path, store, 32, overwrite=True))
     assert list(TokenStore(store).parts("train")) == ["en"]
     assert not (store / "train/el").exists()
 
@@ -119,20 +120,27 @@ def test_notes_that_a_killed_process_left_in_a_whole_store_are_removed(corpus, t
     shutil.copytree(store_path, tmp_path / "store")
     (tmp_path / "store/.export/train").mkdir(parents=True)
     (tmp_path / "store/.export/train/en.json").write_text("{}")
-    export_tokens(corpus, tokenizer_path, tmp_path / "store", 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", 32))
     assert not (tmp_path / "store/.export").exists() and contents(tmp_path / "store") == contents(store_path)
 
 
-def test_a_damaged_store_is_not_taken_for_whole(corpus, tokenizer_path, tmp_path):
+def test_a_damaged_store_is_made_again(corpus, tokenizer_path, tmp_path, capsys):
     store = tmp_path / "store"
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     whole = contents(store)
     data = store / "train/en/c/0/0"
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"c/0/0: .* bytes where the manifest says"):
-        export_tokens(corpus, tokenizer_path, store, 32)
-    export_tokens(corpus, tokenizer_path, store, 32, overwrite=True)
+    capsys.readouterr()
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
+    assert re.match(rf"{store}: damaged \(.*c/0/0: .* bytes where the manifest says", capsys.readouterr().err)
     assert contents(store) == whole
+    manifest = store / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
+    assert contents(store) == whole
+    manifest.write_text("{}")
+    with pytest.raises(InputError, match=r"exists and was not made by data_mixtures\.export"):
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 32, overwrite=True))
 
 
 @pytest.fixture
@@ -147,48 +155,48 @@ def test_shards_make_the_same_store_in_any_order(corpus, tokenizer_path, store_p
     store = tmp_path / "store"
     for number in order[:-1]:
         shard((number, len(order)))
-        export_tokens(corpus, tokenizer_path, store, 32)
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
         assert not (store / "manifest.json").exists()
     # A shard that starts again leaves its parts as they are.
     stamps = {path: path.stat().st_mtime_ns for path in store.rglob("zarr.json")}
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     assert {path: path.stat().st_mtime_ns for path in store.rglob("zarr.json")} == stamps
     shard((order[-1], len(order)))
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     assert contents(store) == contents(store_path)
     shard((0, 4))
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     assert contents(store) == contents(store_path)
 
 
 def test_without_shards_the_command_does_what_is_left(corpus, tokenizer_path, store_path, tmp_path, shard, capsys):
     store = tmp_path / "store"
     shard((1, 3))
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     assert "2 of 6 parts are there" in capsys.readouterr().err
     data = sorted(store.glob("*/*/c/0/0"))[0]
     data.write_bytes(data.read_bytes()[:-1])  # one of the parts is damaged
     shard(None)
-    export_tokens(corpus, tokenizer_path, store, 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     assert capsys.readouterr().err.count("M tokens/s") == 5 + 1
     assert contents(store) == contents(store_path)
 
 
 def test_shards_over_a_store_of_other_documents(tmp_path, tokenizer_path, write_corpus, shard):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     write_corpus(folder, {"en": 5})  # one part of four is another
     (folder / "train/el.jsonl.xz").unlink()  # and one is gone
     corpus = Corpus(folder)
     for number in range(3):
         shard((number, 3))
         if number == 0:
-            with pytest.raises(InputError, match=r"export_tokens\.overwrite=True"):
-                export_tokens(corpus, tokenizer_path, store, 32)
-        export_tokens(corpus, tokenizer_path, store, 32, overwrite=True)
+            with pytest.raises(InputError, match=r"set overwrite=True"):
+                export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 32, overwrite=True))
         assert (store / "manifest.json").exists() == (number == 2)
     shard(None)
-    export_tokens(corpus, tokenizer_path, tmp_path / "clean", 32)
+    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "clean", 32))
     assert contents(store) == contents(tmp_path / "clean")
 
 
@@ -196,15 +204,15 @@ def test_documents_that_change_between_shards_make_no_store(tmp_path, tokenizer_
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
     for number in (0, 1):
         shard((number, 2))
-        export_tokens(Corpus(folder), tokenizer_path, store, 32)
+        export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
         if number == 0:
             shutil.copy(folder / "train/en.jsonl.xz", folder / "train/el.jsonl.xz")
     assert not (store / "manifest.json").exists()
     shard((0, 2))
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     shard(None)
-    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 32))
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     assert contents(store) == contents(tmp_path / "clean")
 
 
@@ -213,7 +221,7 @@ def test_what_another_shard_made_of_documents_that_have_changed_is_not_taken(
         tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text, shard, capsys, change):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
     shard((0, 2))
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     changed = folder / "train/el.jsonl.xz"  # the largest, before and afterwards: the others are dealt out as before
     before = changed.stat()
     assert (store / "train/el").exists()
@@ -223,11 +231,11 @@ def test_what_another_shard_made_of_documents_that_have_changed_is_not_taken(
     else:
         os.utime(changed, (0, 0))
     shard((1, 2))
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     assert "3 of 4 parts are there" in capsys.readouterr().err and not (store / "manifest.json").exists()
     shard(None)
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
-    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 32))
     assert contents(store) == contents(tmp_path / "clean")
 
 
@@ -237,7 +245,7 @@ def test_shards_take_the_largest_parts_first(corpus, corpus_folder, tokenizer_pa
     largest = sorted(sizes, key=lambda part: -sizes[part])
     for number in (0, 1, 5):
         shard((number, 6))
-        export_tokens(corpus, tokenizer_path, tmp_path / str(number), 32)
+        export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / str(number), 32))
         assert [str(path.parent.relative_to(tmp_path / str(number)))
                 for path in (tmp_path / str(number)).rglob("zarr.json")] == [largest[number]]
 
@@ -247,12 +255,12 @@ def test_unreadable_documents_leave_no_store(tmp_path, tokenizer_path, write_cor
     good = (folder / "train/zh.jsonl.xz").read_bytes()
     (folder / "train/zh.jsonl.xz").write_bytes(good[:-30])
     with pytest.raises(InputError, match=r"train/zh.jsonl.xz: cannot be read"):
-        export_tokens(Corpus(folder), tokenizer_path, store, 32)
+        export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     with pytest.raises(InputError, match=r"no token store here .*run it again"):
         TokenStore(store)
     (folder / "train/zh.jsonl.xz").write_bytes(good)
-    export_tokens(Corpus(folder), tokenizer_path, store, 32)
-    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 32))
     assert contents(store) == contents(tmp_path / "clean")
 
 
@@ -262,17 +270,17 @@ def test_a_language_without_text_leaves_no_store(tmp_path, tokenizer_path, write
     folder = write_corpus(tmp_path / "corpus", {"en": 4})
     write_jsonl(folder / split / "xx.jsonl", [{"text": text} for text in texts])
     with pytest.raises(InputError, match=rf"{split}/xx\.jsonl: no document has any text; leave 'xx' out of '{split}'"):
-        export_tokens(Corpus(folder), tokenizer_path, tmp_path / "store", 32)
+        export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "store", 32))
     assert not (tmp_path / "store/manifest.json").exists()
     write_jsonl(folder / split / "xx.jsonl", [*({"text": text} for text in texts), {"text": "x"}])
-    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "store", 32)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "store", 32))
     assert TokenStore(tmp_path / "store").part(split, "xx").documents == len(texts) + 1
 
 
 def test_nonsense_lengths_are_named(corpus, tokenizer_path, tmp_path):
     for length in (0, -3, 2.5):
         with pytest.raises(InputError, match="sequence_length"):
-            export_tokens(corpus, tokenizer_path, tmp_path / "store", length)
+            export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", length))
     assert not (tmp_path / "store").exists()
 
 
@@ -302,5 +310,5 @@ def test_killed_or_shared_among_commands_the_store_is_the_same(
     said = [process.communicate()[1] for process in jobs]
     assert [process.returncode for process in jobs] == [0, 0, 0], said
     assert "M tokens/s" in said[0]
-    export_tokens(Corpus(folder), tokenizer_path, tmp_path / "clean", 16)
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 16))
     assert contents(tmp_path / "killed") == contents(tmp_path / "shared") == contents(tmp_path / "clean")

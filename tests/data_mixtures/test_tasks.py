@@ -29,7 +29,7 @@ def sources(corpus):
 @pytest.fixture(scope="module")
 def tfds_folder(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    corpora.prepare_corpora(corpus, folder)
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, folder))
     return folder
 
 
@@ -86,8 +86,8 @@ def test_shares_are_the_rates_at_every_moment(sources, tokenizer_path, rates_pat
     assert batches.languages == list(RATES)
     taken = [next(batches) for _ in range(500)]
     assert all(batch["tokens"].shape == (10, 8) and batch["tokens"].dtype == np.int32 for batch in taken)
-    assert all(batch["source"].shape == (10,) and batch["source"].dtype == np.int32 for batch in taken)
-    source = np.concatenate([batch["source"] for batch in taken])
+    assert all(batch["language_id"].shape == (10,) and batch["language_id"].dtype == np.int32 for batch in taken)
+    source = np.concatenate([batch["language_id"] for batch in taken])
     np.testing.assert_array_equal(source, MixtureOrder(list(RATES.values()))(0, 5000)[0])
     delivered = np.cumsum(source[:, None] == np.arange(3), axis=0)
     wanted = np.arange(1, 5001)[:, None] * np.array(list(RATES.values()))
@@ -103,7 +103,7 @@ def test_sources_are_not_mixed_up(sources, store_path, tokenizer_path, rates_pat
     store, seen = TokenStore(store_path), {language: [] for language in RATES}
     for _ in range(3):
         batch = next(batches)
-        for tokens, source in zip(batch["tokens"], batch["source"]):
+        for tokens, source in zip(batch["tokens"], batch["language_id"]):
             seen[batches.languages[source]].append(tokens)
     for language, found in seen.items():
         np.testing.assert_array_equal(found, store.read("train", language)[: len(found)])
@@ -160,7 +160,7 @@ def test_damage_met_on_the_way_is_one_clear_line(tmp_path, tokenizer_path, write
             next(batches)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"en.jsonl:41: malformed JSON"):
-        corpora.prepare_corpora(Corpus(tmp_path), tmp_path / "tfds")
+        corpora.prepare_corpora(corpora.CorporaConfig(Corpus(tmp_path), tmp_path / "tfds"))
     assert not list(tmp_path.glob("tfds/text_corpora/en/1.0.0"))
 
 
@@ -174,14 +174,14 @@ def test_languages_with_hyphens_have_tasks(tmp_path, tokenizer_path, write_jsonl
 
 def test_datasets_are_kept_unless_the_files_changed(tmp_path, capsys, write_corpus):
     corpus = Corpus(write_corpus(tmp_path / "corpus", {"en": 3}))
-    corpora.prepare_corpora(corpus, tmp_path / "tfds")
-    corpora.prepare_corpora(corpus, tmp_path / "tfds")
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
     assert "kept" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "corpus")
     other = Corpus(write_corpus(tmp_path / "corpus", {"en": 5}))
-    with pytest.raises(InputError, match=r"prepare_corpora\.overwrite=True"):
-        corpora.prepare_corpora(other, tmp_path / "tfds")
-    corpora.prepare_corpora(other, tmp_path / "tfds", overwrite=True)
+    with pytest.raises(InputError, match=r"set overwrite=True"):
+        corpora.prepare_corpora(corpora.CorporaConfig(other, tmp_path / "tfds"))
+    corpora.prepare_corpora(corpora.CorporaConfig(other, tmp_path / "tfds", overwrite=True))
     dataset = corpora.tfds_sources(tmp_path / "tfds")["en"].get_dataset("train", shuffle=False)
     assert [example["text"].decode() for example in dataset.as_numpy_iterator()] == [
         document.text for document in other.documents("train", "en")]

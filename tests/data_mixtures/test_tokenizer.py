@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_mixtures.tokenizer import sample_sentences, train_tokenizer
+from data_mixtures.tokenizer import TokenizerConfig, sample_sentences, train_tokenizer
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
@@ -23,7 +23,7 @@ def tokenizer(request, corpus, tokenizer_path, tmp_path_factory):
     if request.param == "unigram":
         return Tokenizer(tokenizer_path)
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.model"
-    train_tokenizer(corpus, path, 512, model_type="bpe")
+    train_tokenizer(TokenizerConfig(corpus, path, 512, model_type="bpe"))
     return Tokenizer(path)
 
 
@@ -59,7 +59,7 @@ def test_numbers_are_split_into_digits(tokenizer):
 
 
 def test_training_twice_gives_the_same_bytes(corpus, tokenizer_path, tmp_path):
-    train_tokenizer(corpus, tmp_path / "again.model", 512)
+    train_tokenizer(TokenizerConfig(corpus, tmp_path / "again.model", 512))
     assert (tmp_path / "again.model").read_bytes() == tokenizer_path.read_bytes()
     assert (tmp_path / "again.json").read_bytes() == tokenizer_path.with_suffix(".json").read_bytes()
 
@@ -111,7 +111,7 @@ def test_a_corpus_smaller_than_the_cap_is_taken_whole(uneven):
 def test_low_resource_script_gets_vocabulary(uneven, tmp_path):
     def greek_pieces(temperature):
         path = tmp_path / f"{temperature}.model"
-        train_tokenizer(uneven, path, 420, max_bytes=3000, temperature=temperature)
+        train_tokenizer(TokenizerConfig(uneven, path, 420, max_bytes=3000, temperature=temperature))
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         return sum(any("α" <= c <= "ω" for c in model.id_to_piece(i)) for i in range(420))
 
@@ -121,28 +121,44 @@ def test_low_resource_script_gets_vocabulary(uneven, tmp_path):
 def test_made_before_is_kept_and_made_otherwise_is_not_replaced(tmp_path, capsys, write_corpus):
     path = tmp_path / "tokenizer.model"
     corpus = Corpus(write_corpus(tmp_path, {"en": 12}))
-    train_tokenizer(corpus, path, 300)
+    train_tokenizer(TokenizerConfig(corpus, path, 300))
     before = path.stat().st_mtime_ns
     capsys.readouterr()
-    train_tokenizer(corpus, path, 300)
+    train_tokenizer(TokenizerConfig(corpus, path, 300))
     assert "kept" in capsys.readouterr().err
     assert path.stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"overwrite=True"):
-        train_tokenizer(corpus, path, 310)
+        train_tokenizer(TokenizerConfig(corpus, path, 310))
     with pytest.raises(InputError, match=r"overwrite=True"):
-        train_tokenizer(Corpus(write_corpus(tmp_path, {"en": 13})), path, 300)
+        train_tokenizer(TokenizerConfig(Corpus(write_corpus(tmp_path, {"en": 13})), path, 300))
     assert path.stat().st_mtime_ns == before
-    train_tokenizer(corpus, path, 310, overwrite=True)
+    train_tokenizer(TokenizerConfig(corpus, path, 310, overwrite=True))
     assert Tokenizer(path).vocab_size == 310
+
+
+def test_a_damaged_tokenizer_is_made_again_and_one_without_a_record_is_left(tmp_path, capsys, write_corpus):
+    path = tmp_path / "tokenizer.model"
+    config = TokenizerConfig(Corpus(write_corpus(tmp_path, {"en": 12})), path, 300)
+    train_tokenizer(config)
+    model, record = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    for damaged in (path, path.with_suffix(".json")):
+        damaged.write_bytes(damaged.read_bytes()[:-5])
+        capsys.readouterr()
+        train_tokenizer(config)
+        assert f"{damaged}: damaged (" in capsys.readouterr().err
+        assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == (model, record)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="no config, no inputs"):
+        train_tokenizer(config)
 
 
 def test_a_vocabulary_the_text_cannot_fill_is_one_clear_line(corpus, tmp_path):
     with pytest.raises(InputError, match=r"cannot train on this sample: Vocabulary size .*too high") as error:
-        train_tokenizer(corpus, tmp_path / "t.model", 50_000)
+        train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 50_000))
     assert "\n" not in str(error.value).partition("\n  In call to configurable")[0]  # which gin adds
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match=r"model_type"):
-        train_tokenizer(corpus, tmp_path / "t.model", 300, model_type="wordpiece")
+        train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 300, model_type="wordpiece"))
 
 
 def test_files_that_are_no_tokenizer_are_named(tmp_path):

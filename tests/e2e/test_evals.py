@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from evals.compare import compare
 from evals.report import report
 from evals.run import run_tasks
-from evals.tasks import Item, Task, write_items
+from evals.tasks.task_files import Item, Task, write_items
 from mlx_pretrain.convert.decoders import load_decoder, save_decoder
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_pretrain.data.token_store import MANIFEST, TOKENIZER
 from mlx_pretrain.files import sha256
-from mlx_pretrain.generate import generate
+from mlx_pretrain.generate import GenerateConfig, generate
 from mlx_pretrain.report import report
 from tests.e2e.conftest import run, started
 from tests.e2e.test_train import computed
@@ -63,7 +63,8 @@ def test_a_run_on_gcs_is_the_run_on_disk_through_kill_9_and_can_be_read(gcs, sto
 
     # The commands that read a run, in this process, to save time.
     for run_dir in ("gs://bucket/run", str(tmp_path / "run")):
-        generate(run_dir, ["a b"], ["aa"], max_new_tokens=8, temperature=0.0, output=f"{run_dir}/samples.jsonl")
+        generate(GenerateConfig(run_dir, ["a b"], ["aa"], max_new_tokens=8, temperature=0.0,
+                                output=f"{run_dir}/samples.jsonl"))
     assert objects["run/samples.jsonl"].content == (tmp_path / "run" / "samples.jsonl").read_bytes()
     assert json.loads(objects["run/samples.jsonl"].content)["step"] == STEPS
     report("gs://bucket/run")

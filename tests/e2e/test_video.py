@@ -7,8 +7,8 @@ import pytest
 
 from tests.e2e.conftest import REPOSITORY, lines, run, started
 from tests.e2e.hosts import run_job
+from video.frame_choice.selector import Selector
 from video.frames.row_store import RowStore
-from video.select import Selector
 from video.voyager.loss_labels import FeatureStore, read_labels
 
 # Over the files in gin/video: paths, and sizes for seconds instead of minutes.
@@ -59,7 +59,7 @@ DecoderConfig.mlp_dim = 48
 DecoderConfig.unroll = 1
 VisionConfig.unroll = 1
 """,
-    "label": "label.candidates = 6\nlabel.frames = 2\nlabel.compilation_cache = None\n",
+    "label": "label.candidates = 6\nlabel.num_frames = 2\nlabel.compilation_cache = None\n",
     "train_voyager": """
 STEPS = 6
 train_voyager.batch_size = 4
@@ -83,9 +83,9 @@ VisionConfig.unroll = 1
 """,
     "select": """
 Selector.candidates = 10
-Selector.frames = 3
-select.sheets = 1
-select.compilation_cache = None
+Selector.num_frames = 3
+select_frames.sheets = 1
+select_frames.compilation_cache = None
 """,
 }
 
@@ -187,7 +187,7 @@ def test_two_processes_train_the_same(labelled, name, configurable, macro):
 
 
 def test_other_inputs_into_the_same_folder_are_refused(command, labelled):
-    ended = command("label", "--gin.label.frames=3")
+    ended = command("label", "--gin.label.num_frames=3")
     assert ended.code == 1 and "settings.json: made with" in ended.err and ended.err.count("\n") == 1
 
 
@@ -206,7 +206,7 @@ def test_from_losses_to_selected_frames(command, labelled):
         np.testing.assert_array_equal(np.floor(np.array(entry["frames"]) * 6 + 1e-3), own)
     (sheet,) = (labelled / "selected/sheets").glob("*.png")
     assert sheet.stat().st_size > 10_000
-    even = Selector(None, candidates=10, frames=3).select(labelled / "videos" / asked[0]["video"], "Which?")
+    even = Selector(None, candidates=10, num_frames=3).select(labelled / "videos" / asked[0]["video"], "Which?")
     assert even == [5, 19, 30]
 
 
@@ -214,7 +214,8 @@ def test_from_losses_to_selected_frames(command, labelled):
 def test_similarity_of_own_towers(command, labelled):
     assert "right caption of 8" in good(command("train_towers"))
     good(command("select", "--gin.Selector.scorer=@Similarity()", "--gin.Similarity.run_dir=towers",
-                 "--gin.Selector.choice=aks", "--gin.SELECTED=aks", "--gin.select.limit=4", "--gin.select.sheets=0"))
+                 "--gin.Selector.choice=aks", "--gin.SELECTED=aks", "--gin.select_frames.limit=4",
+                 "--gin.select_frames.sheets=0"))
     found = json.loads((labelled / "aks/selected_frames.json").read_text())
     assert [len(own) for own in found] == [3] * 4
 

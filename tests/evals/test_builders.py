@@ -10,7 +10,8 @@ import pytest
 from evals.bmlama import bmlama
 from evals.code_switch import code_switch
 from evals.completion import completion
-from evals.tasks import Item, Task, align, find_tasks, write_items
+from evals.tasks.alignment import align_items
+from evals.tasks.task_files import Item, Task, find_tasks, write_items
 from mlx_pretrain.errors import InputError
 
 TABLE = """Prompt\tAns\tCandidate Ans\tSubject\r
@@ -31,7 +32,7 @@ def tables(folder, **changes):
 
 def read(folder):
     ((task, files),) = find_tasks([str(folder / "*/*_test.jsonl")]).items()
-    return task, align(files)
+    return task, align_items(files)
 
 
 def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
@@ -39,7 +40,7 @@ def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
     source.mkdir()
     assert bmlama(tables(source), str(tmp_path / "out"), seed=1) == {"en": 2, "zh": 2}
     task, aligned = read(tmp_path / "out")
-    assert task == Task("BMLAMADataset", "lighteval") and task.metric == "acc" and not aligned.dropped
+    assert task == Task("BMLAMADataset", "lighteval") and task.main_metric == "acc" and not aligned.dropped
     for en, zh in zip(aligned.items["en"], aligned.items["zh"]):
         assert en.id == zh.id and en.label == zh.label and len(en.choices) == len(zh.choices)
     first, last = aligned.items["en"]
@@ -84,7 +85,7 @@ def test_completion_takes_the_same_lines_in_all_languages(tmp_path):
     lines_of["fr"][5][1] = "short"
     assert completion(corpus(tmp_path, lines_of), str(tmp_path / "out"), prompt_characters=30) == 9
     task, aligned = read(tmp_path / "out")
-    assert task.metric == "acc_norm"
+    assert task.main_metric == "acc_norm"
     for language, items in aligned.items.items():
         for item in items:
             n, m = (int(x) for x in item.id.removeprefix("s/").split(":"))
@@ -125,9 +126,9 @@ def cloze(tmp_path):
 def test_half_of_the_parts_are_in_another_language(cloze):
     glob = [str(cloze / "plain/*/*.jsonl")]
     for most in (1, 2):
-        counts = code_switch(glob, str(cloze / "mixed"), most=most, seed=3)
+        counts = code_switch(glob, str(cloze / "mixed"), max_languages=most, seed=3)
         assert counts == {f"ARCEasyDataset_mix_lighteval_{most}": 400}
-        aligned = align(find_tasks([str(cloze / "mixed/*/*")])[Task("ARCEasyDataset", f"mix_lighteval_{most}")])
+        aligned = align_items(find_tasks([str(cloze / "mixed/*/*")])[Task("ARCEasyDataset", f"mix_lighteval_{most}")])
         shares = []
         for item in aligned.items["de"]:
             parts = [part.split()[0] for part in (item.prompt, *item.choices)]
@@ -137,19 +138,19 @@ def test_half_of_the_parts_are_in_another_language(cloze):
             shares.append(np.mean([part != "de" for part in parts]))
         assert np.mean(shares) == pytest.approx(0.5, abs=0.04) and {0.0, 1.0} <= set(shares)
     before = {path: path.read_bytes() for path in cloze.glob("mixed/*/*")}
-    code_switch(glob, str(cloze / "mixed"), most=2, seed=3)
+    code_switch(glob, str(cloze / "mixed"), max_languages=2, seed=3)
     assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} == before
-    code_switch(glob, str(cloze / "mixed"), most=2, seed=4)
+    code_switch(glob, str(cloze / "mixed"), max_languages=2, seed=4)
     assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} != before
 
 
 def test_what_cannot_be_mixed_is_refused(cloze):
     glob = [str(cloze / "plain/*/*.jsonl")]
     with pytest.raises(InputError, match="less than the 3 languages"):
-        code_switch(glob, str(cloze / "mixed"), most=3)
-    code_switch(glob, str(cloze / "mixed"), most=1)
-    with pytest.raises(InputError, match="only those not mixed can be"):
-        code_switch([str(cloze / "mixed/*/*")], str(cloze / "again"), most=1)
+        code_switch(glob, str(cloze / "mixed"), max_languages=3)
+    code_switch(glob, str(cloze / "mixed"), max_languages=1)
+    with pytest.raises(InputError, match="only modes that are not mixed yet can be"):
+        code_switch([str(cloze / "mixed/*/*")], str(cloze / "again"), max_languages=1)
 
 
 def test_the_shipped_tasks_are_those_of_the_sample_text(tmp_path):

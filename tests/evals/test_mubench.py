@@ -5,7 +5,8 @@ import json
 import pytest
 
 from evals.mubench import mubench
-from evals.tasks import Item, Task, align, find_tasks, write_items
+from evals.tasks.alignment import align_items
+from evals.tasks.task_files import Item, Task, find_tasks, write_items
 from mlx_pretrain.errors import InputError
 
 
@@ -29,7 +30,7 @@ def test_files_are_the_same_afterwards(repository, tmp_path):
         source = tmp_path / "hub" / path.relative_to(out)
         assert [json.loads(line) for line in path.read_text().splitlines()] == [
             json.loads(line) for line in source.read_text().splitlines()]
-    assert {task.mode: align(files).languages for task, files in find_tasks([f"{out}/*/*.jsonl"]).items()} == {
+    assert {task.mode: align_items(files).languages for task, files in find_tasks([f"{out}/*/*.jsonl"]).items()} == {
         "lighteval": ("de", "sw"), "mix_2": ("de", "sw")}
     (out / "SNLIDataset/mix_sw_2_test.jsonl").unlink()
     assert mubench(**settings) == 1

@@ -12,9 +12,9 @@ import pytest
 
 import mlx_pretrain.train  # noqa: F401  registers its programs
 from mlx_pretrain import compile as command
-from mlx_pretrain.command_line import parse_gin
 from mlx_pretrain.compilation import measurement, programs, topologies
 from mlx_pretrain.compilation.compiled_program import Collective, CustomCall, Program
+from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import backend, hardware, partitioning
 from mlx_pretrain.training import optimizers
@@ -179,7 +179,7 @@ def test_two_slices_exchange_gradients_and_nothing_else(run_file, quick):
     between = [traffic for traffic in result.collectives if traffic.network]
     # Each chip has a quarter of the gradient, float32, and sends it once; scalars and norm scales are whole everywhere.
     assert sum(traffic.sent_bytes for traffic in between) == pytest.approx(4 * PARAMETERS / 4, rel=0.02)
-    assert {(traffic.kind, traffic.dtype) for traffic in between} == {("all-reduce", "f32")}
+    assert {(traffic.operation, traffic.dtype) for traffic in between} == {("all-reduce", "f32")}
     assert result.seconds.network == pytest.approx(sum(t.sent_bytes for t in between) / 3.125e9)
 
 

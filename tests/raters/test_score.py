@@ -50,7 +50,7 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
     keeper = checkpoints.Checkpoints(run)
     for step in (4, 5):
         head = {"kernel": jax.random.normal(jax.random.key(step), (16,)), "bias": jnp.float32(0.3)}
-        keeper.save(step, state.replace(params=state.params | {"head": head}), checkpoints.Progress(0, {}), {})
+        keeper.save(step, state.replace(params=state.params | {"head": head}), checkpoints.DataState(0, {}), {})
     keeper.wait()
     keeper.close()
     return run

@@ -69,8 +69,8 @@ def test_the_corpus_reader_takes_what_was_kept(tmp_path):
     config = make(tmp_path)
     select(config)
     corpus = Corpus(config.output, "{split}/{language}/*")
-    assert corpus.splits == ["train"] and corpus.languages("train") == ["de", "th"]
-    assert {str(path.name) for path in corpus.files("train", "de")} == {"one-de.jsonl.gz", "more-de.jsonl.gz"}
+    assert corpus.all_splits == ["train"] and corpus.languages_of("train") == ["de", "th"]
+    assert {path.name for path in corpus.files_of("train", "de").values()} == {"one-de.jsonl.gz", "more-de.jsonl.gz"}
     for language in ("de", "th"):
         found = {document.id: document for document in corpus.documents("train", language)}
         rated = {key: (score, tokens) for key, (code, score, tokens) in scores_of(tmp_path).items() if code == language}

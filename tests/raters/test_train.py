@@ -14,7 +14,7 @@ from mlx_pretrain.training import optimizers
 from raters import train as rater_training
 from raters.pairs import FORMAT, VERSION
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
-from raters.train import RaterTraining, TrainRaterConfig, Validation
+from raters.train import PairEvaluator, RaterTraining, TrainRaterConfig
 
 MODEL = QualityConfig(
     vocab_size=512, embed_dim=32, n_layers=2, n_heads=2, mlp_dim=64, max_length=24, pooling="mean"
@@ -106,7 +106,7 @@ def test_pairwise_training_learns_and_loads(settings, tmp_path):
     assert config == MODEL and isinstance(tokenizer, Tokenizer)
     task = RaterTraining(TrainRaterConfig(**settings, run_dir=run_dir))
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    assert Validation(task._validation, config, mesh, 24, 32)(params) == pytest.approx(found, abs=1e-4)
+    assert PairEvaluator(task._validation, config, mesh, 24, 32)(params) == pytest.approx(found, abs=1e-4)
     head = json.loads((tmp_path / "run" / "run.json").read_text())
     assert head["pairs"]["parallel"] == 40 and head["objective"] == "pairwise"
     # The same command again has nothing left to do.

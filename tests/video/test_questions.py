@@ -60,8 +60,8 @@ VIDEO_MME = {
 
 def question(tmp_path, record):
     (tmp_path / "q.jsonl").write_text(json.dumps(record) + "\n")
-    (found,) = read_questions(tmp_path / "q.jsonl")
-    return found
+    (only,) = read_questions(tmp_path / "q.jsonl")
+    return only
 
 
 def test_video_mme_is_read_as_it_is_published(tmp_path):

@@ -1,4 +1,4 @@
-"""Frames chosen for questions: each one once, and a contact sheet for each question."""
+"""Frames chosen for questions: no frame twice, and a contact sheet for each question."""
 
 import json
 
@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.video.conftest import write_grey
-from video.select import Selector, select_all, sheet_name
+from video.frame_choice.selector import Selector
+from video.select import SelectFramesConfig, main, sheet_name
 
 
 class Level:
     """Scores frames by their brightness."""
 
-    size, fit = 16, "stretch"
+    size, resize_mode = 16, "stretch"
 
     def __call__(self, video, frames, question):
         return frames[:, 8, 8, 0].astype(np.float32)
@@ -26,10 +27,10 @@ class Level:
 def test_every_frame_is_chosen_once(tmp_path, scorer, choice):
     path = write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
     with pytest.warns(UserWarning, match=r"q\.mp4: 5 different frames, fewer than the 8 asked for"):
-        assert Selector(scorer, choice, candidates=16, frames=8).select(path, "Which?") == [0, 1, 2, 3, 4]
-    assert len(set(Selector(scorer, choice, candidates=16, frames=3).select(path, "Which?"))) == 3
+        assert Selector(scorer, choice, candidates=16, num_frames=8).select(path, "Which?") == [0, 1, 2, 3, 4]
+    assert len(set(Selector(scorer, choice, candidates=16, num_frames=3).select(path, "Which?"))) == 3
     if scorer and choice == "top":
-        assert Selector(scorer, choice, candidates=16, frames=3).select(path, "Which?") == [2, 3, 4]
+        assert Selector(scorer, choice, candidates=16, num_frames=3).select(path, "Which?") == [2, 3, 4]
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=9, unique=True))
@@ -51,8 +52,9 @@ def test_short_videos_are_told_and_sheets_are_kept_apart(tmp_path, capsys):
              for id in ("q/1", "q_1")]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with gin.unlock_config():
-        select_all(tmp_path / "q.jsonl", tmp_path / "out", Selector(None, candidates=16, frames=8), sheets=2,
-                   processes=1, compilation_cache=None)
+        main(SelectFramesConfig(
+            questions=tmp_path / "q.jsonl", output=tmp_path / "out",
+            selector=Selector(None, candidates=16, num_frames=8), sheets=2, processes=1, compilation_cache=None))
     assert capsys.readouterr().out.count("note: q.mp4: 5 different frames, fewer than the 8 asked for\n") == 1
     assert json.loads((tmp_path / "out/selected_frames.json").read_text()) == [[0, 1, 2, 3, 4]] * 2
     assert sorted(sheet.name for sheet in (tmp_path / "out/sheets").glob("*.png")) == ["q%2F1.png", "q_1.png"]

@@ -1,4 +1,4 @@
-"""Scores of candidate frames for a question: Frame-Voyager's rewards, or how close frame and question are."""
+"""Scores candidate frames for a question: by Frame-Voyager's rewards, or by the similarity of frame and question."""
 
 import functools
 from collections.abc import Callable
@@ -21,26 +21,32 @@ from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts
 from video.llm.loading import load_video_llm
 from video.llm.model import encode_frames
 from video.llm.prompts import PaddedPrompts
-from video.voyager.module import VoyagerConfig, rewards
+from video.voyager.frame_voyager import VoyagerConfig, rewards
 
 
 class Scorer(Protocol):
-    """Scores candidates for a question.
+    """Scores the candidate frames of a video for a question.
 
     Attributes:
       size: pixels of a side of the frames it takes.
-      fit: see `read_frames`.
+      resize_mode: see `read_frames`.
     """
 
     size: int
-    fit: str
+    resize_mode: str
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        """float32 `[candidates]`; frames uint8 `[candidates, size, size, 3]` of a video."""
+        """Returns scores float32 `[candidates]`.
+
+        Args:
+          video: path of the video, for messages and stored embeddings.
+          frames: candidates uint8 `[candidates, size, size, 3]`.
+          question: text.
+        """
 
 
-class _Last:
-    """Features of frames, kept for the next question on the very same array."""
+class _KeepLast:
+    """Encodes frames, and keeps the result for the next question on the very same array."""
 
     def __init__(self, encode: Callable[[np.ndarray], jax.Array]):
         self._encode = encode
@@ -54,16 +60,26 @@ class _Last:
 
 @gin.configurable
 class Voyager:
-    """Rewards of Frame-Voyager."""
+    """Frame-Voyager's rewards as scores.
 
-    fit = "stretch"
+        voyager = Voyager("runs/video/voyager", "runs/video/llm")
+        candidates = read_frames("clip.mp4", voyager.size, count=128)
+        voyager("clip.mp4", candidates.frames, "What colour was the star?")   # float32 [128]
+    """
+
+    resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
                  step: int | None = None):
         """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
 
+        Args:
+          run_dir: folder of the run.
+          video_llm: folder of the Video-LLM, see `load_video_llm`.
+          step: checkpoint of the run; None: the latest.
+
         Raises:
-          InputError: one of them is not there, or they do not fit each other.
+          InputError: one of them is missing, or the run was trained for another Video-LLM.
         """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
         llm, self._config = load_video_llm(video_llm, mesh), checkpoints.load_model(run_dir, VoyagerConfig)
@@ -72,32 +88,37 @@ class Voyager:
             raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
         self.size = llm.config.vision.image_size
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
-        self._encode = _Last(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
+        self._encode = _KeepLast(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
         self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
         self._rewards = jax.jit(functools.partial(rewards, self._config))
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        tokens, places = self._prompts([question], len(frames))
+        tokens, frame_positions = self._prompts([question], len(frames))
         if tokens.shape[1] > self._config.decoder.max_length:
             raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
-        return np.asarray(self._rewards(self._params, self._encode(frames)[None], tokens, places))[0]
+        return np.asarray(self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions))[0]
 
 
 @gin.configurable
 class Similarity:
     """Cosines of frames and question in the space of our own towers, as CLIP scores."""
 
-    fit = "stretch"
+    resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, step: int | None = None):
-        """Loads a run of `video.train_towers`; raises InputError when there is none."""
+        """Loads a run of `video.train_towers`; raises InputError when there is none.
+
+        Args:
+          run_dir: folder of the run.
+          step: checkpoint of the run; None: the latest.
+        """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
         config = checkpoints.load_model(run_dir, TowersConfig)
         params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
         self.size, self._length = config.vision.image_size, config.max_length
         self._tokenizer = Tokenizer(epath.Path(run_dir) / TOKENIZER)
-        self._frames = _Last(functools.partial(jax.jit(functools.partial(embed_frames, config)), params))
+        self._frames = _KeepLast(functools.partial(jax.jit(functools.partial(embed_frames, config)), params))
         self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), params)
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
@@ -109,13 +130,13 @@ class Similarity:
 
 @gin.configurable
 class Embeddings:
-    """Cosines of frames and question in anybody's space, out of a safetensors file.
+    """Cosines of frames and question in any model's space, read from a safetensors file.
 
-    It holds `video:<path>` `[candidates, dim]` for every video, for as many candidates as are asked for, and
+    The file holds `video:<path>` `[candidates, dim]` for every video, with `Selector.candidates` rows, and
     `question:<text>` `[dim]` for every question.
     """
 
-    size, fit = 64, "stretch"  # of the frames on contact sheets
+    size, resize_mode = 64, "stretch"  # of the frames on contact sheets
 
     def __init__(self, path: epath.PathLike = gin.REQUIRED):
         """Opens the file; raises InputError when it is missing or malformed."""
@@ -129,13 +150,13 @@ class Embeddings:
         self._names = set(self._file.keys())
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        of_frames, of_question = self._read(f"video:{video}"), self._read(f"question:{question}")
-        if of_frames.shape != (len(frames), *of_question.shape) or of_question.ndim != 1:
-            raise InputError(f"{self._path}: video:{video} has shape {list(of_frames.shape)}, its question "
-                             f"{list(of_question.shape)}; with {len(frames)} candidates [{len(frames)}, dim] and [dim] "
-                             "are needed")
-        lengths = np.linalg.norm(of_frames, axis=1) * np.linalg.norm(of_question)
-        return (of_frames @ of_question / np.maximum(lengths, 1e-12)).astype(np.float32)
+        frame_vectors, question_vector = self._read(f"video:{video}"), self._read(f"question:{question}")
+        if frame_vectors.shape != (len(frames), *question_vector.shape) or question_vector.ndim != 1:
+            raise InputError(f"{self._path}: video:{video} has shape {list(frame_vectors.shape)}, its question "
+                             f"{list(question_vector.shape)}; with {len(frames)} candidates [{len(frames)}, dim] and "
+                             "[dim] are needed")
+        lengths = np.linalg.norm(frame_vectors, axis=1) * np.linalg.norm(question_vector)
+        return (frame_vectors @ question_vector / np.maximum(lengths, 1e-12)).astype(np.float32)
 
     def _read(self, name: str) -> np.ndarray:
         if name not in self._names:

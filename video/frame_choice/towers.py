@@ -1,7 +1,7 @@
-"""Two towers that place frames and texts in one space, as SigLIP's (arXiv 2303.15343): "CLIP scores" of frames.
+"""Two towers that map frames and texts into one space, as SigLIP's do (arXiv 2303.15343), for "CLIP scores" of frames.
 
-The vision tower is that of `models.vision`; the text tower has the same layers. Each averages its tokens and projects
-them; the score of a frame and a text is their cosine.
+The vision tower is `VisionTransformer` of `mlx_pretrain.models.vision`; the text tower has the same layers. Each
+averages its tokens and projects the mean; the score of a frame and a text is their cosine.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ class TowersConfig:
 
     Attributes:
       vision: the vision tower, @VisionConfig(); the text tower has its layers, heads and widths.
-      vocab_size: of the tokenizer.
-      max_length: tokens of a text; what is longer is cut.
-      shared_dim: of the common space.
+      vocab_size: size of the tokenizer's vocabulary.
+      max_length: tokens of a text; longer texts are cut.
+      shared_dim: dimensions of the common space.
     """
 
     vision: VisionConfig = gin.REQUIRED
@@ -49,14 +49,14 @@ class TowersConfig:
         return self.vision.dtype
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters `{"frames", "texts", "scale", "bias"}` in boxes that carry their logical axis names."""
-        of_frames, of_texts = jax.random.split(key)
+        """Draws parameters `{"frames", "texts", "scale", "bias"}` in boxes that carry their logical axis names."""
+        frames_key, texts_key = jax.random.split(key)
         images = jnp.zeros((1, self.vision.image_size, self.vision.image_size, 3), jnp.uint8)
         box = lambda value: nn.Partitioned(jnp.float32(value), ())  # noqa: E731
         return {
-            "frames": _FrameTower(self).init(of_frames, images)["params"],
-            "texts": _TextTower(self).init(of_texts, jnp.zeros((1, 2), jnp.int32))["params"],
-            # As published: a temperature of 10, and a bias that makes pairs that do not belong together likely.
+            "frames": _FrameTower(self).init(frames_key, images)["params"],
+            "texts": _TextTower(self).init(texts_key, jnp.zeros((1, 2), jnp.int32))["params"],
+            # As published: a temperature of 10, and a bias for the many pairs that do not belong together.
             "scale": box(jnp.log(10.0)),
             "bias": box(-10.0),
         }
@@ -74,7 +74,7 @@ class _FrameTower(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float32 `[batch, shared_dim]` of length one; images uint8 `[batch, size, size, 3]`."""
+        """Maps images uint8 `[batch, size, size, 3]` to unit vectors float32 `[batch, shared_dim]`."""
         x = VisionTransformer(self.config.vision, name="vision")(images)
         return _Projection(self.config.shared_dim, name="projection")(x, jnp.ones(x.shape[:2]))
 
@@ -84,7 +84,7 @@ class _TextTower(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """float32 `[batch, shared_dim]` of length one; tokens int `[batch, length]`."""
+        """Maps tokens int `[batch, length]` to unit vectors float32 `[batch, shared_dim]`."""
         config, vision = self.config, self.config.vision
         embed, real = vision.embed_dim, tokens != PAD_ID
         init = nn.with_logical_partitioning(fan_in_init(embed), ("vocab", "embed"))
@@ -103,7 +103,7 @@ class _Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
-        """Mean of `[batch, tokens, embed]` with weights `[batch, tokens]`, projected, in float32."""
+        """Projects the mean of `[batch, tokens, embed]` with weights `[batch, tokens]`, in float32."""
         kernel = matrix(self, "kernel", (x.shape[-1], self.dim), ("embed", None), x.shape[-1])
         weights = weights.astype(jnp.float32)[..., None]
         mean = (x.astype(jnp.float32) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
@@ -112,22 +112,22 @@ class _Projection(nn.Module):
 
 
 def embed_frames(config: TowersConfig, params: Any, images: jax.Array) -> jax.Array:
-    """float32 `[frames, shared_dim]` of length one, of uint8 `[frames, size, size, 3]`."""
+    """Maps frames uint8 `[frames, size, size, 3]` to unit vectors float32 `[frames, shared_dim]`."""
     return _FrameTower(config).apply({"params": params["frames"]}, images)
 
 
 def embed_texts(config: TowersConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    """float32 `[texts, shared_dim]` of length one, of int `[texts, length]`, padded."""
+    """Maps padded tokens int `[texts, length]` to unit vectors float32 `[texts, shared_dim]`."""
     return _TextTower(config).apply({"params": params["texts"]}, tokens)
 
 
 def sigmoid_loss(params: Any, frames: jax.Array, texts: jax.Array, same: jax.Array) -> jax.Array:
-    """SigLIP's loss: of every frame and every text in the batch, whether they belong together; mean over frames.
+    """Returns SigLIP's loss: a binary one for every frame and text of the batch, summed over texts, mean over frames.
 
     Args:
-      params: with `scale` and `bias`.
+      params: the towers' parameters, of which `scale` and `bias` are read.
       frames, texts: `[batch, shared_dim]`.
-      same: bool `[batch, batch]`, which texts belong to which frame.
+      same: bool `[batch, batch]`, [i, j] True where text j belongs to frame i.
     """
     scores = frames @ texts.T * jnp.exp(params["scale"]) + params["bias"]
     return -jax.nn.log_sigmoid(jnp.where(same, scores, -scores)).sum(axis=1).mean()

@@ -1,4 +1,4 @@
-"""Videos with questions on them, drawn: grey shapes that drift, coloured shapes that are there for a moment."""
+"""Draws synthetic videos with questions on them: grey shapes that drift, coloured shapes that appear for a moment."""
 
 import dataclasses
 import os
@@ -20,7 +20,13 @@ TYPES = ("colour", "side", "order", "count", "same")
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A coloured shape that is there for a moment: seconds, and its middle in parts of the frame."""
+    """A coloured shape that is on screen for a moment.
+
+    Attributes:
+      shape, colour: one of SHAPES and one of COLOURS.
+      start, end: seconds.
+      x, y: middle of the shape, 0 to 1 from the frame's left and upper edge.
+    """
 
     shape: str
     colour: str
@@ -31,23 +37,23 @@ class Event:
 
     @property
     def side(self) -> str:
-        """In which half of the frame it is."""
+        """Half of the frame that the shape is in: "left" or "right"."""
         return SIDES[int(self.x > 0.5)]
 
 
 def draw_events(rng: np.random.Generator, seconds: float, shown: float) -> list[Event]:
-    """Moments of a video, in order: two shapes that come once, one that comes one to three times.
+    """Draws the events of a video, in order: two shapes that appear once, one that appears one to three times.
 
     Args:
       rng: source of all choices.
-      seconds: of the video.
-      shown: shortest time that a shape is there, seconds; the longest is a third longer.
+      seconds: length of the video.
+      shown: shortest time that a shape is on screen, seconds; the longest is a third longer.
     """
     once, other, repeated = rng.permutation(SHAPES)[:3].tolist()
     times = int(rng.choice([1, 2, 3], p=[0.25, 0.5, 0.25]))
     shapes = rng.permutation([once, other] + [repeated] * times).tolist()
     lengths = rng.uniform(shown, shown * 4 / 3, len(shapes))
-    # What is left over goes between them, at least a fifth of a moment everywhere.
+    # The rest of the video is drawn for the gaps between them, each at least shown / 5 long.
     gaps = rng.dirichlet(np.ones(len(shapes) + 1)) * (seconds - lengths.sum() - shown * (len(shapes) + 1) / 5)
     starts = np.cumsum(gaps + shown / 5)[:-1] + np.concatenate([[0], np.cumsum(lengths)[:-1]])
     # Two appearances have the same colour as often as not.
@@ -67,45 +73,45 @@ def draw_events(rng: np.random.Generator, seconds: float, shown: float) -> list[
     return events
 
 
-def ask(events: list[Event], video: str, name: str, rng: np.random.Generator) -> list[Question]:
-    """The questions on a video, one of each type that it has an answer to."""
+def make_questions(events: list[Event], video: str, name: str, rng: np.random.Generator) -> list[Question]:
+    """Makes the questions on a video, one of each type that it has an answer to."""
     shapes = [event.shape for event in events]
     single = [event for event in events if shapes.count(event.shape) == 1]
-    one, two = (single[i] for i in rng.permutation(len(single))[:2])
-    (which,) = {shape for shape in shapes if shape not in (one.shape, two.shape)}
-    several = [event for event in events if event.shape == which]
-    found = []
+    once, other = (single[i] for i in rng.permutation(len(single))[:2])
+    (repeated,) = {shape for shape in shapes if shape not in (once.shape, other.shape)}
+    appearances = [event for event in events if event.shape == repeated]
+    questions = []
 
-    def add(kind: str, question: str, answer: str, options, evidence: list[Event]) -> None:
-        found.append(Question(f"{name}-{kind}", video, question, answer, kind, tuple(options),
-                              tuple((round(event.start, 3), round(event.end, 3)) for event in evidence)))
+    def add(question_type: str, question: str, answer: str, options, evidence: list[Event]) -> None:
+        questions.append(Question(f"{name}-{question_type}", video, question, answer, question_type, tuple(options),
+                                  tuple((round(event.start, 3), round(event.end, 3)) for event in evidence)))
 
-    add("colour", f"What colour was the {one.shape}?", one.colour, COLOURS, [one])
-    add("side", f"On which side was the {two.shape}?", two.side, SIDES, [two])
-    first, second = sorted([one, two], key=lambda event: event.start)
-    add("order", f"Which came first, the {one.shape} or the {two.shape}?", first.shape, (one.shape, two.shape),
+    add("colour", f"What colour was the {once.shape}?", once.colour, COLOURS, [once])
+    add("side", f"On which side was the {other.shape}?", other.side, SIDES, [other])
+    first, second = sorted([once, other], key=lambda event: event.start)
+    add("order", f"Which came first, the {once.shape} or the {other.shape}?", first.shape, (once.shape, other.shape),
         [first, second])
-    add("count", f"How many times was there a {which}?", NUMBERS[len(several) - 1], NUMBERS, several)
-    if len(several) == 2:
-        same = several[0].colour == several[1].colour
-        add("same", f"Did the {which} have the same colour both times?", "yes" if same else "no", ("yes", "no"),
-            several)
-    return found
+    add("count", f"How many times was there a {repeated}?", NUMBERS[len(appearances) - 1], NUMBERS, appearances)
+    if len(appearances) == 2:
+        same = appearances[0].colour == appearances[1].colour
+        add("same", f"Did the {repeated} have the same colour both times?", "yes" if same else "no", ("yes", "no"),
+            appearances)
+    return questions
 
 
-def describe(events: list[Event], video: str, name: str, seconds: float) -> list[Question]:
-    """Captions of the parts of a video: of every moment, and of the longest time in which nothing happens."""
+def make_captions(events: list[Event], video: str, name: str, seconds: float) -> list[Question]:
+    """Makes captions of parts of a video: one for every event, one for the longest time without any."""
     ends = [0.0, *(event.end for event in events)]
     starts = [*(event.start for event in events), seconds]
     quiet = max(zip(ends, starts), key=lambda span: span[1] - span[0])
-    said = [(f"{event.colour} {event.shape} {event.side}", (event.start, event.end)) for event in events]
+    captions = [(f"{event.colour} {event.shape} {event.side}", (event.start, event.end)) for event in events]
     return [Question(f"{name}-caption{n}", video, "What is there?", answer, "caption",
                      clip=(round(start, 3), round(end, 3)))
-            for n, (answer, (start, end)) in enumerate([*said, ("nothing", quiet)])]
+            for n, (answer, (start, end)) in enumerate([*captions, ("nothing", quiet)])]
 
 
 def render(events: list[Event], rng: np.random.Generator, seconds: float, fps: int, size: int) -> np.ndarray:
-    """The frames of a video: uint8 `[frames, size, size, 3]`."""
+    """Draws the frames of a video: uint8 `[frames, size, size, 3]`."""
     n = round(seconds * fps)
     grid = (np.arange(size) + 0.5) / size
     ground = rng.uniform(30, 90, (2, 3))
@@ -118,10 +124,10 @@ def render(events: list[Event], rng: np.random.Generator, seconds: float, fps: i
         slope = angle + turn * time
         ramp = 0.5 + 0.5 * ((grid[None] - 0.5) * np.cos(slope) + (grid[:, None] - 0.5) * np.sin(slope))
         picture = ground[0] + ramp[..., None] * (ground[1] - ground[0])
-        for middle, speed, radius, grey, round_ in movers:
-            place = 1 - np.abs((middle + speed * time) % 2 - 1)  # bounces off the edges
-            x, y = grid[None] - place[0], grid[:, None] - place[1]
-            distance = np.hypot(x, y) if round_ else np.maximum(np.abs(x), np.abs(y)) + 0 * x
+        for middle, speed, radius, grey, is_round in movers:
+            moved = 1 - np.abs((middle + speed * time) % 2 - 1)  # bounces off the edges
+            x, y = grid[None] - moved[0], grid[:, None] - moved[1]
+            distance = np.hypot(x, y) if is_round else np.maximum(np.abs(x), np.abs(y))
             picture = _over(picture, radius - distance, grey, size)
         for event in events:
             if event.start <= time < event.end:
@@ -132,7 +138,7 @@ def render(events: list[Event], rng: np.random.Generator, seconds: float, fps: i
 
 
 def _over(picture: np.ndarray, inside: np.ndarray, colour, size: int) -> np.ndarray:
-    """Paints where `inside`, a distance from the edge in parts of the frame, is positive; edges are smooth."""
+    """Paints a shape with smooth edges; `inside` is the distance to its edge, 1 a frame's side, positive inside."""
     cover = np.clip(inside * size + 0.5, 0, 1)[..., None]
     return picture + cover * (np.asarray(colour, float) - picture)
 
@@ -155,7 +161,7 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def write_video(path: epath.PathLike, frames: np.ndarray, fps: int) -> None:
-    """Writes an H.264 file of uint8 `[frames, height, width, 3]`."""
+    """Writes frames uint8 `[frames, height, width, 3]` as an H.264 file."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "23", "preset": "veryfast", "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
@@ -168,14 +174,14 @@ def write_video(path: epath.PathLike, frames: np.ndarray, fps: int) -> None:
 def make_video(
     number: int, *, folder: str, seed: int, seconds: float, fps: int, size: int, shown: float
 ) -> list[Question]:
-    """Renders the video of a number, unless it is there; returns its questions, captions among them."""
+    """Renders video `number` unless its file exists, and returns its questions, captions among them."""
     rng = np.random.default_rng([seed, number])
     events, name = draw_events(rng, seconds, shown), f"v{number:05d}"
     path = epath.Path(folder) / "videos" / f"{name}.mp4"
     video = f"videos/{name}.mp4"
-    found = ask(events, video, name, rng) + describe(events, video, name, seconds)
+    questions = make_questions(events, video, name, rng) + make_captions(events, video, name, seconds)
     if not path.exists():
         scratch = path.parent / f".{name}.{os.getpid()}.mp4"
         write_video(scratch, render(events, rng, seconds, fps, size), fps)
         scratch.replace(path)
-    return found
+    return questions

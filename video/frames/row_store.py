@@ -1,10 +1,10 @@
-"""What is computed for every item of a list, in TensorStore arrays with a row for each; it can be killed at any time.
+"""Stores what is computed for each item of a list as rows of TensorStore arrays; a killed run goes on where it was.
 
 In a job of several processes all of them fill a store with the same calls, and process 0 alone writes.
 
-    FOLDER/settings.json   what the rows depend on, so that no store ever mixes two kinds
-    FOLDER/rows.jsonl      {"id", "row", ...} of every row that is whole; {"id", "rejected"} of what has none, and why
-    FOLDER/<array>/        zarr3, [items, ...], a row in every chunk
+    FOLDER/settings.json   settings that the rows depend on; rows of other settings are refused
+    FOLDER/rows.jsonl      {"id", "row", ...} for every complete row; {"id", "rejected": reason} for items without one
+    FOLDER/<array>/        zarr3, [items, ...], one row in each chunk
     FOLDER/manifest.json   written last: counts; its presence means "complete"
 """
 
@@ -22,46 +22,52 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
-VERSION = 2  # 1: frames by another reader, which gave other ones than were named in some files
+VERSION = 2  # version 1 has wrong frames of some videos: its reader took others than it named
 SETTINGS, ROWS, MANIFEST = "settings.json", "rows.jsonl", "manifest.json"
 
 
 class RowWriter:
-    """Fills a store, or goes on with one.
+    """Fills a store; goes on with one that a killed run left.
+
+        writer = RowWriter("out", "losses", {"model": "llm"}, len(items), {"loss": ((4,), np.dtype(np.float32))})
+        for item in items:
+            if item.id not in writer.done:
+                writer.add(item.id, {"loss": compute(item)})
+        writer.complete()
 
     Attributes:
       path: the folder.
       done: ids that have a row or were rejected.
-      rejected: how many of these were.
+      rejected: number of rejected ids.
     """
 
     def __init__(
         self,
         path: epath.PathLike,
-        kind: str,
+        artifact_type: str,
         settings: Mapping[str, Any],
         items: int,
         arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     ):
-        """Opens (creating it) a store.
+        """Opens a store, and creates it where there is none.
 
         Args:
           path: folder.
-          kind: of store.
-          settings: what the rows depend on; JSON.
-          items: as many rows as there can be.
+          artifact_type: name of what is stored, e.g. "frames".
+          settings: all that the rows depend on; JSON.
+          items: greatest number of rows.
           arrays: name -> shape and dtype of a row.
 
         Raises:
-          InputError: the folder holds rows of another kind, other settings, or another number of items.
+          InputError: the folder holds rows of another type, other settings, or another number of items.
         """
         self.path = epath.Path(path)
-        content = {"kind": kind, "version": VERSION, "items": items, "arrays": {
+        content = {"kind": artifact_type, "version": VERSION, "items": items, "arrays": {
             name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype) in arrays.items()}, **settings}
         content = json.loads(json.dumps(content))
         lines = self._open(content, items, arrays) if cluster.is_main() else []
         count = cluster.share(len(lines))
-        if not cluster.is_main():  # process 0 may have added some since
+        if not cluster.is_main():  # process 0 may have added lines in the meantime
             lines = [line for _, line in read_jsonl(self.path / ROWS)][:count]
         self.done = {line["id"] for line in lines}
         self._next = sum("row" in line for line in lines)
@@ -83,7 +89,7 @@ class RowWriter:
         return lines
 
     def add(self, id: str, arrays: Mapping[str, np.ndarray], **more: Any) -> None:
-        """A row; `more` goes into rows.jsonl."""
+        """Writes the row of an item; `more` goes into rows.jsonl."""
         if cluster.is_main():
             for future in [self._arrays[name][self._next].write(value) for name, value in arrays.items()]:
                 future.result()
@@ -91,7 +97,7 @@ class RowWriter:
         self._next += 1
 
     def reject(self, id: str, reason: str) -> None:
-        """An item without a row."""
+        """Notes that an item has no row, and why."""
         self._line({"id": id, "rejected": reason})
         self.rejected += 1
 
@@ -102,7 +108,7 @@ class RowWriter:
         self.done.add(line["id"])
 
     def complete(self, **more: Any) -> None:
-        """All items have been added or rejected, every process can read the store; `more` goes into the manifest."""
+        """Ends the store after all items; behind this call every process can read it. `more` goes into the manifest."""
         counts = {"rows": self._next, "rejected": self.rejected}
         if cluster.is_main():
             write_json(self.path / MANIFEST, {**counts, "version": __version__, **more})
@@ -112,27 +118,31 @@ class RowWriter:
 class RowStore:
     """A complete store.
 
+        store = RowStore("out", "losses")
+        [line["id"] for line in store.rows]   # ids by row
+        store.read("loss", [0, 5])            # two rows of an array
+
     Attributes:
       path: the folder.
-      settings: what `RowWriter` was given.
-      manifest: what `RowWriter.complete` was given, and counts.
-      rows: the lines of rows.jsonl that have a row, by row.
-      rejected: id -> why it has no row.
+      settings: settings that `RowWriter` was given.
+      manifest: values that `RowWriter.complete` was given, and counts.
+      rows: lines of rows.jsonl that have a row, in the order of the rows.
+      rejected: id -> reason why it has no row.
     """
 
-    def __init__(self, path: epath.PathLike, kind: str):
-        """Raises InputError when there is no complete, readable store of that kind."""
+    def __init__(self, path: epath.PathLike, artifact_type: str):
+        """Opens a store; raises InputError when there is no complete, readable one of that type."""
         self.path = epath.Path(path)
         if not (self.path / MANIFEST).exists():
-            raise InputError(f"{path}: no {kind} here (no {MANIFEST}; was it interrupted? run it again)")
+            raise InputError(f"{path}: no complete {artifact_type} (no {MANIFEST}; was it interrupted? run it again)")
         self.manifest = read_json(self.path / MANIFEST)
         self.settings = read_json(self.path / SETTINGS)
-        found, version = self.settings.get("kind"), self.settings.get("version")
-        if found != kind:
-            raise InputError(f"{path}: holds {found}, not {kind}")
+        stored_type, version = self.settings.get("kind"), self.settings.get("version")
+        if stored_type != artifact_type:
+            raise InputError(f"{path}: holds {stored_type}, not {artifact_type}")
         if version != VERSION:
-            raise InputError(f"{path}: {kind} of version {version}, now it is {VERSION}; make them again, in another "
-                             "folder or after deleting this one")
+            raise InputError(f"{path}: {artifact_type} of version {version}, now it is {VERSION}; make them again, in "
+                             "another folder or after deleting this one")
         lines = [line for _, line in read_jsonl(self.path / ROWS)]
         self.rows = sorted((line for line in lines if "row" in line), key=lambda line: line["row"])
         self.rejected = {line["id"]: line["rejected"] for line in lines if "row" not in line}
@@ -140,10 +150,10 @@ class RowStore:
             raise InputError(f"{self.path / ROWS}: {len(self.rows)} rows, the manifest says {self.manifest['rows']}")
 
     def read(self, name: str, rows: Iterable[int] | None = None) -> np.ndarray:
-        """Rows `[rows, ...]` of an array; None: all that there are.
+        """Reads rows `[rows, ...]` of an array; None: all rows.
 
         Raises:
-          InputError: it cannot be read.
+          InputError: the array cannot be read.
         """
         index = np.arange(len(self.rows)) if rows is None else np.asarray(list(rows), np.int64)
         try:
@@ -153,6 +163,7 @@ class RowStore:
 
 
 def _check_same(path: epath.Path, content: Mapping[str, Any]) -> None:
+    """Raises InputError that names the first setting of the file that differs from `content`."""
     old = read_json(path, "settings")
     for name in {**old, **content}:
         if old.get(name) != content.get(name):

@@ -1,7 +1,7 @@
-"""A Video-LLM's losses on answers, and what it answers, given combinations of a video's frames.
+"""Computes a Video-LLM's losses on answers, and its own answers, given combinations of a video's frames.
 
-Every frame is encoded once. The combinations of a question are sequences that begin alike: `inference.scoring`
-computes the question and each beginning of a combination once.
+Every frame is encoded once. The combinations of a question are sequences that begin alike, and
+`mlx_pretrain.inference.scoring` computes the question and each beginning of a combination once.
 """
 
 import functools
@@ -21,12 +21,12 @@ from video.questions import Question
 
 
 class Answers(NamedTuple):
-    """Of one question, for each combination of frames.
+    """Losses and answers on one question, for each combination of frames.
 
     Attributes:
-      losses: float32 `[combinations]`, mean negative log-likelihood of a token of the right answer, its end included,
+      losses: float32 `[combinations]`, mean negative log-likelihood of the right answer's tokens, its end included,
         nats.
-      right: bool `[combinations]`, whether the right option is the most likely one; all False without options.
+      right: bool `[combinations]`, True where the right option is the most likely one; all False without options.
     """
 
     losses: np.ndarray
@@ -34,29 +34,43 @@ class Answers(NamedTuple):
 
 
 class AnswerScorer:
-    """Scores answers. `features` encodes the frames of a video."""
+    """Scores answers to questions on videos.
+
+        scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
+        features = scorer.features(frames)                          # frames uint8 [16, size, size, 3] of one video
+        combinations_of_each = [[(0, 5), (3, 9)]] * len(questions)  # two combinations for every question
+        for answers in scorer(lambda video: features, questions, combinations_of_each):
+            answers.losses, answers.right                           # [2] each
+    """
 
     def __init__(self, config: VideoLLMConfig, params: Any, mesh: Mesh, prompts: Prompts, **settings: Any):
-        """`params`: of the Video-LLM, on `mesh`; `settings`: of `Scorer`."""
+        """Compiles nothing yet.
+
+        Args:
+          config, params: the Video-LLM, on the devices of `mesh`.
+          mesh: frames and sequences are sharded over its data axes.
+          prompts: see `VideoLLM.prompts`.
+          settings: see `Scorer`.
+        """
         self.config, self._params, self._mesh, self.prompts = config, params, mesh, prompts
         self.scorer = Scorer(config.decoder, params["decoder"], mesh, **settings)
         self._encode = jax.jit(functools.partial(encode_frames, config), out_shardings=partitioning.replicated(mesh))
         self._shards = partitioning.shards(mesh, "batch")
 
     def update(self, params: Any) -> None:
-        """Goes on with other parameters, laid out as the first ones."""
+        """Replaces the parameters by others of the same layout."""
         self._params = params
         self.scorer.update(params["decoder"])
 
     def features(self, frames: np.ndarray) -> jax.Array:
-        """Embeddings `[frames, frame_tokens, embed]` of frames uint8 `[frames, size, size, 3]`."""
+        """Encodes frames uint8 `[frames, size, size, 3]` as embeddings `[frames, frame_tokens, embed]`."""
         count = len(frames)
         padding = -count % self._shards
         if padding:
             frames = np.concatenate([frames, np.zeros((padding, *frames.shape[1:]), frames.dtype)])
         with partitioning.use(self._mesh):
-            given = partitioning.put(frames, partitioning.batch_sharding(self._mesh))
-            return self._encode(self._params, given)[:count]
+            sharded = partitioning.put(frames, partitioning.batch_sharding(self._mesh))
+            return self._encode(self._params, sharded)[:count]
 
     def __call__(
         self,
@@ -65,36 +79,36 @@ class AnswerScorer:
         combinations: Iterable[Sequence[Sequence[int]]],
         options: bool = True,
     ) -> Iterator[Answers]:
-        """Answers of questions, in order.
+        """Yields the answers to the questions, in order.
 
         Args:
-          features: video -> embeddings of its frames, `[frames, frame_tokens, embed]`; asked for once for the questions
-            on one video that follow each other.
-          questions: to answer.
+          features: video -> embeddings of its frames, `[frames, frame_tokens, embed]`; called once for successive
+            questions on the same video.
+          questions: questions to answer.
           combinations: for each question, combinations of its video's frames, each ascending.
-          options: whether to score the options too.
+          options: True to score all options, False for the right answer alone.
 
         Raises:
-          InputError: a question that is too long for the model.
+          InputError: a question is too long for the model.
         """
         words = self.prompts.words([question.question for question in questions])
         texts = [question.options if options and question.options else (question.answer,) for question in questions]
         flat = iter(self.prompts.answers([text for some in texts for text in some]))
         answers = [[next(flat) for _ in some] for some in texts]
-        longest = self.config.decoder.max_length
+        max_length = self.config.decoder.max_length
 
         def windows():
-            video, found = None, None
-            for number, (question, chosen) in enumerate(zip(questions, combinations)):
+            video, embeddings = None, None
+            for number, (question, question_combinations) in enumerate(zip(questions, combinations)):
                 if question.video != video:
-                    video, found = question.video, features(question.video)
-                requests = [Request(self.prompts.context(words[number], places), answer)
-                            for places in chosen for answer in answers[number]]
+                    video, embeddings = question.video, features(question.video)
+                requests = [Request(self.prompts.context(words[number], indices), answer)
+                            for indices in question_combinations for answer in answers[number]]
                 length = max((len(request.context) + len(request.continuation) - 1 for request in requests), default=0)
-                if length > longest:
+                if length > max_length:
                     raise InputError(f"question {question.id}: {length} tokens with its frames, the decoder has "
-                                     f"max_length={longest}")
-                yield number, requests, found.reshape(-1, found.shape[-1])
+                                     f"max_length={max_length}")
+                yield number, requests, embeddings.reshape(-1, embeddings.shape[-1])
 
         for number, scores in self.scorer(windows()):
             question = questions[number]

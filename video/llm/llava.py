@@ -1,4 +1,4 @@
-"""Video-LLMs from Hugging Face folders of LLaVA: a SigLIP tower, a projector of two layers, a LLaMA decoder."""
+"""Reads Video-LLMs from LLaVA folders of Hugging Face: a SigLIP tower, a projector of two layers, a LLaMA decoder."""
 
 import functools
 import re
@@ -14,16 +14,16 @@ from mlx_pretrain.convert.weights import get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
 from video.llm.model import VideoLLMConfig
 
-# What a configuration leaves out.
+# Values of fields that a configuration leaves out.
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
           "multimodal_projector_bias": True}  # fmt: skip
-# Fields that are read, those that change what is computed, with what is done here, and those of the decoder's side,
-# which its own configuration has again.
+# Fields that are read; fields that change the computation, with the values supported here; fields that the
+# decoder's own configuration repeats.
 _READ = ("vision_config", "text_config", "vision_feature_layer")
 _NEEDED = {"model_type": ("llava",), "vision_feature_select_strategy": ("full",), "projector_hidden_act": ("gelu",),
            "multimodal_projector_bias": (True,)}  # fmt: skip
 _HARMLESS = "image_seq_length|ignore_index|tie_word_embeddings|vocab_size"
-# Layers behind the one that is used, the pooling head, the image's newline of LLaVA-NeXT's tiles.
+# Tensors of layers behind the one that is used, of the pooling head and of its norm.
 _UNUSED = r"vision\.(encoder\.layers\.\d+|head|post_layernorm)\..*"
 
 
@@ -34,7 +34,7 @@ def load_llava(
     """Reads a LLaVA with its weights.
 
     Args:
-      folder: local, with config.json and model.safetensors or model.safetensors.index.json with its files.
+      folder: local folder with config.json, and model.safetensors or model.safetensors.index.json with its files.
       dtype: compute dtype.
       pooled_side, prompt: see `VideoLLMConfig`; LLaVA itself keeps all patches.
 
@@ -42,8 +42,8 @@ def load_llava(
       The configuration, and the parameters as numpy float32 arrays.
 
     Raises:
-      InputError: a file is missing or malformed; tower, projector or decoder are of another kind (CLIP's towers have a
-        class token, which is not read here); a tensor is missing, has another shape than config.json says, or is not
+      InputError: a file is missing or malformed; tower, projector or decoder are of another type (CLIP's towers have a
+        class token, which is not supported); a tensor is missing, has another shape than config.json says, or is not
         used.
     """
     path = epath.Path(folder) / CONFIG
@@ -75,11 +75,12 @@ def load_llava(
 
 
 def _linear(read, name: str, into: int, out: int):
+    """Reads kernel `[into, out]` and bias `[out]` of a linear layer."""
     return read(f"{name}.weight", (out, into)).T, read(f"{name}.bias", (out,))
 
 
 def _rename(stored: str) -> str:
-    """One name for what transformers' versions store under several."""
+    """Maps a tensor's names in several versions of transformers to one name."""
     name = re.sub(r"^model\.(?=vision_tower|multi_modal_projector|language_model)", "", stored)
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision.", name)
     name = re.sub(r"^multi_modal_projector\.", "projector.", name)

@@ -1,4 +1,4 @@
-"""Video-LLMs ready to use: a run of `video.train`, or a LLaVA folder of Hugging Face's."""
+"""Loads Video-LLMs: runs of `video.train`, and LLaVA folders of Hugging Face."""
 
 import dataclasses
 from typing import Any
@@ -33,11 +33,16 @@ from video.llm.prompts import Prompts
 class VideoLLM:
     """A Video-LLM with its tokenizer.
 
+        llm = load_video_llm("runs/video/llm")
+        scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
+        llm.language_model.generate(["Which"], max_new_tokens=8)   # its decoder by itself
+
     Attributes:
-      path: where it was read from.
-      step: of the checkpoint; None for a LLaVA.
-      config, params: of the model; `params` on `mesh`.
-      mesh: its devices.
+      path: folder it was read from.
+      step: step of the checkpoint; None for a LLaVA.
+      config: shape of the model.
+      params: its parameters, on `mesh`.
+      mesh: the devices.
       language_model: its decoder, with the tokenizer.
     """
 
@@ -50,13 +55,13 @@ class VideoLLM:
 
     @property
     def tokenizer_path(self) -> epath.Path:
-        """File of its tokenizer."""
+        """The tokenizer's file."""
         return epath.Path(self.path) / (TOKENIZER if self.step is not None else HF_TOKENIZER)
 
     @property
     def prompts(self) -> Prompts:
-        """Builds its sequences."""
-        return Prompts.of(self.config, self.language_model)
+        """Builder of the sequences that its decoder reads."""
+        return Prompts.from_language_model(self.config, self.language_model)
 
     def fingerprint(self) -> str:
         """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
@@ -76,29 +81,29 @@ def load_video_llm(
     pooled_side: int | None = None,
     prompt: str | None = None,
 ) -> VideoLLM:
-    """Reads a Video-LLM.
+    """Loads a Video-LLM.
 
     Args:
       path: folder of a run of `video.train`; or local folder of a LLaVA: config.json, safetensors, tokenizer.json.
-      mesh: where to put the parameters; None: all devices, replicated.
-      step: which checkpoint of a run; None: the latest.
-      dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for a LLaVA.
-      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or what LLaVA was trained with.
+      mesh: devices for the parameters; None: all devices, replicated.
+      step: checkpoint of a run; None: the latest.
+      dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA.
+      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those that LLaVA was trained with.
 
     Raises:
-      InputError: none of these is there, or it cannot be read.
+      InputError: the folder holds neither of them, or a file cannot be read.
     """
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
     changes = {name: value for name, value in (("pooled_side", pooled_side), ("prompt", prompt)) if value is not None}
     if (path / CONFIG).exists():
         config, params = load_llava(path, dtype or "float32", **changes)
         raw = read_object(path / CONFIG)
-        said = {name: value for name, value in raw.items() if value is not None}
+        stated = {name: value for name, value in raw.items() if value is not None}
         with partitioning.use(mesh):
             layout = abstract_params(config, mesh)
             params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
-        ids = read_special_ids(path, {**raw["text_config"], **said}, tokenizer)
+        ids = read_special_ids(path, {**raw["text_config"], **stated}, tokenizer)
         decoder = from_pretrained(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
         return VideoLLM(str(path), None, config, params, mesh, decoder)
     config = checkpoints.load_model(path, VideoLLMConfig)

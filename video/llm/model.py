@@ -1,7 +1,7 @@
-"""A Video-LLM: frames through a vision tower and a projector into the embedding space of a LLaMA decoder.
+"""A Video-LLM: a vision tower and a projector map frames into the embedding space of a LLaMA decoder.
 
-As in LLaVA (arXiv 2304.08485), with a frame's patches averaged to a few before the two-layer projector maps them to
-embeddings, which the decoder reads among words.
+As in LLaVA (arXiv 2304.08485), but with a frame's patches averaged to a few before the two-layer projector maps them to
+embeddings, which the decoder reads among those of words.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mlx_pretrain.models.encoder import gelu, vector
 from mlx_pretrain.models.layers import matrix, project
 from mlx_pretrain.models.vision import VisionConfig, VisionTransformer
 
-# Words around frames and question; the answer follows.
+# Order of question and frames; the answer follows.
 PROMPT = "{question}{frames}"
 
 
@@ -31,9 +31,9 @@ class VideoLLMConfig:
     Attributes:
       vision: the vision tower, @VisionConfig().
       decoder: the language model, @DecoderConfig().
-      pooled_side: a frame's patches are averaged to so many a side; None: all patches stay.
-      prompt: what the decoder reads before the answer: {question} and {frames}, each once. With the question first,
-        combinations of frames share it, see `video.label`.
+      pooled_side: a frame's patches are averaged to pooled_side x pooled_side; None: all patches stay.
+      prompt: text before the answer, with {question} and {frames} once each. With the question first, it is computed
+        once for all combinations of frames, see `video.label`.
     """
 
     vision: VisionConfig = gin.REQUIRED
@@ -42,11 +42,11 @@ class VideoLLMConfig:
     prompt: str = PROMPT
 
     def __post_init__(self):
-        for name, kind in (("vision", VisionConfig), ("decoder", DecoderConfig)):
+        for name, config_type in (("vision", VisionConfig), ("decoder", DecoderConfig)):
             if isinstance(value := getattr(self, name), dict):  # from JSON
-                object.__setattr__(self, name, kind(**value))
-            elif not isinstance(value, kind):
-                raise InputError(f"VideoLLMConfig.{name} = {value!r}: must be @{kind.__name__}()")
+                object.__setattr__(self, name, config_type(**value))
+            elif not isinstance(value, config_type):
+                raise InputError(f"VideoLLMConfig.{name} = {value!r}: must be @{config_type.__name__}()")
         if self.pooled_side is not None and not 1 <= self.pooled_side <= self.vision.side:
             raise InputError(f"VideoLLMConfig.pooled_side = {self.pooled_side!r}: must be from 1 to the tower's "
                              f"{self.vision.side}")
@@ -60,15 +60,15 @@ class VideoLLMConfig:
 
     @property
     def frame_tokens(self) -> int:
-        """What a frame takes of the decoder's positions."""
+        """Number of the decoder's positions that a frame takes."""
         return (self.pooled_side or self.vision.side) ** 2
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters `{"frames": {"vision", "projector"}, "decoder"}` in boxes that carry their axis names."""
-        of_frames, of_decoder = jax.random.split(key)
+        """Draws parameters `{"frames": {"vision", "projector"}, "decoder"}` in boxes that carry their axis names."""
+        frames_key, decoder_key = jax.random.split(key)
         images = jnp.zeros((1, self.vision.image_size, self.vision.image_size, 3), jnp.uint8)
-        frames = FrameEncoder(self).init(of_frames, images)["params"]
-        return {"frames": frames, "decoder": self.decoder.init(of_decoder)}
+        frames = FrameEncoder(self).init(frames_key, images)["params"]
+        return {"frames": frames, "decoder": self.decoder.init(decoder_key)}
 
     def parameters(self) -> int:
         """Number of parameters."""
@@ -78,13 +78,13 @@ class VideoLLMConfig:
 
 
 class FrameEncoder(nn.Module):
-    """Frames to embeddings that the decoder reads."""
+    """Maps frames to embeddings that the decoder reads."""
 
     config: VideoLLMConfig
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """`[frames, frame_tokens, embed]` of uint8 `[frames, size, size, 3]`."""
+        """Maps uint8 `[frames, size, size, 3]` to `[frames, frame_tokens, embed]`."""
         config = self.config
         x = VisionTransformer(config.vision, name="vision")(images)
         if config.pooled_side is not None:
@@ -95,7 +95,7 @@ class FrameEncoder(nn.Module):
 
 
 class _Projector(nn.Module):
-    """LLaVA's: two layers with a GELU between them."""
+    """LLaVA's projector: two layers with a GELU between them."""
 
     embed_dim: int
 
@@ -111,28 +111,28 @@ class _Projector(nn.Module):
 
 
 def average_pooling(size: int, parts: int) -> np.ndarray:
-    """float32 `[parts, size]`: the mean over each of nearly equal parts, as PyTorch's adaptive average pooling."""
+    """Returns a matrix float32 `[parts, size]` that averages nearly equal parts, as PyTorch's adaptive pooling does."""
     starts = np.arange(parts) * size // parts
     stops = -(-(np.arange(parts) + 1) * size // parts)
-    places = np.arange(size)
-    inside = (places >= starts[:, None]) & (places < stops[:, None])
+    indices = np.arange(size)
+    inside = (indices >= starts[:, None]) & (indices < stops[:, None])
     return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def encode_frames(config: VideoLLMConfig, params: Any, images: jax.Array) -> jax.Array:
-    """Embeddings `[..., frame_tokens, embed]` of frames uint8 `[..., size, size, 3]`."""
+    """Encodes frames uint8 `[..., size, size, 3]` as embeddings `[..., frame_tokens, embed]`."""
     shape = images.shape[:-3]
-    found = FrameEncoder(config).apply({"params": params["frames"]}, images.reshape(-1, *images.shape[-3:]))
-    return found.reshape(*shape, *found.shape[1:])
+    embeddings = FrameEncoder(config).apply({"params": params["frames"]}, images.reshape(-1, *images.shape[-3:]))
+    return embeddings.reshape(*shape, *embeddings.shape[1:])
 
 
 def hidden_states(config: VideoLLMConfig, params: Any, features: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Final hidden states `[batch, length, embed]` of the decoder.
+    """Returns the decoder's final hidden states `[batch, length, embed]`.
 
     Args:
-      config, params: of the Video-LLM.
-      features: `[batch or 1, n, embed]`, tokens of frames one after the other.
-      tokens: int `[batch, length]`, id vocab_size + i stands for the i-th of `features`, see `prompts`.
+      config, params: the Video-LLM.
+      features: `[batch or 1, n, embed]`, embeddings of the frames' tokens, frame by frame.
+      tokens: int `[batch, length]`; id vocab_size + i stands for the i-th of `features`, see `video.llm.prompts`.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return Decoder(config.decoder).apply({"params": params["decoder"]}, tokens, positions, features=features)[0]

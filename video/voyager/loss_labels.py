@@ -1,4 +1,8 @@
-"""Stored losses of combinations as what Frame-Voyager learns from."""
+"""Reads the labels that Frame-Voyager learns from.
+
+A label is the loss of the frozen Video-LLM on a question's right answer, given one combination of frames; `video.label`
+computes and stores them.
+"""
 
 import dataclasses
 
@@ -13,40 +17,41 @@ LOSSES, FEATURES = "losses", "features"
 
 
 class FeatureStore:
-    """What a Video-LLM's decoder reads of frames: an array "features" float32 `[videos, M, frame_tokens, embed]`.
+    """Stored embeddings of frames, as a Video-LLM's decoder reads them.
 
     Attributes:
-      settings: what they depend on.
+      settings: settings that the features depend on.
+      row: path of a video -> number of its row.
     """
 
     def __init__(self, path: epath.PathLike):
-        """Raises InputError when there is none."""
+        """Opens the store; raises InputError when it is missing or incomplete."""
         self._rows = RowStore(path, FEATURES)
         self.settings = self._rows.settings
         self.row = {line["id"]: line["row"] for line in self._rows.rows}
 
     def features(self, video: str) -> np.ndarray:
-        """float32 `[M, frame_tokens, embed]` of a video."""
+        """Reads the features of a video: float32 `[M, frame_tokens, embed]`."""
         return self._rows.read("features", [self.row[video]])[0]
 
     def read(self) -> np.ndarray:
-        """Those of all videos."""
+        """Reads the features of all videos: float32 `[videos, M, frame_tokens, embed]`."""
         return self._rows.read("features")
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Losses of questions, those left out that cannot teach anything.
+    """The labels of the questions that can teach something.
 
     Attributes:
-      path: where they were read from.
-      settings: what they depend on: `model`, `frames`, `candidates`, ...
-      questions: that were kept.
+      path: folder they were read from.
+      settings: settings that the losses depend on: `model`, `frames`, `candidates`, ...
+      questions: the kept questions.
       features: float32 `[videos, M, frame_tokens, embed]`.
       video: int64 `[questions]`, row of `features`.
-      losses: float32 `[questions, K]`.
-      combinations: uint16 `[questions, K, T]`.
-      dropped: filter -> how many questions it left out; a question counts for the first that does.
+      losses: float32 `[questions, K]`, mean over the right answer's tokens, nats.
+      combinations: uint16 `[questions, K, T]`, the candidates that each loss was computed with.
+      dropped: filter -> number of questions it left out; a question counts for the first such filter.
     """
 
     path: epath.Path
@@ -66,22 +71,24 @@ def read_labels(
     path: epath.PathLike, questions: epath.PathLike, max_mean_loss: float | None = None,
     min_deviation: float | None = None,
 ) -> Labels:
-    """Reads the folder that `video.label` made.
+    """Reads the labels in a folder that `video.label` wrote.
 
     Args:
       path: the folder.
       questions: the file that was labelled.
-      max_mean_loss: questions with a higher mean loss are left out: the Video-LLM cannot answer them whatever it sees.
-      min_deviation: so are those whose losses have a lower standard deviation: the frames do not matter.
+      max_mean_loss: questions with a higher mean loss are left out, as the Video-LLM cannot answer them whatever it
+        sees; None: no limit.
+      min_deviation: questions whose losses have a lower standard deviation are left out, as the frames do not matter;
+        None: no limit.
 
     Raises:
-      InputError: there are no complete losses, they are of other questions, or none is left.
+      InputError: the losses are missing, incomplete or those of other questions, or no question is left.
     """
     path = epath.Path(path)
     losses, features = RowStore(path / LOSSES, LOSSES), FeatureStore(path / FEATURES)
-    asked = {question.id: question for question in read_questions(questions)}
-    if missing := [line["id"] for line in losses.rows if line["id"] not in asked]:
-        raise InputError(f"{questions}: {missing[0]} is not there, but {path} has losses of it ({len(missing)} such)")
+    by_id = {question.id: question for question in read_questions(questions)}
+    if missing := [line["id"] for line in losses.rows if line["id"] not in by_id]:
+        raise InputError(f"{questions}: no question {missing[0]}, but {path} has losses of it ({len(missing)} such)")
     values = losses.read("losses")
     finite = np.isfinite(values).all(axis=1)
     hard = finite & (values.mean(axis=1) > (np.inf if max_mean_loss is None else max_mean_loss))
@@ -91,6 +98,6 @@ def read_labels(
                "mean loss too high": int(hard.sum()), "losses too even": int(flat.sum())}
     if not len(kept):
         raise InputError(f"{path}: no question is left ({', '.join(f'{name}: {n}' for name, n in dropped.items())})")
-    return Labels(path, losses.settings, [asked[losses.rows[row]["id"]] for row in kept], features.read(),
+    return Labels(path, losses.settings, [by_id[losses.rows[row]["id"]] for row in kept], features.read(),
                   np.array([features.row[losses.rows[row]["video"]] for row in kept]), values[kept],
                   losses.read("combinations", kept), dropped)

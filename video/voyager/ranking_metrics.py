@@ -1,4 +1,4 @@
-"""How well rewards order combinations by the Video-LLM's loss."""
+"""Measures of the agreement between rewards of combinations and the Video-LLM's losses on them."""
 
 import numpy as np
 import scipy.stats
@@ -6,45 +6,45 @@ import scipy.stats
 from video.voyager.loss_labels import Labels
 
 
-def ranking(of_frames: np.ndarray, labels: Labels) -> dict[str, float]:
-    """Means over questions whose losses are not all equal.
+def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, float]:
+    """Returns means over the questions whose losses are not all equal.
 
     Args:
-      of_frames: rewards `[questions, candidates]`.
+      frame_rewards: `[questions, candidates]`.
       labels: losses of combinations of these candidates.
 
     Returns:
-      loss: reward-ranking loss over all pairs, see `voyager.ranking_loss`.
+      loss: reward-ranking loss over all pairs, see `frame_voyager.ranking_loss`.
       ranking_accuracy: share of the pairs in the right order.
       kendall, spearman: rank correlations of reward and negative loss.
-      regret: loss of the combination with the highest reward less the lowest loss, nats per token.
-      random_regret: the same of a combination at random.
-      regret/<type>: by type of question.
+      regret: loss of the combination with the highest reward minus the lowest loss, nats per token.
+      random_regret: expected regret of a combination drawn at random.
+      regret/<type>: regret on the questions of a type.
     """
-    found: dict[str, list[float]] = {name: [] for name in (
+    values: dict[str, list[float]] = {name: [] for name in (
         "loss", "ranking_accuracy", "kendall", "spearman", "regret", "random_regret")}
     for rewards, losses, combinations, question in zip(
-            of_frames, labels.losses, labels.combinations, labels.questions):
+            frame_rewards, labels.losses, labels.combinations, labels.questions):
         if losses.min() == losses.max():
             continue
         predicted = rewards[combinations].mean(axis=1)
         loss, accuracy = _pairs(predicted, losses)
-        found["loss"].append(loss)
-        found["ranking_accuracy"].append(accuracy)
-        # All rewards are equal before training: no correlation.
+        values["loss"].append(loss)
+        values["ranking_accuracy"].append(accuracy)
+        # Before training all rewards are equal, and correlations are undefined: they count as 0.
         flat = predicted.min() == predicted.max()
-        found["kendall"].append(0.0 if flat else scipy.stats.kendalltau(predicted, -losses).statistic)
-        found["spearman"].append(0.0 if flat else scipy.stats.spearmanr(predicted, -losses).statistic)
+        values["kendall"].append(0.0 if flat else scipy.stats.kendalltau(predicted, -losses).statistic)
+        values["spearman"].append(0.0 if flat else scipy.stats.spearmanr(predicted, -losses).statistic)
         regret = losses[predicted.argmax()] - losses.min()
-        found["regret"].append(regret)
-        found["random_regret"].append(losses.mean() - losses.min())
+        values["regret"].append(regret)
+        values["random_regret"].append(losses.mean() - losses.min())
         if question.type:
-            found.setdefault(f"regret/{question.type}", []).append(regret)
-    return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
+            values.setdefault(f"regret/{question.type}", []).append(regret)
+    return {name: float(np.mean(x)) if x else float("nan") for name, x in values.items()}
 
 
 def _pairs(predicted: np.ndarray, losses: np.ndarray, rows: int = 256) -> tuple[float, float]:
-    """Mean ranking loss and share in the right order over all pairs of unequal loss."""
+    """Returns the mean ranking loss, and the share in the right order, of all pairs of unequal loss."""
     total = right = pairs = 0.0
     for start in range(0, len(losses), rows):
         part = slice(start, start + rows)

@@ -1,6 +1,6 @@
-"""What a law is: fitted to proxy runs, it predicts the held-out losses of any mixture.
+"""The interfaces of laws: `Law` is fitted to proxy runs, and gives a `FittedLaw`, which predicts losses of mixtures.
 
-Fitting and prediction are in float64: callers need no flag, every entry point takes `float64()` itself.
+Fitting and prediction are in float64: callers set no flag, as every entry point opens `float64()` itself.
 """
 
 import abc
@@ -14,19 +14,23 @@ from data_mixtures.climb.proxy_table import ProxyRuns
 
 
 def float64():
-    """Context in which JAX computes in float64, whatever the rest of the process does."""
+    """Returns a context in which JAX computes in float64, whatever the rest of the process does."""
     return jax.enable_x64(True)
 
 
 class FittedLaw(abc.ABC):
-    """A law with its parameters.
+    """A law with fitted parameters, which predicts the losses of any mixture.
+
+        fitted = Climb().fit(proxy_runs("runs/sample/proxies"))
+        fitted.languages                                                # ("de", "en", "fi")
+        fitted.at([0.2, 0.5, 0.3], n_params=1.2e9, tokens=1e11)         # losses [targets], nats per token
 
     Attributes:
       languages: names of the ratios it takes, in order.
-      targets: names of the losses it gives, in order.
-      differentiable: `losses` can be traced and differentiated by JAX. Such a law is a JAX pytree, so that one
-        compiled program serves all fits of a kind (replicates, say).
-      notes: what a user must know of this fit: what could not be identified, what it fell back to.
+      targets: names of the losses it predicts, in order.
+      differentiable: True if JAX can trace and differentiate `losses`. Such a law is a JAX pytree, so that one
+        compiled program serves all its fits (replicates, say).
+      notes: limits of this fit that its users must know: parameters that the runs do not identify, fallbacks.
     """
 
     languages: tuple[str, ...]
@@ -36,25 +40,25 @@ class FittedLaw(abc.ABC):
 
     @abc.abstractmethod
     def losses(self, ratios, n_params, tokens):
-        """Predicted losses `[..., targets]` of mixtures `[..., languages]` at N `[...]` and D `[...]`.
+        """Returns losses `[..., targets]` of mixtures `[..., languages]` at N `[...]` and D `[...]`.
 
-        To be called, and traced, under `float64()`.
+        Must be called, and traced, within `float64()`.
         """
 
     def replicates(self, runs: ProxyRuns, count: int, seed: int = 0) -> "Sequence[FittedLaw]":
-        """Laws that the table it was fitted to leaves possible, about as likely as each other; none by default.
+        """Returns laws that are about equally plausible, given the table it was fitted to; none by default.
 
-        Any figure of a law (a loss, a transfer, the best mixture) so gets an interval: its quantiles over them. They
-        tell what is open about the law, the mean of many runs; the noise of one run comes on top.
+        Quantiles over the replicates give an interval for any figure of a law (a loss, a transfer, the best mixture).
+        Such an interval is about the law, the mean of many runs; the noise of a single run comes on top.
         """
         return ()
 
     def predict(self, runs: ProxyRuns) -> np.ndarray:
-        """Predicted losses `[rows, targets]` of the rows of a table."""
+        """Returns the predicted losses `[rows, targets]` of the rows of a table."""
         return self.at(runs.ratios, runs.n_params, runs.tokens)
 
     def at(self, ratios, n_params, tokens) -> np.ndarray:
-        """`losses`, computed: to be called as it is."""
+        """Returns `losses` as a NumPy array; needs no context."""
         with float64():
             arguments = (self, np.asarray(ratios), np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
             return np.asarray(_losses(*arguments) if self.differentiable else self.losses(*arguments[1:]))
@@ -65,19 +69,19 @@ def _losses(law, ratios, n_params, tokens):
     return law.losses(ratios, n_params, tokens)
 
 
-class EffectiveLaw(FittedLaw):
-    """A law that works through effective ratios: `losses = isolated_losses(effective_ratios(ratios))`.
+class FittedEffectiveLaw(FittedLaw):
+    """A fitted law that works through effective ratios: `losses = isolated_losses(effective_ratios(ratios))`.
 
     Its targets are its languages, in the same order.
     """
 
     @abc.abstractmethod
     def effective_ratios(self, ratios, n_params, tokens):
-        """The cross-lingual interaction-aware ratios rt `[..., languages]` (arXiv 2509.15556), positive."""
+        """Returns the cross-lingual interaction-aware ratios rt `[..., languages]` (arXiv 2509.15556), positive."""
 
     @abc.abstractmethod
     def isolated_losses(self, effective, n_params, tokens):
-        """Loss `[..., languages]` of each language alone at its ratio `effective` `[..., languages]`."""
+        """Returns the loss `[..., languages]` of each language alone at its ratio `effective` `[..., languages]`."""
 
     def losses(self, ratios, n_params, tokens):
         effective = self.effective_ratios(ratios, n_params, tokens)
@@ -85,10 +89,10 @@ class EffectiveLaw(FittedLaw):
 
 
 class Law(Protocol):
-    """A family of laws.
+    """A law before its fit; `data_mixtures.climb.laws` lists all of them and says how to add one.
 
     Attributes:
-      name: short, for tables and files.
+      name: short name, for tables and files.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Fits many small laws at once: robust least squares on log-losses, by L-BFGS from several starts, in float64.
+"""Fits many small formulas at once: robust least squares on log-losses, by L-BFGS from several starts, in float64.
 
-One compiled program takes `_BATCH` problems, a problem being one start of one target under one set of row weights, and
-makes one round of L-BFGS on each. The same program so serves the starts, the targets and the replicates, and
-what has converged, or lost against other starts, is not carried into the next round.
+A descent has one start, one target and one set of row weights. One compiled program makes one round of L-BFGS on
+`_BATCH` descents, and serves all starts, targets and replicates; a descent that has converged, or has lost against
+other starts, is left out of the next round.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ _TOLERANCE = 1e-6
 _KEPT = 2
 
 
-class Model(Protocol):
-    """A parametric law of one target; hashable by value, for it is a static argument of the compiled fit."""
+class Formula(Protocol):
+    """A formula for the losses of one target; hashable by value, as it is a static argument of the compiled fit."""
 
     def log_loss(self, parameters, rows, target):
-        """Natural logarithm of the predicted loss `[rows]`.
+        """Returns the natural logarithm of the predicted loss `[rows]`.
 
         Args:
-          parameters: `[parameters]`.
-          rows: a tree of arrays `[rows, ...]`: what the law takes of each row.
-          target: a tree of arrays: what the law takes of the target.
+          parameters: vector `[parameters]`.
+          rows: a tree of arrays `[rows, ...]`, the variables of each row.
+          target: a tree of arrays, the constants of the target.
         """
         ...
 
@@ -44,18 +44,18 @@ class Problem:
     """Targets to fit to the same rows.
 
     The objective of a target is `sum_rows weight * huber(error) / noise^2 + sum (parameter - mean)^2 / (2 sd^2)`, where
-    error is predicted minus measured log-loss: the negative log-posterior of normal errors and a normal prior, but for
-    the errors above `threshold * noise`, which count linearly.
+    error is predicted minus measured log-loss: the negative log-posterior of normal errors and a normal prior, except
+    that errors above `threshold * noise` count linearly.
 
     Attributes:
       rows: a tree of arrays `[rows, ...]`.
       targets: a tree of arrays `[targets, ...]`.
-      log_losses: `[rows, targets]`.
+      log_losses: measured log-losses `[rows, targets]`.
       weights: `[rows, targets]`, how much each row counts for a target; 1 is in full.
-      mean: `[targets, parameters]`, of the prior.
-      sd: `[targets, parameters]`, of the prior, positive.
+      mean: `[targets, parameters]`, mean of the prior.
+      sd: `[targets, parameters]`, standard deviation of the prior, positive.
       noise: `[targets]`, the errors' expected standard deviation.
-      threshold: of the Huber loss, in units of `noise`.
+      threshold: threshold of the Huber loss, in units of `noise`.
     """
 
     rows: Any
@@ -68,32 +68,34 @@ class Problem:
     threshold: float = 2.0
 
 
-def _errors(model, parameters, rows, data):
-    return model.log_loss(parameters, rows, data["target"]) - data["log_losses"]
+def _errors(formula, parameters, rows, data):
+    return formula.log_loss(parameters, rows, data["target"]) - data["log_losses"]
 
 
-def _objective(model, parameters, rows, data):
-    errors = _errors(model, parameters, rows, data) / data["noise"]
+def _objective(formula, parameters, rows, data):
+    errors = _errors(formula, parameters, rows, data) / data["noise"]
     loss = data["weights"] * optax.losses.huber_loss(errors, delta=data["threshold"])
     return loss.sum() + 0.5 * jnp.sum(((parameters - data["mean"]) / data["sd"]) ** 2)
 
 
-def _hessian(model, parameters, rows, data):
-    """Gauss-Newton Hessian `[parameters, parameters]` of the data's part of the objective."""
-    errors = _errors(model, parameters, rows, data) / data["noise"]
-    jacobian = jax.jacfwd(lambda p: _errors(model, p, rows, data))(parameters) / data["noise"]
+def _hessian(formula, parameters, rows, data):
+    """Returns the Gauss-Newton Hessian `[parameters, parameters]` of the data's part of the objective."""
+    errors = _errors(formula, parameters, rows, data) / data["noise"]
+    jacobian = jax.jacfwd(lambda p: _errors(formula, p, rows, data))(parameters) / data["noise"]
     weights = data["weights"] * jnp.minimum(1, data["threshold"] / jnp.maximum(jnp.abs(errors), 1e-12))
     return (jacobian.T * weights) @ jacobian
 
 
-def _descend(model, start, rows, data):
-    """One round of L-BFGS, in coordinates in which the Gauss-Newton Hessian at `start` is the identity.
+def _descend(formula, start, rows, data):
+    """Makes one round of L-BFGS, in coordinates in which the Gauss-Newton Hessian at `start` is the identity.
 
-    Sums of power laws are ill-conditioned: without this L-BFGS is still on its way after 500 steps. In these
-    coordinates half the squared gradient is about what is left to gain, which gives the test of convergence its unit:
-    `_TOLERANCE` of a log-likelihood.
+    Sums of power laws are ill-conditioned: in their own coordinates L-BFGS has not converged after 500 steps. In these
+    coordinates half the squared gradient is about the gain that is left, so `_TOLERANCE` is in units of log-likelihood.
+
+    Returns:
+      The best point, its objective, and whether the descent has converged.
     """
-    hessian = _hessian(model, start, rows, data) + jnp.diag(data["sd"] ** -2.0)
+    hessian = _hessian(formula, start, rows, data) + jnp.diag(data["sd"] ** -2.0)
     factor = jnp.linalg.cholesky(hessian + 1e-12 * jnp.max(jnp.diag(hessian)) * jnp.eye(len(start)))
 
     basis = jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(start)), lower=True, trans=1)
@@ -103,7 +105,7 @@ def _descend(model, start, rows, data):
 
     @jax.jit  # traced once, though the line search calls it in several places
     def objective(whitened):
-        return _objective(model, original(whitened), rows, data)
+        return _objective(formula, original(whitened), rows, data)
 
     optimizer = optax.lbfgs(
         memory_size=10, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=12, initial_guess_strategy="one")
@@ -116,32 +118,33 @@ def _descend(model, start, rows, data):
         updates, state = optimizer.update(grad, state, point, value=value, grad=grad, value_fn=objective)
         return optax.apply_updates(point, updates), state, value
 
-    def gradient(state):
+    def gain_left(state):
         return 0.5 * jnp.sum(optax.tree.get(state, "grad") ** 2)
 
     def unfinished(carry):
         count = optax.tree.get(carry[1], "count")
-        return (count == 0) | ((count < _ITERATIONS) & (gradient(carry[1]) > _TOLERANCE))
+        return (count == 0) | ((count < _ITERATIONS) & (gain_left(carry[1]) > _TOLERANCE))
 
     zero = jnp.zeros_like(start)
     point, state, _ = jax.lax.while_loop(unfinished, step, (zero, optimizer.init(zero), jnp.inf))
-    before, value = objective(zero), optax.tree.get(state, "value")
-    better = value < before  # False for nan
-    return jnp.where(better, original(point), start), jnp.where(better, value, before), gradient(state) <= _TOLERANCE
+    first_value, value = objective(zero), optax.tree.get(state, "value")
+    better = value < first_value  # False for nan
+    converged = gain_left(state) <= _TOLERANCE
+    return jnp.where(better, original(point), start), jnp.where(better, value, first_value), converged
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _descend_batch(model, starts, rows, data):
-    return jax.vmap(lambda start, data: _descend(model, start, rows, data))(starts, data)
+@functools.partial(jax.jit, static_argnames="formula")
+def _descend_batch(formula, starts, rows, data):
+    return jax.vmap(lambda start, data: _descend(formula, start, rows, data))(starts, data)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _hessians(model, parameters, rows, data):
-    return jax.vmap(lambda p, data: _hessian(model, p, rows, data))(parameters, data)
+@functools.partial(jax.jit, static_argnames="formula")
+def _hessians(formula, parameters, rows, data):
+    return jax.vmap(lambda p, data: _hessian(formula, p, rows, data))(parameters, data)
 
 
 def _padded(problem: Problem) -> tuple[Any, dict[str, Any], int]:
-    """Rows padded to a multiple of `_ROWS_MULTIPLE` by copies of the first, what is per target, and the padding."""
+    """Returns rows padded to a multiple of `_ROWS_MULTIPLE` (with the first), arrays of the targets, padding rows."""
     extra = -len(problem.log_losses) % _ROWS_MULTIPLE
     pad = lambda x: np.concatenate([x, np.repeat(x[:1], extra, axis=0)])  # noqa: E731
     data = {
@@ -157,13 +160,13 @@ def _padded(problem: Problem) -> tuple[Any, dict[str, Any], int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
-    """What `fit` found.
+class FitResult:
+    """The best parameters of every replicate and target.
 
     Attributes:
       parameters: `[replicates, targets, parameters]`.
-      objective: `[replicates, targets]`.
-      converged: bool `[replicates, targets]`: L-BFGS expects less than 1e-6 of a log-likelihood from going on.
+      objective: `[replicates, targets]`, see `Problem`.
+      converged: bool `[replicates, targets]`: L-BFGS expects to gain less than 1e-6 of a log-likelihood.
     """
 
     parameters: np.ndarray
@@ -172,22 +175,22 @@ class Fit:
 
 
 def fit(
-    model: Model,
+    formula: Formula,
     problem: Problem,
     starts: np.ndarray,
     weights: np.ndarray | None = None,
     means: np.ndarray | None = None,
     max_rounds: int = 8,
-) -> Fit:
-    """The best of several L-BFGS descents for each target and each replicate: set of row weights and prior means.
+) -> FitResult:
+    """Returns the best of several L-BFGS descents for each target and replicate (a set of row weights and prior means).
 
     Args:
-      model: the law.
-      problem: see `Problem`.
-      starts: `[starts, targets, parameters]`.
+      formula: the formula to fit.
+      problem: the data and the prior.
+      starts: starting points `[starts, targets, parameters]`.
       weights: `[replicates, rows]`, how often each row counts; None: one replicate in which each counts once.
-      means: `[replicates, targets, parameters]`, of the prior, in place of the problem's.
-      max_rounds: of 30 iterations each; all starts make the first, the best two of a target the others.
+      means: prior means `[replicates, targets, parameters]`, in place of the problem's.
+      max_rounds: rounds of 30 iterations each; all starts make the first, the best two of a target the others.
     """
     rows, data, extra = _padded(problem)
     weights = np.ones((1, len(problem.log_losses))) if weights is None else np.asarray(weights, np.float64)
@@ -203,13 +206,13 @@ def fit(
     with float64():
         for number in range(max_rounds):
             for first in range(0, len(active), _BATCH):
-                chosen = active[first : first + _BATCH]
-                filled = np.concatenate([chosen, np.repeat(chosen[:1], _BATCH - len(chosen))])
-                batch = jax.tree.map(lambda x: np.asarray(x)[target[filled]], data)  # noqa: B023
-                batch["weights"] = batch["weights"] * weights[replicate[filled]]
-                batch["mean"] = means[replicate[filled], target[filled]]
-                found = jax.device_get(_descend_batch(model, parameters[filled], rows, batch))
-                parameters[chosen], values[chosen], converged[chosen] = (x[: len(chosen)] for x in found)
+                batch = active[first : first + _BATCH]
+                filled = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch))])
+                batch_data = jax.tree.map(lambda x: np.asarray(x)[target[filled]], data)  # noqa: B023
+                batch_data["weights"] = batch_data["weights"] * weights[replicate[filled]]
+                batch_data["mean"] = means[replicate[filled], target[filled]]
+                result = jax.device_get(_descend_batch(formula, parameters[filled], rows, batch_data))
+                parameters[batch], values[batch], converged[batch] = (x[: len(batch)] for x in result)
             if number == 0:
                 order = np.argsort(np.where(np.isfinite(values), values, np.inf).reshape(shape), axis=2, kind="stable")
                 kept = np.zeros(shape, bool)
@@ -220,19 +223,21 @@ def fit(
                 break
     values = np.where(np.isfinite(values) & kept, values, np.inf).reshape(shape)
     best = np.argmin(values, axis=2)[..., None]
-    return Fit(
+    return FitResult(
         np.take_along_axis(parameters.reshape(*shape, n_parameters), best[..., None], axis=2)[:, :, 0],
         np.take_along_axis(values, best, axis=2)[..., 0],
         np.take_along_axis(converged.reshape(shape), best, axis=2)[..., 0],
     )
 
 
-def information(model: Model, problem: Problem, parameters: np.ndarray) -> np.ndarray:
-    """What the data tell of the parameters: Gauss-Newton Hessians `[targets, parameters, parameters]`, without prior.
+def information(formula: Formula, problem: Problem, parameters: np.ndarray) -> np.ndarray:
+    """Returns the Gauss-Newton Hessians `[targets, parameters, parameters]` of the data, without the prior.
 
     Args:
+      formula: the formula.
+      problem: the data.
       parameters: `[targets, parameters]`.
     """
     rows, data, _ = _padded(problem)
     with float64():
-        return np.asarray(_hessians(model, np.asarray(parameters, np.float64), rows, data))
+        return np.asarray(_hessians(formula, np.asarray(parameters, np.float64), rows, data))

@@ -1,7 +1,7 @@
-"""Laws that are plain regressions from libraries: what others fit to such tables, to compare with.
+"""Laws that are plain regressions from libraries, to compare with.
 
-They know nothing of languages or of what a ratio means. Where N or D vary in the table, log N and log D are further
-features. None can be differentiated, and none extrapolates in N and D but by its linear part.
+They know nothing of languages or of the meaning of a ratio. Where N or D vary in the table, log N and log D are further
+features. None can be differentiated, and none extrapolates in N and D except by its linear part.
 """
 
 import abc
@@ -23,7 +23,7 @@ from data_mixtures.climb.laws.base import FittedLaw
 from data_mixtures.climb.proxy_table import ProxyRuns
 from mlx_pretrain.errors import InputError
 
-_FLOOR = 0.003  # below which ratios are all the same to a logarithm
+_FLOOR = 0.003  # added to ratios before their logarithm is taken
 _LEAF = 20  # LightGBM's min_data_in_leaf
 
 
@@ -36,10 +36,10 @@ class FittedRegression(FittedLaw):
     """One fitted model per target.
 
     Attributes:
-      features: turns ratios `[rows, languages]` into `[rows, features]`.
-      models: one per target, of the loss or its logarithm.
-      sizes: bool `[2]`: log N and log D are features.
-      logarithmic: the models predict log-losses.
+      features: function that turns ratios `[rows, languages]` into `[rows, features]`.
+      models: one model per target, of the loss or its logarithm.
+      sizes: bool `[2]`: whether log N and log D are features.
+      logarithmic: whether the models predict log-losses.
     """
 
     languages: tuple[str, ...]
@@ -61,26 +61,27 @@ class FittedRegression(FittedLaw):
 
 
 def _with_sizes(features, shape, n_params, tokens, sizes: np.ndarray) -> np.ndarray:
+    """Returns `features` with columns for those of log N and log D that `sizes` selects."""
     logs = [np.log(np.broadcast_to(size, shape)).reshape(-1, 1) for size in (n_params, tokens)]
     return np.concatenate([features, *(log for log, used in zip(logs, sizes) if used)], axis=1)
 
 
 class _Regression(abc.ABC):
-    """A law that fits a model of its own to each target."""
+    """A law that fits a model of its own to each target; a new regression implements `model`."""
 
     name: str
     logarithmic = False
 
     def features(self, ratios: np.ndarray) -> np.ndarray:
-        """`[rows, features]` of ratios `[rows, languages]`."""
+        """Returns `[rows, features]` of ratios `[rows, languages]`."""
         return ratios
 
     @abc.abstractmethod
     def model(self, n_features: int, seed: int):
-        """An estimator of scikit-learn's interface."""
+        """Returns an estimator with scikit-learn's interface."""
 
     def notes(self, runs: ProxyRuns) -> tuple[str, ...]:
-        """What is to be said of a fit to this table."""
+        """Returns the notes of a fit to this table."""
         return ()
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedRegression:
@@ -131,8 +132,8 @@ class Ridge(_Regression):
 class LightGBM(_Regression):
     """RegMix's regression (2407.01492): boosted trees on the ratios, 1000 of them at a learning rate of 0.01.
 
-    A leaf holds 20 runs at least, LightGBM's default, so fewer than 40 runs leave nothing but the mean: the fit says
-    so in its notes.
+    A leaf holds at least 20 runs, LightGBM's default, so fewer than 40 runs are fitted by their mean: the fit says so
+    in its notes.
     """
 
     name = "lightgbm"

@@ -9,12 +9,12 @@ Our own formulation. Per target i, with y its standardised log-loss, r the ratio
     g_i           ~ GP(0, s_i^2 exp(-sum_j w_ij^2 (x_j - x'_j)^2 / 2)), the sizes being further coordinates of x
     noise sd      = sigma_i (1 + h_i eps_i / (eps_i + r_i))            larger where the target's own ratio vanishes
 
-So a target is a power law in effective ratios, its own before all, plus a smooth remainder. The coefficients c, a and
-b are normal and integrated out with g: what is left is one Gaussian process per target. All else has a log-normal
-prior, under which a target's own language weighs four times as much as another one; T, eps, delta and kappa are
-learnt from all targets together, which is what makes tens of runs enough. They are not set to their likeliest values,
-as 32 runs leave too much open: predictions are means over draws from the posterior (Hamiltonian Monte Carlo from the
-posterior mode, preconditioned by the curvature there).
+A target is thus a power law in effective ratios, mainly in its own, plus a smooth remainder. The coefficients c, a and
+b are normal and integrated out with g, which leaves one Gaussian process per target. All other parameters have a
+log-normal prior, under which a target's own language weighs four times as much as another one. T, eps, delta and kappa
+are learnt from all targets together, so tens of runs are enough. They are not set to their likeliest values, as 32 runs
+leave too much open: predictions are means over draws from the posterior (Hamiltonian Monte Carlo from the posterior
+mode, preconditioned by the curvature there).
 
 In N and D the process is log-linear plus a remainder that fades away from the runs: it interpolates in them.
 """
@@ -34,7 +34,7 @@ from mlx_pretrain.errors import InputError
 
 _CONSTANT = 4.0  # prior variance of c
 _JITTER = 1e-6
-_PADDING = 1e10  # noise variance of rows that only fill up the shape
+_PADDING = 1e10  # noise variance of padding rows
 _ROWS_MULTIPLE = 16
 _POINTS = 64  # mixtures predicted at a time
 _WAVES = 256  # random Fourier features of a function drawn from the process
@@ -46,7 +46,7 @@ Prior = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _prior(own: np.ndarray, n_sizes: int) -> Prior:
-    """Mean and standard deviation of every parameter, all of them logarithms; `own` is `[targets, languages]`."""
+    """Returns mean and standard deviation of each parameter's logarithm; `own` is `[targets, languages]`."""
     targets, languages = own.shape
     weight = np.concatenate([np.where(own > 0, -0.5, -2.0), np.full((targets, n_sizes), -1.0)], axis=1)
     normal = lambda mean, sd, *shape: (np.broadcast_to(mean, shape).astype(np.float64), np.full(shape, sd))  # noqa: E731
@@ -65,7 +65,7 @@ def _prior(own: np.ndarray, n_sizes: int) -> Prior:
 
 
 def _parameters(z, prior: Prior) -> dict[str, jax.Array]:
-    """Parameters from their standardised values `[parameters]`."""
+    """Returns the parameters by name from their standardised values `[parameters]`."""
     values, first = {}, 0
     for name, (mean, sd) in sorted(prior.items()):
         values[name] = jnp.exp(mean + sd * z[first : first + mean.size].reshape(mean.shape))
@@ -74,7 +74,7 @@ def _parameters(z, prior: Prior) -> dict[str, jax.Array]:
 
 
 def _features(p, ratios, sizes):
-    """u and x, each with the sizes behind: `[..., languages + sizes]`."""
+    """Returns u and x, each followed by the sizes: `[..., languages + sizes]`."""
     transfer = p["strength"] * p["transfer"] * (1 - jnp.eye(ratios.shape[-1]))
     effective = jnp.log(p["effective_floor"] + ratios + ratios @ transfer.T) / 2
     warped = jnp.log(p["warp_floor"] + ratios) / 2 + p["warp"] * ratios
@@ -82,7 +82,7 @@ def _features(p, ratios, sizes):
 
 
 def _covariance(p, rows, others):
-    """Prior covariance `[targets, rows, others]` of the noise-free losses, from their features."""
+    """Returns the prior covariance `[targets, rows, others]` of the noise-free losses, from their features."""
     (u, x), (v, y) = rows, others
     slope, scale = p["slope"][:, None], p["scale"][:, None]
     xs, ys = x * scale, y * scale
@@ -92,7 +92,7 @@ def _covariance(p, rows, others):
 
 
 def _noise(p, own, ratios):
-    """Variance `[targets, rows]` of the noise."""
+    """Returns the variance `[targets, rows]` of the noise."""
     has_own = own.sum(axis=1)[:, None]
     floor = own @ p["effective_floor"]
     near = has_own * floor[:, None] / (floor[:, None] + own @ ratios.T + 1 - has_own)
@@ -100,7 +100,7 @@ def _noise(p, own, ratios):
 
 
 def _measured(p, data):
-    """Covariance `[targets, rows, rows]` of the measured losses."""
+    """Returns the covariance `[targets, rows, rows]` of the measured losses."""
     features = _features(p, data["ratios"], data["sizes"])
     noise = _noise(p, data["own"], data["ratios"]) / jnp.maximum(data["counts"], 1)
     noise = jnp.where(data["counts"] > 0, noise, _PADDING)
@@ -109,7 +109,7 @@ def _measured(p, data):
 
 @jax.jit
 def _value_and_grad(z, prior, data):
-    """Negative log of the posterior density at z `[parameters]`, but for a constant, and its gradient.
+    """Returns the negative log of the posterior density at z `[parameters]`, up to a constant, and its gradient.
 
     The covariance K has the gradient (K^-1 - K^-1 y y' K^-1) / 2; JAX's own, through the Cholesky factorisation, took
     over ten times as long.
@@ -125,7 +125,7 @@ def _value_and_grad(z, prior, data):
 
 
 def _mode(prior: Prior, data) -> np.ndarray:
-    """The standardised parameters `[parameters]` where L-BFGS from the prior's mean stands after `_MODE_STEPS`."""
+    """Returns the standardised parameters `[parameters]` after `_MODE_STEPS` steps of L-BFGS from the prior's mean."""
     start = np.zeros(sum(mean.size for mean, _ in prior.values()))
     evaluate = lambda z: jax.device_get(_value_and_grad(z, prior, data))  # noqa: E731
     return optimize.minimize(evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": _MODE_STEPS}).x
@@ -133,22 +133,22 @@ def _mode(prior: Prior, data) -> np.ndarray:
 
 @jax.jit
 def _trajectory(z, momentum, slope, step, prior, data):
-    """`_LEAPS` leapfrog steps of lengths `[parameters]`; the new z, momentum, value and slope."""
+    """Makes `_LEAPS` leapfrog steps of lengths `[parameters]`; returns the new z, momentum, value and slope."""
 
     def leap(carry, _):
         z, momentum, _, slope = carry
         z = z + step * (momentum - step / 2 * slope)
-        value, new = _value_and_grad(z, prior, data)
-        return (z, momentum - step / 2 * (slope + new), value, new), None
+        value, new_slope = _value_and_grad(z, prior, data)
+        return (z, momentum - step / 2 * (slope + new_slope), value, new_slope), None
 
     return jax.lax.scan(leap, (z, momentum, jnp.zeros(()), slope), None, length=_LEAPS)[0]
 
 
 def _draw(mode, prior, data, rng: np.random.Generator, warm_up: int, draws: int) -> tuple[np.ndarray, float]:
-    """Draws from the posterior `[draws, parameters]`, and the share of proposals accepted.
+    """Returns draws from the posterior `[draws, parameters]`, and the share of proposals that were accepted.
 
-    Momenta have the diagonal of the Hessian at the mode, by Hutchinson's estimate, for mass. The step size is adapted
-    during the first `warm_up` iterations; of the others every second is kept.
+    The mass of the momenta is the diagonal of the Hessian at the mode, by Hutchinson's estimate. The step size is
+    adapted during the first `warm_up` iterations; after them every second iteration is kept.
     """
     curvature = np.zeros_like(mode)
     for _ in range(_PROBES):
@@ -161,11 +161,12 @@ def _draw(mode, prior, data, rng: np.random.Generator, warm_up: int, draws: int)
     for number in range(warm_up + 2 * draws):
         momentum = rng.normal(size=len(mode))
         step = np.exp(log_step) * rng.uniform(0.7, 1.3) * scale
-        there, after, *here = jax.device_get(_trajectory(z, momentum, slope, step, prior, data))
-        gain = value - here[0] + (momentum @ momentum - after @ after) / 2
+        new_z, new_momentum, *new_value_and_slope = jax.device_get(
+            _trajectory(z, momentum, slope, step, prior, data))
+        gain = value - new_value_and_slope[0] + (momentum @ momentum - new_momentum @ new_momentum) / 2
         probability = np.exp(min(gain, 0.0)) if np.isfinite(gain) else 0.0
         if rng.uniform() < probability:
-            z, (value, slope) = there, here
+            z, (value, slope) = new_z, new_value_and_slope
         if number < warm_up:
             log_step += 0.4 * (probability - 0.75)
         else:
@@ -176,20 +177,20 @@ def _draw(mode, prior, data, rng: np.random.Generator, warm_up: int, draws: int)
 
 
 @jax.jit
-def _weights(draws, prior, data):
-    """Of each draw, what prediction needs: parameters, features of the rows, and K^-1 y `[targets, rows]`."""
+def _conditioned(draws, prior, data):
+    """Returns, for each draw, what prediction needs: parameters, features of the rows, and K^-1 y `[targets, rows]`."""
 
-    def one(z):
+    def condition(z):
         p = _parameters(z, prior)
         factor = jnp.linalg.cholesky(_measured(p, data))
         solved = jax.scipy.linalg.cho_solve((factor, True), data["y"][..., None])[..., 0]
         return p, _features(p, data["ratios"], data["sizes"]), solved
 
-    return jax.lax.map(one, draws)
+    return jax.lax.map(condition, draws)
 
 
 def _means(p, features, solved, ratios, sizes):
-    """Of one mixture, one draw's mean of the standardised log-losses: `[targets]`."""
+    """Returns the mean standardised log-losses `[targets]` of one mixture under one draw."""
     (u, x), (v, y) = _features(p, ratios, sizes), features
     smooth = p["amplitude"] ** 2 * jnp.exp(-((x - y) ** 2) @ (p["scale"] ** 2).T / 2)
     covariance = _CONSTANT + (u * v) @ (p["slope"] ** 2).T + smooth
@@ -197,7 +198,7 @@ def _means(p, features, solved, ratios, sizes):
 
 
 def _wave(waves, features):
-    """A function drawn from the prior at features `[..., columns]`: `[..., targets]`."""
+    """Returns the values `[..., targets]` of a function drawn from the prior, at features `[..., columns]`."""
     u, x = features
     angles = jnp.einsum("...f,twf->...tw", x, waves["frequency"]) + waves["phase"]
     return waves["constant"] + u @ waves["slope"].T + jnp.sum(waves["height"] * jnp.cos(angles), axis=-1)
@@ -205,19 +206,19 @@ def _wave(waves, features):
 
 @jax.jit
 def _corrections(draws, features, data, waves, noise):
-    """What makes functions from the prior functions from the posterior: `[draws, targets, rows]`, as `solved` is.
+    """Returns `[draws, targets, rows]`, like `FittedStructuredGP.solved`: it turns prior into posterior functions.
 
     `noise` is standard normal, `[draws, targets, rows]`.
     """
 
-    def one(sample):
+    def correct(sample):
         p, features, waves, noise = sample
         deviation = jnp.sqrt(_noise(p, data["own"], data["ratios"]) / jnp.maximum(data["counts"], 1))
         errors = data["y"] - _wave(waves, features).T - deviation * noise
         factor = jnp.linalg.cholesky(_measured(p, data))
         return jax.scipy.linalg.cho_solve((factor, True), errors[..., None])[..., 0]
 
-    return jax.lax.map(one, (draws, features, waves, noise))
+    return jax.lax.map(correct, (draws, features, waves, noise))
 
 
 @functools.partial(
@@ -226,8 +227,8 @@ def _corrections(draws, features, data, waves, noise):
     meta_fields=["languages", "targets", "varies", "notes"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class FittedProcess(FittedLaw):
-    """A fitted `StructuredProcess`.
+class FittedStructuredGP(FittedLaw):
+    """A fitted `StructuredGP`.
 
     Attributes:
       draws: parameters drawn from the posterior, by name, `[draws, ...]`; the names are those of `_prior`.
@@ -235,8 +236,8 @@ class FittedProcess(FittedLaw):
       solved: `[draws, targets, rows]`, inverse covariance times the standardised log-losses.
       data: the table's rows, padded: `ratios`, `sizes`, `counts` (0 in padding), `y`, `own`.
       centre, width: `[targets]`, mean and standard deviation of the log-losses.
-      size_centre, size_width: `[2]`, of log N and log D; the width is 0 for what does not vary.
-      varies: which of N (0) and D (1) vary in the table.
+      size_centre, size_width: `[2]`, mean and standard deviation of log N and log D.
+      varies: indices of those of N (0) and D (1) that vary in the table.
       accepted: share of the proposals of Hamiltonian Monte Carlo that were accepted.
     """
 
@@ -255,7 +256,7 @@ class FittedProcess(FittedLaw):
     notes: tuple[str, ...] = ()
 
     def _points(self, ratios, n_params, tokens):
-        """Ratios `[points, languages]`, sizes `[points, sizes]`, and the leading shape."""
+        """Returns ratios `[points, languages]`, sizes `[points, sizes]`, and the leading shape."""
         ratios = jnp.asarray(ratios, jnp.float64)
         sizes = [jnp.log(jnp.asarray(size, jnp.float64)) for size in (n_params, tokens)]
         shape = jnp.broadcast_shapes(ratios.shape[:-1], *(size.shape for size in sizes))
@@ -266,20 +267,20 @@ class FittedProcess(FittedLaw):
 
     def losses(self, ratios, n_params, tokens):
         ratios, sizes, shape = self._points(ratios, n_params, tokens)
-        each = jax.vmap(_means, in_axes=(0, 0, 0, None, None))
-        mean = lambda point: each(self.draws, self.features, self.solved, *point).mean(axis=0)  # noqa: E731
+        means_by_draw = jax.vmap(_means, in_axes=(0, 0, 0, None, None))
+        mean = lambda point: means_by_draw(self.draws, self.features, self.solved, *point).mean(axis=0)  # noqa: E731
         means = jax.lax.map(mean, (ratios, sizes), batch_size=_POINTS)
         return jnp.exp(self.centre + self.width * means).reshape(*shape, len(self.targets))
 
-    def replicates(self, runs: ProxyRuns, count: int, seed: int = 0) -> "list[SampledProcess]":
-        """Functions drawn from the posterior, for each a draw of the parameters in turn; see `FittedLaw.replicates`.
+    def replicates(self, runs: ProxyRuns, count: int, seed: int = 0) -> "list[SampledStructuredGP]":
+        """Returns functions drawn from the posterior, one per draw of the parameters in turn; see `FittedLaw`.
 
         By pathwise conditioning (Wilson et al., arXiv 2002.09309): a function from the prior, its smooth part as
-        `_WAVES` random Fourier features, is corrected by what the process makes of its errors at the table's rows.
+        `_WAVES` random Fourier features, is corrected by the posterior mean of its errors at the table's rows.
         """
         rng = np.random.default_rng(seed)
-        which = np.resize(np.arange(len(self.solved)), count)
-        draws, features = jax.tree.map(lambda x: x[which], (self.draws, self.features))
+        draw_index = np.resize(np.arange(len(self.solved)), count)
+        draws, features = jax.tree.map(lambda x: x[draw_index], (self.draws, self.features))
         targets, columns = draws["slope"].shape[1:]
         waves = {
             "constant": _CONSTANT**0.5 * rng.normal(size=(count, targets)),
@@ -291,23 +292,23 @@ class FittedProcess(FittedLaw):
         noise = rng.normal(size=(count, targets, self.solved.shape[-1]))
         with float64():
             solved = jax.device_get(_corrections(draws, features, self.data, waves, noise))
-        one = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
-        return [SampledProcess(dataclasses.replace(self, draws=one(draws, slice(i, i + 1)),
-                                                   features=one(features, slice(i, i + 1)), solved=solved[i : i + 1]),
-                               one(waves, i)) for i in range(count)]  # fmt: skip
+        pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+        return [SampledStructuredGP(dataclasses.replace(self, draws=pick(draws, slice(i, i + 1)),
+                                                   features=pick(features, slice(i, i + 1)), solved=solved[i : i + 1]),
+                               pick(waves, i)) for i in range(count)]  # fmt: skip
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "waves"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class SampledProcess(FittedLaw):
-    """A function drawn from the posterior of a process: one from the prior, corrected at the table's rows.
+class SampledStructuredGP(FittedLaw):
+    """A function drawn from the posterior: one from the prior, corrected at the table's rows.
 
     Attributes:
-      mean: the process with one draw of the parameters, and what corrects the function in place of `solved`.
+      mean: the fitted process with one draw of the parameters, and the correction in place of `solved`.
       waves: the function from the prior, see `_wave`.
     """
 
-    mean: FittedProcess
+    mean: FittedStructuredGP
     waves: dict[str, np.ndarray]
 
     @property
@@ -325,8 +326,8 @@ class SampledProcess(FittedLaw):
         return self.mean.losses(ratios, n_params, tokens) * jnp.exp(self.mean.width * wave)
 
 
-def _merged(runs: ProxyRuns) -> tuple[ProxyRuns, np.ndarray]:
-    """The distinct rows and how often each stands: a copy is no second measurement."""
+def _distinct_rows(runs: ProxyRuns) -> tuple[ProxyRuns, np.ndarray]:
+    """Returns the distinct rows and how often each occurs: a copy is no second measurement."""
     columns = np.column_stack([runs.ratios, runs.n_params, runs.tokens, runs.losses])
     _, first, counts = np.unique(columns, axis=0, return_index=True, return_counts=True)
     order = np.argsort(first)
@@ -334,50 +335,56 @@ def _merged(runs: ProxyRuns) -> tuple[ProxyRuns, np.ndarray]:
 
 
 def _padded(rows: dict[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
-    """Filled up with rows that count 0 times, so that tables of nearly the same length share a program."""
+    """Adds rows that count 0 times, so that tables of nearly the same length share a compiled program."""
     extra = -len(rows["y"]) % _ROWS_MULTIPLE
     data = {name: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)) for name, x in rows.items()}
     return {**data, "y": data["y"].T, "own": own}
 
 
 @gin.configurable
-class StructuredProcess:
-    """Our Gaussian process on effective ratios; see the module."""
+class StructuredGP:
+    """Our Gaussian process on effective ratios; see the module.
 
-    name = "process"
+        fitted = StructuredGP().fit(regmix_runs("train_mixture_1m.csv", "train_pile_loss_1m.csv"))
+        fitted.at(ratios, n_params=1e6, tokens=1e9)     # losses [..., targets] of mixtures [..., languages]
+        fitted.replicates(runs, 100)                    # functions drawn from the posterior, for intervals
+    """
+
+    name = "structured_gp"
 
     def __init__(self, draws: int = 15, warm_up: int = 12, full_rows: int = 128):
-        """A process that averages over draws from the posterior of its hyperparameters.
+        """Sets the options of Monte Carlo.
 
         Args:
-          draws: how many.
-          warm_up: iterations of Monte Carlo before the first of them.
-          full_rows: of a larger table `draws` and `warm_up` fall in proportion to `full_rows / rows`, since the
-            posterior narrows as the time of an iteration grows.
+          draws: draws from the posterior of the hyperparameters, over which predictions are averaged.
+          warm_up: iterations of Monte Carlo before the first draw.
+          full_rows: rows of a table from which on `draws` and `warm_up` fall in proportion to `full_rows / rows`: the
+            more rows, the narrower is the posterior and the longer takes an iteration.
 
         Raises:
           InputError: an argument is not positive.
         """
         if min(draws, warm_up, full_rows) < 1:
-            raise InputError(f"process: draws {draws}, warm_up {warm_up} and full_rows {full_rows} are to be positive")
+            raise InputError(
+                f"StructuredGP: draws {draws}, warm_up {warm_up} and full_rows {full_rows} must be positive")
         self.draws, self.warm_up, self.full_rows = draws, warm_up, full_rows
 
-    def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedProcess:
+    def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedStructuredGP:
         """Fits the process; see `Law.fit`.
 
         Raises:
           InputError: fewer than 2 distinct rows.
         """
-        table, counts = _merged(runs)
+        table, counts = _distinct_rows(runs)
         if len(table) < 2:
-            raise InputError("process: at least 2 distinct runs are needed")
+            raise InputError("structured_gp: at least 2 distinct runs are needed")
         log_losses, logs = np.log(table.losses), np.log(np.stack([table.n_params, table.tokens], axis=1))
         centre, size_centre = np.average(log_losses, axis=0, weights=counts), logs.mean(axis=0)
         width = np.sqrt(np.average((log_losses - centre) ** 2, axis=0, weights=counts))
         width[width < 1e-12] = 1.0
         varies = np.ptp(logs, axis=0) > 0
         size_width = np.where(varies, logs.std(axis=0), 0.0)
-        own = np.array([[language == target for language in runs.languages] for target in runs.targets], np.float64)
+        own = (runs.own_columns[:, None] == np.arange(len(runs.languages))).astype(np.float64)
         rows = {"ratios": table.ratios, "sizes": (logs - size_centre)[:, varies] / size_width[varies],
                 "counts": counts, "y": (log_losses - centre) / width}
         prior, rng = _prior(own, int(varies.sum())), np.random.default_rng(seed)
@@ -386,7 +393,7 @@ class StructuredProcess:
         with float64():
             mode = _mode(prior, data)
             draws, accepted = _draw(mode, prior, data, rng, warm_up, n_draws)
-            parameters, features, solved = jax.device_get(_weights(draws, prior, data))
+            parameters, features, solved = jax.device_get(_conditioned(draws, prior, data))
         notes = [
             f"predictions are supported by runs only between {low:.3g} and {high:.3g} {name}"
             for name, low, high in zip(("parameters", "tokens"), np.exp(logs.min(axis=0)), np.exp(logs.max(axis=0)))
@@ -394,5 +401,5 @@ class StructuredProcess:
         ]
         if accepted < 0.3:
             notes.append(f"Monte Carlo accepted {accepted:.0%} of its proposals: predictions and intervals are rough")
-        return FittedProcess(runs.languages, runs.targets, parameters, features, solved, data, centre, width,
+        return FittedStructuredGP(runs.languages, runs.targets, parameters, features, solved, data, centre, width,
                              size_centre, size_width, accepted, tuple(np.flatnonzero(varies).tolist()), tuple(notes))

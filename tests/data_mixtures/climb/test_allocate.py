@@ -7,9 +7,7 @@ import pytest
 
 from data_mixtures.climb import allocate as module
 from data_mixtures.climb.allocate import AllocateConfig, Allocator, allocate
-from data_mixtures.climb.laws.parametric import Isolated
-from data_mixtures.climb.laws.regressors import LightGBM
-from data_mixtures.climb.laws.structured_gp import StructuredProcess
+from data_mixtures.climb.laws import Isolated, LightGBM, StructuredGP
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.errors import InputError
@@ -74,13 +72,13 @@ def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
     np.testing.assert_allclose(method["loss_high"], np.quantile(losses, 0.95, axis=0))
 
 
-@pytest.mark.parametrize("law", [StructuredProcess(draws=2, warm_up=2), LightGBM()])
+@pytest.mark.parametrize("law", [StructuredGP(draws=2, warm_up=2), LightGBM()])
 def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     alone = runs.rows(runs.tokens == TOKENS)
     found = run(monkeypatch, tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
                 replicates=3, allow_poor_law=law.name == "lightgbm")  # too few runs for a leaf: it predicts the mean
     best = found["methods"][found["method"]]
-    assert found["method"] == {"process": "process-joint", "lightgbm": "lightgbm-sampling"}[law.name]
+    assert found["method"] == {"structured_gp": "structured_gp-joint", "lightgbm": "lightgbm-sampling"}[law.name]
     assert best["ratios"][2] == pytest.approx(0.25) and min(best["ratios"]) >= 0.15 - 1e-9
     assert max(best["epochs"]) <= 0.3 + 1e-9
     assert best["kkt"] is None if law.name == "lightgbm" else best["kkt"] < 1e-6

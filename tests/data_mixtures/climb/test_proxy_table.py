@@ -30,7 +30,7 @@ def test_our_layout(write):
     np.testing.assert_array_equal(runs.ratios, [[0.25, 0.75], [0.25, 0.75], [1, 0]])
     np.testing.assert_array_equal(runs.losses[2], [3.1, 5.5])
     assert runs.varies and not runs.rows(runs.run == "b").varies
-    np.testing.assert_array_equal(runs.own, [0, 1])
+    np.testing.assert_array_equal(runs.own_columns, [0, 1])
 
 
 @pytest.mark.parametrize("where", ["", "*.csv", "[ab].csv"])
@@ -134,7 +134,7 @@ def test_olmix_layout_is_joined_on_run(write):
     assert runs.languages == ("web", "code") and runs.targets == ("arc", "mbpp")
     np.testing.assert_array_equal(runs.losses, [[1, 2], [3, 4]])
     assert not runs.varies
-    np.testing.assert_array_equal(runs.own, [-1, -1])
+    np.testing.assert_array_equal(runs.own_columns, [-1, -1])
 
 
 def test_regmix_layout_names_targets_as_domains(write):
@@ -142,7 +142,7 @@ def test_regmix_layout_names_targets_as_domains(write):
     losses = write("loss.csv", "index,metric/the_pile_cc_val_loss\n1,5\n2,4\n")
     runs = regmix_runs(mixtures, losses)
     assert runs.languages == ("the_pile_arxiv", "the_pile_cc") and runs.targets == ("the_pile_cc",)
-    np.testing.assert_array_equal(runs.own, [1])
+    np.testing.assert_array_equal(runs.own_columns, [1])
 
 
 @pytest.mark.parametrize("mixtures, losses, cause", [

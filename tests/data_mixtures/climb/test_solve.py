@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
-from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw, float64
+from data_mixtures.climb.laws.base import FittedEffectiveLaw, FittedLaw, float64
 from data_mixtures.climb.solve import reference_weights, solve_by_sampling, solve_joint, solve_two_step
 from mlx_pretrain.errors import InputError
 
@@ -35,7 +35,7 @@ class Tree:
         return law
 
 
-class Synthetic(Tree, EffectiveLaw):
+class Synthetic(Tree, FittedEffectiveLaw):
     """Chinchilla losses of effective ratios to which the others add, saturating in r_j, fading in r_i and D."""
 
     def __init__(self, n: int, seed: int, transfer: float = 0.15):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from data_mixtures.climb.laws.base import EffectiveLaw, FittedLaw
+from data_mixtures.climb.laws.base import FittedEffectiveLaw, FittedLaw
 from data_mixtures.climb.proxy_table import make_runs
 from data_mixtures.climb.validation import cross_validate, measured_effective_ratios, scores
 from mlx_pretrain.errors import InputError
@@ -38,7 +38,7 @@ class RememberingLaw:
         return Remembering(set(runs.run))
 
 
-class PowerLaw(EffectiveLaw):
+class PowerLaw(FittedEffectiveLaw):
     """Loss `1 + (effective D / 1e6 + 0.01)^-0.5`, of two languages."""
 
     languages = targets = ("aa", "bb")
@@ -113,7 +113,7 @@ class KnownLanguagesLaw:
     name = "known languages"
 
     def fit(self, runs, seed=0):
-        for target, own in zip(runs.targets, runs.own):
+        for target, own in zip(runs.targets, runs.own_columns):
             if not (runs.ratios[:, own] > 0).any():
                 raise InputError(f"no run has any {target!r}")
         return Remembering(set(runs.run))

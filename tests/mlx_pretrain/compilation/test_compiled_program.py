@@ -67,7 +67,7 @@ def test_collectives_in_a_loop(mesh):
 
     function = jax.shard_map(local, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
     program = compiled(function, jax.ShapeDtypeStruct((4 * N,), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))))
-    collectives = {c.kind: c for c in program.collectives}
+    collectives = {c.operation: c for c in program.collectives}
     assert len(program.collectives) == 4 and {c.times for c in program.collectives} == {6}
     rows, columns = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7))
     part, whole = 4 * N, 4 * 4 * N
@@ -84,14 +84,14 @@ def test_collectives_in_a_loop(mesh):
     assert program.sent_bytes() == 6 * (3 * part + whole + 3 * part + part)
     assert program.sent_bytes("all-gather", "all-reduce") == 6 * (3 * part + whole)
     slices = [0, 0, 0, 0, 1, 1, 1, 1]
-    assert [c.kind for c in program.collectives if c.crosses(slices)] == ["all-reduce"]
+    assert [c.operation for c in program.collectives if c.crosses(slices)] == ["all-reduce"]
 
 
 def test_all_to_all(mesh):
     exchange = functools.partial(jax.lax.all_to_all, axis_name="fsdp", split_axis=1, concat_axis=0, tiled=True)
     function = jax.shard_map(exchange, mesh=mesh, in_specs=P("fsdp"), out_specs=P(None, "fsdp"), check_vma=False)
     (collective,) = compiled(function, jnp.zeros((N, N), jnp.bfloat16)).collectives
-    assert (collective.kind, collective.group_size) == ("all-to-all", 4)
+    assert (collective.operation, collective.group_size) == ("all-to-all", 4)
     assert collective.sent_bytes == {"bf16": 2, "f32": 4}[collective.dtype] * (N * N // 4) * 3 // 4
 
 
@@ -169,7 +169,7 @@ def test_forms_only_accelerators_print():
     """A fused reduce-scatter, a chain of fusions that is one collective, a loop that counts in twos up to a variable,
     an asynchronous pair, a kernel with an estimate of its own."""
     program = read_program(MODULE)
-    collectives = {c.kind: c for c in program.collectives}
+    collectives = {c.operation: c for c in program.collectives}
     assert len(program.collectives) == len(collectives) == 3
     scatter, gather, permute = (collectives[k] for k in ("reduce-scatter", "all-gather", "collective-permute"))
     assert (scatter.operand_bytes, scatter.result_bytes, scatter.sent_bytes) == (512, 128, 384)
@@ -196,7 +196,7 @@ def test_forms_only_accelerators_print():
 )
 def test_forms_of_device_groups(text, groups):
     module = MODULE.replace("replica_groups={{0,1,2,3}}", f"replica_groups={text}")
-    scatter = next(c for c in read_program(module).collectives if c.kind == "reduce-scatter")
+    scatter = next(c for c in read_program(module).collectives if c.operation == "reduce-scatter")
     assert sorted(scatter.groups) == groups
 
 

@@ -96,7 +96,7 @@ def test_fsdp_sends_weights_twice_and_gradients_once():
     ideal = (2 * (2 * layers + tables) + 4 * (layers + tables)) * (chips - 1) / chips
     assert ideal * 0.99 < program.sent_bytes() < ideal * 1.2
     assert not program.unknown_loops
-    gathers = [c for c in program.collectives if c.kind == "all-gather"]
+    gathers = [c for c in program.collectives if c.operation == "all-gather"]
     assert {c.dtype for c in gathers} == {"bf16"}
     # Summed whole are norms, the loss, and what the compiler makes of the second stage of the tables' gradients: a
     # quarter of each, over four chips.
@@ -121,7 +121,7 @@ def test_tensor_parallelism_sums_activations_in_the_compute_dtype():
     assert outside == 2  # the lookup, and the gradient of the loss to the hidden states
     chunks = 4 * rows * LARGE.max_length // 256
     in_chunks = [c for c in program.collectives if c.times == chunks]
-    assert [(c.kind, c.operand_bytes) for c in in_chunks] == [("all-gather", 3 * 4 * 256)]
+    assert [(c.operation, c.operand_bytes) for c in in_chunks] == [("all-gather", 3 * 4 * 256)]
 
 
 def test_muon_shares_the_work():

@@ -1,4 +1,6 @@
-"""The corpus: languages are found where their files lie."""
+"""The corpus: files below a root, and the language of every document."""
+
+import pickle
 
 import gin
 import pytest
@@ -12,7 +14,7 @@ def test_corpus_finds_languages_by_file_name_and_by_folder(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     corpus = Corpus(tmp_path)
-    assert {split: corpus.languages(split) for split in corpus.splits} == {
+    assert {split: corpus.languages_of(split) for split in corpus.all_splits} == {
         "train": ["en", "zh-Hant"], "heldout": ["en"]}
     for path in ("deep/train/fi/b.txt", "deep/train/fi/a.txt", "deep/train/sv/a.txt", "deep/train/sv/a.json"):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
@@ -51,8 +53,8 @@ def test_parts_of_a_language_are_one_language(tmp_path):
 def test_other_folders_beside_the_splits_are_left_alone(tmp_path):
     write(tmp_path, "train/en.jsonl", "heldout/en.jsonl", "validation/en.jsonl", "runs/config.gin", "cache/model.bin",
           "runs/metrics.jsonl", "tokens/manifest.json")
-    assert Corpus(tmp_path).splits == ["heldout", "train"]
-    assert Corpus(tmp_path, splits=["train", "validation"]).splits == ["train", "validation"]
+    assert Corpus(tmp_path).all_splits == ["heldout", "train"]
+    assert Corpus(tmp_path, splits=["train", "validation"]).all_splits == ["train", "validation"]
     with pytest.raises(InputError, match="no file of the split 'test' matches"):
         Corpus(tmp_path, splits=["train", "test"])
     for wrong in ("train", ["*"], ["a/b"]):
@@ -62,11 +64,11 @@ def test_other_folders_beside_the_splits_are_left_alone(tmp_path):
         Corpus(tmp_path / "runs")
 
 
-def test_outputs_record_other_names_of_fields(tmp_path):
+def test_outputs_record_other_keys(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/en.json").write_text('{"content": "x", "lang": ["en"]}\n')
     assert Corpus(tmp_path).settings == {"text_unit": "file"}
-    gin.parse_config("DocumentFields.text = 'content'\nDocumentFields.language = None")
+    gin.parse_config("Corpus.text_key = 'content'\nCorpus.language_key = None")
     try:
         corpus = Corpus(tmp_path)
     finally:
@@ -75,16 +77,71 @@ def test_outputs_record_other_names_of_fields(tmp_path):
     assert [document.text for document in corpus.documents("train", "en")] == ["x"]
 
 
-def test_corpus_names_what_is_missing(tmp_path, corpus_folder):
+def test_corpus_names_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="no file matches"):
         Corpus(tmp_path)
+    corpus_folder = tmp_path / "corpus"
+    write(corpus_folder, "train/en.jsonl", "heldout/en.jsonl", "train/el.jsonl")
     with pytest.raises(InputError, match="no documents in xx"):
         Corpus(corpus_folder, languages=["en", "xx"])
     with pytest.raises(InputError, match="text_unit"):
         Corpus(corpus_folder, text_unit="page")
     with pytest.raises(InputError, match="must hold"):
-        Corpus(corpus_folder, "train/{language}.*")
+        Corpus(corpus_folder, "train/{language}.*").languages_of("train")
     with pytest.raises(InputError, match="no split 'test'; there is heldout, train"):
-        Corpus(corpus_folder).languages("test")
+        Corpus(corpus_folder).languages_of("test")
     with pytest.raises(InputError, match="no train documents in 'xx'"):
         list(Corpus(corpus_folder).documents("train", "xx"))
+    with pytest.raises(InputError, match=r"Corpus\.root: no folder is given"):
+        Corpus()
+    for wrong in ([], ["{split}/{split}/{language}"], ["../x/*"], ["/elsewhere/*"]):
+        with pytest.raises(InputError, match=r"Corpus\.files: "):
+            Corpus(corpus_folder, wrong)
+    with pytest.raises(InputError, match=r"Corpus.files: 'train/\*' must hold {language}"):
+        Corpus(corpus_folder, "train/*", languages=["en"])
+    with pytest.raises(InputError, match=r"nowhere/\*.jsonl: no file matches"):
+        Corpus(files=f"{tmp_path}/nowhere/*.jsonl")
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        Corpus(tmp_path, "nowhere.jsonl")
+
+
+def test_files_are_known_below_the_root(tmp_path, monkeypatch):
+    write(tmp_path, "corpus/de/a.jsonl", "corpus/th/a.jsonl", "corpus/th/b.txt", "corpus/th/.c.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for corpus, names in (
+        (Corpus("corpus", "de/*"), ["de/a.jsonl"]),
+        (Corpus(files="corpus/de/*"), ["a.jsonl"]),
+        (Corpus(files="corpus/de/a.jsonl"), ["a.jsonl"]),
+        (Corpus(files="./corpus/*/[ab].jsonl"), ["de/a.jsonl", "th/a.jsonl"]),
+        (Corpus(files="corpus/*/[!a].*"), ["th/b.txt"]),
+        (Corpus(files=["corpus/th/*.txt", "corpus/de/?.jsonl"]), ["de/a.jsonl", "th/b.txt"]),
+        (Corpus("corpus", ["th/a*", "th/*.jsonl"]), ["th/a.jsonl"]),
+        (Corpus(tmp_path, f"{tmp_path}/corpus/de/*"), ["corpus/de/a.jsonl"]),
+        (Corpus(files="*/*/b.txt"), ["corpus/th/b.txt"]),
+    ):
+        assert sorted(corpus.paths()) == names
+        assert all(path.exists() and str(path).endswith(name) for name, path in corpus.paths().items())
+        assert pickle.loads(pickle.dumps(corpus)).paths() == corpus.paths()
+
+
+@pytest.mark.parametrize("pattern, name, language", [
+    ("{language}/*", "fi/part-0.jsonl", "fi"),
+    ("*/*/part-*.jsonl", "web/fi/part-0.jsonl", "fi"),
+    ("*.jsonl", "de.jsonl", "de"),
+    ("*.jsonl", "zh-Hant.00.jsonl", "zh-Hant"),
+    ("*/*.jsonl", "fra_Latn/sv.jsonl", "sv"),
+    ("*/*.jsonl", "fra_Latn/train-0.jsonl", "fra_Latn"),
+    ("*/*/*.jsonl", "fi/part/x.jsonl", "fi"),
+    ("*/*.jsonl", "part/documents.jsonl", "und"),
+    ("{language}/*", "tlh/x.jsonl", "tlh"),
+])
+def test_a_document_has_its_records_language_else_its_paths(tmp_path, pattern, name, language):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text('{"text": "x"}\n{"text": "x", "lang": "el"}\n{"text": "x", "language": "ja"}\n')
+    assert [document.language for document in Corpus(tmp_path, pattern).read(name)] == [language, "el", "ja"]
+    assert [d.language for d in Corpus(tmp_path, pattern, language_key=None).read(name)] == [language] * 3
+
+
+def test_the_folder_of_a_pattern_tells_the_language(tmp_path):
+    write(tmp_path, "corpus/th/a.jsonl")
+    assert next(Corpus(files=f"{tmp_path}/corpus/th/*").read("a.jsonl")).language == "th"

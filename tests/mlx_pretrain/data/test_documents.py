@@ -5,13 +5,12 @@ import json
 import lzma
 import tracemalloc
 
-import gin
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from mlx_pretrain.data.documents import Document, DocumentFields, match_files, read_documents
+from mlx_pretrain.data.documents import Document, RecordKeys, match_files, read_documents
 from mlx_pretrain.errors import InputError
 
 RECORDS = [
@@ -60,34 +59,29 @@ def test_a_json_file_has_an_object_a_line(tmp_path, suffix):
         list(read_documents(path))
 
 
-@pytest.fixture
-def content_fields():
-    gin.parse_config(["DocumentFields.text = 'content'", "DocumentFields.id = 'key'",
-                      "DocumentFields.language = 'tongue'", "DocumentFields.source = 'site'"])
-    yield
-    gin.clear_config()
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_fields_may_have_other_names(tmp_path, content_fields, kind):
-    path, record = tmp_path / f"d.{kind}", {"content": "x", "key": 7, "tongue": "fi", "site": "web", "text": "", "n": 1}
-    if kind == "jsonl":
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+def test_fields_may_have_other_keys(tmp_path, extension):
+    keys = RecordKeys("content", "key", "tongue", "site")
+    path = tmp_path / f"d.{extension}"
+    record = {"content": "x", "key": 7, "tongue": "fi", "site": "web", "text": "", "n": 1}
+    if extension == "jsonl":
         path.write_text(json.dumps(record))
     else:
         pa.parquet.write_table(pa.Table.from_pylist([record]), path)
     expected = Document("7", "x", "fi", "web")
-    assert list(read_documents(path)) == [expected]
-    (document,) = read_documents(path, extra=None)
+    assert list(read_documents(path, keys=keys)) == [expected]
+    (document,) = read_documents(path, keys=keys, extra=None)
     assert document.extra == {"n": 1}
-    assert next(read_documents(path, fields=DocumentFields(text="text", language=None))).language == ""
+    assert next(read_documents(path, keys=RecordKeys(language=None))).language == ""
+    assert next(read_documents(path, language="sv")).language == "sv"  # no "lang" here
 
 
 def test_a_missing_text_is_named_with_what_there_is(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"content": "x", "url": "y", "n": 1}')
-    with pytest.raises(InputError, match=r'd.jsonl:1: no "text" string in this record; there is content, url \(Docum'):
+    with pytest.raises(InputError, match=r'd.jsonl:1: no "text" string in this record; there is content, url \(Corpus'):
         list(read_documents(tmp_path / "d.jsonl"))
     pa.parquet.write_table(pa.table({"content": ["x"], "n": [1]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match=r'd.parquet: no column "text"; there is content, n \(DocumentFields.text'):
+    with pytest.raises(InputError, match=r'd.parquet: no column "text"; there is content, n \(Corpus.text_key'):
         list(read_documents(tmp_path / "d.parquet"))
 
 

@@ -31,14 +31,14 @@ def source_of(store, rates=RATES, batch_size=16, seed=0, rows=None):
 def test_rows_are_those_of_the_store(store):
     source = source_of(store)
     batch, positions = source[3], source.provenance(3)
-    for row, number, position in zip(batch["tokens"], batch["source"], positions):
+    for row, number, position in zip(batch["tokens"], batch["language_id"], positions):
         assert source.languages[number] == position.language
         np.testing.assert_array_equal(row, store.read("train", position.language)[position.row])
 
 
 def test_delivered_shares_equal_the_rates(store):
     source = source_of(store, batch_size=10)
-    counts = np.bincount(np.concatenate([source[b]["source"] for b in range(30)]))
+    counts = np.bincount(np.concatenate([source[b]["language_id"] for b in range(30)]))
     np.testing.assert_allclose(counts, [300 * RATES[l] for l in source.languages], atol=1.5)
     assert dict(zip(source.languages, counts)) == loader.store_mixture(store, RATES, 10, 0).advanced(300).consumed()
 
@@ -86,7 +86,7 @@ def test_devices_hold_the_global_batch(store, mesh_shape):
     np.testing.assert_array_equal(arrays["tokens"], batch["tokens"])
     shard = arrays["tokens"].addressable_shards[0].data.shape
     assert shard == (16 // (mesh_shape[0] * mesh_shape[1]), arrays["tokens"].shape[1])
-    assert isinstance(arrays["source"], jax.Array)
+    assert isinstance(arrays["language_id"], jax.Array)
 
 
 def test_impossible_mixtures_are_refused(store):

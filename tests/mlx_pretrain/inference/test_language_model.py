@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from evals.requests import encode_pairs
+from evals.scoring.requests import encode_pairs
 from mlx_pretrain.convert.decoders import save_decoder
 from mlx_pretrain.convert.export import export_model
 from mlx_pretrain.data.tokenizers import SubwordTokenizer

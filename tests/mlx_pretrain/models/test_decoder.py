@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlx_pretrain import command_line
+from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data.batches import decoder_batch
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, logits
 
-MODELS = pathlib.Path(command_line.REPOSITORY) / "gin" / "models"
+MODELS = pathlib.Path(gin_files.GIN_ROOT) / "gin" / "models"
 
 
 def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_parameter_count_is_that_of_the_tree(tiny_config, tiny_params):
 
 
 def read_model(name: str) -> DecoderConfig:
-    command_line.parse_gin([f"gin/models/{name}.gin"], [])
+    gin_files.parse_gin([f"gin/models/{name}.gin"], [])
     try:
         return DecoderConfig()
     finally:

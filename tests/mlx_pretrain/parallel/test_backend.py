@@ -8,19 +8,19 @@ import sys
 import gin
 import pytest
 
-from mlx_pretrain.command_line import parse_gin
+from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import backend
 
 COMMAND = """
 import json, os, sys
 import jax
-from mlx_pretrain import configuration, partitioning
-from mlx_pretrain.parallel import backend
-def main():
+from mlx_pretrain import command_line
+from mlx_pretrain.parallel import backend, partitioning
+def main(config):
     devices = jax.devices()
     print(json.dumps([len(devices), jax.config.jax_platforms, backend.flags_in_effect()]))
-configuration.run(main, "__main__")
+command_line.run(main, object, "__main__")
 """
 
 

@@ -13,7 +13,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.train import Pretraining, TrainConfig, train
 from mlx_pretrain.training import optimizers
 from mlx_pretrain.training.checkpoints import DataState
-from mlx_pretrain.training.trainer import Trainer
+from mlx_pretrain.training.run_state import continued_mixture
 from tests.conftest import RATES
 
 OTHER_RATES = {"cc": 0.6, "bb": 0.2, "aa": 0.2}
@@ -100,8 +100,6 @@ def test_what_cannot_be_honoured_is_refused(config, tmp_path, what):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_word(config):
-    loop = Trainer(config, Pretraining(config))
-    loop._progress, loop._step = DataState(16, {}), 2
-    mixture, told = loop._continued_mixture()
+    mixture, told = continued_mixture(Pretraining(config).mixture, DataState(16, {}), 2, config.run_dir)
     assert told == ["the checkpoint is of an earlier version, which read the data in another order"]
     assert mixture.changes == ({"step": 2, "change": told[0]},) and mixture.consumed() == {"aa": 8, "bb": 5, "cc": 3}

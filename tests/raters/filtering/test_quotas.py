@@ -45,11 +45,11 @@ def total(scores: Scores) -> np.ndarray:
 @settings(deadline=None)
 @given(rated(), st.floats(0, 1), st.sampled_from([0.0, 0.5]))
 def test_the_quota_is_exceeded_by_less_than_one_document_and_nothing_left_out_is_better(scores, fraction, temperature):
-    quotas = fraction * total(scores)
+    targets = fraction * total(scores)
     preference = quotas.preferences(scores, temperature)
-    kept = quotas.select(scores, preference, quotas)
+    kept = quotas.select(scores, preference, targets)
     assert not kept[~np.isfinite(scores.score)].any()
-    for language, quota in enumerate(quotas):
+    for language, quota in enumerate(targets):
         mine = scores.language == language
         taken = np.flatnonzero(mine & kept)
         left = np.flatnonzero(mine & ~kept & np.isfinite(scores.score))
@@ -63,10 +63,10 @@ def test_the_quota_is_exceeded_by_less_than_one_document_and_nothing_left_out_is
 @settings(deadline=None)
 @given(rated(), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=3, max_size=3))
 def test_no_source_takes_more_than_its_cap_but_for_one_document(scores, fraction, caps):
-    quotas = fraction * total(scores)
+    targets = fraction * total(scores)
     caps = dict(enumerate(caps))
-    kept = quotas.select(scores, scores.score, quotas, caps=caps)
-    for language, quota in enumerate(quotas):
+    kept = quotas.select(scores, scores.score, targets, caps=caps)
+    for language, quota in enumerate(targets):
         for source, cap in caps.items():
             rows = kept & (scores.language == language) & (scores.source == source)
             sizes = scores.tokens[rows]
@@ -79,9 +79,9 @@ def test_no_source_takes_more_than_its_cap_but_for_one_document(scores, fraction
 @settings(deadline=None)
 @given(rated(), st.floats(0, 1))
 def test_quotas_for_each_source_keep_the_quota_of_the_language(scores, fraction):
-    quotas = fraction * total(scores)
-    kept = quotas.select(scores, scores.score, quotas, per_source=True)
-    for language, quota in enumerate(quotas):
+    targets = fraction * total(scores)
+    kept = quotas.select(scores, scores.score, targets, per_source=True)
+    for language, quota in enumerate(targets):
         sizes = scores.tokens[kept & (scores.language == language)]
         assert sizes.sum() - sizes.max(initial=0) <= quota * (1 + 1e-9)
         known = np.isfinite(scores.score) & (scores.language == language)
@@ -286,8 +286,8 @@ def test_agreement_of_raters():
     score, language = rng.normal(size=1000), np.repeat([0, 1], 500)
     scores = make_scores(score, np.full(1000, 7), language)
     others = {"tested": score, "shifted": score + 5 * language, "noise": rng.normal(size=1000)}
-    quotas = 0.2 * total(scores)
-    kept = {name: quotas.select(dataclasses.replace(scores, score=one), one, quotas) for name, one in others.items()}
+    targets = 0.2 * total(scores)
+    kept = {name: quotas.select(dataclasses.replace(scores, score=one), one, targets) for name, one in others.items()}
     same, noise, _ = quotas.agreement(scores, others, kept)
     assert same["spearman_within"] == pytest.approx(1) and same["overlap"] == pytest.approx(1)
     assert same["spearman"] == pytest.approx(stats.spearmanr(score, others["shifted"]).statistic) and same[

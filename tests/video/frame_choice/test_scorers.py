@@ -1,11 +1,11 @@
-"""Scores out of a file of embeddings."""
+"""Scores from a file of embeddings."""
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from mlx_pretrain.errors import InputError
-from video.frame_choice.scorers import Embeddings, _Last
+from video.frame_choice.scorers import Embeddings, _KeepLast
 
 
 def test_cosines_of_a_file(tmp_path):
@@ -21,7 +21,7 @@ def test_cosines_of_a_file(tmp_path):
         scores("a.mp4", np.zeros((4, 64, 64, 3)), "Who?")
 
 
-def test_no_such_file_or_another_kind(tmp_path):
+def test_missing_files_and_other_files_are_named(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         Embeddings(tmp_path / "none")
     (tmp_path / "text").write_text("hello")
@@ -31,7 +31,7 @@ def test_no_such_file_or_another_kind(tmp_path):
 
 def test_features_are_kept_for_the_same_frames_alone():
     encoded = []
-    features = _Last(lambda frames: encoded.append(len(frames)) or frames.sum(axis=1))
+    features = _KeepLast(lambda frames: encoded.append(len(frames)) or frames.sum(axis=1))
     few, many = np.ones((4, 2)), np.full((9, 2), 2.0)
     for frames, expected in ((few, [2] * 4), (few, [2] * 4), (many, [4] * 9), (few, [2] * 4), (many[:4], [4] * 4)):
         assert features(frames).tolist() == expected

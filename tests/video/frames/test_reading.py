@@ -1,4 +1,4 @@
-"""Frames of real files: containers, variable rates, rotation, and what is no whole video."""
+"""Frames of real files: containers, variable rates, rotation, damaged files and files that are no videos."""
 
 import fractions
 
@@ -8,19 +8,19 @@ import pytest
 
 from mlx_pretrain.errors import InputError
 from tests.video.conftest import write_grey, write_video
-from video.frames import reading
-from video.frames.reading import moments, read_frames
+from video.frames import decoder
+from video.frames.reading import even_timestamps, read_frames
 
 EVEN = np.arange(80) / 10
 
 
 def numbers(frames):
-    """Which frame it is, by its red in the lower half."""
-    return reading[:, -6, reading.shape[2] // 2, 0].astype(int) / 3
+    """Reads the frames' numbers off the red of their lower halves."""
+    return frames[:, -6, frames.shape[2] // 2, 0].astype(int) / 3
 
 
 def write_sound(path):
-    """A second of silence without pictures."""
+    """Writes a second of silence without pictures."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
@@ -32,39 +32,39 @@ def write_sound(path):
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"),
                                          ("a.avi", "mpeg4")])
-def test_the_frame_on_screen_at_each_moment(tmp_path, name, codec):
+def test_the_frame_on_screen_at_each_time(tmp_path, name, codec):
     path = write_video(tmp_path / name, codec, EVEN)
-    found = read_frames(path, 32, count=16)
-    assert found.frames.shape == (16, 32, 32, 3) and found.frames.dtype == np.uint8
-    np.testing.assert_allclose(found.times, moments(found.duration, 16))
-    shown = np.searchsorted(EVEN, found.times + 1e-9, side="right") - 1
-    assert np.abs(numbers(found.frames) - shown).max() < 4.5  # colours of video are rough
-    assert found.frames[3, 4, 4, 1] > 150 > 50 > found.frames[3, -4, 4, 1]
-    assert found.duration == pytest.approx(8.0, abs=0.15)
+    read = read_frames(path, 32, count=16)
+    assert read.frames.shape == (16, 32, 32, 3) and read.frames.dtype == np.uint8
+    np.testing.assert_allclose(read.times, even_timestamps(read.duration, 16))
+    shown = np.searchsorted(EVEN, read.times + 1e-9, side="right") - 1
+    assert np.abs(numbers(read.frames) - shown).max() < 4.5  # colours of video are rough
+    assert read.frames[3, 4, 4, 1] > 150 > 50 > read.frames[3, -4, 4, 1]
+    assert read.duration == pytest.approx(8.0, abs=0.15)
 
 
 def test_variable_frame_rate(tmp_path):
     times = np.cumsum(np.random.default_rng(0).integers(20, 300, 80)) / 1000
     times -= times[0]
     path = write_video(tmp_path / "a.mp4", "libx264", times)
-    found = read_frames(path, 32, count=40)
-    shown = np.searchsorted(times, found.times, side="right") - 1
-    assert np.abs(numbers(found.frames) - shown).max() < 2
+    read = read_frames(path, 32, count=40)
+    shown = np.searchsorted(times, read.times, side="right") - 1
+    assert np.abs(numbers(read.frames) - shown).max() < 2
 
 
 def test_jumps_to_key_frames_find_the_same(tmp_path):
     path = write_video(tmp_path / "a.mp4", "libx264", np.arange(600) / 5, key_frames=25)
     few = read_frames(path, 32, count=12)  # ten seconds apart: it jumps
     many = read_frames(path, 32, count=600)
-    places = np.searchsorted(many.times, few.times - 0.1)
-    near = [many.frames[max(place - 1, 0) : place + 2] for place in places]
+    indices = np.searchsorted(many.times, few.times - 0.1)
+    near = [many.frames[max(index - 1, 0) : index + 2] for index in indices]
     assert all((frame == options).all(axis=(1, 2, 3)).any() for frame, options in zip(few.frames, near))
 
 
-def test_given_moments(tmp_path):
+def test_frames_at_given_times(tmp_path):
     path = write_video(tmp_path / "a.mp4", "libx264", EVEN)
-    found = read_frames(path, 16, times=[0.0, 0.05, 4.45, 4.45, 7.92])
-    assert np.abs(numbers(found.frames) - [0, 0, 44, 44, 79])[:, None].max() < 2
+    read = read_frames(path, 16, times=[0.0, 0.05, 4.45, 4.45, 7.92])
+    assert np.abs(numbers(read.frames) - [0, 0, 44, 44, 79])[:, None].max() < 2
     with pytest.raises(InputError, match="times must ascend"):
         read_frames(path, 16, times=[3.0, 1.0])
     with pytest.raises(InputError, match="times must ascend"):
@@ -84,13 +84,13 @@ def test_frames_are_turned_as_the_file_says(tmp_path, rotation):
 
 def test_crop_keeps_the_middle(tmp_path):
     path = write_video(tmp_path / "a.mp4", "libx264", EVEN, width=128, height=32)
-    stretched, cropped = (read_frames(path, 32, count=2, fit=fit).frames for fit in ("stretch", "crop"))
+    stretched, cropped = (read_frames(path, 32, count=2, resize_mode=mode).frames for mode in ("stretch", "crop"))
     assert stretched.shape == cropped.shape == (2, 32, 32, 3)
-    with pytest.raises(InputError, match="fit = 'pad'"):
-        read_frames(path, 32, count=2, fit="pad")
+    with pytest.raises(InputError, match="resize_mode = 'pad'"):
+        read_frames(path, 32, count=2, resize_mode="pad")
 
 
-def test_what_is_no_whole_video(tmp_path):
+def test_incomplete_videos_and_other_files_are_named(tmp_path):
     whole = write_video(tmp_path / "a.mkv", "libx264", EVEN).read_bytes()
     (tmp_path / "half.mkv").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"half\.mkv: ends after .* of 7\.9. s; truncated"):
@@ -116,12 +116,12 @@ FIFTHS = np.arange(50) / 5
 
 
 def grey(frames):
-    """Which frame it is, of a video by `write_grey`; conversions to YUV and back take up to two levels."""
-    return np.round((reading[:, 8, 8].mean(axis=-1) - 19) / 4).astype(int)
+    """Reads the frames' numbers off their grey, see `write_grey`; conversions to YUV and back take up to two levels."""
+    return np.round((frames[:, 8, 8].mean(axis=-1) - 19) / 4).astype(int)
 
 
 def decoded_whole(path):
-    """All frames of an undamaged file, as `read_frames` gives them: uint8 `[frames, 16, 16, 3]`."""
+    """Decodes all frames of an undamaged file, resized as by `read_frames`: uint8 `[frames, 16, 16, 3]`."""
     with av.open(str(path)) as container:
         return np.array([frame.reformat(16, 16, format="rgb24", interpolation="BICUBIC").to_ndarray()
                          for frame in container.decode(video=0)])
@@ -129,10 +129,10 @@ def decoded_whole(path):
 
 @pytest.fixture
 def jumps(monkeypatch):
-    """Makes every key frame worth a jump; the list says of each jump whether it found its frame."""
-    made, jump = [], reading._Decoder._jump
-    monkeypatch.setattr(reading, "_JUMP", 2)
-    monkeypatch.setattr(reading._Decoder, "_jump", lambda *args: made.append(jump(*args)) or made[-1])
+    """Makes every key frame worth a jump; lists for each jump whether it reached its frame."""
+    made, jump = [], decoder.FrameDecoder._jump
+    monkeypatch.setattr(decoder, "_JUMP", 2)
+    monkeypatch.setattr(decoder.FrameDecoder, "_jump", lambda *args: made.append(jump(*args)) or made[-1])
     return made
 
 
@@ -242,8 +242,8 @@ def damage_packet(path, number):
     with av.open(str(path)) as container:
         packet = [bytes(packet) for packet in container.demux(video=0) if packet.size][number]
     whole = bytearray(path.read_bytes())
-    place = whole.index(packet)
-    whole[place + 4 : place + len(packet)] = b"\xff" * (len(packet) - 4)
+    start = whole.index(packet)
+    whole[start + 4 : start + len(packet)] = b"\xff" * (len(packet) - 4)
     path.write_bytes(whole)
 
 

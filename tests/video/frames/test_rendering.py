@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_pretrain.errors import InputError
-from video.frames.rendering import COLOURS, SHAPES, TYPES, ask, describe, draw_events, render
+from video.frames.rendering import COLOURS, SHAPES, TYPES, draw_events, make_captions, make_questions, render
 from video.questions import Question, read_questions, write_questions
 
 SETTINGS = {"seconds": 16.0, "shown": 1.0}
@@ -17,7 +17,7 @@ def drawn(number):
     return draw_events(rng, **SETTINGS), rng
 
 
-def test_moments_do_not_overlap_and_lie_in_the_video():
+def test_events_do_not_overlap_and_lie_in_the_video():
     for number in range(200):
         events, _ = drawn(number)
         assert 3 <= len(events) <= 5
@@ -30,7 +30,7 @@ def test_answers_follow_from_the_events():
     seen = set()
     for number in range(300):
         events, rng = drawn(number)
-        for question in ask(events, "v.mp4", "v", rng):
+        for question in make_questions(events, "v.mp4", "v", rng):
             named = [shape for shape in SHAPES if shape in question.question]
             of = {shape: [event for event in events if event.shape == shape] for shape in named}
             first = of[named[0]]
@@ -49,34 +49,34 @@ def test_answers_follow_from_the_events():
             assert list(question.evidence) == sorted(
                 (round(event.start, 3), round(event.end, 3)) for event in events if event.shape in named)
             seen.add((question.type, question.answer))
-    assert {kind for kind, _ in seen} == set(TYPES) and {("same", "yes"), ("same", "no")} <= seen
+    assert {question_type for question_type, _ in seen} == set(TYPES) and {("same", "yes"), ("same", "no")} <= seen
 
 
 def test_frames_show_the_event_and_nothing_else_coloured():
     events, rng = drawn(3)
     frames = render(events, rng, 16.0, 8, 64).astype(int)
     for number in range(0, len(frames), 3):
-        here = [event for event in events if event.start <= number / 8 < event.end]
-        for event in here:
+        on_screen = [event for event in events if event.start <= number / 8 < event.end]
+        for event in on_screen:
             away = np.abs(frames[number] - COLOURS[event.colour]).max(axis=-1)
             rows, columns = np.nonzero(away < 25)
             assert len(rows) > 20
             assert np.hypot(columns.mean() / 64 - event.x, rows.mean() / 64 - event.y) < 0.08
-        if not here:  # the ground is dark, the rest grey
+        if not on_screen:  # the ground is dark, the rest grey
             assert np.ptp(frames[number], axis=-1).max() < 120
 
 
-def test_captions_name_every_moment_and_a_quiet_part():
+def test_captions_name_every_event_and_a_quiet_part():
     events, _ = drawn(5)
-    *said, quiet = describe(events, "v.mp4", "v", 16.0)
-    assert [caption.answer.split()[1] for caption in said] == [event.shape for event in events]
+    *captions, quiet = make_captions(events, "v.mp4", "v", 16.0)
+    assert [caption.answer.split()[1] for caption in captions] == [event.shape for event in events]
     assert quiet.answer == "nothing"
     assert all(quiet.clip[0] >= event.end - 1e-3 or quiet.clip[1] <= event.start + 1e-3 for event in events)
 
 
 def test_questions_round_trip(tmp_path):
     events, rng = drawn(1)
-    questions = ask(events, "a/v.mp4", "v", rng) + describe(events, "a/v.mp4", "v", 16.0)
+    questions = make_questions(events, "a/v.mp4", "v", rng) + make_captions(events, "a/v.mp4", "v", 16.0)
     write_questions(tmp_path / "q.jsonl", questions)
     assert read_questions(tmp_path / "q.jsonl") == questions
 

@@ -1,4 +1,4 @@
-"""Stores that are filled row by row and can be killed."""
+"""Stores that are filled row by row, and go on after a kill."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_other_settings_or_items_are_refused(tmp_path):
         writer(tmp_path, items=4)
 
 
-def test_another_kind_or_a_damaged_one_is_refused(tmp_path):
+def test_another_type_or_a_damaged_store_is_refused(tmp_path):
     whole = writer(tmp_path)
     whole.add("a", row(1))
     whole.complete()

@@ -13,7 +13,7 @@ from video.llm.model import average_pooling, encode_frames, hidden_states
 from video.questions import Question
 from video.voyager.combinations import combinations
 
-ASKED = [Question("a", "one.mp4", "Which?", "left", options=("left", "right", "up")),
+QUESTIONS = [Question("a", "one.mp4", "Which?", "left", options=("left", "right", "up")),
          Question("b", "one.mp4", "And then?", "no", options=("yes", "no")),
          Question("c", "two.mp4", "How many times was there a star in it?", "three")]
 
@@ -30,50 +30,50 @@ def run(config, params, frames, tokens):
     return logits(params["decoder"], hidden)
 
 
-def alone(config, params, prompts, frames, question, places, answer):
-    """Mean loss of an answer's tokens, in NumPy from the logits of one sequence."""
-    context = prompts.context(prompts.words([question])[0], range(len(places)))
+def alone(config, params, prompts, frames, question, indices, answer):
+    """Computes the mean loss of an answer's tokens in NumPy, from the logits of one sequence."""
+    context = prompts.context(prompts.words([question])[0], range(len(indices)))
     (answer,) = prompts.answers([answer])
     tokens = np.concatenate([context, answer])[None]
-    found = np.asarray(run(config, params, frames[list(places)], tokens[:, :-1]), np.float64)[0, len(context) - 1 :]
-    return np.mean(np.log(np.exp(found).sum(axis=1)) - found[np.arange(len(answer)), answer])
+    scores = np.asarray(run(config, params, frames[list(indices)], tokens[:, :-1]), np.float64)[0, len(context) - 1 :]
+    return np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(answer)), answer])
 
 
 def test_losses_and_choices_equal_one_sequence_at_a_time(config, params, mesh, prompts, videos):
-    chosen = combinations(7, 3)
-    answering = AnswerScorer(config, params, mesh, prompts)
-    found = list(answering(lambda video: answering.features(videos[video]), ASKED, [chosen] * 3))
-    for question, answers in zip(ASKED, found):
+    triples = combinations(7, 3)
+    answer_scorer = AnswerScorer(config, params, mesh, prompts)
+    scored = list(answer_scorer(lambda video: answer_scorer.features(videos[video]), QUESTIONS, [triples] * 3))
+    for question, answers in zip(QUESTIONS, scored):
         assert answers.losses.shape == answers.right.shape == (35,)
         assert np.ptp(answers.losses) > 0.05  # frames matter
         for number in (0, 17, 34):
             naive = functools.partial(alone, config, params, prompts, videos[question.video], question.question,
-                                      chosen[number])
+                                      triples[number])
             assert answers.losses[number] == pytest.approx(naive(question.answer), abs=2e-5)
             if question.options:
                 lengths = [len(answer) for answer in prompts.answers(list(question.options))]
                 each = [length * naive(option) for length, option in zip(lengths, question.options)]
                 assert answers.right[number] == (question.options[int(np.argmin(each))] == question.answer)
-    assert not found[2].right.any()
+    assert not scored[2].right.any()
     # Frames and question are fed once for all combinations that begin with them.
-    assert answering.scorer.fed_tokens < 0.6 * answering.scorer.naive_tokens
+    assert answer_scorer.scorer.fed_tokens < 0.6 * answer_scorer.scorer.naive_tokens
 
 
 def test_another_video_behind_the_same_question(config, params, mesh, prompts, videos):
     """What is kept of a question and its frames must not be used for another video."""
-    asked = [ASKED[0], Question("d", "two.mp4", ASKED[0].question, "left"), ASKED[0]]
-    answering = AnswerScorer(config, params, mesh, prompts)
-    first, other, again = answering(lambda video: answering.features(videos[video]), asked, [combinations(7, 2)] * 3,
-                                    options=False)
+    asked = [QUESTIONS[0], Question("d", "two.mp4", QUESTIONS[0].question, "left"), QUESTIONS[0]]
+    answer_scorer = AnswerScorer(config, params, mesh, prompts)
+    first, other, again = answer_scorer(lambda video: answer_scorer.features(videos[video]), asked,
+                                        [combinations(7, 2)] * 3, options=False)
     assert np.abs(first.losses - other.losses).max() > 0.01
     np.testing.assert_allclose(first.losses, again.losses, atol=1e-6)
 
 
 def test_a_question_too_long_is_named(config, params, mesh, prompts, videos):
-    answering = AnswerScorer(config, params, mesh, prompts)
+    answer_scorer = AnswerScorer(config, params, mesh, prompts)
     long = Question("long", "one.mp4", "x" * 80, "yes")
     with pytest.raises(InputError, match=r"question long: .* max_length=96"):
-        list(answering(lambda video: answering.features(videos[video]), [long], [[[0, 1, 2, 3]]]))
+        list(answer_scorer(lambda video: answer_scorer.features(videos[video]), [long], [[[0, 1, 2, 3]]]))
 
 
 def test_pooling_is_the_mean_over_parts():

@@ -19,7 +19,7 @@ IMAGE = 47
 
 
 def sequence(config, tokens):
-    """Hugging Face's image tokens as numbered tokens of frames."""
+    """Replaces Hugging Face's image tokens by numbered tokens of frames."""
     image = tokens == IMAGE
     return np.where(image, config.decoder.vocab_size + np.cumsum(image, axis=1) - 1, tokens).astype(np.int32)
 
@@ -47,8 +47,8 @@ def test_logits_are_those_of_transformers():
         hidden = hidden_states(config, params, features.reshape(1, -1, features.shape[-1]), tokens)
         return logits(params["decoder"], hidden)
 
-    found = run(params, golden["images"], sequence(config, golden["tokens"]))
-    np.testing.assert_allclose(found, golden["logits"], atol=2e-5)
+    computed = run(params, golden["images"], sequence(config, golden["tokens"]))
+    np.testing.assert_allclose(computed, golden["logits"], atol=2e-5)
 
 
 def test_parameters_have_the_shapes_of_the_module():

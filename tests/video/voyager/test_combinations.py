@@ -18,11 +18,11 @@ def test_all_in_order():
 
 @given(st.integers(1, 12), st.data())
 def test_a_sample_is_distinct_and_ordered(candidates, data):
-    chosen = data.draw(st.integers(1, candidates))
-    most = data.draw(st.integers(1, 60))
-    found = combinations(candidates, chosen, most, seed=3, name="a").tolist()
-    assert len(found) == min(most, math.comb(candidates, chosen)) == len({tuple(c) for c in found})
-    assert found == sorted(found) and all(c == sorted(set(c)) and c[-1] < candidates for c in found)
+    num_frames = data.draw(st.integers(1, candidates))
+    limit = data.draw(st.integers(1, 60))
+    sample = combinations(candidates, num_frames, limit, seed=3, name="a").tolist()
+    assert len(sample) == min(limit, math.comb(candidates, num_frames)) == len({tuple(c) for c in sample})
+    assert sample == sorted(sample) and all(c == sorted(set(c)) and c[-1] < candidates for c in sample)
 
 
 def test_names_and_seeds_draw_anew_and_the_same_again():
@@ -36,9 +36,9 @@ def test_every_combination_is_as_likely():
     drawn = np.concatenate([combinations(5, 2, 3, seed=seed) for seed in range(2000)])
     counts = np.zeros((5, 5))
     np.add.at(counts, tuple(drawn.T), 1)
-    found = counts[np.triu_indices(5, 1)]
+    pair_counts = counts[np.triu_indices(5, 1)]
     # 600 each expected; three of ten without replacement: standard deviation 20.
-    assert np.abs(found - 600).max() < 5 * 20.5
+    assert np.abs(pair_counts - 600).max() < 5 * 20.5
 
 
 def test_too_many_or_none():

@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_mixtures.climb.laws import parametric
+from data_mixtures.climb.laws import climb
 from data_mixtures.climb.laws.base import FittedLaw, float64
-from data_mixtures.climb.laws.formulas import EffectiveModel, Shared
-from data_mixtures.climb.laws.interactions import INTERACTIONS, floored
-from data_mixtures.climb.laws.parametric import MSL, Climb, EffectiveFit, Isolated, MixingLaw, _weights
+from data_mixtures.climb.laws.climb import Climb, Shared
+from data_mixtures.climb.laws.formulas import EffectiveFormula, floored
+from data_mixtures.climb.laws.isolated import Isolated
+from data_mixtures.climb.laws.mixing_law import MixingLaw
+from data_mixtures.climb.laws.msl import MSL
+from data_mixtures.climb.laws.parametric import FittedEffectiveFormula
+from data_mixtures.climb.laws.transfer import TRANSFER_FAMILIES
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 from data_mixtures.climb.solve import solve_joint
 from data_mixtures.climb.validation import scores
@@ -31,8 +35,8 @@ D0 = np.exp(np.log(TOKENS).mean())
 def climb_losses(ratios, tokens):
     """`E rt^-gamma + B rt^-kappa / (D / D0 + .02)^beta`; strengths saturate at 0.5, fade with 0.4 and (D / D0)^-0.2."""
     exp = np.exp if isinstance(ratios, np.ndarray) else jnp.exp
-    given = (ratios / (1 + ratios / 0.5)) @ STRENGTHS.T * exp(-ratios / 0.4) * (tokens[:, None] / D0) ** -0.2
-    effective = ratios + given
+    transferred = (ratios / (1 + ratios / 0.5)) @ STRENGTHS.T * exp(-ratios / 0.4) * (tokens[:, None] / D0) ** -0.2
+    effective = ratios + transferred
     return E * effective**-GAMMA + B * effective**-KAPPA / (tokens[:, None] / D0 + 0.02) ** BETA
 
 
@@ -99,7 +103,7 @@ def test_climb_finds_who_gives_to_whom(fitted):
     rt = lambda r: r + (r / (1 + r / 0.5)) @ STRENGTHS.T * np.exp(-r / 0.4)  # noqa: E731
     truth = np.stack([(rt(mean + step * e) - rt(mean - step * e)) / (2 * step) for e in np.eye(3)], axis=1)
     np.fill_diagonal(truth, 1)
-    np.testing.assert_allclose(fitted.transfer, truth, atol=0.03)
+    np.testing.assert_allclose(fitted.transfer_matrix, truth, atol=0.03)
     assert fitted.identified[~np.eye(3, dtype=bool)].all() and not np.diag(fitted.identified).any()
     assert not any("not identified" in note for note in fitted.notes)
 
@@ -124,7 +128,7 @@ def test_a_repeated_table_and_other_names_give_the_same_law(law, runs, fitted):
     )
     again = law.fit(renamed)
     np.testing.assert_allclose(again.predict(renamed), fitted.predict(runs)[:, order], atol=2e-3)
-    np.testing.assert_allclose(again.transfer, fitted.transfer[order][:, order], atol=5e-3)
+    np.testing.assert_allclose(again.transfer_matrix, fitted.transfer_matrix[order][:, order], atol=5e-3)
     shuffled = runs.rows(np.random.default_rng(0).permutation(len(runs)))
     np.testing.assert_allclose(law.fit(shuffled).parameters, fitted.parameters, atol=1e-2)
 
@@ -156,28 +160,28 @@ def test_replicates_repeat_by_seed(fitted, runs):
 
 
 def test_the_family_of_transfer_is_the_likeliest(runs, monkeypatch):
-    monkeypatch.setattr(parametric, "_CANDIDATES", ("linear", "saturating_fading"))
+    monkeypatch.setattr(climb, "_CANDIDATES", ("linear", "saturating_fading"))
     found = Climb(starts=1).fit(runs)
-    assert found.family == "saturating_fading"
+    assert found.transfer_family == "saturating_fading"
     assert any("transfer is of the family saturating_fading; linear is the next" in note for note in found.notes)
 
 
 @pytest.mark.slow
 def test_the_family_of_transfer_is_the_one_the_table_was_made_with(monkeypatch):
     candidates = ("saturating_fading", "substitution_fading")
-    monkeypatch.setattr(parametric, "_CANDIDATES", candidates)
+    monkeypatch.setattr(climb, "_CANDIDATES", candidates)
     for family in candidates:
-        interaction = INTERACTIONS[family](True)
-        model = EffectiveModel(3, Shared(n_varies=False, d_varies=True, shift=True), interaction)
+        transfer = TRANSFER_FAMILIES[family](True)
+        formula = EffectiveFormula(3, Shared(n_varies=False, d_varies=True, shift=True), transfer)
         drawn = {"log_e": 0.7, "log_gamma": -3, "log_b": 0, "log_kappa": -2, "log_beta": -1.2, "log_shift": -4}
-        drawn |= {name: mean for name, (mean, _) in interaction.prior().items()} | {"log_strength": -1.5}
-        one = np.concatenate([np.full(size, drawn[name]) for name, size in model.sizes.items()])
+        drawn |= {name: mean for name, (mean, _) in transfer.prior().items()} | {"log_strength": -1.5}
+        one = np.concatenate([np.full(size, drawn[name]) for name, size in formula.sizes.items()])
         parameters = one + 0.2 * np.random.default_rng(0).normal(size=(3, len(one)))
-        truth = EffectiveFit(model, LANGUAGES, LANGUAGES, parameters, parameters, parameters, np.ones(3), 1e6, D0, 1e-3,
-                             np.full(3, 1 / 3))
+        truth = FittedEffectiveFormula(formula, LANGUAGES, LANGUAGES, parameters, parameters, parameters, np.ones(3),
+                                       1e6, D0, 1e-3, np.full(3, 1 / 3))
         runs = table(mixtures(13, 0), lambda r, d, _: truth.at(r, 1e6, d), noise=0.003)  # noqa: B023
         found = Climb(starts=1).fit(runs)
-        assert found.family == family
+        assert found.transfer_family == family
         assert any(f"transfer is of the family {family}; " in note for note in found.notes)
 
 
@@ -189,7 +193,7 @@ def test_strengths_of_a_language_that_was_never_mixed_in_are_said_to_be_open(law
     np.testing.assert_array_equal(wider.identified, np.concatenate([fitted.identified, np.zeros((3, 1), bool)], axis=1))
     assert any("3 of 9 strengths of transfer are not identified" in note for note in wider.notes)
     drawn = np.std([each["deviation"][:, 3] for each in wider.replicates(table, 60)], axis=0)
-    np.testing.assert_allclose(drawn, wider.sd[:, list(wider.model.sizes).index("deviation") + 3], rtol=0.3)
+    np.testing.assert_allclose(drawn, wider.sd[:, list(wider.formula.sizes).index("deviation") + 3], rtol=0.3)
     with float64():
         assert np.isfinite(wider.losses(np.eye(4), 1e6, 1e5)).all()
 
@@ -236,9 +240,9 @@ def test_rows_of_few_languages_weigh_little_whatever_the_largest_share():
     ratios = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.25, 0.25, 0], [0.9, 0.09, 0.01, 0], [0.4, 0.3, 0.3, 0],
                        [0.7, 0.1, 0.1, 0.1]])
     runs = make_runs("table", names, names, range(6), [1e6] * 6, [1e5] * 6, ratios, np.full((6, 4), 3.0))
-    model = EffectiveModel(4, Shared(False, False, True), INTERACTIONS["substitution_fading"](False))
-    np.testing.assert_array_equal(_weights(model, runs)[:, 3], [0.03, 0.03, 1, 1, 1, 1])
-    np.testing.assert_array_equal(_weights(model, runs)[:, 0], np.ones(6))
+    formula = EffectiveFormula(4, Shared(False, False, True), TRANSFER_FAMILIES["substitution_fading"](False))
+    np.testing.assert_array_equal(formula.row_weights(runs)[:, 3], [0.03, 0.03, 1, 1, 1, 1])
+    np.testing.assert_array_equal(formula.row_weights(runs)[:, 0], np.ones(6))
 
 
 def test_languages_without_ratios_or_runs_are_refused():
@@ -251,22 +255,22 @@ def test_languages_without_ratios_or_runs_are_refused():
         Climb(family="none")
 
 
-@pytest.mark.parametrize("family", INTERACTIONS)
+@pytest.mark.parametrize("family", TRANSFER_FAMILIES)
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)
 def test_transfer_is_nothing_without_others_and_finite_always(family, data):
     """Exactly 0 where no other language has any, and effective ratios positive, wherever the prior reaches."""
-    interaction = INTERACTIONS[family](True)
+    transfer = TRANSFER_FAMILIES[family](True)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     scale = data.draw(st.floats(-3, 3))
-    prior = interaction.prior()
+    prior = transfer.prior()
     p = {
         name: prior[name][0] + 1.5 * prior[name][1] * rng.normal(size=size if size > 1 else ())
-        for name, size in interaction.sizes(4).items()
+        for name, size in transfer.sizes(4).items()
     }
     others = np.concatenate([np.zeros((1, 4)), rng.dirichlet(np.full(4, 0.3), 5)])
     with float64(), jax.disable_jit():
-        given_ratio = np.asarray(interaction.given(p, np.full(6, 0.2), others, scale))
-        effective = np.asarray(floored(0.2 + given_ratio, data.draw(st.floats(1e-6, 1e-2))))
-    assert given_ratio[0] == 0
+        transferred = np.asarray(transfer.transferred(p, np.full(6, 0.2), others, scale))
+        effective = np.asarray(floored(0.2 + transferred, data.draw(st.floats(1e-6, 1e-2))))
+    assert transferred[0] == 0
     assert np.isfinite(effective).all() and (effective > 0).all()

@@ -1,4 +1,4 @@
-"""The structured process predicts from few runs, knows how sure it is, and does not depend on names or repetition."""
+"""StructuredGP predicts from few runs, knows how sure it is, and does not depend on names or repetition."""
 
 import dataclasses
 
@@ -10,27 +10,27 @@ import pytest
 from data_mixtures.climb.laws import structured_gp
 from data_mixtures.climb.laws.base import float64
 from data_mixtures.climb.laws.regressors import Ridge
-from data_mixtures.climb.laws.structured_gp import StructuredProcess
+from data_mixtures.climb.laws.structured_gp import StructuredGP
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 from mlx_pretrain.errors import InputError
 
 LANGUAGES = ("aa", "bb", "cc", "dd")
 TARGETS = ("cc", "aa", "elsewhere")  # another order, and one that no ratio is the ratio of
-GIVEN = np.array([[0.05, 0.3, 1, 0], [1, 0.2, 0.02, 0.1], [0.1, 0.1, 0.3, 0.3]])
+TRANSFER = np.array([[0.05, 0.3, 1, 0], [1, 0.2, 0.02, 0.1], [0.1, 0.1, 0.3, 0.3]])
 
 
 def table(n: int, seed: int, noise: float = 0.0, tokens=(1e9,)) -> ProxyRuns:
     """`1.5 + 0.6 (effective ratio + 0.01)^-0.35 (D / 1e9)^-0.2` at mixtures drawn at random."""
     rng = np.random.default_rng(seed)
     ratios, counts = rng.dirichlet(np.full(4, 0.6), n), rng.choice(tokens, n)
-    losses = 1.5 + 0.6 * (ratios @ GIVEN.T + 0.01) ** -0.35 * (counts[:, None] / 1e9) ** -0.2
+    losses = 1.5 + 0.6 * (ratios @ TRANSFER.T + 0.01) ** -0.35 * (counts[:, None] / 1e9) ** -0.2
     losses = losses * np.exp(noise * rng.normal(size=losses.shape))
     return make_runs("table", LANGUAGES, TARGETS, [str(i) for i in range(n)], [1e6] * n, counts, ratios, losses)
 
 
 @pytest.fixture(scope="module")
 def noisy():
-    return StructuredProcess().fit(table(32, 0, noise=0.01))
+    return StructuredGP().fit(table(32, 0, noise=0.01))
 
 
 def error(fitted, test: ProxyRuns) -> float:
@@ -108,31 +108,31 @@ def test_shapes_of_single_mixtures_and_grids(noisy):
 def test_same_seed_same_law_and_names_mean_nothing(noisy):
     runs = table(32, 0, noise=0.01)
     renamed = dataclasses.replace(runs, languages=("x", "y", "z", "w"), targets=("z", "x", "v"))
-    np.testing.assert_allclose(StructuredProcess().fit(renamed).predict(runs), noisy.predict(runs), rtol=1e-9)
+    np.testing.assert_allclose(StructuredGP().fit(renamed).predict(runs), noisy.predict(runs), rtol=1e-9)
 
 
 def test_a_copied_run_is_no_proof_that_there_is_no_noise():
     runs = table(24, 3, noise=0.05)
     copies = runs.rows(np.repeat(np.arange(24), 3))
-    drawn = [each.predict(table(50, 4)) for each in StructuredProcess().fit(copies).replicates(copies, 20)]
+    drawn = [each.predict(table(50, 4)) for each in StructuredGP().fit(copies).replicates(copies, 20)]
     assert np.median(np.log(drawn).std(axis=0)) > 0.01
 
 
 @pytest.mark.slow
 def test_tokens_are_a_feature_where_they_vary():
     runs, test = table(48, 5, tokens=(2.5e8, 5e8, 1e9, 2e9)), table(50, 6, tokens=(3.5e8, 1.4e9))
-    fitted = StructuredProcess().fit(runs)
+    fitted = StructuredGP().fit(runs)
     assert error(fitted, test) < 0.05
     assert any("tokens" in note for note in fitted.notes) and not any("parameters" in note for note in fitted.notes)
 
 
 @pytest.mark.slow
 def test_large_tables_get_fewer_draws():
-    fitted = StructuredProcess(full_rows=20).fit(table(60, 7))
+    fitted = StructuredGP(full_rows=20).fit(table(60, 7))
     assert len(fitted.draws["noise"]) == 5
     assert error(fitted, table(50, 8)) < 0.02
 
 
 def test_one_run_cannot_be_fitted():
     with pytest.raises(InputError, match="at least 2"):
-        StructuredProcess().fit(table(1, 0))
+        StructuredGP().fit(table(1, 0))

@@ -1,4 +1,4 @@
-"""Frame-Voyager: rewards, the ranking loss and what is measured of it, against plain loops."""
+"""Frame-Voyager: rewards, the ranking loss and the ranking metrics, against plain loops."""
 
 import itertools
 
@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder
 from mlx_pretrain.training.train_state import abstract_params
+from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
 from video.voyager.loss_labels import Labels
-from video.voyager.module import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
-from video.voyager.ranking_metrics import ranking
+from video.voyager.ranking_metrics import ranking_metrics
 
 
 def pairs(predicted, losses):
-    """Mean of -log sigmoid(r_w - r_l), and the share in order, over pairs of unequal loss."""
+    """Returns the mean of -log sigmoid(r_w - r_l), and the share in order, over pairs of unequal loss."""
     terms, right = [], []
     for a, b in itertools.permutations(range(len(losses)), 2):
         if losses[a] < losses[b]:
@@ -44,21 +44,21 @@ def test_ranking_loss_is_the_mean_over_pairs(values):
 
 
 def test_a_combinations_reward_is_the_mean_of_its_frames():
-    of_frames = np.arange(10, dtype=np.float32).reshape(2, 5)
+    frame_rewards = np.arange(10, dtype=np.float32).reshape(2, 5)
     chosen = np.array([[[0, 1], [3, 4]], [[0, 4], [2, 2]]])
-    np.testing.assert_allclose(combination_rewards(of_frames, chosen), [[0.5, 3.5], [7, 7]])
+    np.testing.assert_allclose(combination_rewards(frame_rewards, chosen), [[0.5, 3.5], [7, 7]])
 
 
-def test_measures_are_scipys():
+def test_ranking_metrics_are_scipys():
     rng = np.random.default_rng(0)
     chosen = np.array(list(itertools.combinations(range(6), 3)), np.uint16)
     losses = rng.normal(1, 0.2, (3, 20)).round(1).astype(np.float32)
     losses[1] = 0.5  # says nothing
-    of_frames = rng.normal(size=(3, 6)).astype(np.float32)
+    frame_rewards = rng.normal(size=(3, 6)).astype(np.float32)
     labels = Labels(None, {}, [_Question("a"), _Question("b"), _Question("a")], None, np.zeros(3, int), losses,
                     np.stack([chosen] * 3), {})
-    found = ranking(of_frames, labels)
-    predicted = of_frames[:, chosen].mean(axis=2)
+    metrics = ranking_metrics(frame_rewards, labels)
+    predicted = frame_rewards[:, chosen].mean(axis=2)
     expected = {"kendall": [], "spearman": [], "regret": [], "random_regret": [], "loss": [], "ranking_accuracy": []}
     for row in (0, 2):
         expected["kendall"].append(scipy.stats.kendalltau(predicted[row], -losses[row]).statistic)
@@ -69,31 +69,32 @@ def test_measures_are_scipys():
         expected["loss"].append(loss)
         expected["ranking_accuracy"].append(right)
     for name, values in expected.items():
-        assert found[name] == pytest.approx(np.mean(values), rel=1e-4), name
-    assert found["regret/a"] == pytest.approx(np.mean(expected["regret"])) and "regret/b" not in found
+        assert metrics[name] == pytest.approx(np.mean(values), rel=1e-4), name
+    assert metrics["regret/a"] == pytest.approx(np.mean(expected["regret"])) and "regret/b" not in metrics
 
 
 class _Question:
-    def __init__(self, kind):
-        self.type = kind
+    def __init__(self, type):
+        self.type = type
 
 
 @pytest.mark.parametrize("frame_tokens", [1, 4])
 def test_rewards_see_question_and_earlier_frames(config, params, frame_tokens):
-    decoder, given = bottom_layers(config, params, 2)
+    decoder, decoder_params = bottom_layers(config, params, 2)
     voyager = VoyagerConfig(decoder, frame_tokens, head_dim=8)
     layout = abstract_params(voyager, jax.tree.leaves(params)[0].sharding.mesh)
     rng = np.random.default_rng(0)
     head = jax.tree.map(lambda like: rng.normal(size=like.shape).astype(np.float32), layout["head"])
-    assert jax.tree.structure({"decoder": given, "head": head}) == jax.tree.structure(layout)
+    assert jax.tree.structure({"decoder": decoder_params, "head": head}) == jax.tree.structure(layout)
     assert voyager.parameters() == sum(leaf.size for leaf in jax.tree.leaves(layout))
     features = rng.normal(size=(1, 5, 4, 32)).astype(np.float32)
     count = 5 * frame_tokens
     tokens = np.concatenate([[3, 50, 60], 270 + np.arange(count), [0, 0]])[None].astype(np.int32)
-    places = (3 + np.arange(count)).reshape(1, 5, frame_tokens)
+    frame_positions = (3 + np.arange(count)).reshape(1, 5, frame_tokens)
 
     def run(features, tokens):
-        return np.asarray(rewards(voyager, {"decoder": given, "head": head}, features, tokens, places))[0]
+        both = {"decoder": decoder_params, "head": head}
+        return np.asarray(rewards(voyager, both, features, tokens, frame_positions))[0]
 
     first = run(features, tokens)
     assert first.shape == (5,) and first.dtype == np.float32
@@ -110,9 +111,9 @@ def test_rewards_see_question_and_earlier_frames(config, params, frame_tokens):
 
 
 def test_bottom_layers_are_the_first_ones(config, params):
-    decoder, given = bottom_layers(config, params, 2)
+    decoder, decoder_params = bottom_layers(config, params, 2)
     tokens = np.arange(10, dtype=np.int32)[None]
-    short, _ = Decoder(decoder).apply({"params": given}, tokens, tokens)
+    short, _ = Decoder(decoder).apply({"params": decoder_params}, tokens, tokens)
     same = {**params["decoder"], "layers": jax.tree.map(lambda x: x.at[2].set(0), params["decoder"]["layers"])}
     long, _ = Decoder(config.decoder).apply({"params": same}, tokens, tokens)  # a layer of zeros adds nothing
     np.testing.assert_allclose(short, long, atol=1e-5)

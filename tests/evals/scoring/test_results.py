@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from evals.results import evaluate, results_json
-from evals.run import summary
-from evals.tables import choices_of, table_of_scores, unscored
-from evals.tasks import Aligned, Item, Task
+from evals.scoring.item_tables import choices_of, count_unscored, table_of_scores
+from evals.scoring.results import compute_results, format_results, results_json
+from evals.tasks.alignment import AlignedItems
+from evals.tasks.task_files import Item, Task
 from mlx_pretrain.inference.scoring import Score
 
 TASK = Task("StoryClozeDataset", "lighteval")
@@ -28,7 +28,7 @@ RIGHT = [[-1, -2], [-2, -1], [-1, -2], [-2, -1]]
 def test_an_option_that_is_no_number_is_wrong_and_said_so(unconditional):
     broken = np.array(RIGHT, float)
     broken[2, 1] = np.nan
-    found = evaluate(TASK, Aligned(("en", "de"), {"en": ITEMS, "de": ITEMS}, (), {}),
+    found = compute_results(TASK, AlignedItems(("en", "de"), {"en": ITEMS, "de": ITEMS}, (), {}),
                      {"en": table(RIGHT, unconditional), "de": table(broken, unconditional)})
     assert {"acc", "acc_norm", "acc_bytes", "acc_tokens"} <= set(found.choices)
     assert ("acc_mutual_info" in found.choices) == unconditional
@@ -37,10 +37,10 @@ def test_an_option_that_is_no_number_is_wrong_and_said_so(unconditional):
     entries = results_json([found], {"few_shot": 0})
     assert entries["results"][f"{TASK.name}_de"]["acc,none"] == 0.75
     assert entries["left_out"][TASK.name]["unscored"] == {"de": 1}
-    assert "  1 items wrong for an option whose log-likelihood is no number" in summary([found])
+    assert "  1 items wrong for an option whose log-likelihood is not a number" in format_results([found])
     json.dumps(entries)
 
 
 def test_a_model_that_gives_no_numbers_at_all():
     nothing = table(np.full((4, 2), np.nan))
-    assert unscored(nothing) == 4 and (choices_of(nothing)["acc"] == -1).all()
+    assert count_unscored(nothing) == 4 and (choices_of(nothing)["acc"] == -1).all()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from lm_eval.api.model import TemplateLM
 
-from evals.language_families import FAMILIES, LANGUAGES, by_family, family
-from evals.requests import encode_pairs, prompt_of
-from evals.tasks import Item, Task, align, find_tasks, read_items, write_items
+from evals.scoring.requests import encode_pairs, few_shot_prompt
+from evals.tasks.alignment import align_items
+from evals.tasks.language_families import FAMILIES, LANGUAGES, by_family, family
+from evals.tasks.task_files import Item, Task, find_tasks, read_items, write_items
 from mlx_pretrain.errors import InputError
 
 
@@ -48,7 +49,7 @@ def test_files_are_found_by_task_and_language(tmp_path):
     ("SNLIDataset", "acc"), ("MNLIDataset", "acc"), ("WinoGrandeDataset", "acc"), ("BMLAMA", "acc"),
     ("HellaswagDataset", "acc_norm"), ("MMLUProDataset", "acc_norm")])
 def test_the_metric_is_mubenchs(dataset, metric):
-    assert Task(dataset, "lighteval").metric == metric
+    assert Task(dataset, "lighteval").main_metric == metric
 
 
 def test_written_items_are_read_again(tmp_path):
@@ -83,18 +84,18 @@ def test_an_item_missing_or_malformed_in_one_language_is_dropped_in_all(tmp_path
     write(tmp_path, "lighteval_en_test.jsonl", [row(n) for n in range(8)])
     write(tmp_path, "lighteval_de_test.jsonl",
           [row(n) for n in (7, 6, 5, 0, 1)] + [row(2, label=9), row(3, label=1), row(4, choices=["a", "b"])])
-    aligned = align(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")])
+    aligned = align_items(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")])
     assert aligned.languages == ("en", "de")
     for language in aligned.languages:
         assert [item.id for item in aligned.items[language]] == ["0", "1", "5", "6", "7"]
     assert aligned.dropped == {"2": ("de",), "3": ("en", "de"), "4": ("en", "de")}
     reasons = dict(aligned.rejected)
     assert reasons["3"] == reasons["4"] == "choices or label differ between languages" and len(reasons) == 3
-    limited = align(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")], limit=2)
+    limited = align_items(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")], limit=2)
     assert [item.id for item in limited.items["de"]] == ["0", "5"]
     write(tmp_path, "lighteval_sw_test.jsonl", [row("other")])
     with pytest.raises(InputError, match="no item is there in all languages"):
-        align(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")])
+        align_items(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")])
 
 
 def test_what_joins_prompt_and_choice(tmp_path):
@@ -113,7 +114,7 @@ def test_what_joins_prompt_and_choice(tmp_path):
     items, _ = read_items(tmp_path / "y.jsonl", "ja")  # without a delimiter, what is in the file
     assert items["1"].choices == (" one", "two", "  three") and items["2"].prompt == "prompt 2 "
     shown = Item("s", "two and two is", ("three", "four"), 1, " ")
-    assert prompt_of(Item("t", "one and one is", ("two", "one"), 0, " "), [shown]) == (
+    assert few_shot_prompt(Item("t", "one and one is", ("two", "one"), 0, " "), [shown]) == (
         "two and two is four\n\none and one is")
 
 

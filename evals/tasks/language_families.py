@@ -1,4 +1,6 @@
-"""MuBench's 61 languages by family (arXiv 2506.19468), which orders tables and heat maps."""
+"""MuBench's 61 languages by family (arXiv 2506.19468), which gives the order of tables and heat maps."""
+
+from collections.abc import Iterable
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Germanic": ("en", "de", "nl", "sv", "da", "no", "af", "is"),
@@ -23,18 +25,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Niger-Congo": ("sw",),
 }
 LANGUAGES = tuple(language for family in FAMILIES.values() for language in family)
-# Written without spaces between words: an option follows its prompt without one.
+# Languages written without spaces between words, where a choice follows its prompt without one.
 UNSPACED = frozenset({"zh", "ja", "th", "my", "km"})
 OTHER = "other"
 ENGLISH = "en"
 
 
 def family(language: str) -> str:
-    """Of a language; "other" for those that MuBench has not."""
+    """Returns the family of a language; "other" for languages that MuBench does not have."""
     return next((name for name, members in FAMILIES.items() if language in members), OTHER)
 
 
-def by_family(languages) -> list[str]:
-    """In MuBench's order, others at the end in the alphabet's."""
-    places = {language: place for place, language in enumerate(LANGUAGES)}
-    return sorted(set(languages), key=lambda language: (places.get(language, len(places)), language))
+def by_family(languages: Iterable[str]) -> list[str]:
+    """Returns the languages, each once, in MuBench's order, then the others alphabetically."""
+    ranks = {language: rank for rank, language in enumerate(LANGUAGES)}
+    return sorted(set(languages), key=lambda language: (ranks.get(language, len(ranks)), language))

@@ -1,4 +1,4 @@
-"""Generated answers: prompts of like length together, cut at what ends an answer."""
+"""Generated answers: prompts of similar length in one batch, cut at the first stop sequence."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import LanguageModel
 
-TOGETHER = 16
+BATCH_SIZE = 16
 
 
 def encode_prompts(
     model: LanguageModel, prompts: Sequence[str], max_new_tokens: int, max_length: int
 ) -> list[tuple[np.ndarray, int]]:
-    """(ids, how many were left out before them) of each prompt: the last ones, so many that the answer fits.
+    """Returns the last ids of each prompt that leave room for the answer, and the number of ids cut before them.
 
     Raises:
       InputError: no room is left for a prompt.
@@ -31,22 +31,27 @@ def generate_answers(
     prompts: Sequence[np.ndarray],
     until: Sequence[str],
     *,
-    done: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int], None] = lambda count: None,
     **settings: Any,
 ) -> list[str]:
-    """Continuations of token ids, each up to the first of `until`; `settings` as in `generation.generate`.
+    """Returns the continuation of each prompt, up to the first of the stop sequences.
 
-    Calls `done` with the number of answers that are there.
+    Args:
+      model: the decoder.
+      prompts: token ids.
+      until: stop sequences.
+      on_progress: called after each batch with the number of answers so far.
+      **settings: as in `LanguageModel.generate_tokens`.
     """
     answers = [""] * len(prompts)
-    # They are filled up to the longest.
+    # A batch is padded to its longest prompt.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), TOGETHER):
-        batch = order[start : start + TOGETHER]
+    for start in range(0, len(order), BATCH_SIZE):
+        batch = order[start : start + BATCH_SIZE]
         # A last batch that is not full repeats a prompt, so that no other program is compiled for it.
-        padded = batch + batch[-1:] * (TOGETHER - len(batch))
+        padded = batch + batch[-1:] * (BATCH_SIZE - len(batch))
         texts = model.generate_tokens([prompts[number] for number in padded], until, **settings)
         for number, text in zip(batch, texts):
             answers[number] = text
-        done(start + len(batch))
+        on_progress(start + len(batch))
     return answers

@@ -1,0 +1,215 @@
+"""Files and folders that commands make: kept when they are current, made again when damaged, never replaced unasked.
+
+Every command records in its output what it was made from, and looks at that record before it begins:
+
+    made_from = provenance("raters.duplicates", config, {name: sha256(path) for name, path in files.items()})
+    if is_current(config.output, read_folder_record(config.output, "report.json"), made_from,
+                  overwrite=config.overwrite):
+        return
+    with new_folder(config.output, "report.json") as folder:
+        ...
+        write_json(folder / "report.json", {"provenance": made_from, ...})
+
+    the output is            the command
+    absent                   makes it
+    made from the same       keeps it
+    damaged, from the same   makes it again
+    made from other inputs   refuses, names what differs; with overwrite=True it replaces the output
+    of another program       refuses, whatever overwrite is
+
+A command that is killed leaves the former output or none, never a part; `files.atomic_writer` does that for one file.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from mlx_pretrain import __version__, gcs
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import move_folder
+from mlx_pretrain.parallel import cluster
+
+_SHOWN = 4  # differences in a message
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NOT_SETTINGS = ("output", "overwrite")
+
+
+def provenance(program: str, config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all that an output depends on, as JSON.
+
+    Args:
+      program: the command, e.g. "raters.duplicates".
+      config: dataclass of its settings. Where the output goes and whether it may be replaced is left out; of a value
+        that has `settings` itself, as a `Corpus` has, these are taken.
+      inputs: name -> SHA-256 of each file that is read; may be nested.
+    """
+    return as_json({"program": program, "version": __version__, "settings": settings_of(config), "inputs": inputs})
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Returns the fields of a command's dataclass as JSON, but for `output` and `overwrite`."""
+    return as_json({field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+                    if field.name not in _NOT_SETTINGS})
+
+
+def as_json(value: Any) -> Any:
+    """Returns a value as JSON has it once it was written and read: tuples are lists, keys and paths are strings."""
+    return json.loads(json.dumps(value, default=_to_json))
+
+
+def _to_json(value: Any) -> Any:
+    if hasattr(value, "settings"):
+        return value.settings
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{value!r} is no setting that JSON can hold")
+
+
+def read_record(path: epath.PathLike, key: str | None = None) -> dict[str, Any] | None:
+    """Returns what a JSON file records of an output.
+
+    Args:
+      path: the file.
+      key: the part of it that is the record, e.g. "provenance"; None: all of it.
+
+    Returns:
+      None where there is no such file, or a damaged one, which is logged; {} for JSON that is no record.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    with gcs.named_errors(path):
+        content = path.read_bytes()
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        _log_damaged(path, f"no JSON: {error}")
+        return None
+    if key is not None:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def read_folder_record(output: epath.PathLike, marker: str, key: str | None = "provenance") -> dict[str, Any] | None:
+    """Returns the record in the file `marker` of a folder, as `read_record`; {} for a folder with other files only."""
+    output = epath.Path(output)
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    return read_record(output / marker, key) if (output / marker).exists() else {}
+
+
+def is_current(
+    output: epath.PathLike,
+    recorded: Mapping[str, Any] | None,
+    made_from: Mapping[str, Any],
+    *,
+    overwrite: bool | None,
+    damage: Callable[[], str | None] | None = None,
+    quiet: bool = False,
+) -> bool:
+    """Returns whether an output was made from the same inputs and settings, and is whole; logs what becomes of it.
+
+    Args:
+      output: the output, for messages.
+      recorded: what is recorded of the output that is there; None: there is none; {}: it has no record.
+      made_from: what the output is to be made from, e.g. a `provenance`. What is recorded besides is not compared.
+      overwrite: may replace an output that was made from other inputs; None: the command cannot do so.
+      damage: looks for damage in an output from the same inputs; returns its cause, or None for a whole output.
+      quiet: does not log that the output is kept.
+
+    Raises:
+      InputError: the output was made from other inputs and may not be replaced, or another program made it.
+    """
+    if recorded is None:
+        return False
+    made_from = as_json(made_from)
+    if "program" in made_from and recorded.get("program") != made_from["program"]:
+        raise InputError(f"{output}: exists and was not made by {made_from['program']}; name another output")
+    if different := differences(recorded, made_from):
+        if overwrite:
+            return False
+        remedy = "name another output, or delete this one"
+        if overwrite is not None:
+            remedy = "set overwrite=True to replace it, or name another output"
+        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        raise InputError(f"{output}: exists, made with {', '.join(different[:_SHOWN])}{more}; {remedy}")
+    if damage is not None and (cause := damage()):
+        _log_damaged(output, cause)
+        return False
+    if not quiet:
+        _log(f"{output}: made before from the same inputs and settings, kept")
+    return True
+
+
+def differences(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[str]:
+    """Returns in words what differs between a record and what an output is to be made from, both as JSON.
+
+        differences({"seed": 1, "inputs": {"a": HASH, "b": HASH}}, {"seed": 2, "inputs": {"a": OTHER_HASH}})
+        == ["seed = 1 (now 2)", "other inputs a", "more inputs b"]
+    """
+    return [words for name, value in made_from.items() for words in _differences(name, recorded.get(name), value)]
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
+    if old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(f"{name} {key}", old.get(key), new.get(key))
+    elif any(isinstance(value, dict) or _HASH.fullmatch(str(value)) for value in (old, new)):
+        # The text of a hash or a table tells a reader nothing.
+        yield f"{'no' if old is None else 'other' if new else 'more'} {name}"
+    else:
+        yield f"{name} = {_shown(old)} (now {_shown(new)})"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
+    """Gives a hidden folder that takes the place of `output` when the block ends without an error.
+
+    Args:
+      output: the folder; replaced when it is there.
+      marker: name of the file that says that the folder is whole; on gs:// it is moved last.
+    """
+    output = epath.Path(output)
+    partial, former = (output.parent / f".{output.name}.{word}" for word in ("partial", "former"))
+    for leftover in (partial, former):  # of a killed run
+        if leftover.exists():
+            leftover.rmtree()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+    if output.exists() and gcs.is_gs(output):
+        (output / marker).unlink(missing_ok=True)
+        output.rmtree()
+    elif output.exists():
+        output.rename(former)
+    move_folder(partial, output, last=marker)
+    if former.exists():
+        former.rmtree()
+
+
+def _log_damaged(output: epath.PathLike, cause: str) -> None:
+    _log(f"{output}: damaged ({cause}), made again")
+
+
+def _log(text: str) -> None:
+    if cluster.is_main():
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""`--help` of every command names all its parameters, each with a line of its own."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+from mlx_pretrain.configuration.command_help import command_help, field_classes, parameters
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+OWN_FLAGS = {"mlx_pretrain.compile", "evals.harness"}  # commands that are not configured by gin alone
+
+
+def commands() -> dict[str, ast.Call]:
+    """Returns module -> its call of `command_line.run`."""
+    calls = {}
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for block in ast.parse(path.read_text()).body:
+            if isinstance(block, ast.If) and "__main__" in ast.unparse(block.test):
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                calls[name] = next((call for call in ast.walk(block) if isinstance(call, ast.Call)
+                                    and ast.unparse(call.func) in ("run", "command_line.run")), None)
+    return calls
+
+
+COMMANDS = commands()
+
+
+def test_all_commands_run_the_same_way():
+    assert len(COMMANDS) > 30
+    assert {name for name, call in COMMANDS.items() if call is None} == OWN_FLAGS
+    assert all(ast.literal_eval(call.args[-1]) == name for name, call in COMMANDS.items() if call)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OWN_FLAGS))
+def test_help_describes_every_parameter(name):
+    call = COMMANDS[name]
+    if len(call.args) == 2:
+        pytest.skip("is a function of its parameters still")
+    module = importlib.import_module(name)
+    main, config = (eval(ast.unparse(argument), vars(module)) for argument in call.args[:2])
+    text = command_help(main, config, name, {}, width=100)
+    assert text.startswith(main.__doc__.split()[0])
+    for configurable in (config, *field_classes(config)):
+        for parameter in parameters(configurable):
+            assert parameter.name in text
+            assert parameter.description, f"{parameter.name} is not described"

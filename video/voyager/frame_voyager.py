@@ -1,0 +1,162 @@
+"""Frame-Voyager (arXiv 2410.03226): gives every frame a reward, so that good combinations have high mean rewards.
+
+The bottom layers of the Video-LLM's decoder read the question and all candidates, one token each; a head maps the final
+state of each candidate to its reward. A combination's reward is the mean over its frames. Number of layers, head and
+prompt are not published; ours are configuration.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.decoder import Decoder, DecoderConfig
+from mlx_pretrain.models.encoder import gelu, vector
+from mlx_pretrain.models.layers import matrix
+from video.llm.model import PROMPT, VideoLLMConfig
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class VoyagerConfig:
+    """Shape of Frame-Voyager.
+
+    Attributes:
+      decoder: the Video-LLM's decoder, cut to the layers that are used, see `bottom_layers`.
+      frame_tokens: tokens of a frame. 1: the Video-LLM's tokens are averaged before the layers; the Video-LLM's number:
+        their final states are averaged.
+      head_dim: hidden units of the head.
+      prompt: {question} and {frames}; the frames come last, so that their states depend on the question.
+    """
+
+    decoder: DecoderConfig
+    frame_tokens: int = 1
+    head_dim: int = 128
+    prompt: str = PROMPT
+
+    def __post_init__(self):
+        if isinstance(self.decoder, dict):  # from JSON
+            object.__setattr__(self, "decoder", DecoderConfig(**self.decoder))
+        for name in ("frame_tokens", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"VoyagerConfig.{name} = {getattr(self, name)!r}: must be a positive integer")
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype."""
+        return self.decoder.dtype
+
+    def init(self, key: jax.Array) -> Any:
+        """Draws parameters `{"decoder", "head"}` in boxes that carry their logical axis names."""
+        features = jnp.zeros((1, 1, self.frame_tokens, self.decoder.embed_dim))
+        frame_positions = jnp.zeros((1, 1, self.frame_tokens), jnp.int32)
+        return FrameVoyager(self).init(key, features, jnp.zeros((1, 2), jnp.int32), frame_positions)["params"]
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return self.decoder.parameters() + (self.decoder.embed_dim + 2) * self.head_dim + 1
+
+
+class FrameVoyager(nn.Module):
+    """Maps a question and the features of candidate frames to rewards.
+
+        decoder, decoder_params = bottom_layers(llm.config, llm.params, 2)
+        config = VoyagerConfig(decoder)
+        prompts = PaddedPrompts(config.prompt, config.frame_tokens, llm.language_model, questions)
+        tokens, frame_positions = prompts(questions, candidates=16)
+        FrameVoyager(config).apply({"params": params}, features, tokens, frame_positions)   # [questions, 16]
+    """
+
+    config: VoyagerConfig
+
+    @nn.compact
+    def __call__(self, features: jax.Array, tokens: jax.Array, frame_positions: jax.Array) -> jax.Array:
+        """Returns rewards float32 `[batch, candidates]`.
+
+        Args:
+          features: `[batch, candidates, tokens, embed]`, embeddings of each frame for the Video-LLM's decoder.
+          tokens: int `[batch, length]`; id vocab_size + i stands for the i-th token of the candidates.
+          frame_positions: int `[batch, candidates, frame_tokens]`, positions of those ids in `tokens`.
+        """
+        config, embed = self.config, self.config.decoder.embed_dim
+        if features.shape[2] != config.frame_tokens:
+            features = features.mean(axis=2, keepdims=True)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        hidden, _ = Decoder(config.decoder, name="decoder")(
+            tokens, positions, features=features.reshape(len(features), -1, embed))
+        states = jnp.take_along_axis(hidden, frame_positions.reshape(len(frame_positions), -1)[..., None], axis=1)
+        states = states.reshape(*frame_positions.shape, embed).astype(jnp.float32).mean(axis=2)
+        return _Head(config.head_dim, name="head")(states)
+
+
+class _Head(nn.Module):
+    """Maps states `[batch, candidates, embed]` to rewards `[batch, candidates]`, in float32."""
+
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first = matrix(self, "first", (x.shape[-1], self.hidden_dim), ("norm", None), x.shape[-1])
+        bias = vector(self, "bias", (self.hidden_dim,), (None,))
+        # Zeros, so that all frames start with the reward 0.
+        second = vector(self, "second", (self.hidden_dim,), (None,))
+        return gelu(x @ first + bias) @ second + vector(self, "second_bias", (), ())
+
+
+def rewards(
+    config: VoyagerConfig, params: Any, features: jax.Array, tokens: jax.Array, frame_positions: jax.Array
+) -> jax.Array:
+    """Returns rewards float32 `[batch, candidates]`; arguments as in `FrameVoyager`."""
+    return FrameVoyager(config).apply({"params": params}, features, tokens, frame_positions)
+
+
+def combination_rewards(frame_rewards: jax.Array, combinations: jax.Array) -> jax.Array:
+    """Returns mean rewards float32 `[batch, combinations]`.
+
+    Args:
+      frame_rewards: `[batch, candidates]`.
+      combinations: int `[batch, combinations, num_frames]`, indices of candidates.
+    """
+    batch = jnp.arange(frame_rewards.shape[0])[:, None, None]
+    return frame_rewards[batch, combinations].mean(axis=-1)
+
+
+def ranking_loss(predicted: jax.Array, losses: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the means of -log sigmoid(r_w - r_l) over pairs of a question's combinations; w has the lower loss.
+
+    Args:
+      predicted: rewards of combinations `[batch, combinations]`.
+      losses: the Video-LLM's losses `[batch, combinations]`; pairs of equal losses are left out.
+
+    Returns:
+      For every question, float32 `[batch]` each: the mean over its pairs, the share of pairs in the right order, and
+      1 where it has pairs, else 0.
+    """
+    better = (losses[:, :, None] < losses[:, None, :]).astype(jnp.float32)
+    margin = predicted[:, :, None] - predicted[:, None, :]
+    pairs = better.sum(axis=(1, 2))
+    mean = lambda x: (better * x).sum(axis=(1, 2)) / jnp.maximum(pairs, 1)  # noqa: E731
+    right = (margin > 0) + 0.5 * (margin == 0)
+    return mean(-jax.nn.log_sigmoid(margin)), mean(right), (pairs > 0).astype(jnp.float32)
+
+
+def bottom_layers(config: VideoLLMConfig, params: Any, layers: int) -> tuple[DecoderConfig, Any]:
+    """Cuts a Video-LLM's decoder to its first layers; embedding and final norm stay.
+
+    Returns:
+      The cut decoder's configuration and parameters.
+
+    Raises:
+      InputError: `layers` is less than 1, or more than the decoder has.
+    """
+    if not 1 <= layers <= config.decoder.n_layers:
+        raise InputError(f"layers = {layers}: the Video-LLM's decoder has {config.decoder.n_layers}")
+    decoder = dataclasses.replace(config.decoder, n_layers=layers, tie_embeddings=True,
+                                  unroll=min(config.decoder.unroll, layers))
+    parts = params["decoder"]
+    return decoder, {"embedding": parts["embedding"], "final_norm": parts["final_norm"],
+                     "layers": jax.tree.map(lambda x: x[:layers], parts["layers"])}
