@@ -3,12 +3,14 @@
     python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo --gin.export_model.output=hf/demo
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import gin
 from etils import epath
 
+from mlx_pretrain.artifacts import new_folder
 from mlx_pretrain.command_line import run
 from mlx_pretrain.convert.chat_template import template_files, template_setting
 from mlx_pretrain.convert.decoders import CONFIG, STORED, WEIGHTS, save_decoder
@@ -21,46 +23,64 @@ from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, load_language_model
 
 
-@gin.configurable
-def export_model(
-    model: str = gin.REQUIRED, output: str = gin.REQUIRED, step: int | None = None, dtype: str = "float32"
-) -> None:
-    """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, and the
-    chat templates of a Hugging Face tokenizer.
+@gin.configurable("export_model")
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Parameters of an export.
 
-    Args:
+    Attributes:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file (its weights dequantised).
-      output: a new or empty folder.
-      step: which checkpoint of a run; None: the latest.
-      dtype: of the stored weights, "float32" or "bfloat16".
+      output: new or empty folder to write.
+      step: step of the checkpoint of a run; None: the latest.
+      weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.
+      dtype: dtype of the stored weights, "float32" or "bfloat16".
+    """
+
+    model: str = gin.REQUIRED
+    output: str = gin.REQUIRED
+    step: int | None = None
+    weights: str = "last"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in STORED:
+            raise InputError(f"export_model.dtype = {self.dtype!r}: not {' or '.join(STORED)}")
+
+
+def export_model(config: ExportConfig) -> None:
+    """Writes a decoder as a Hugging Face folder, which transformers and our own commands read.
+
+    The folder holds config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, and
+    the chat templates of a Hugging Face tokenizer.
 
     Raises:
-      InputError: no model there, something in `output`, or another dtype.
+      InputError: there is no model, or `output` holds something.
     """
-    if dtype not in STORED:
-        raise InputError(f"export_model.dtype = {dtype!r}: not {' or '.join(STORED)}")
-    folder = epath.Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there is something already; export_model.output must be a new folder")
-    language_model = load_language_model(model, step=step)
-    config = language_model.config
-    # config.json, which makes the folder a model, is written last.
-    if isinstance(language_model.tokenizer, Tokenizer):
-        tokenizer, settings = tokenizer_json(language_model.tokenizer)
+    output = epath.Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: there is something already; export_model.output must be a new folder")
+    model = load_language_model(config.model, step=config.step, weights=config.weights)
+    with new_folder(output, CONFIG) as folder:
+        _write(folder, model, config.dtype)
+    of_step = "" if model.step is None else f", step {model.step}"
+    print(f"{output}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {config.model}{of_step}, "
+          f"{model.config.parameters():,} parameters in {config.dtype}")
+
+
+def _write(folder: epath.Path, model: LanguageModel, dtype: str) -> None:
+    """Writes the files of a model."""
+    if isinstance(model.tokenizer, Tokenizer):
+        tokenizer, settings = tokenizer_json(model.tokenizer)
         templates = {}
     else:
-        tokenizer, settings = _hf_tokenizer(language_model)
-        templates = template_files(model) if epath.Path(model).is_dir() else {}
-    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": config.max_length})
+        tokenizer, settings = _hf_tokenizer(model)
+        templates = template_files(model.path) if epath.Path(model.path).is_dir() else {}
+    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": model.config.max_length})
     write_atomic(folder / HF_TOKENIZER, tokenizer)
     for name, content in templates.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, content)
-    save_decoder(folder, config, language_model.params, bos_id=language_model.bos_id, eos_id=language_model.eos_ids,
-                 dtype=dtype)
-    of_step = "" if language_model.step is None else f", step {language_model.step}"
-    print(f"{folder}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {model}{of_step}, {config.parameters():,} parameters "
-          f"in {dtype}")
+    save_decoder(folder, model.config, model.params, bos_id=model.bos_id, eos_id=model.eos_ids, dtype=dtype)
 
 
 def _hf_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
@@ -92,4 +112,4 @@ def _named_tokens(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) ->
 
 
 if __name__ == "__main__":
-    run(export_model, "mlx_pretrain.convert.export")
+    run(export_model, ExportConfig, "mlx_pretrain.convert.export")

@@ -147,7 +147,12 @@ def fingerprint(params: Any, *facts: Any) -> str:
 
 
 def load_language_model(
-    path: epath.PathLike, mesh: Mesh | None = None, *, step: int | None = None, dtype: str | None = None
+    path: epath.PathLike,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    weights: str = "last",
+    dtype: str | None = None,
 ) -> LanguageModel:
     """Reads a decoder with its tokenizer.
 
@@ -155,6 +160,7 @@ def load_language_model(
       path: folder of a training run; or local folder with config.json, safetensors and tokenizer.json; or a .gguf file.
       mesh: devices for the parameters; None: all devices, replicated.
       step: step of a run's checkpoint; None: the latest.
+      weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.
       dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for other models.
 
     Raises:
@@ -166,10 +172,10 @@ def load_language_model(
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
-            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step, weights)
         return from_run(path, step, config, params, mesh, tokenizer)
-    if step is not None:
-        raise InputError(f"{path}: step = {step}, but this is no training run")
+    if step is not None or weights != "last":
+        raise InputError(f"{path}: step = {step}, weights = {weights!r}, but this is no training run")
     if path.suffix == ".gguf":
         file = GGUF(path)
         config, params = file.load_decoder(dtype or "float32")
