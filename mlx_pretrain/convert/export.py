@@ -23,7 +23,11 @@ from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, l
 
 @gin.configurable
 def export_model(
-    model: str = gin.REQUIRED, output: str = gin.REQUIRED, step: int | None = None, dtype: str = "float32"
+    model: str = gin.REQUIRED,
+    output: str = gin.REQUIRED,
+    step: int | None = None,
+    dtype: str = "float32",
+    weights: str = "last",
 ) -> None:
     """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, and the
     chat templates that come with somebody else's tokenizer.
@@ -33,6 +37,7 @@ def export_model(
       output: a new or empty folder.
       step: which checkpoint of a run; None: the latest.
       dtype: of the stored weights, "float32" or "bfloat16".
+      weights: weights of a run, "last" or "ema" for their moving average.
 
     Raises:
       InputError: no model there, something in `output`, or another dtype.
@@ -42,7 +47,7 @@ def export_model(
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; export_model.output must be a new folder")
-    found = load_language_model(model, step=step)
+    found = load_language_model(model, step=step, weights=weights)
     # config.json, which makes the folder a model, is written last.
     if isinstance(found.tokenizer, Tokenizer):
         tokenizer, settings = tokenizer_json(found.tokenizer)
@@ -74,7 +79,7 @@ def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
         found = read_tokenizer_settings(path)
         named, template = _named_tokens(found, vocabulary), template_setting(path, found)
     prefix_ids = model.prefix_ids
-    same = prefix_ids == tuple(model.tokenizer.before.tolist())
+    same = prefix_ids == tuple(model.tokenizer.prefix_ids.tolist())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "bos_token": pieces.get(model.bos_id), "eos_token": pieces.get(model.eos_ids[0]), **named, **template}
     if prefix_ids in ((), (vocabulary.get(settings["bos_token"]),)):

@@ -140,7 +140,12 @@ def fingerprint(params: Any, *facts: Any) -> str:
 
 
 def load_language_model(
-    path: epath.PathLike, mesh: Mesh | None = None, *, step: int | None = None, dtype: str | None = None
+    path: epath.PathLike,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    weights: str = "last",
 ) -> LanguageModel:
     """Reads a decoder.
 
@@ -149,6 +154,7 @@ def load_language_model(
       mesh: where to put the parameters; None: all devices, replicated.
       step: which checkpoint of a run; None: the latest.
       dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for other models.
+      weights: weights of a run, "last" or "ema" for their moving average.
 
     Raises:
       InputError: none of these is there, or it cannot be read, or the tokenizer's ids exceed the vocabulary.
@@ -159,10 +165,12 @@ def load_language_model(
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
-            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step, weights)
         return from_run(path, step, config, params, mesh, tokenizer)
     if step is not None:
         raise InputError(f"{path}: step = {step}, but this is no training run")
+    if weights != "last":
+        raise InputError(f"{path}: weights = {weights!r}, but this is no training run")
     if path.suffix == ".gguf":
         file = GGUF(path)
         config, params = file.load_decoder(dtype or "float32")
@@ -204,7 +212,7 @@ def from_pretrained(
     bos = () if ids.bos_id is None else (ids.bos_id,)
     if not bos + ids.eos_ids:
         raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
-    prefix_ids = tuple(tokenizer.before.tolist()) if ids.prefix_ids is None else ids.prefix_ids
+    prefix_ids = tuple(tokenizer.prefix_ids.tolist()) if ids.prefix_ids is None else ids.prefix_ids
     for name, found in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
         if beyond := [token for token in found if not 0 <= token < config.vocab_size]:
             raise InputError(f"{path}: {name} {beyond[0]} is none of the model's {config.vocab_size} ids")
