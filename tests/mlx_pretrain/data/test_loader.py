@@ -1,6 +1,5 @@
 """The loader: exact shares, the same global batch for any host count, resumption from one integer."""
 
-import dataclasses
 import json
 import shutil
 
@@ -40,7 +39,8 @@ def test_delivered_shares_equal_the_rates(store):
     source = source_of(store, batch_size=10)
     counts = np.bincount(np.concatenate([source[b]["language_id"] for b in range(30)]))
     np.testing.assert_allclose(counts, [300 * RATES[l] for l in source.languages], atol=1.5)
-    assert dict(zip(source.languages, counts)) == loader.store_mixture(store, RATES, 10, 0).advanced(300).consumed()
+    mixture = loader.store_mixture(store, RATES, 10, 0).advanced(300)
+    assert dict(zip(source.languages, counts)) == mixture.sequences_read()
 
 
 def test_every_epoch_takes_every_row_once_in_its_own_order(store):
@@ -127,10 +127,10 @@ def test_after_any_changes_every_language_goes_on_where_it_was(store, changes):
         for language, rows in rows_read(store, mixture, batches * batch_size).items():
             read[language] += rows
         mixture = mixture.advanced(batches * batch_size)
-        mixture = DataState(0, {}, (), json.loads(json.dumps(dataclasses.asdict(mixture)))).mixture
+        mixture = DataState(0, {}, (), json.loads(json.dumps(mixture.to_json()))).mixture
     for language, rows in read.items():
         assert rows == alone(store, language, len(rows))  # in which each comes once an epoch
-        assert mixture.consumed().get(language, 0) == len(rows)
+        assert mixture.sequences_read().get(language, 0) == len(rows)
 
 
 def test_new_rates_repeat_and_skip_nothing(store):
@@ -138,7 +138,7 @@ def test_new_rates_repeat_and_skip_nothing(store):
     mixture = loader.store_mixture(store, {"aa": 0.8, "bb": 0.1, "cc": 0.1}, 8, 0).advanced(320)
     configured = loader.store_mixture(store, {"aa": 0.2, "bb": 0.2, "cc": 0.6}, 16, 0)
     mixture = mixture.continued(configured, 40, "run")
-    assert mixture.consumed() == {"aa": 256, "bb": 32, "cc": 32}
+    assert mixture.sequences_read() == {"aa": 256, "bb": 32, "cc": 32}
     assert mixture.changes == (
         {"step": 40, "change": "batch_size 8 -> 16"},
         {"step": 40, "change": "rates aa 0.8 -> 0.2, bb 0.1 -> 0.2, cc 0.1 -> 0.6; each goes on where it was",
@@ -147,7 +147,7 @@ def test_new_rates_repeat_and_skip_nothing(store):
     after = rows_read(store, mixture, 400)
     assert {language: len(rows) for language, rows in after.items()} == {"aa": 80, "bb": 80, "cc": 240}
     for language, rows in after.items():
-        before = mixture.consumed()[language]
+        before = mixture.sequences_read()[language]
         assert rows == alone(store, language, before + len(rows))[before:]
     # The same rates in another scale are no change; then they go back.
     again = mixture.advanced(100).continued(
@@ -181,7 +181,8 @@ def test_other_data_of_a_language_that_was_read_are_refused(store, store_dir, tm
     without = loader.store_mixture(store, {"aa": 0.5, "bb": 0.5}, 8, 0).advanced(16)
     read = without.continued(loader.store_mixture(store, RATES, 8, 0), 2, "run").advanced(40)
     # Without a word where the language does not come, or its rows are the same.
-    assert read.continued(loader.store_mixture(other, {"aa": 0.5, "bb": 0.5}, 8, 0), 7, "run").consumed()["cc"] == 8
+    unaffected = read.continued(loader.store_mixture(other, {"aa": 0.5, "bb": 0.5}, 8, 0), 7, "run")
+    assert unaffected.sequences_read()["cc"] == 8
     for mixture in (read, read.continued(loader.store_mixture(other, {"aa": 1.0}, 8, 0), 7, "run").advanced(80)):
         with pytest.raises(InputError, match=r"^runs/x: 8 training sequences of 'cc' have been read from other data"):
             mixture.continued(loader.store_mixture(other, RATES, 8, 0), 9, "runs/x")
