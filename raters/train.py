@@ -37,9 +37,10 @@ from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
-from raters.pairs import KINDS
 from raters.preferences.agreement import agreement
-from raters.preferences.pair_data import PARALLEL, PairSource, PairTable, pair_mixture, read_pairs
+from raters.preferences.pair_file import PAIR_TYPES, PARALLEL
+from raters.preferences.pair_source import PairSource, pair_mixture
+from raters.preferences.pair_table import PairTable, read_pairs
 from raters.scoring.quality_model import QualityConfig, quality
 
 OBJECTIVES = ("pairwise", "pointwise")
@@ -167,7 +168,7 @@ class RaterTraining(RaterComputation, TrainModule):
         self._validation = read_pairs(config.validation, self._tokenizer, self._length)
         kinds = self._used_kinds()
         self.mixture = pair_mixture(self._train, kinds, config.batch_size, config.seed)
-        share = (self._train.kind[np.isin(self._train.kind, kinds)] == PARALLEL).mean()
+        share = (self._train.pair_type[np.isin(self._train.pair_type, kinds)] == PARALLEL).mean()
         # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
         self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
 
@@ -176,8 +177,8 @@ class RaterTraining(RaterComputation, TrainModule):
         if config.objective == "pointwise" or not config.parallel_weight:
             unwanted.add(PARALLEL)
         if not config.cross_lingual:
-            unwanted.add(KINDS.index("cross-lingual"))
-        kinds = [kind for kind in np.unique(self._train.kind).tolist() if kind not in unwanted]
+            unwanted.add(PAIR_TYPES.index("cross-lingual"))
+        kinds = [kind for kind in np.unique(self._train.pair_type).tolist() if kind not in unwanted]
         if not set(kinds) - {PARALLEL}:
             raise InputError(f"{config.pairs}: no pairs to learn a preference from")
         return kinds
@@ -210,7 +211,7 @@ class RaterTraining(RaterComputation, TrainModule):
 
     def metadata(self) -> dict[str, Any]:
         config = self._config
-        kinds = {name: int((self._train.kind == kind).sum()) for kind, name in enumerate(KINDS)}
+        kinds = {name: int((self._train.pair_type == kind).sum()) for kind, name in enumerate(PAIR_TYPES)}
         return {
             "pairs": {"path": str(config.pairs), "sha256": sha256(config.pairs), **kinds},
             "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
@@ -255,7 +256,10 @@ class PairEvaluator:
 
 
 def train(config: TrainRaterConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains a quality model on pairs of documents.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, RaterTraining(config)).run()
 
 
@@ -292,11 +296,5 @@ def rater_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     ]
 
 
-def main() -> None:
-    """Trains a quality model. Parameters: train_rater.* (see raters/train.py and mlx_pretrain/training/trainer.py),
-    QualityConfig.*, make_mesh.*, the schedule's and the optimizer's."""
-    train(TrainRaterConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "raters.train", joins=True)
+    command_line.run(train, TrainRaterConfig, "raters.train", joins=True)

@@ -215,17 +215,12 @@ class QuestionEvaluator:
 
 
 def train(config: TrainVideoConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains a Video-LLM on questions about videos.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, VideoTraining(config)).run()
 
 
-def main() -> None:
-    """Trains a Video-LLM on questions. Parameters: train_video.* (see video/train.py and
-    mlx_pretrain/training/trainer.py), VideoLLMConfig.*, VisionConfig.*, DecoderConfig.*, make_mesh.*, the schedule's
-    and
-    the optimizer's."""
-    train(TrainVideoConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "video.train", joins=True)
+    command_line.run(train, TrainVideoConfig, "video.train", joins=True)

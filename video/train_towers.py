@@ -199,16 +199,12 @@ class CaptionSource:
 
 
 def train(config: TrainTowersConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains frame and text towers on captions.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, TowersTraining(config)).run()
 
 
-def main() -> None:
-    """Trains frame and text towers. Parameters: train_towers.* (see video/train_towers.py and
-    mlx_pretrain/training/trainer.py), TowersConfig.*, VisionConfig.*, make_mesh.*, the schedule's and the
-    optimizer's."""
-    train(TrainTowersConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "video.train_towers", joins=True)
+    command_line.run(train, TrainTowersConfig, "video.train_towers", joins=True)

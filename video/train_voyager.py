@@ -241,16 +241,12 @@ def format_ranking(metrics: Mapping[str, float]) -> str:
 
 
 def train(config: TrainVoyagerConfig) -> dict[str, float]:
-    """Trains as `Trainer.run` does, and returns and raises what it does."""
+    """Trains Frame-Voyager on stored losses.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, VoyagerTraining(config)).run()
 
 
-def main() -> None:
-    """Trains Frame-Voyager. Parameters: train_voyager.* (see video/train_voyager.py and
-    mlx_pretrain/training/trainer.py),
-    load_video_llm.*, make_mesh.*, the schedule's and the optimizer's."""
-    train(TrainVoyagerConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "video.train_voyager", joins=True)
+    command_line.run(train, TrainVoyagerConfig, "video.train_voyager", joins=True)

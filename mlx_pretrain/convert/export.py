@@ -23,7 +23,11 @@ from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, l
 
 @gin.configurable
 def export_model(
-    model: str = gin.REQUIRED, output: str = gin.REQUIRED, step: int | None = None, dtype: str = "float32"
+    model: str = gin.REQUIRED,
+    output: str = gin.REQUIRED,
+    step: int | None = None,
+    dtype: str = "float32",
+    weights: str = "last",
 ) -> None:
     """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, and the
     chat templates that come with somebody else's tokenizer.
@@ -33,6 +37,7 @@ def export_model(
       output: a new or empty folder.
       step: which checkpoint of a run; None: the latest.
       dtype: of the stored weights, "float32" or "bfloat16".
+      weights: weights of a run, "last" or "ema" for their moving average.
 
     Raises:
       InputError: no model there, something in `output`, or another dtype.
@@ -42,7 +47,7 @@ def export_model(
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; export_model.output must be a new folder")
-    found = load_language_model(model, step=step)
+    found = load_language_model(model, step=step, weights=weights)
     # config.json, which makes the folder a model, is written last.
     if isinstance(found.tokenizer, Tokenizer):
         tokenizer, settings = tokenizer_json(found.tokenizer)

@@ -140,7 +140,12 @@ def fingerprint(params: Any, *facts: Any) -> str:
 
 
 def load_language_model(
-    path: epath.PathLike, mesh: Mesh | None = None, *, step: int | None = None, dtype: str | None = None
+    path: epath.PathLike,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    weights: str = "last",
 ) -> LanguageModel:
     """Reads a decoder.
 
@@ -149,6 +154,7 @@ def load_language_model(
       mesh: where to put the parameters; None: all devices, replicated.
       step: which checkpoint of a run; None: the latest.
       dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for other models.
+      weights: weights of a run, "last" or "ema" for their moving average.
 
     Raises:
       InputError: none of these is there, or it cannot be read, or the tokenizer's ids exceed the vocabulary.
@@ -159,10 +165,12 @@ def load_language_model(
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
-            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+            params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step, weights)
         return from_run(path, step, config, params, mesh, tokenizer)
     if step is not None:
         raise InputError(f"{path}: step = {step}, but this is no training run")
+    if weights != "last":
+        raise InputError(f"{path}: weights = {weights!r}, but this is no training run")
     if path.suffix == ".gguf":
         file = GGUF(path)
         config, params = file.load_decoder(dtype or "float32")

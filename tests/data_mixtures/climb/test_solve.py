@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_mixtures.climb import solve
+from data_mixtures.climb.complementarity import solve_complementarity
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.laws.base import FittedEffectiveLaw, FittedLaw, float64
-from data_mixtures.climb.solve import reference_weights, solve_by_sampling, solve_joint, solve_two_step
+from data_mixtures.climb.mixture_problem import MixtureProblem, reference_weights
+from data_mixtures.climb.solve import solve_by_sampling, solve_joint, solve_two_step
 from mlx_pretrain.errors import InputError
 
 N, D = 1e8, 1e10
@@ -285,16 +286,16 @@ def test_of_several_two_step_solutions_the_one_of_least_benefit_is_taken():
     """Transfer so strong that equal benefits are reached in two ways; the smaller lambda is further along the curve."""
     law = Synthetic(3, 15, 2.0)
     found = solve_two_step(law, N, D, None, Constraints())
-    problem = solve._Problem(law, N, D, None, Constraints())
-    other = solve.solve_complementarity(problem.field(1), np.array([0.5, 0.01, 0.49]), problem.lower, problem.upper)
+    problem = MixtureProblem(law, N, D, None, Constraints())
+    other = solve_complementarity(problem.two_step_field, np.array([0.5, 0.01, 0.49]), problem.lower, problem.upper)
     assert problem.two_step_kkt(other) < 1e-8 and found.kkt < 1e-8
-    logs = [problem.field(1)(ratios)[0][ratios > 0].max() for ratios in (found.ratios, other)]  # of 1 / lambda
+    logs = [problem.two_step_field(ratios)[0][ratios > 0].max() for ratios in (found.ratios, other)]  # of 1 / lambda
     assert logs[0] > logs[1] + 0.1
 
 
 def test_the_joint_solution_goes_down_the_valley_that_the_two_step_one_found():
     law = Synthetic(3, 1, 2.0)
-    alone = solve.solve_joint(law, N, D, None, Constraints(), starts=1)
+    alone = solve_joint(law, N, D, None, Constraints(), starts=1)
     found = solve_two_step(law, N, D, None, Constraints(), starts=1)
     assert found.weighted_loss < alone.weighted_loss - 1e-5
     assert found.joint.weighted_loss <= found.weighted_loss and found.joint_gap >= 0
@@ -392,7 +393,7 @@ def test_the_residual_of_a_mixture_that_is_no_solution(ratios, shrink, grow, bet
     """The largest gain of moving text from one language to another, over the largest slope between the bounds."""
     table, weights = np.array([[-2.0, 0.5], [-1.0, -1.5], [1.0, -0.5]]), np.array([0.7, 0.3])
     slopes = table @ (weights * np.exp(ratios @ table))
-    problem = solve._Problem(Mixing(), N, D, weights, Constraints())
+    problem = MixtureProblem(Mixing(), N, D, weights, Constraints())
     expected = (slopes[shrink].max() - slopes[grow].min()) / np.abs(slopes[between]).max()
     assert problem.joint_kkt(np.array(ratios)) == pytest.approx(expected, rel=1e-9)
 
@@ -438,7 +439,7 @@ def test_a_language_that_the_centre_leaves_out_gets_next_to_nothing():
 
 def test_a_centre_or_a_number_of_the_best_that_cannot_be_meant_is_named():
     law = Sealed(LAWS[3])
-    with pytest.raises(InputError, match="no share of the centre is positive"):
+    with pytest.raises(InputError, match="centre: no share is positive"):
         solve_by_sampling(law, N, D, centre=dict.fromkeys(law.languages, 0.0))
     for best in (0, 11):
         with pytest.raises(InputError, match=rf"best must be in \[1, samples = 10\], got {best}"):
