@@ -97,7 +97,7 @@ class LayerNorm(nn.Module):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale + bias
 
 
-def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float32[Array, "..."]:
+def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float32[ArrayLike, "..."]:
     """Declares a float32 bias or scale `name` of `shape` with logical `axes`, and returns it."""
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 

@@ -97,7 +97,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch patches embed"], segment_ids: Int[Array, "batch patches"]
+        self, x: Float[Array, "batch patches embed"], segment_ids: Int[ArrayLike, "batch patches"]
     ) -> tuple[Float[Array, "batch patches embed"], None]:
         config, dtype, embed = self.config, x.dtype, x.shape[-1]
 
