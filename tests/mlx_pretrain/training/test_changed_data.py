@@ -62,7 +62,7 @@ def test_changes_are_told_and_recorded(config, capsys):
     assert changes(config) == expected and "changed after" not in capsys.readouterr().out
     [meta] = (pathlib.Path(config.run_dir) / "checkpoints" / "5" / "meta").glob("metadata")
     saved = DataState(0, {}, (), json.loads(meta.read_text())["mixture"]).mixture
-    assert (saved.before, saved.since) == ({"aa": 8, "bb": 5, "cc": 3}, 48)
+    assert (saved.read_before_change, saved.read_since_change) == ({"aa": 8, "bb": 5, "cc": 3}, 48)
     store = token_store.TokenStore(config.token_store)
     assert saved.rates == pytest.approx(OTHER_RATES) and saved.data == store.fingerprints("train", RATES)
 
@@ -102,4 +102,5 @@ def test_what_cannot_be_honoured_is_refused(config, tmp_path, what):
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_word(config):
     mixture, told = continued_mixture(Pretraining(config).mixture, DataState(16, {}), 2, config.run_dir)
     assert told == ["the checkpoint is of an earlier version, which read the data in another order"]
-    assert mixture.changes == ({"step": 2, "change": told[0]},) and mixture.consumed() == {"aa": 8, "bb": 5, "cc": 3}
+    assert mixture.changes == ({"step": 2, "change": told[0]},)
+    assert mixture.sequences_read() == {"aa": 8, "bb": 5, "cc": 3}
