@@ -1,18 +1,18 @@
-"""How often Climb's intervals hold the truth, over made-up worlds whose laws are known.
+"""Coverage of Climb's intervals, over made-up worlds whose laws are known.
 
     python benchmarks/climb_intervals.py [--law climb|structured_gp] [--worlds 20] [--mixtures 20]
         [--replicates 60] [--quick]
 
-A world draws the parameters of its law at random, what languages give each other among them; its proxy runs are read
-with noise, half of it common to all checkpoints of a run. Two kinds of tables, for the two default laws:
+A world draws the parameters of its law at random, transfer included; its proxy runs are read with noise, half of it
+common to all checkpoints of a run. There are two types of tables, for the two default laws:
 
-- `climb`: monolingual runs and mixtures at four token counts, asked for at four times the most tokens. Which
-  family the transfer is of, Climb must find out.
-- `structured_gp`: mixtures at one size, asked for at that size.
+- `climb`: monolingual runs and mixtures at four token counts; predicted at four times the largest. Climb must find the
+  family of transfer.
+- `structured_gp`: mixtures at one size; predicted at that size.
 
-Counted is how often the truth lies in the interval of nominal 90%: the loss of each target at the uniform mixture, at a
-random one and at the recommended one, and each language's ratio in the best mixture of the world's own law. `half` is
-the mean half-width of the intervals, `error` the mean error of the estimate; standard errors are over worlds.
+The coverage is the share of truths that lie in the interval of nominal 90%: the loss of each target at the uniform
+mixture, at a random one and at the recommended one, and each language's ratio in the best mixture of the world's law.
+`half` is the mean half-width of the intervals, `error` the mean error of the estimate; standard errors are over worlds.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import time
 
 import numpy as np
 
-from data_mixtures.climb import solve
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.laws import default_law
 from data_mixtures.climb.laws.base import FittedLaw
@@ -30,7 +29,9 @@ from data_mixtures.climb.laws.climb import Shared
 from data_mixtures.climb.laws.formulas import EffectiveFormula
 from data_mixtures.climb.laws.parametric import FittedEffectiveFormula
 from data_mixtures.climb.laws.transfer import TRANSFER_FAMILIES
+from data_mixtures.climb.mixture_problem import reference_weights
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
+from data_mixtures.climb.solve import solve_joint
 
 TOKENS = (1e6, 2e6, 4e6, 8e6)
 PROXY = 1e6  # parameters
@@ -39,7 +40,7 @@ NOISE = 0.007  # of a row and, once more, of a run: standard deviations of the l
 
 
 def world(number: int, family: str, languages: int) -> FittedEffectiveFormula:
-    """A law of the form `Shared` with transfer of a family of `TRANSFER_FAMILIES`, its parameters at random."""
+    """Returns a law of the form `Shared` with transfer of a family of `TRANSFER_FAMILIES`, its parameters at random."""
     rng = np.random.default_rng(number)
     names = tuple(f"l{i}" for i in range(languages))
     transfer = TRANSFER_FAMILIES[family](True)
@@ -57,7 +58,7 @@ def world(number: int, family: str, languages: int) -> FittedEffectiveFormula:
 
 
 def table(law: FittedLaw, mixtures: int, tokens: tuple[float, ...], corners: bool, seed: int) -> ProxyRuns:
-    """Proxy runs of the world, read with noise."""
+    """Returns proxy runs of the world, read with noise."""
     rng = np.random.default_rng(seed)
     ratios = rng.dirichlet(np.full(len(law.languages), 0.8), mixtures)
     if corners:
@@ -78,8 +79,8 @@ def coverage(number: int, family: str, arguments: argparse.Namespace) -> dict[st
     runs = table(law, arguments.mixtures, tokens, climb, number)
     fitted = default_law(runs).fit(runs, number)
     replicates = fitted.replicates(runs, arguments.replicates, number)
-    weights = solve.reference_weights(law, PROXY, size)
-    best = lambda which: solve.solve_joint(which, PROXY, size, weights, Constraints()).ratios  # noqa: E731
+    weights = reference_weights(law, PROXY, size)
+    best = lambda which: solve_joint(which, PROXY, size, weights, Constraints()).ratios  # noqa: E731
     recommended = best(fitted)
     mixtures = {"uniform": np.full(len(law.languages), 1 / len(law.languages)), "recommended": recommended,
                 "random": np.random.default_rng(number + 1000).dirichlet(np.ones(len(law.languages)))}
@@ -87,13 +88,13 @@ def coverage(number: int, family: str, arguments: argparse.Namespace) -> dict[st
     figures = {name: (at(law, ratios), [at(each, ratios) for each in replicates], at(fitted, ratios))
                for name, ratios in mixtures.items()}
     figures["ratio"] = (best(law), [best(each) for each in replicates], recommended)
-    found = {}
+    outcomes = {}
     for name, (truth, draws, value) in figures.items():
         low, high = np.quantile(draws, (0.05, 0.95), axis=0)
-        found[name] = ((low <= truth) & (truth <= high)).tolist()
-        found[f"{name} half"] = ((high - low) / 2).tolist()
-        found[f"{name} error"] = np.abs(value - truth).tolist()
-    return found
+        outcomes[name] = ((low <= truth) & (truth <= high)).tolist()
+        outcomes[f"{name} half"] = ((high - low) / 2).tolist()
+        outcomes[f"{name} error"] = np.abs(value - truth).tolist()
+    return outcomes
 
 
 def main() -> None:
@@ -115,15 +116,15 @@ def main() -> None:
         parser.error(f"no family {unknown[0]!r}; there are {', '.join(TRANSFER_FAMILIES)}")
     start, results = time.perf_counter(), {}
     for family in families:
-        found = []
+        worlds = []
         for number in range(arguments.first, arguments.first + arguments.worlds):
-            found.append(coverage(number, family, arguments))
+            worlds.append(coverage(number, family, arguments))
             print(f"{family}, world {number}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         results[family] = summary = {}
-        for name in found[0]:
-            values = np.array([np.mean(each[name]) for each in found])
+        for name in worlds[0]:
+            values = np.array([np.mean(each[name]) for each in worlds])
             summary[name] = round(float(values.mean()), 4)
-            if " " not in name and len(found) > 1:
+            if " " not in name and len(worlds) > 1:
                 summary[f"{name} standard error"] = round(float(values.std(ddof=1) / len(values) ** 0.5), 4)
         print(f"{family:<22}" + " ".join(f"{name} {summary[name]:.3f}" for name in KINDS), file=sys.stderr)
     print(json.dumps({"law": arguments.law, "worlds": arguments.worlds, "languages": arguments.languages,

@@ -4,9 +4,9 @@
 
 Climb laws with parameters drawn from their prior (as a fit of proxy runs gives them, without the fit) are solved for a
 run of 1.2B parameters and 300B tokens: text by a Zipf law, at most four epochs, a floor, one fixed ratio. Each round
-has another law, in another process: `seconds` is what `solve_two_step` takes there, which solves the joint problem too,
-compilation included, imports not; the median of the rounds. `kkt` and `joint_gap` are the largest of the rounds; `kkt`
-is of both solvers. The same without constraints, and again with the program compiled, is printed beside.
+has another law, in another process: `seconds` is the time of `solve_two_step` there, which solves the joint problem
+too, with compilation, without imports; the median of the rounds. `kkt` (of both solvers) and `joint_gap` are the
+largest of the rounds. The same without constraints, and again with the program compiled, is printed beside.
 """
 
 import argparse
@@ -30,7 +30,7 @@ N_PARAMS, TOKENS = 1.2e9, 3e11
 
 
 def draw_law(languages: int, seed: int) -> FittedEffectiveFormula:
-    """A Climb law, as fitted to proxies of 20M parameters and 1B tokens."""
+    """Returns a Climb law, as fitted to proxies of 20M parameters and 1B tokens."""
     rng = np.random.default_rng(seed)
     transfer = TRANSFER_FAMILIES["substitution_fading"](d_varies=True)
     formula = EffectiveFormula(languages, Shared(True, True, True), transfer)
@@ -39,7 +39,7 @@ def draw_law(languages: int, seed: int) -> FittedEffectiveFormula:
     mean, sd = (
         np.concatenate([np.full(size, prior[name][which]) for name, size in formula.sizes.items()]) for which in (0, 1)
     )
-    # What a fit finds varies less than its prior, which is wide.
+    # Fitted parameters vary less than their prior, which is wide.
     parameters = mean + 0.3 * sd * rng.normal(size=(languages, len(mean)))
     mean, sd = np.tile(mean, (languages, 1)), np.tile(sd, (languages, 1))
     noise, uniform = np.full(languages, 0.01), np.full(languages, 1 / languages)
@@ -48,7 +48,7 @@ def draw_law(languages: int, seed: int) -> FittedEffectiveFormula:
 
 
 def solve(languages: int, seed: int) -> dict:
-    """One round: constrained in a process that has compiled nothing yet, then free, then constrained again."""
+    """Returns one round: constrained in a process that has compiled nothing yet, then free, then constrained again."""
     law = draw_law(languages, seed)
     text = TOKENS * np.arange(1, languages + 1) ** -1.2 / 3
     constraints = Constraints(
@@ -58,16 +58,16 @@ def solve(languages: int, seed: int) -> dict:
         fixed={law.languages[1]: 2 / languages},
     )
     round_ = {}
-    for case, given in (("constrained", constraints), ("free", Constraints()), ("compiled", constraints)):
+    for case, bounds in (("constrained", constraints), ("free", Constraints()), ("compiled", constraints)):
         start, cpu_start = time.perf_counter(), time.process_time()
-        found = solve_two_step(law, N_PARAMS, TOKENS, None, given)
+        allocation = solve_two_step(law, N_PARAMS, TOKENS, None, bounds)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         round_[case] = {
             "seconds": seconds,
             "cpu_s": cpu,
-            "kkt": max(found.kkt, found.joint.kkt),
-            "joint_gap": found.joint_gap,
-            "binding": len(found.binding),
+            "kkt": max(allocation.kkt, allocation.joint.kkt),
+            "joint_gap": allocation.joint_gap,
+            "binding": len(allocation.binding),
             "load": os.getloadavg()[0],
         }
     return round_

@@ -1,10 +1,10 @@
-"""How well each law predicts the losses of unseen mixtures, from a table of proxy runs in RegMix's layout.
+"""Accuracy of each law on unseen mixtures, from a table of proxy runs in RegMix's layout.
 
-    python benchmarks/climb_table.py --table DIR [--runs 64] [--seeds 3] [--laws process,ridge] [--quick]
+    python benchmarks/climb_table.py --table DIR [--runs 64] [--seeds 3] [--laws structured_gp,ridge] [--quick]
 
 Each seed draws `--runs` rows of the training table (all of them: 0); each law is fitted to them and predicts all test
 rows. Spearman, MAE (nats per token) and R2 are means over the targets and then over the seeds; `seconds` is the mean
-time of a fit, compilation included, imports and prediction not. `--quick` without `--table` makes a small table of
+time of a fit, with compilation, without imports and prediction. `--quick` without `--table` makes a small table of
 its own in that layout, whose figures mean nothing.
 """
 
@@ -24,7 +24,7 @@ from mlx_pretrain.errors import InputError
 
 
 def write_table(folder: pathlib.Path) -> None:
-    """Two made-up tables, of 64 and 32 runs of three domains, under the names of RegMix's files."""
+    """Writes two made-up tables, of 64 and 32 runs of three domains, under the names of RegMix's files."""
     rng = np.random.default_rng(0)
     transfer = np.array([[1, 0.2, 0.05], [0.1, 1, 0.1], [0.05, 0.3, 1]])
     for part, rows in (("train", 64), ("test", 32)):
@@ -40,7 +40,7 @@ def write_table(folder: pathlib.Path) -> None:
 
 
 def measure(name: str, train: ProxyRuns, test: ProxyRuns, runs: int, seeds: int) -> dict[str, float]:
-    """Mean scores of one law over the seeds."""
+    """Returns the mean scores of one law over the seeds."""
     results = []
     for seed in range(seeds):
         rows = train.rows(np.random.default_rng(seed).permutation(len(train))[:runs])
@@ -60,19 +60,19 @@ def main() -> None:
     parser.add_argument("--table", type=pathlib.Path, help="folder of the four CSV files")
     parser.add_argument("--runs", type=int, default=64, help="rows to fit; 0: all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--laws", default=",".join(LAWS), help=f"of {', '.join(LAWS)}")
+    parser.add_argument("--laws", default=",".join(LAWS), help=f"among {', '.join(LAWS)}")
     for part in ("train", "test"):
         parser.add_argument(f"--{part}-mixture", default=f"{part}_mixture_1m.csv")
         parser.add_argument(f"--{part}-loss", default=f"{part}_pile_loss_1m.csv")
-    parser.add_argument("--quick", action="store_true", help="one seed, 24 runs, the laws process and ridge")
+    parser.add_argument("--quick", action="store_true", help="one seed, 24 runs, the laws structured_gp and ridge")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.runs, arguments.seeds, arguments.laws = 24, 1, "process,ridge"
+        arguments.runs, arguments.seeds, arguments.laws = 24, 1, "structured_gp,ridge"
     names = arguments.laws.split(",")
     if unknown := [name for name in names if name not in LAWS]:
         parser.error(f"no law {unknown[0]!r}; there are {', '.join(LAWS)}")
     if arguments.seeds < 1 or arguments.runs < 0:
-        parser.error("--seeds is to be positive, --runs not negative")
+        parser.error("--seeds must be positive, --runs not negative")
     if arguments.table is None and not arguments.quick:
         parser.error("--table is needed")
     with tempfile.TemporaryDirectory() as made_up:

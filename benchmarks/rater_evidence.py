@@ -123,15 +123,17 @@ def make_pairs(work: pathlib.Path, count: int) -> None:
         return
     (work / "pairs.gin").write_text("\n".join(
         ["import raters.rater_plugins.existing_scores", "import raters.rater_plugins.heuristics",
-         "import raters.ngrams",
-         "import raters.preferences.translation",
+         "import raters.ngrams", "import raters.pairs", "import raters.preferences.translation",
+         "train_ngrams.good = @clean/Corpus()", f"clean/Corpus.files = '{work}/clean/train/en.jsonl'",
+         "pairs.corpus = @rated/Corpus()", f"rated/Corpus.files = '{work}/documents/en.jsonl'",
          "pairs.raters = [@GivenScores(), @NgramClassifier(), @Heuristics()]", "pairs.translator = @AlignedDocuments()",
          f"pairs.languages = {there(work / 'documents', SEEN)}",
          f"pairs.heldout_languages = {there(work / 'documents', UNSEEN)}", "GivenScores.field = 'intact'",
-         f"AlignedDocuments.documents = '{work}/documents/*.jsonl'", f"NgramClassifier.path = '{work}/ngrams.npz'"]))
-    command("raters.ngrams", train_ngrams__good=work / "clean/train/en.jsonl", train_ngrams__output=work / "ngrams.npz")
-    command("raters.pairs", gin_file=work / "pairs.gin", pairs__documents=work / "documents/en.jsonl",
-            pairs__output=work / "pairs.jsonl", pairs__validation_output=work / "validation_pairs.jsonl",
+         "AlignedDocuments.corpus = @translations/Corpus()", f"translations/Corpus.files = '{work}/documents/*.jsonl'",
+         f"NgramClassifier.path = '{work}/ngrams.npz'"]))
+    command("raters.ngrams", gin_file=work / "pairs.gin", train_ngrams__output=work / "ngrams.npz")
+    command("raters.pairs", gin_file=work / "pairs.gin", pairs__output=work / "pairs.jsonl",
+            pairs__validation_output=work / "validation_pairs.jsonl",
             pairs__monolingual=count, pairs__cross_lingual=count, pairs__parallel=count // 2, pairs__validation=0.25,
             pairs__heldout_documents=0.0, pairs__heldout_ids=work / "heldout_ids.txt")  # fmt: skip
 
@@ -251,9 +253,10 @@ def pretraining(
     command("data_mixtures.tokenizer", Corpus__root=work / "web_clean", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=work / "web_tokenizer.model", train_tokenizer__vocab_size=2048)
     command("raters.score",
-            score__documents=[str(web / "*.jsonl")], score__output=work / "scores", score__rater="@QualityScorer()",
-            QualityScorer__run_dir=rater)
-    half = {"select__documents": web / "*.jsonl", "select__scores": work / "scores", "select__fraction": 0.5}
+            Corpus__files=web / "*.jsonl", score__corpus="@Corpus()", score__output=work / "scores",
+            score__rater="@QualityScorer()", QualityScorer__run_dir=rater)
+    half = {"Corpus__files": web / "*.jsonl", "select__corpus": "@Corpus()", "select__scores": work / "scores",
+            "select__fraction": 0.5}
     command("raters.select", select__output=work / "best half", **half)
     command("raters.select", select__output=work / "best half of each source", select__per_source=True, **half)
     command("raters.select", select__output=work / "random half", select__temperature=1e6, **half)

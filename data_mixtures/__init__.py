@@ -1,3 +1,3 @@
-"""Which text in which proportion: documents, tokenizer, SeqIO tasks and mixtures, export to the token store."""
+"""Data mixtures: tokenizer, export to the token store, SeqIO tasks and mixtures, choice of the mixture weights."""
 
-import mlx_pretrain  # noqa: F401  before SeqIO and TFDS: it says how epath reads gs://
+import mlx_pretrain  # noqa: F401  before SeqIO and TFDS, as it sets how epath reads gs://

@@ -1,11 +1,11 @@
-"""SeqIO tasks per language and the mixture whose rates come from the rates file.
+"""SeqIO tasks, one a language, and the mixture whose weights come from the rates file.
 
 A task's examples are rows of a fixed length: documents tokenised, each ended by EOS, joined and cut *before* mixing.
-SeqIO's rates count examples, so equal lengths make them token shares; the mixture takes its sources in the order of
-`MixtureOrder`, so the shares are exact to a few rows at every moment. One epoch of a task is row for row what the
-exporter writes to the token store: both tokenise with the same Python SentencePiece.
+SeqIO's rates count examples, so that equal lengths make them token shares. The mixture takes its sources in the order
+of `MixtureOrder`, so that the shares are exact to a few rows at every moment. One epoch of a task has the same rows as
+the exporter's token store, as both tokenise with the same Python SentencePiece.
 
-The iterator is checkpointable: every Python function in the graph is a pure function of its arguments.
+The iterator can be checkpointed: every Python function in the graph is a pure function of its arguments.
 """
 
 import functools
@@ -30,7 +30,7 @@ from mlx_pretrain.errors import InputError
 
 # Accelerators belong to JAX; TensorFlow would take their memory.
 tf.config.set_visible_devices([], "GPU")
-# SeqIO warns of restarts that repeat data; ours go on from the iterator's checkpoint.
+# SeqIO warns that a restart repeats data; here it goes on from the iterator's checkpoint.
 logging.get_absl_logger().addFilter(lambda record: "uncached FunctionDataset" not in record.getMessage())
 
 _DOCUMENTS_PER_BLOCK = 16
@@ -38,15 +38,15 @@ _ORDER_BLOCK = 4096
 _SHUFFLE_BUFFER = 256  # rows per language; the iterator's checkpoint holds them
 
 
-# None of the functions below has control flow for AutoGraph to convert; its looking costs a second per language.
+# AutoGraph's search for control flow costs a second per language, and the functions below have none.
 _plain = tf.autograph.experimental.do_not_convert
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """The framework's tokenizer as a SeqIO vocabulary, with the same ids in TensorFlow graphs as outside."""
+    """The framework's tokenizer as a SeqIO vocabulary, with the same ids inside TensorFlow graphs and outside."""
 
     def __init__(self, path: epath.PathLike):
-        """Raises InputError as `Tokenizer` does."""
+        """Loads the tokenizer. Raises InputError as `Tokenizer` does."""
         super().__init__()
         self.tokenizer = Tokenizer(path)
 
@@ -61,11 +61,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    # tf_text breaks ties otherwise than Python SentencePiece, so the graph calls Python. Declared stateless: a stateful
-    # function would make the iterator impossible to checkpoint.
+    # The graph calls Python, as tf_text and Python SentencePiece break ties differently. The function is declared
+    # stateless, as a stateful one would make the iterator impossible to checkpoint.
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         def encode(text: bytes) -> np.ndarray:
-            text = np.array(text, object).item()  # eager calls pass it in an array
+            text = np.array(text, object).item()  # eager calls pass the text in an array
             return np.array(self.tokenizer.encode(text.decode()), np.int32)
 
         return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32, stateful=False), [None])
@@ -84,7 +84,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 
 class _BlockReader:
-    """Block `index` of a file's documents, for any index; walks the file once when asked in order."""
+    """Reads blocks of a file's documents by number; reads the file only once when they are asked for in order."""
 
     def __init__(self, corpus: Corpus):
         self._corpus = corpus
@@ -92,7 +92,7 @@ class _BlockReader:
         self._open: tuple[bytes, int, Iterator[Document]] | None = None
 
     def __call__(self, name: bytes, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, sources, texts): [documents] each, without documents after the last block."""
+        """Returns (ids, sources, texts), `[documents]` each; empty arrays after the last block."""
         with self._lock:
             if self._open is None or self._open[:2] != (name, index):
                 documents = self._corpus.read(name.decode())
@@ -107,7 +107,7 @@ class _BlockReader:
 
 
 def _document_dataset(corpus: Corpus, language: str, split: str, shuffle_files: bool, seed: int | None = None):
-    """Documents of one language, in file order, as {"id", "source", "text"}: the features of the TFDS builder."""
+    """Returns one language's documents, in file order, as {"id", "source", "text"}, the TFDS builder's features."""
     names = list(corpus.files_of(split, language))
     reader = _BlockReader(corpus)
 
@@ -129,7 +129,11 @@ def _document_dataset(corpus: Corpus, language: str, split: str, shuffle_files: 
 
 @gin.configurable
 def document_sources(corpus: Corpus) -> dict[str, seqio.DataSource]:
-    """language -> SeqIO source that streams the corpus' files."""
+    """Returns language -> SeqIO source that streams the corpus's files.
+
+    Args:
+      corpus: documents, e.g. @Corpus().
+    """
     return {
         language: seqio.FunctionDataSource(
             functools.partial(_document_dataset, corpus, language),
@@ -141,9 +145,10 @@ def document_sources(corpus: Corpus) -> dict[str, seqio.DataSource]:
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]) -> tf.data.Dataset:
-    """{"text"} -> {"tokens": its ids and EOS}.
+    """Maps {"text"} to {"tokens": its ids and EOS}.
 
-    SeqIO's own runs 256 documents at a time: of no use to a Python function, and a checkpoint would hold them all.
+    SeqIO's own function runs 256 documents at a time, which does not help a Python function, and a checkpoint would
+    hold them all.
     """
     vocabulary = output_features["tokens"].vocabulary
 
@@ -155,7 +160,7 @@ def tokenize(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Featu
 
 
 def chunk(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
-    """Joins "tokens" of all examples and cuts them to rows of `sequence_length["tokens"]`; the last one is padded."""
+    """Joins "tokens" of all examples and cuts them into rows of `sequence_length["tokens"]`; pads the last row."""
     length = sequence_length["tokens"]
 
     @_plain
@@ -171,9 +176,14 @@ def _valid_name(name: str) -> str:
 
 
 def register_tasks(prefix: str, sources: Mapping[str, seqio.DataSource], tokenizer: epath.PathLike) -> dict[str, str]:
-    """Registers a task per language (again, if need be), named "<prefix>_<language>".
+    """Registers a task for each language, named "<prefix>_<language>", in place of a former one.
 
     `get_dataset({"tokens": length})` of a task gives {"tokens": int32 [length]}.
+
+    Args:
+      prefix: first part of the names.
+      sources: language -> SeqIO source.
+      tokenizer: SentencePiece model file.
 
     Returns:
       language -> task name.
@@ -197,11 +207,15 @@ def register_tasks(prefix: str, sources: Mapping[str, seqio.DataSource], tokeniz
 
 
 def _take_in_order(datasets: list[tf.data.Dataset], rates: list[float], seed: int | None, positions: list[int]):
-    """A mixture's sample_fn: `MixtureOrder` over the datasets, each example with its number as "language_id".
+    """Merges the datasets in the order of `MixtureOrder`, each example with its "language_id": a SeqIO sample_fn.
 
-    `positions`: where SeqIO, which sorts tasks by name, has put each source of the rates file.
+    Args:
+      datasets: dataset of each task, sorted by the tasks' names, as SeqIO does.
+      rates: weight of each dataset.
+      seed: unused.
+      positions: index in `datasets` of each language of the rates file.
     """
-    del seed  # the order is a function of the rates alone; rows are shuffled within each language
+    del seed  # the order depends on the weights alone; rows are shuffled within each language
     order = MixtureOrder([rates[position] for position in positions])
     numbered = [_numbered(datasets[position], source) for source, position in enumerate(positions)]
 
@@ -221,15 +235,15 @@ def _numbered(dataset: tf.data.Dataset, source: int) -> tf.data.Dataset:
 
 
 def register_mixture(name: str, tasks: Mapping[str, str], rates: Mapping[str, float]) -> seqio.Mixture:
-    """Registers (again, if need be) the mixture of language tasks.
+    """Registers the mixture of language tasks, in place of a former one.
 
     Its examples are {"tokens": int32 [length], "language_id": int32 []}, "language_id" counting the languages of
     `rates` in their order. It is endless with SeqIO's default `num_epochs=None`; otherwise it ends with its first task.
 
     Args:
-      name: of the mixture.
+      name: name of the mixture.
       tasks: language -> task name.
-      rates: language -> positive share.
+      rates: language -> positive mixture weight.
 
     Raises:
       InputError: a language of `rates` has no task.
@@ -244,10 +258,10 @@ def register_mixture(name: str, tasks: Mapping[str, str], rates: Mapping[str, fl
 
 
 class MixtureBatches:
-    """Endless batches of a mixture, in NumPy; what the token loader gives, without an export.
+    """Endless NumPy batches of a mixture, with the same content as the token loader's, without an export.
 
     Attributes:
-      languages: the language of each number in "language_id".
+      languages: languages, indexed by "language_id".
     """
 
     def __init__(self, dataset: tf.data.Dataset, languages: list[str]):
@@ -271,11 +285,15 @@ class MixtureBatches:
             raise
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the position as a TensorFlow checkpoint."""
+        """Writes the position in the stream as a TensorFlow checkpoint."""
         tf.train.Checkpoint(iterator=self._iterator).write(str(path))
 
     def restore(self, path: epath.PathLike) -> None:
-        """Goes to a saved position: the next batch is the one that followed `save`. Raises InputError if none is."""
+        """Restores a saved position, so that the next batch is the one that followed `save`.
+
+        Raises:
+          InputError: no position is saved there.
+        """
         try:
             tf.train.Checkpoint(iterator=self._iterator).read(str(path)).assert_consumed()
         except tf.errors.NotFoundError:
@@ -294,7 +312,7 @@ def mixture_batches(
     seed: int = 0,
     name: str = "text",
 ) -> MixtureBatches:
-    """Registers the tasks and the mixture of a rates file and iterates over it: training without an export.
+    """Registers the tasks and the mixture of a rates file and iterates over it, for training without an export.
 
     Args:
       sources: language -> SeqIO source, from `document_sources` or `corpora.tfds_sources`.
@@ -302,17 +320,17 @@ def mixture_batches(
       rates: rates file.
       sequence_length: tokens per row.
       batch_size: rows per batch.
-      split: which split.
-      shuffle: shuffles rows within each language, in a buffer; the order of languages is fixed by the rates.
-      seed: of the shuffling.
+      split: split to read.
+      shuffle: shuffles rows within each language, in a buffer; the weights fix the order of languages.
+      seed: seed of the shuffling.
       name: prefix of the tasks' names, "<name>_<language>", and of the mixture's, "<name>_mixture".
 
     Raises:
       InputError: tokenizer or rates file cannot be read, or a language of the rates has no text in the split.
     """
-    shares = load_rates(rates, [language for language, source in sources.items() if split in source.splits])
-    tasks = register_tasks(name, {language: sources[language] for language in shares}, tokenizer)
-    mixture = register_mixture(f"{name}_mixture", tasks, shares)
+    weights = load_rates(rates, [language for language, source in sources.items() if split in source.splits])
+    tasks = register_tasks(name, {language: sources[language] for language in weights}, tokenizer)
+    mixture = register_mixture(f"{name}_mixture", tasks, weights)
     dataset = mixture.get_dataset({"tokens": sequence_length}, split=split, shuffle=shuffle, seed=seed,
                                   num_epochs=None, try_in_mem_cache=False)
-    return MixtureBatches(dataset.batch(batch_size, drop_remainder=True), list(shares))
+    return MixtureBatches(dataset.batch(batch_size, drop_remainder=True), list(weights))

@@ -1,10 +1,10 @@
-"""Compiles a run's programs for devices that are not here, and says what they take of them:
+"""Compiles a run's programs for absent devices and reports their memory, FLOPs, traffic and least time:
 
     python -m mlx_pretrain.compile --gin_file=gin/runs/pretrain_1p2b.gin --gin_file=gin/topologies/fsdp.gin \\
         --topology=v5e:16x16
 
 The gin files are those of the run. No data need exist: macros that only name data may be missing. docs/compile.md has
-the details. Exit code 0: all programs fit, 2: one does not, 1: an error in the input.
+the details. The exit code is 0 if all programs fit, 2 if one does not, 1 after an error in the input.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ _USAGE = """usage: python -m mlx_pretrain.compile --gin_file=FILE [...] [--gin.N
                         as for the run itself; macros that only name data (TOKEN_STORE, RATES ...) may be missing
   --topology=TOPOLOGY   v5e:16x16, v6e:4x4, v4:2x2x4, v5p:4x4x4; h100:8 (one node), h100:8x8 (nodes x GPUs);
                         2*v5e:16x16 for two slices
-  --slices=N            the same, for N slices
-  --length=TOKENS       length of sequences; else the token store's where there is one, else the model's max_length
-  --program=NAME        only the programs whose names begin so, e.g. --program=training
-  --json=FILE           writes the numbers, too ("-": to standard output, in place of the words)"""
+  --slices=N            number of such slices
+  --length=TOKENS       length of sequences; by default the token store's, or without one the model's max_length
+  --program=NAME        only programs whose names begin with NAME, e.g. --program=training
+  --json=FILE           file for the numbers; "-" prints them in place of the words"""
 
 
 _FLAGS = ("topology", "slices", "length", "program", "json")
@@ -32,7 +32,16 @@ _FLAGS = ("topology", "slices", "length", "program", "json")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The command line, without what gin reads."""
+    """Parameters of the command.
+
+    Attributes:
+      topology: devices to compile for, e.g. "v5e:16x16".
+      slices: number of such slices.
+      length: length of sequences; None takes the token store's, or without one the model's max_length.
+      program: beginning of the names of the programs to compile; "" stands for all.
+      json: file for the numbers; "-" prints them in place of the words.
+      gin: arguments that gin reads.
+    """
 
     topology: str
     slices: int = 1
@@ -46,7 +55,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     """Splits a command line.
 
     Raises:
-      InputError: --topology is missing, or a number is none.
+      InputError: --topology is missing, or a value is no number.
     """
     values, others = {}, []
     for argument in arguments:
@@ -68,10 +77,10 @@ def compile_programs(arguments: Arguments) -> dict:
     """Compiles all programs that the gin files configure.
 
     Returns:
-      What --json writes: topology, mesh, settings, and for each program its numbers per device.
+      The content of --json: topology, mesh, settings, and for each program its numbers per device.
 
     Raises:
-      InputError: the gin files, the topology or the mesh are wrong, or do not fit each other.
+      InputError: the gin files, the topology or the mesh are wrong, or contradict each other.
     """
     flags = command_line.parse_flags(arguments.gin)
     filled = gin_files.parse_gin(flags.files, flags.bindings, flags.search, fill_macros=True)
@@ -140,13 +149,13 @@ def _collective(traffic) -> dict:
 
 
 def _excess(memory, needed: int | None) -> float:
-    """Memory asked for besides the arguments over that which they leave."""
+    """Returns the ratio of the memory needed besides the arguments to the memory that they leave."""
     room = memory.limit - memory.arguments
     return (needed or memory.limit) / room if room > 0 else 2.0
 
 
 def describe(report: dict) -> str:
-    """A report of `compile_programs` in words."""
+    """Describes a report of `compile_programs` in words."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     lines = [f"{report['topology']}: {report['devices']} x {report['device_kind']}, mesh {mesh}"]
     if report["missing_macros"]:
@@ -230,7 +239,7 @@ if __name__ == "__main__":
     # The devices of this machine are not used, and not looked for.
     os.environ["JAX_PLATFORMS"] = "cpu"
     command_line.quiet_logging()
-    import mlx_pretrain.train  # noqa: F401  what gin files configure without importing it
+    import mlx_pretrain.train  # noqa: F401  configured by gin files that do not import it
 
     with command_line.errors_as_one_line():
         raise SystemExit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The one exception that commands turn into one line and a non-zero exit code."""
+"""The exception that commands turn into one line and a non-zero exit code."""
 
 
 class InputError(Exception):

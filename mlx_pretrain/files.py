@@ -23,9 +23,10 @@ _hashes: dict[str, tuple[tuple[float, ...], str]] = {}  # path -> (what tells ve
 
 @contextlib.contextmanager
 def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to; a killed run, or an error in the block, leaves the old file, the block's end the new one.
+    """Gives a file to write to, which replaces the old one at the end of the block.
 
-    On gs:// the file is a local temporary one, uploaded at the block's end: an object appears when it is complete.
+    An error in the block, or a kill, leaves the old file. On gs:// the file is local and temporary, and is uploaded at
+    the end: an object appears when it is complete.
     """
     path = epath.Path(path)
     if gcs.is_gs(path):
@@ -46,10 +47,10 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 def open_to_append(path: epath.PathLike) -> Any:
-    """A file whose `write` takes whole lines, bytes, to add at its end.
+    """Opens a file whose `write` appends whole lines, as bytes.
 
-    On local disks each is written at once. On gs:// they are appended every 30 seconds and by `flush` and `close`, see
-    `gcs.Appender`.
+    On local disks each line is written at once. On gs:// lines are appended every 30 seconds and by `flush` and
+    `close`, see `gcs.Appender`.
     """
     if gcs.is_gs(path):
         return gcs.Appender(path)
@@ -58,7 +59,7 @@ def open_to_append(path: epath.PathLike) -> Any:
 
 
 def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes `content` so that a killed run leaves the old file or the new one, never a part."""
+    """Writes `content` so that a killed run leaves the old file or the new one, never a part of it."""
     with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -69,7 +70,11 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def read_json(path: epath.PathLike, what: str = "file") -> Any:
-    """Reads JSON; raises InputError naming the file (a `what`) when it is missing or malformed."""
+    """Reads JSON; `what` names the file's content in errors.
+
+    Raises:
+      InputError: the file is missing or malformed.
+    """
     path = epath.Path(path)
     try:
         with gcs.named_errors(path):
@@ -84,7 +89,7 @@ def read_json(path: epath.PathLike, what: str = "file") -> Any:
 
 
 def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSONL file; a truncated last line, as a killed writer leaves it, is left out.
+    """Returns (line number, object) of each line of a JSONL file, without a last line that a killed writer cut off.
 
     Raises:
       InputError: the file is missing, or a line before the last is not a JSON object.
@@ -95,7 +100,7 @@ def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    found = []
+    objects = []
     for number, line in lines:
         try:
             value = json.loads(line)
@@ -105,21 +110,22 @@ def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
             if number == lines[-1][0]:
                 break
             raise InputError(f"{path}:{number}: not a valid JSON line: {error}") from None
-        found.append((number, value))
-    return found
+        objects.append((number, value))
+    return objects
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The absolute path; gs:// paths are, though `epath.Path.absolute` puts them below the working folder."""
+    """Returns the absolute path of a local path, and gs:// paths unchanged."""
+    # `epath.Path.absolute` puts gs:// paths below the working folder.
     path = epath.Path(path)
     return path if gcs.is_gs(path) else path.absolute()
 
 
 def kvstore(folder: epath.PathLike) -> dict[str, Any]:
-    """TensorStore's description of a folder, local or gs://, as a key-value store: names of files are the keys.
+    """Returns TensorStore's description of a folder, local or gs://, as a key-value store: names of files are the keys.
 
-    `ts.KvStore.open(kvstore(folder)).result()` gives writes under a condition (`if_equal=` the generation that was
-    read), which epath has not.
+    `ts.KvStore.open(kvstore(folder)).result()` can write under a condition (`if_equal=` the generation that was read),
+    which epath cannot.
     """
     if gcs.is_gs(folder):
         bucket, name = gcs.split(folder)
@@ -128,24 +134,24 @@ def kvstore(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def file_sizes(folder: epath.PathLike) -> dict[str, int]:
-    """Names, relative to a folder, of the files below it -> sizes in bytes; empty without the folder.
+    """Returns names of the files below a folder, relative to it -> sizes in bytes; empty without the folder.
 
-    This is one listing on gs:// (a request for every 1,000 files) where asking for each file would be one request each.
+    On gs:// this is one listing, a request for every 1,000 files, instead of a request for each file.
     """
     if gcs.is_gs(folder):
         with gcs.named_errors(folder):
-            found = gcs.filesystem().find(str(folder), detail=True)
+            listed = gcs.filesystem().find(str(folder), detail=True)
         root = f"{'/'.join(gcs.split(folder))}/"
-        return {name.removeprefix(root): about["size"] for name, about in found.items()}
+        return {name.removeprefix(root): entry["size"] for name, entry in listed.items()}
     files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
     return {os.path.relpath(file, folder): os.stat(file).st_size for file in files}
 
 
 def move_folder(source: epath.PathLike, target: epath.PathLike, last: str | None = None) -> None:
-    """Moves a folder to a place where there is none.
+    """Moves a folder to a path that does not exist.
 
-    On gs:// its objects are moved one by one, those at the top first and the one named `last` after all others, which
-    says to readers that the rest is there. A killed process leaves the others where they were.
+    On gs:// its objects are moved one by one, those at the top first. The object named `last` is moved after all
+    others, and tells readers that the rest is complete. A killed process leaves the remaining objects where they were.
     """
     source, target = epath.Path(source), epath.Path(target)
     if not gcs.is_gs(source):

@@ -1,8 +1,9 @@
-"""gs:// without TensorFlow: what epath, TensorStore and Orbax leave open.
+"""gs:// without TensorFlow: uploads, appending, and errors in one line.
 
 epath reads and writes objects through gcsfs (the extra `gcs`), arrays go through TensorStore's own client; both take
-the credentials of `gcloud auth application-default login`, of GOOGLE_APPLICATION_CREDENTIALS or of the machine. An
-object is written whole or not at all, has no append and no cheap rename: hence `upload` and `Appender`.
+the credentials of `gcloud auth application-default login`, of GOOGLE_APPLICATION_CREDENTIALS or of the machine.
+Objects are written whole or not at all, and can neither be appended to nor cheaply renamed: hence `upload` and
+`Appender`.
 """
 
 import contextlib
@@ -20,23 +21,23 @@ from mlx_pretrain.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-# Other hosts, and TensorStore on this one, write below the same folders: a listing that was kept soon misses files.
+# Other hosts, and TensorStore on this one, write below the same folders, so that cached listings soon miss files.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
 
 def is_gs(path: epath.PathLike) -> bool:
-    """Returns True for gs:// paths."""
+    """Tells if a path is one of gs://."""
     return str(path).startswith("gs://")
 
 
 def split(path: epath.PathLike) -> tuple[str, str]:
-    """The bucket of a gs:// path, and the name in it."""
+    """Returns the bucket of a gs:// path, and the name in it."""
     bucket, _, name = str(path).removeprefix("gs://").rstrip("/").partition("/")
     return bucket, name
 
 
 def filesystem() -> Any:
-    """The gcsfs.GCSFileSystem that epath uses too. Raises ImportError without the extra `gcs`."""
+    """Returns the gcsfs.GCSFileSystem that epath uses too. Raises ImportError without the extra `gcs`."""
     return fsspec.filesystem("gcs", finalize_on_close=True)  # epath's arguments: the same object
 
 
@@ -44,7 +45,7 @@ def filesystem() -> Any:
 def named_errors(path: epath.PathLike) -> Iterator[None]:
     """Turns errors of the clients about a gs:// path into InputError, one line with the path and the cause.
 
-    A FileNotFoundError stays what it is when the bucket exists. Local paths are left alone.
+    A FileNotFoundError is raised unchanged if the bucket exists, and so are all errors about local paths.
     """
     if not is_gs(path):
         yield
@@ -61,26 +62,26 @@ def named_errors(path: epath.PathLike) -> Iterator[None]:
 
 
 def check_bucket(path: epath.PathLike) -> None:
-    """Raises InputError when the bucket of a gs:// path does not exist or cannot be reached; asks nothing else."""
+    """Raises InputError if the bucket of a gs:// path does not exist or cannot be reached."""
     if is_gs(path):
         bucket, _ = split(path)
         try:
-            found = filesystem().exists(bucket)
+            exists = filesystem().exists(bucket)
         except Exception as error:
             raise InputError(f"{path}: {cause(error)}") from None
-        if not found:
+        if not exists:
             raise InputError(f"{path}: there is no bucket {bucket!r}")
 
 
 def is_client_error(error: BaseException) -> bool:
-    """Returns True for exceptions of the libraries that speak to gs://, and for the lack of them."""
+    """Tells if an exception comes from the libraries that speak to gs://, or from their absence."""
     library = type(error).__module__.split(".")[0]
     return (library in ("gcsfs", "google", "aiohttp", "requests") or "install gcsfs" in str(error)
             or (isinstance(error, OSError) and str(error).startswith("Forbidden: ")))
 
 
 def cause(error: BaseException) -> str:
-    """An exception of one of the clients in one line."""
+    """Returns an exception of one of the clients as one line."""
     if isinstance(error, ImportError):
         return "gs:// needs the extra `gcs`: pip install 'mlx-pretrain[gcs]'"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -96,11 +97,11 @@ def upload(source: str, path: epath.PathLike) -> None:
 
 
 class Appender:
-    """Appends to an object, which object stores cannot do: composes it of itself and of what is new.
+    """Appends to an object, which object stores cannot do by themselves.
 
     The new bytes are uploaded under a name beside it, and one request then joins the two on the server, under the
     condition that the object is still the one last written: its readers see it with all the new bytes or none, and
-    a second writer is noticed. A process that is killed loses what it wrote since the last `flush`.
+    a second writer is noticed. A killed process loses the bytes written since the last `flush`.
     """
 
     def __init__(self, path: epath.PathLike, every: float | None = 30.0):
@@ -108,7 +109,7 @@ class Appender:
 
         Args:
           path: gs:// path.
-          every: seconds between flushes of itself, by a thread; None: only when told.
+          every: seconds between flushes by a thread; None flushes only when `flush` is called.
         """
         self._path, (self._bucket, self._name) = str(path), split(path)
         self._pending = bytearray()
@@ -119,21 +120,21 @@ class Appender:
                 self._generation = int(filesystem().info(self._path)["generation"])
             except FileNotFoundError:
                 check_bucket(path)
-                self._generation = 0  # the API's word for an object that does not exist
+                self._generation = 0  # stands in the API for an object that does not exist
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._flush_regularly, args=(every,), daemon=True) if every else None
         if self._thread:
             self._thread.start()
 
     def write(self, content: bytes) -> None:
-        """Takes bytes for the next flush. Raises InputError when another process has written the object."""
+        """Adds bytes to the next flush. Raises InputError if another process has written the object."""
         if self._failed:
             raise self._failed
         with self._pending_lock:
             self._pending += content
 
     def flush(self) -> None:
-        """Appends what was written. What an error of the network keeps back is kept for the next time, with a warning.
+        """Appends the bytes written so far; after a network error they wait for the next flush, with a warning.
 
         Raises:
           InputError: another process has written the object.
@@ -146,7 +147,7 @@ class Appender:
             _log.warning("%s: %d bytes not appended yet: %s", self._path, len(self._pending), cause(error))
 
     def close(self) -> None:
-        """Appends the rest. Raises InputError when that fails."""
+        """Appends the remaining bytes. Raises InputError if that fails."""
         if not self._closed.is_set():
             self._closed.set()
             if self._thread:
@@ -180,7 +181,7 @@ class Appender:
                           "destination": {"metadata": {"appended": token}}}, json_out=True,
                 )
             except FileExistsError:
-                # The condition failed: another writer was here, or this request was, and its answer got lost.
+                # The condition failed: another writer came first, or this request succeeded and its answer got lost.
                 made = gcs.call("GET", "b/{}/o/{}", self._bucket, self._name, json_out=True)
             gcs.rm_file(f"{self._bucket}/{part}")
             if made.get("metadata", {}).get("appended") != token:

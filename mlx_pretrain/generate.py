@@ -27,6 +27,7 @@ class GenerateConfig:
       prompts: texts to continue; "" starts from nothing.
       languages: languages of the prompts, noted in the output file.
       step: step of the checkpoint of a run; None: the latest.
+      weights: weights of a run, "last" or "ema" for their moving average.
       max_new_tokens: most tokens to generate after each prompt.
       temperature: divisor of the logits; 0 takes the most likely token.
       top_p: least probability mass of the most likely tokens to sample from.
@@ -38,6 +39,7 @@ class GenerateConfig:
     prompts: Sequence[str] = ("",)
     languages: Sequence[str] | None = None
     step: int | None = None
+    weights: str = "last"
     max_new_tokens: int = 64
     temperature: float = 0.8
     top_p: float = 0.95
@@ -58,7 +60,7 @@ def generate(config: GenerateConfig) -> list[str]:
     Raises:
       InputError: there is no such run or checkpoint, or a parameter is out of range.
     """
-    model = load_language_model(config.run_dir, step=config.step)
+    model = load_language_model(config.run_dir, step=config.step, weights=config.weights)
     completions = model.generate(config.prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                                  top_p=config.top_p, seed=config.seed)
     if not cluster.is_main():

@@ -1,10 +1,12 @@
 """The report of a pretraining run: one self-contained HTML file, for the screen (light and dark) and for paper.
 
-Made from the run folder that `mlx_pretrain.reports.run_history` describes. Needs matplotlib and jinja2, which the
-extra `data`
-brings; nothing else in this package imports them.
+    python -m mlx_pretrain.report --gin.report.run_dir=RUN
+
+The run folder is described in `mlx_pretrain.reports.run_history`. The report needs matplotlib and jinja2, which the
+extra `data` brings; nothing else in this package imports them.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +38,9 @@ from mlx_pretrain.reports.figures import (
     unit,
 )
 from mlx_pretrain.reports.run_history import (
-    History,
-    Language,
-    Summary,
+    LanguageSummary,
+    RunHistory,
+    RunSummary,
     column,
     mean_bits,
     parse_time,
@@ -51,22 +53,22 @@ from mlx_pretrain.reports.run_history import (
 from mlx_pretrain.training.goodput import GOODPUT, PARTS, Goodput, read_goodput
 
 
-def _runs(x: np.ndarray, y: np.ndarray, most: int = 240) -> np.ndarray:
-    """Long series made short: means of x and y, minimum and maximum of y over runs of points: [4, at most `most`]."""
+def _thinned(x: np.ndarray, y: np.ndarray, max_points: int = 240) -> np.ndarray:
+    """Returns means of x and y, minimum and maximum of y over stretches of a long series: [4, up to `max_points`]."""
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     if not len(x):
         return np.zeros((4, 0))
-    starts = np.linspace(0, len(x), min(most, len(x)), endpoint=False).astype(int)
+    starts = np.linspace(0, len(x), min(max_points, len(x)), endpoint=False).astype(int)
     sizes = np.diff(np.append(starts, len(x)))
     return np.stack([np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes,
                      np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)])
 
 
 class Plots:
-    """The plots of one run, each as inline SVG, or None where the run did not record what it shows."""
+    """The plots of one run, each as inline SVG, or None if the run did not record the data."""
 
-    def __init__(self, summary: Summary, history: History, goodput: Goodput | None):
+    def __init__(self, summary: RunSummary, history: RunHistory, goodput: Goodput | None):
         self._summary, self._history, self._goodput = summary, history, goodput
         self._divisor, name = unit(summary.tokens)
         self.x_label = f"training tokens ({name.strip()}s)" if name else "training tokens"
@@ -82,17 +84,17 @@ class Plots:
         return figure, axes
 
     def loss(self) -> Markup:
-        """Training loss and held-out loss over tokens."""
+        """Plots training loss and held-out loss over tokens."""
         figure, axes = self._over_tokens("Loss (nats per token)")
         train, held_out = column(self._history.train, "loss"), column(self._history.evals, "loss")
-        x, mean, low, high = _runs(self._train_x, train)
+        x, mean, low, high = _thinned(self._train_x, train)
         axes.fill_between(x, low, high, color=ACCENT, alpha=0.25, linewidth=0)
         axes.plot(x, mean, color=ACCENT, label="training", marker="o" if len(x) == 1 else None, markersize=4)
         if np.isfinite(held_out).any():
             axes.plot(self._eval_x, held_out, color=WARM, label="held out", marker="o", markersize=4, linewidth=1.2,
                       clip_on=False)
         if len(x):
-            # One spike must not flatten the curve: the top is what the run started from, or nearly all of it.
+            # One spike must not flatten the curve: the top is the first value, or the 99th percentile.
             top = max([mean[0], np.percentile(high, 99), *held_out[np.isfinite(held_out)]])
             bottom = min([low.min(), *held_out[np.isfinite(held_out)]])
             pad = 0.05 * (top - bottom) or 0.5
@@ -101,7 +103,7 @@ class Plots:
         return inline_svg(figure, "loss", "Training and held-out loss over training tokens")
 
     def mean_bits(self) -> Markup | None:
-        """Mean held-out bits per byte over tokens, and the range over languages."""
+        """Plots the mean held-out bits per byte over tokens, and the range over languages."""
         if not np.isfinite(self._means).any():
             return None
         figure, axes = self._over_tokens("Held-out text (bits per byte)")
@@ -118,8 +120,8 @@ class Plots:
         return inline_svg(figure, "bits", "Bits per byte on held-out text over training tokens")
 
     def tasks(self) -> list[tuple[str, list[Markup]]]:
-        """Of every task over tokens: accuracy, and how often two languages agree: (name, plots)."""
-        lines, found = self._history.tasks, []
+        """Plots every task over tokens: (name, plots of accuracy and of the consistency of languages)."""
+        lines, tasks = self._history.tasks, []
         x = self._summary.tokens_at(column(lines, "step")) / self._divisor
         every = dict.fromkeys(name for line in lines for name in line)
         for name in every:
@@ -134,7 +136,7 @@ class Plots:
             axes.plot(x, 100 * column(lines, name), color=ACCENT, marker="o", markersize=4,
                       label="mean of languages" if len(languages) > 1 else metric, clip_on=False)
             legend(axes)
-            plots = [inline_svg(figure, f"accuracy-{len(found)}", f"Accuracy in {task} over training tokens")]
+            plots = [inline_svg(figure, f"accuracy-{len(tasks)}", f"Accuracy in {task} over training tokens")]
             if f"{task}/mlc" in every:
                 figure, axes = self._over_tokens("Consistency, MLC (%)")
                 axes.plot(x, 100 * column(lines, f"{task}/mlc"), color=WARM, marker="o", markersize=4,
@@ -142,12 +144,12 @@ class Plots:
                 axes.plot(x, 100 * column(lines, f"{task}/chance"), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)),
                           label="by chance")
                 legend(axes)
-                plots.append(inline_svg(figure, f"mlc-{len(found)}", f"Consistency in {task} over training tokens"))
-            found.append((name.replace("/", ", "), plots))
-        return found
+                plots.append(inline_svg(figure, f"mlc-{len(tasks)}", f"Consistency in {task} over training tokens"))
+            tasks.append((name.replace("/", ", "), plots))
+        return tasks
 
     def dumbbells(self) -> Markup | None:
-        """Bits per byte of every language, before and after training."""
+        """Plots the bits per byte of every language before and after training."""
         languages = [language for language in self._summary.languages if language.measured]
         if len(languages) < 2:
             return None
@@ -165,32 +167,32 @@ class Plots:
             figure, "dumbbells", "Bits per byte by language, before and after training; numbers in the table")
 
     def shares(self) -> Markup | None:
-        """Share of the training tokens asked for and delivered, by language."""
-        languages = sorted(self._summary.languages, key=lambda language: -language.asked)
-        if len(languages) < 2 or all(language.delivered is None for language in languages):
+        """Plots target and actual share of the training tokens by language."""
+        languages = sorted(self._summary.languages, key=lambda language: -language.target_share)
+        if len(languages) < 2 or all(language.actual_share is None for language in languages):
             return None
         figure, axes, rows = rows_panel(
             "Share of training tokens, by language", [language.label for language in languages])
-        delivered = [language.delivered or 0.0 for language in languages]
-        axes.barh(rows, delivered, height=0.5, color=ACCENT, linewidth=0, label="delivered")
-        axes.plot([language.asked for language in languages], rows, "|", color=INK, markersize=12,
-                  markeredgewidth=1.8, label="asked for")
+        actual = [language.actual_share or 0.0 for language in languages]
+        axes.barh(rows, actual, height=0.5, color=ACCENT, linewidth=0, label="actual")
+        axes.plot([language.target_share for language in languages], rows, "|", color=INK, markersize=12,
+                  markeredgewidth=1.8, label="target")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         axes.set_xlim(left=0)
         axes.set_xlabel("Share of training tokens")
         legend(axes)
-        return inline_svg(figure, "shares", "Share of training tokens asked for and delivered; numbers in the table")
+        return inline_svg(figure, "shares", "Target and actual share of training tokens; numbers in the table")
 
-    def small_multiples(self) -> list[tuple[str, list[tuple[Language, Markup]]]]:
-        """Bits per byte over tokens, a small plot per language on one scale: (group, [(language, SVG)])."""
+    def small_multiples(self) -> list[tuple[str, list[tuple[LanguageSummary, Markup]]]]:
+        """Plots bits per byte over tokens, a small plot per language on one scale: (group, [(language, SVG)])."""
         curves = {language: column(self._history.evals, f"bits_per_byte/{language.code}")
                   for language in self._summary.languages}
         curves = {language: curve for language, curve in curves.items() if np.isfinite(curve).sum() > 1}
         if len(curves) < 2:
             return []
         top = max(np.nanmax(curve[np.isfinite(curve)]) for curve in curves.values()) * 1.08
-        groups: dict[int, list[tuple[Language, Markup]]] = {key: [] for key in GROUPS}
+        groups: dict[int, list[tuple[LanguageSummary, Markup]]] = {key: [] for key in GROUPS}
         for number, (language, curve) in enumerate(curves.items()):
             figure = Figure(figsize=(150 / 72, 92 / 72))
             figure.subplots_adjust(left=20 / 150, right=1 - 10 / 150, bottom=20 / 92, top=1 - 6 / 92)
@@ -202,12 +204,12 @@ class Plots:
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.tick_params(labelsize=9.5)
-            drawn = inline_svg(figure, f"m{number}", f"Bits per byte of {language.code}")
-            groups[language.group].append((language, drawn))
+            plot = inline_svg(figure, f"m{number}", f"Bits per byte of {language.code}")
+            groups[language.group].append((language, plot))
         return [(GROUPS[key], panels) for key, panels in groups.items() if panels]
 
     def _series(self, title: str, name: str, metric: str, scale: float = 1.0, log: bool = False) -> Markup | None:
-        x, mean, low, high = _runs(self._train_x, column(self._history.train, metric) / scale)
+        x, mean, low, high = _thinned(self._train_x, column(self._history.train, metric) / scale)
         if not len(x):
             return None
         figure, axes = self._over_tokens(title)
@@ -223,7 +225,7 @@ class Plots:
         return inline_svg(figure, name, f"{title} over training tokens")
 
     def dynamics(self) -> list[Markup]:
-        """Learning rate, gradient norm, throughput and the parts of a step's time, as far as they were recorded."""
+        """Plots learning rate, gradient norm, throughput and the parts of a step's time, those that were recorded."""
         divisor, name = unit(self._summary.tokens_per_s or 0)
         rate = column(self._history.train, "learning_rate")
         exponent = math.floor(math.log10(np.nanmax(rate))) if np.isfinite(rate).any() and np.nanmax(rate) > 0 else 0
@@ -245,16 +247,15 @@ class Plots:
         total = sum(parts.values())
         scale, name = (1e3, "ms") if np.median(total) < 1 else (1, "s")
         figure, axes = self._over_tokens(f"Time per step ({name})")
-        axes.stackplot(_runs(x, total)[0], *(_runs(x, values)[1] * scale for values in parts.values()), alpha=0.7,
+        axes.stackplot(_thinned(x, total)[0], *(_thinned(x, values)[1] * scale for values in parts.values()), alpha=0.7,
                        linewidth=0, colors=(ACCENT, WARM, INK), labels=("compute", "data wait", "checkpoint"))
-        # A slow start or checkpoint makes a spike; what a usual step takes must stay readable.
+        # A slow start or checkpoint makes a spike; usual steps must stay readable.
         axes.set_ylim(0, max(np.percentile(total, 90) * 1.2, np.median(total) * 1.6) * scale)
         legend(axes, handlelength=0.8)
         return inline_svg(figure, "time", "Time per training step, by what it was spent on")
 
-
     def goodput(self) -> Markup | None:
-        """Share of the run's time that each part of the work took."""
+        """Plots the share of the run's time that each part of the work took."""
         if self._goodput is None:
             return None
         seconds = {part: self._goodput.seconds[part] for part in PARTS if self._goodput.seconds[part] > 0}
@@ -268,27 +269,36 @@ class Plots:
 
 
 def sampling(sample: Mapping[str, Any]) -> str:
-    """How a sample was drawn, in words; empty when not recorded."""
+    """Describes the settings of a sample in words; empty if they were not recorded."""
     parts = [f"{word} {sample[name]}" for name, word in (("temperature", "temperature"), ("top_p", "top-p"))
              if sample.get(name) is not None]
     return ", ".join(parts)
 
 
-@gin.configurable
-def report(run_dir: epath.PathLike = gin.REQUIRED, output: epath.PathLike | None = None) -> None:
-    """Writes the HTML report of a pretraining run.
+@gin.configurable("report")
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Parameters of the report of a pretraining run.
 
-    Args:
-      run_dir: folder with run.json, metrics.jsonl and, optionally, samples.jsonl.
-      output: the file to write; RUN/report.html by default.
+    Attributes:
+      run_dir: folder with run.json, metrics.jsonl and, optionally, samples.jsonl and goodput.jsonl.
+      output: file to write; RUN/report.html by default.
+    """
+
+    run_dir: epath.PathLike = gin.REQUIRED
+    output: epath.PathLike | None = None
+
+
+def report(config: ReportConfig) -> None:
+    """Writes the HTML report of a pretraining run.
 
     Raises:
       InputError: a file is missing or malformed; nothing is written then.
     """
-    folder = epath.Path(run_dir)
+    folder = epath.Path(config.run_dir)
     facts, history = read_run(folder / "run.json"), read_history(folder / "metrics.jsonl")
     samples, goodput = read_samples(folder / "samples.jsonl"), read_goodput(folder / GOODPUT)
-    summary = Summary(facts, history)
+    summary = RunSummary(facts, history)
     with plot_style():
         plots = Plots(summary, history, goodput)
         drawn = {name: getattr(plots, name)()
@@ -301,8 +311,8 @@ def report(run_dir: epath.PathLike = gin.REQUIRED, output: epath.PathLike | None
         goodput=goodput, started=parse_time(facts["started"]), mean_bits=mean_bits,
         sampling=sampling,
         gin_files={path.name: path.read_text() for path in sorted(folder.glob("*.gin"))})
-    write_atomic(output or folder / "report.html", page)
+    write_atomic(config.output or folder / "report.html", page)
 
 
 if __name__ == "__main__":
-    run(report, "mlx_pretrain.report")
+    run(report, ReportConfig, "mlx_pretrain.report")

@@ -1,7 +1,6 @@
-"""Pretraining: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
+"""Pretrains a decoder: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The run goes on where its folder's last checkpoint is: the same command starts and resumes it, and says so when all
-steps are done.
+The same command starts and resumes a run: it goes on after the last checkpoint in the run's folder.
 """
 
 import collections
@@ -29,10 +28,11 @@ from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluate, Evaluator
 from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.initial_weights import InitialWeights
+from mlx_pretrain.training.run_log import RUN
 from mlx_pretrain.training.train_module import Computation, TrainModule
 from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts, make_decoder_loss, make_eval_step
-from mlx_pretrain.training.trainer import RUN, Trainer
+from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 
 
@@ -163,7 +163,7 @@ class Pretraining(DecoderComputation, TrainModule):
     def _init_from(self) -> dict[str, Any] | None:
         """Returns the origin of the initial weights, from run.json when this process has resumed the run."""
         if self._weights:
-            return self._weights.description()
+            return self._weights.metadata()
         path = epath.Path(self._config.run_dir) / RUN
         return read_json(path, "description of a run").get("init_from") if path.exists() else None
 
@@ -176,7 +176,10 @@ def format_held_out(metrics: Mapping[str, float]) -> str:
 
 
 def train(config: TrainConfig) -> dict[str, float]:
-    """Trains a decoder; returns and raises what `Trainer.run` does."""
+    """Trains a decoder on a mixture of languages.
+
+    Returns and raises what `Trainer.run` does.
+    """
     return Trainer(config, Pretraining(config)).run()
 
 
@@ -209,11 +212,5 @@ def train_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     ]
 
 
-def main() -> None:
-    """Trains a decoder on a mixture of languages. Parameters: train.* (see mlx_pretrain/train.py and training_loop.py),
-    DecoderConfig.*, make_mesh.*, the schedule's and the optimizer's."""
-    train(TrainConfig())
-
-
 if __name__ == "__main__":
-    command_line.run(main, "mlx_pretrain.train", joins=True)
+    command_line.run(train, TrainConfig, "mlx_pretrain.train", joins=True)

@@ -43,6 +43,7 @@ class DecodeConfig:
     processes: int = 2
 
     def __post_init__(self):
+        """Raises InputError where a setting is wrong."""
         if min(self.size, self.candidates, self.processes) < 1 or self.resize_mode not in RESIZE_MODES:
             raise InputError("decode: size, candidates and processes must be positive, resize_mode one of "
                              f"{', '.join(RESIZE_MODES)}")
@@ -52,7 +53,7 @@ def main(config: DecodeConfig) -> None:
     """Decodes every video that a question is about.
 
     Raises:
-      InputError: questions or settings are wrong, the folder holds other frames, or no video can be decoded.
+      InputError: a file of questions is wrong, the folder holds other frames, or no video can be decoded.
     """
     files = [config.questions] if isinstance(config.questions, str) else list(config.questions)
     folders = {epath.Path(file).parent for file in files}
@@ -63,7 +64,7 @@ def main(config: DecodeConfig) -> None:
     writer = open_frame_writer(config.output, len(videos), size=config.size, candidates=config.candidates,
                                resize_mode=config.resize_mode)
     remaining = [video for video in videos if video not in writer.done]
-    if len(remaining) < len(videos):
+    if 0 < len(remaining) < len(videos):
         print(f"{len(videos) - len(remaining):,} of {len(videos):,} videos were done before")
     read = functools.partial(try_read_frames, size=config.size, count=config.candidates,
                              resize_mode=config.resize_mode)

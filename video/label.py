@@ -97,7 +97,7 @@ def main(config: LabelConfig) -> None:
         if question.video in store.rejected and question.id not in losses.done:
             losses.reject(question.id, store.rejected[question.video])
     remaining = [question for question in usable if question.id not in losses.done]
-    if len(remaining) < len(usable):
+    if 0 < len(remaining) < len(usable):
         _log(f"{len(usable) - len(remaining):,} of {len(usable):,} questions were done before")
     answer_scorer, started = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
     disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal

@@ -7,6 +7,7 @@ for chosen frames, so they are written in both forms that are in use:
     OUT/selected_frames.json  AKS's: a list of frame numbers for each question, in the order of the questions
     OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and the rewards
     OUT/rejects.jsonl         {"id", "reason"} of questions whose video cannot be decoded
+    OUT/provenance.json       the settings and inputs that the frames were chosen by
 
 Of several processes, process 0 alone chooses. In Python: `video.frame_choice.selector`.
 """
@@ -20,16 +21,18 @@ import re
 import statistics
 import time
 import urllib.parse
+from collections.abc import Iterable
 
 import gin
 from etils import epath
 from tqdm import tqdm
 
 from mlx_pretrain import command_line
+from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
 from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_atomic, write_json
+from mlx_pretrain.files import sha256, write_atomic, write_json
 from mlx_pretrain.parallel import cluster, hardware
 from mlx_pretrain.reports.figures import save_figure
 from video.frame_choice.contact_sheet import contact_sheet
@@ -39,6 +42,7 @@ from video.questions import Question, read_questions
 
 # Bytes of a file name without its suffix; file systems take 255, and writing adds some for a moment.
 _MAX_NAME_BYTES = 180
+PROVENANCE = "provenance.json"
 
 
 @gin.configurable("select_frames")
@@ -48,8 +52,9 @@ class SelectFramesConfig:
 
     Attributes:
       questions: file of `video.questions`.
-      output: folder; files in it are replaced.
-      selector: @Selector().
+      output: folder; kept where it was made from the same questions, videos and settings.
+      overwrite: replaces an output of other settings or inputs, which is an error otherwise.
+      selector: @Selector(); its scorer is @Voyager(), @Similarity() or @Embeddings().
       limit: number of questions, the first of the file; None: all.
       sheets: number of questions with a contact sheet, evenly spread over the file.
       processes: number of processes that decode.
@@ -58,6 +63,7 @@ class SelectFramesConfig:
 
     questions: str = gin.REQUIRED
     output: str = gin.REQUIRED
+    overwrite: bool = False
     selector: Selector = gin.REQUIRED
     limit: int | None = None
     sheets: int = 0
@@ -69,16 +75,38 @@ def main(config: SelectFramesConfig) -> None:
     """Chooses frames for all questions of a file.
 
     Raises:
-      InputError: questions or models are wrong, or no video can be decoded.
+      InputError: questions or models are wrong, no video can be decoded, or the output was made from other inputs.
     """
     hardware.keep_compiled(config.compilation_cache)
     if not cluster.is_main():  # the selector's models were loaded by all: reading checkpoints takes the whole job
         return
-    questions, selector = read_questions(config.questions)[: config.limit], config.selector
-    folder, output = epath.Path(config.questions).parent, epath.Path(config.output)
+    questions, folder = read_questions(config.questions)[: config.limit], epath.Path(config.questions).parent
     by_video: dict[str, list[Question]] = collections.defaultdict(list)
     for question in questions:
         by_video[question.video].append(question)
+    made_from = provenance("video.select", config, {
+        "questions": sha256(config.questions), "videos": _file_sizes(folder / video for video in by_video)})
+    for name in ("processes", "compilation_cache"):  # they change no result
+        del made_from["settings"][name]
+    recorded = read_folder_record(config.output, PROVENANCE, key=None)
+    if is_current(config.output, recorded, made_from, overwrite=config.overwrite):
+        return
+    with new_folder(config.output, PROVENANCE) as output:
+        _select(config, questions, by_video, folder, output)
+        gin_files.save_effective(output / "config.gin")
+        write_json(output / PROVENANCE, made_from)
+
+
+def _file_sizes(paths: Iterable[epath.Path]) -> str:
+    """Returns a digest of the files' sizes in bytes: videos are too large to be hashed for every selection."""
+    sizes = [path.stat().length if path.exists() else None for path in paths]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
+def _select(config: SelectFramesConfig, questions: list[Question], by_video: dict[str, list[Question]],
+            folder: epath.Path, output: epath.Path) -> None:
+    """Chooses frames of the videos below `folder`, and writes all but the record to `output`."""
+    selector = config.selector
     sheets = min(config.sheets, len(questions))
     with_sheet = {questions[n * len(questions) // config.sheets].id for n in range(sheets)}
     read = functools.partial(try_read_frames, size=selector.size, count=selector.candidates,
@@ -110,10 +138,9 @@ def main(config: SelectFramesConfig) -> None:
                [selections[question.id].numbers.tolist() if question.id in selections else []
                 for question in questions])
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
-    gin_files.save_effective(output / "config.gin")
-    print(f"{output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions on "
-          f"{len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without decoding); "
-          f"{len(rejects):,} rejected")
+    print(f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
+          f"on {len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without "
+          f"decoding); {len(rejects):,} rejected")
 
 
 def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:

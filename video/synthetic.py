@@ -9,6 +9,7 @@ depends on the question, and for half of the questions one frame is worth little
     FOLDER/train.jsonl, FOLDER/test.jsonl     questions, see `video.questions`; no video is in both
     FOLDER/train_captions.jsonl, ...          captions of parts of the videos
     FOLDER/tokenizer.model                    SentencePiece, trained on the training questions and answers
+    FOLDER/settings.json                      settings of the videos; videos of other settings are refused
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from video.frames.rendering import make_video
+from video.frames.row_store import claim_folder
 from video.questions import write_questions
 
 
@@ -57,6 +59,7 @@ class SyntheticConfig:
     processes: int = 2
 
     def __post_init__(self):
+        """Raises InputError where a number is not positive, or videos are too short for their events."""
         if min(self.train_videos, self.test_videos, self.seconds, self.fps, self.size, self.shown, self.processes) <= 0:
             raise InputError("synthetic: all numbers must be positive")
         if self.seconds < 12 * self.shown:
@@ -67,13 +70,13 @@ def main(config: SyntheticConfig) -> None:
     """Renders the videos of both splits and writes their questions; videos that exist are kept.
 
     Raises:
-      InputError: a number is not positive, or the videos are too short for their events.
+      InputError: the folder holds videos of other settings.
     """
     output, total = epath.Path(config.output), config.train_videos + config.test_videos
-    (output / "videos").mkdir(parents=True, exist_ok=True)
-    make = functools.partial(make_video, folder=str(output), seed=config.seed, seconds=config.seconds, fps=config.fps,
-                             size=config.size, shown=config.shown)
-    with Workers(make, config.processes) as workers:
+    settings = {name: getattr(config, name) for name in ("seed", "seconds", "fps", "size", "shown")}
+    claim_folder(output, settings)
+    (output / "videos").mkdir(exist_ok=True)
+    with Workers(functools.partial(make_video, folder=str(output), **settings), config.processes) as workers:
         made = workers.map((number, number) for number in range(total))
         by_video = [questions for _, questions in tqdm(made, "videos", total, disable=None)]
     train, test = by_video[: config.train_videos], by_video[config.train_videos :]

@@ -1,15 +1,14 @@
-"""From a table of proxy runs to rates: `python -m data_mixtures.climb.allocate --gin_file=...`.
+"""Chooses the mixture from a table of proxy runs: `python -m data_mixtures.climb.allocate --gin_file=...`.
 
-    FOLDER/rates.json              the recommended mixture, for the SeqIO mixture and the token loader
+    FOLDER/rates.json              the recommended mixture weights, for the SeqIO mixture and the token loader
     FOLDER/methods/<method>.json   the same file for every method: solvers and baselines
     FOLDER/allocation.json         all of it with the evidence; `data_mixtures.climb.report` shows it
 
-Losses in all of them are what the recommended law predicts, so that methods can be compared.
+All losses in them are predictions of the recommended law, so that methods can be compared.
 """
 
 import dataclasses
-import hashlib
-import json
+import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,51 +19,53 @@ import numpy as np
 from etils import epath
 
 from data_mixtures.baselines import temperature_rates, unimax_rates
-from data_mixtures.climb import ALLOCATION_FORMAT, ALLOCATION_VERSION, solve
+from data_mixtures.climb import allocation_file, evidence
 from data_mixtures.climb.constraints import Constraints
 from data_mixtures.climb.laws import LAWS, default_law
 from data_mixtures.climb.laws.base import FittedEffectiveLaw, FittedLaw, Law, float64
-from data_mixtures.climb.laws.parametric import FittedEffectiveFormula, FittedFormula
+from data_mixtures.climb.mixture_problem import Allocation, has_effective_ratios, reference_weights
 from data_mixtures.climb.proxy_table import ProxyRuns, outliers
-from data_mixtures.climb.validation import CrossValidation, cross_validate, measured_effective_ratios
+from data_mixtures.climb.solve import solve_by_sampling, solve_joint, solve_two_step
+from data_mixtures.climb.validation import CrossValidation, cross_validate
 from mlx_pretrain import __version__
+from mlx_pretrain.artifacts import as_json, is_current, new_folder, read_folder_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, write_json
+from mlx_pretrain.files import write_json
 
-_INTERVAL = (0.05, 0.95)
 _WEIGHTS = ("reference", "natural", "uniform")
 
 
 @gin.configurable("allocate")
 @dataclasses.dataclass(frozen=True)
 class AllocateConfig:
-    """What to decide, from what.
+    """Parameters of the choice of a mixture.
 
     Attributes:
       runs: the table, e.g. @proxy_runs(), @regmix_runs() or @olmix_runs().
       output: folder for the results.
       n_params: parameters N of the model to pretrain.
       tokens: its training tokens D.
-      token_store: store whose training tokens are the natural ratios and the unique text; or `unique_tokens`.
-      unique_tokens: language -> tokens of text there are, in place of a store.
+      token_store: store whose training tokens give the natural ratios and the unique text; or `unique_tokens`.
+      unique_tokens: language -> tokens of its text, in place of a store.
       law: a law, e.g. @Climb(); None: the default for the table (`laws.default_law`).
-      weights: of the losses to minimise: "reference" (1 / loss at the natural mixture, so that the mean ratio of losses
-        is minimised), "natural", "uniform", or language -> weight.
-      floor: least ratio, for all or language -> ratio.
-      max_epochs: most often that a text may be repeated.
+      weights: weights of the losses to minimise: "reference" (1 / loss at the natural mixture, so that the mean ratio
+        of losses is minimised), "natural", "uniform", or language -> weight.
+      floor: lowest ratio, for all or language -> ratio.
+      max_epochs: highest number of times that a text may be repeated; None: no limit.
       fixed: language -> ratio it must have.
-      solver: of the recommended mixture: "joint", or "two-step" for laws with effective ratios (then both are solved).
-      compared: laws that are cross-validated beside the recommended one, and whose mixtures are given where they are
-        baselines of the paper or of RegMix.
-      temperature: of the temperature baseline.
-      replicates: of the law, behind the intervals (see `FittedLaw.replicates`); 0: no intervals.
-      folds: of the cross-validation, by run.
-      seed: of everything drawn.
+      solver: solver of the recommended mixture: "joint", or "two-step" for laws with effective ratios (then both are
+        solved).
+      compared: laws that are cross-validated beside the recommended one; their mixtures are written too.
+      temperature: temperature of the temperature baseline.
+      replicates: number of replicates of the law behind the intervals (see `FittedLaw.replicates`); 0: no intervals.
+      folds: folds of the cross-validation, by run.
+      seed: seed of all random numbers.
       allow_poor_law: writes the recommendation of a law that predicts held-out runs worse than their mean does, and
         notes it; otherwise that is an error and nothing is written.
+      overwrite: replaces an allocation that was made from other runs or settings.
     """
 
     runs: ProxyRuns = gin.REQUIRED
@@ -85,6 +86,7 @@ class AllocateConfig:
     folds: int = 5
     seed: int = 0
     allow_poor_law: bool = False
+    overwrite: bool = False
 
     def __post_init__(self):
         if not isinstance(self.runs, ProxyRuns):
@@ -104,7 +106,12 @@ class AllocateConfig:
 
 
 class Allocator:
-    """Fits, solves, compares."""
+    """Fits the recommended law, solves for the best mixture, and compares methods.
+
+        allocator = Allocator(AllocateConfig(runs=runs, output="unused", n_params=1.2e9, tokens=1e11,
+                                             unique_tokens={"de": 2e9, "fi": 1e8}))
+        allocator.solve(allocator.fitted).ratios
+    """
 
     def __init__(self, config: AllocateConfig):
         """Fits the recommended law.
@@ -114,20 +121,20 @@ class Allocator:
         """
         self.config, self.runs = config, config.runs
         if unseen := [l for l, ratios in zip(self.runs.languages, self.runs.ratios.T) if not ratios.any()]:
-            raise InputError(f"allocate.runs: no run has any {', '.join(unseen)}: nothing says what a share is worth")
+            raise InputError(f"allocate.runs: no run has any {', '.join(unseen)}: nothing tells the worth of its text")
         self.unique = _unique_tokens(config)
         self.law = config.law or default_law(self.runs)
         self.constraints = Constraints(config.floor, config.max_epochs, self.unique, config.fixed)
-        self.constraints.bounds(self.runs.languages, config.tokens)  # says early what is infeasible
-        weights = self._given_weights()
+        self.constraints.bounds(self.runs.languages, config.tokens)  # raises early where no mixture is feasible
+        weights = self._configured_weights()
         self.fitted = self.law.fit(self.runs, config.seed)
         self.replicates = self.fitted.replicates(self.runs, config.replicates, config.seed) if config.replicates else ()
         if weights is None:
-            weights = solve.reference_weights(self.fitted, config.n_params, config.tokens, self.unique)
+            weights = reference_weights(self.fitted, config.n_params, config.tokens, self.unique)
         self.weights = weights / weights.sum()  # [targets]
 
-    def _given_weights(self) -> np.ndarray | None:
-        """`[targets]`; None for those that follow from the fitted law."""
+    def _configured_weights(self) -> np.ndarray | None:
+        """Returns the weights `[targets]` of the losses; None for those that follow from the fitted law."""
         weights, targets = self.config.weights, self.runs.targets
         if isinstance(weights, Mapping):
             if differ := sorted(set(weights) ^ set(targets)):
@@ -143,42 +150,43 @@ class Allocator:
                              "allocate.token_store or allocate.unique_tokens")
         return np.array([self.unique[target] for target in targets], np.float64)
 
-    def solved(self, fitted: FittedLaw, solver: str = "joint") -> solve.Allocation:
-        """The best mixture by a law; a law without gradients is searched, as RegMix does."""
+    def solve(self, fitted: FittedLaw, solver: str = "joint") -> Allocation:
+        """Returns the best mixture by a law; a law without gradients is solved by sampling, as in RegMix."""
         arguments = (fitted, self.config.n_params, self.config.tokens, self.weights, self.constraints)
         if not fitted.differentiable:
-            return solve.solve_by_sampling(*arguments, centre=self.unique, seed=self.config.seed)
-        two_step = solver == "two-step" and solve.has_effective_ratios(fitted)
-        return (solve.solve_two_step if two_step else solve.solve_joint)(*arguments, seed=self.config.seed)
+            return solve_by_sampling(*arguments, centre=self.unique, seed=self.config.seed)
+        two_step = solver == "two-step" and has_effective_ratios(fitted)
+        return (solve_two_step if two_step else solve_joint)(*arguments, seed=self.config.seed)
 
     def predict(self, fitted: FittedLaw, ratios: np.ndarray) -> np.ndarray:
-        """Losses `[targets]` of a mixture at the target N and D."""
+        """Returns the losses `[targets]` of a mixture at the planned N and D."""
         return fitted.at(ratios, self.config.n_params, self.config.tokens)
 
-    def method(self, ratios: np.ndarray, allocation: solve.Allocation | None = None) -> dict[str, Any]:
-        """A mixture as it stands in allocation.json."""
+    def method(self, ratios: np.ndarray, allocation: Allocation | None = None) -> dict[str, Any]:
+        """Returns an entry of `methods` in allocation.json.
+
+        Args:
+          ratios: the method's mixture `[languages]`.
+          allocation: the answer of a solver that it is from; None: it is from a rule of thumb.
+        """
         config, unique = self.config, self.unique
         losses = self.predict(self.fitted, ratios)
-        low = high = None
-        if self.replicates:
-            low, high = np.quantile([self.predict(fitted, ratios) for fitted in self.replicates], _INTERVAL, axis=0)
-        effective = None
+        low, high = evidence.interval([self.predict(fitted, ratios) for fitted in self.replicates])
+        effective = epochs = None
         if isinstance(self.fitted, FittedEffectiveLaw):
             with float64():
-                effective = np.asarray(
-                    self.fitted.effective_ratios(ratios, float(config.n_params), float(config.tokens)))
-        epochs = None
+                effective = self.fitted.effective_ratios(ratios, float(config.n_params), float(config.tokens)).tolist()
         if unique is not None:
-            epochs = [r * config.tokens / unique[l] if unique[l] else 0.0
-                      for l, r in zip(self.runs.languages, ratios)]
+            epochs = [ratio * config.tokens / unique[l] if unique[l] else 0.0
+                      for l, ratio in zip(self.runs.languages, ratios)]
         return {
             "ratios": ratios.tolist(),
             "ratio_low": None,
             "ratio_high": None,
             "losses": losses.tolist(),
-            "loss_low": None if low is None else low.tolist(),
-            "loss_high": None if high is None else high.tolist(),
-            "effective": None if effective is None else effective.tolist(),
+            "loss_low": low,
+            "loss_high": high,
+            "effective": effective,
             "epochs": epochs,
             "weighted_loss": float(self.weights @ losses),
             "mean_loss": float(losses.mean()),
@@ -188,33 +196,31 @@ class Allocator:
         }
 
     def recommended(self) -> tuple[str, dict[str, dict[str, Any]]]:
-        """(name of the recommended method, it and the other solver's answer)."""
-        two_step = self.solved(self.fitted, "two-step")
-        answers = {a.method: a for a in (two_step.joint, two_step) if a is not None}
+        """Returns the name of the recommended method, and the methods of all solvers by name."""
+        two_step = self.solve(self.fitted, "two-step")
+        answers = {answer.method: answer for answer in (two_step.joint, two_step) if answer is not None}
         solver = self.config.solver if self.config.solver in answers else two_step.method
-        found = {f"{self.law.name}-{name}": self.method(a.ratios, a) for name, a in answers.items()}
-        chosen = f"{self.law.name}-{solver}"
-        if self.replicates:
-            # Every replicate's own answer: how far the data determine the ratios.
-            ratios = [self.solved(fitted, solver).ratios for fitted in self.replicates]
-            low, high = np.quantile(ratios, _INTERVAL, axis=0)
-            found[chosen] |= {"ratio_low": low.tolist(), "ratio_high": high.tolist()}
-        return chosen, found
+        methods = {f"{self.law.name}-{name}": self.method(answer.ratios, answer) for name, answer in answers.items()}
+        recommended = f"{self.law.name}-{solver}"
+        # The replicates' own answers tell how far the data determine the ratios.
+        low, high = evidence.interval([self.solve(fitted, solver).ratios for fitted in self.replicates])
+        methods[recommended] |= {"ratio_low": low, "ratio_high": high}
+        return recommended, methods
 
     def baselines(self, fitted: Mapping[str, FittedLaw]) -> dict[str, dict[str, Any]]:
-        """Rule-of-thumb mixtures, and those of other laws; none of the former knows the constraints but UniMax."""
+        """Returns rule-of-thumb methods, which ignore the constraints except UniMax, and those of other laws."""
         config, languages = self.config, self.runs.languages
-        found = {"uniform": np.full(len(languages), 1 / len(languages))}
+        mixtures = {"uniform": np.full(len(languages), 1 / len(languages))}
         if self.unique is not None and all(self.unique[l] > 0 for l in languages):
             counts = {l: self.unique[l] for l in languages}
-            found["natural"] = _array(temperature_rates(counts), languages)
-            found["temperature"] = _array(temperature_rates(counts, config.temperature), languages)
+            mixtures["natural"] = _array(temperature_rates(counts), languages)
+            mixtures["temperature"] = _array(temperature_rates(counts, config.temperature), languages)
             epochs = config.max_epochs or 4.0
             if epochs * sum(counts.values()) >= config.tokens:
-                found["unimax"] = _array(unimax_rates(counts, config.tokens, epochs), languages)
-        methods = {name: self.method(ratios) for name, ratios in found.items()}
+                mixtures["unimax"] = _array(unimax_rates(counts, config.tokens, epochs), languages)
+        methods = {name: self.method(ratios) for name, ratios in mixtures.items()}
         for name, law in fitted.items():
-            allocation = self.solved(law)
+            allocation = self.solve(law)
             methods["regmix" if name == "lightgbm" else name] = self.method(allocation.ratios, allocation)
         return methods
 
@@ -224,41 +230,54 @@ def _array(rates: Mapping[str, float], languages: Sequence[str]) -> np.ndarray:
 
 
 def _unique_tokens(config: AllocateConfig) -> dict[str, float] | None:
-    """language -> tokens of text, for the table's languages.
+    """Returns language -> tokens of text, for the table's languages; None where nothing gives them.
 
     Raises:
       InputError: a language of the table has no entry.
     """
     if config.token_store is not None:
         parts = TokenStore(config.token_store).parts("train")
-        text, where = {language: float(part.tokens) for language, part in parts.items()}, config.token_store
+        text, source = {language: float(part.tokens) for language, part in parts.items()}, config.token_store
     elif config.unique_tokens is not None:
-        text, where = dict(config.unique_tokens), "allocate.unique_tokens"
+        text, source = dict(config.unique_tokens), "allocate.unique_tokens"
     else:
         return None
     if missing := [language for language in config.runs.languages if language not in text]:
-        raise InputError(f"{where}: no text in {', '.join(missing)}, which the proxy runs have")
+        raise InputError(f"{source}: no text in {', '.join(missing)}, which the proxy runs have")
     return {language: text[language] for language in config.runs.languages}
 
 
-def _validation(config: AllocateConfig, law: Law, laws: Mapping[str, Law]) -> dict[str, CrossValidation]:
-    """Cross-validation by name of the law, the recommended one first; others that cannot be fitted are left out."""
-    found: dict[str, CrossValidation] = {}
-    for name, other in {law.name: law, **laws}.items():
-        try:
-            found[name] = cross_validate(other, config.runs, config.folds, config.seed)
-        except InputError as error:
-            if other is law:
-                raise
-            _say(f"note: left out of the comparison: {error}")
+def _fit_compared(config: AllocateConfig, recommended: Law) -> dict[str, FittedLaw]:
+    """Returns the laws to compare with, fitted, by name; one that cannot be fitted is left out."""
+    fitted = {}
+    for name in config.compared:
+        if name == recommended.name:
             continue
-        mean = found[name].scores.mean
-        _say(f"{name}: cross-validated R2 {mean['r2']:.4f}, MAE {mean['mae']:.4f}, Spearman {mean['spearman']:.4f}")
-    return found
+        try:
+            fitted[name] = LAWS[name]().fit(config.runs, config.seed)
+        except InputError as error:
+            _log(f"note: left out of the comparison: {error}")
+    return fitted
 
 
-def _poor(name: str, validation: CrossValidation, targets: Sequence[str]) -> str | None:
-    """What is wrong with a law that predicts held-out runs no better than their mean; None for a better one."""
+def _validate(config: AllocateConfig, recommended: Law, compared: Sequence[str]) -> dict[str, CrossValidation]:
+    """Returns cross-validations by name of the law, the recommended one first; one that fails is left out."""
+    validations: dict[str, CrossValidation] = {}
+    for name, law in {recommended.name: recommended, **{name: LAWS[name]() for name in compared}}.items():
+        try:
+            validations[name] = cross_validate(law, config.runs, config.folds, config.seed)
+        except InputError as error:
+            if law is recommended:
+                raise
+            _log(f"note: left out of the comparison: {error}")
+            continue
+        mean = validations[name].scores.mean
+        _log(f"{name}: cross-validated R2 {mean['r2']:.4f}, MAE {mean['mae']:.4f}, Spearman {mean['spearman']:.4f}")
+    return validations
+
+
+def _weakness(name: str, validation: CrossValidation, targets: Sequence[str]) -> str | None:
+    """Returns in words that a law predicts held-out runs no better than their mean does; None for a better law."""
     scores = validation.scores
     if scores.mean["r2"] >= 0 and scores.pooled_r2 >= 0:
         return None
@@ -269,137 +288,80 @@ def _poor(name: str, validation: CrossValidation, targets: Sequence[str]) -> str
             f"({scores.pooled_r2:.2f} with all losses together; {targets[worst]}: {scores.r2[worst]:.2f})")
 
 
-def _transfer(fitted: FittedLaw, replicates: Sequence[FittedFormula]) -> dict[str, Any] | None:
-    """The transfer matrix with intervals, None for laws without transfer."""
-    if not isinstance(fitted, FittedEffectiveFormula) or fitted.identified is None:
-        return None
-    low = high = None
-    if replicates:
-        low, high = np.quantile([replicate.transfer_matrix for replicate in replicates], _INTERVAL, axis=0)
-    blank = lambda x: np.where(fitted.is_own, None, x.astype(object)).tolist()  # noqa: E731
-    return {
-        "values": blank(fitted.transfer_matrix),
-        "low": None if low is None else blank(low),
-        "high": None if high is None else blank(high),
-        "identified": fitted.identified.tolist(),
-        "meaning": "tokens of its own that one more token of the other language is worth to a language, at the proxy "
-                   "runs' mean mixture and token count",
-    }
-
-
-def _effective(fitted: FittedLaw, runs: ProxyRuns) -> dict[str, Any] | None:
-    """Measured effective ratios beside the law's, None for laws without them."""
-    if not isinstance(fitted, FittedEffectiveLaw):
-        return None
-    measured = measured_effective_ratios(fitted, runs)
-    with float64():
-        predicted = np.asarray(fitted.effective_ratios(runs.ratios, runs.n_params, runs.tokens))
-    return {
-        "ratio": runs.ratios[:, runs.own_columns].tolist(),
-        "effective": _gaps(measured),
-        "predicted": predicted.tolist(),
-        "tokens": runs.tokens.tolist(),
-    }
-
-
-def _parameters(fitted: FittedLaw) -> dict[str, Any] | None:
-    """The fitted parameters by name, `[targets, size]` each; None for laws that are no formula."""
-    if not isinstance(fitted, FittedFormula):
-        return None
-    return {name: np.asarray(fitted[name]).tolist() for name in fitted.formula.sizes}
-
-
-def _fingerprint(runs: ProxyRuns) -> str:
-    """SHA-256 of the table as it was used."""
-    digest = hashlib.sha256(repr((runs.languages, runs.targets, runs.run.tolist())).encode())
-    for values in (runs.n_params, runs.tokens, runs.ratios, runs.losses):
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
-
-
 def _made_from(config: AllocateConfig) -> dict[str, Any]:
-    """All that the result follows from, as JSON has it."""
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("runs", "output")}
+    """Returns all that the result depends on, as JSON."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+                if field.name not in ("runs", "output", "overwrite")}
     if config.law is not None:
         settings["law"] = {"name": config.law.name, **vars(config.law)}
-    text = _unique_tokens(config)
-    made_from = {"program": "data_mixtures.climb.allocate", "version": __version__,
-                 "table_sha256": _fingerprint(config.runs), "settings": settings, "unique_tokens": text}
-    return json.loads(json.dumps(made_from))
+    return as_json({
+        "program": "data_mixtures.climb.allocate", "version": __version__,
+        "table_sha256": evidence.table_sha256(config.runs), "settings": settings,
+        "unique_tokens": _unique_tokens(config)})
 
 
-def _is_made(output: str, made_from: Mapping[str, Any]) -> bool:
-    """Whether `output` holds the allocation made from the same, whole: allocation.json is written last."""
-    path = epath.Path(output) / "allocation.json"
-    if not path.exists():
-        return False
-    found = read_json(path, "allocation").get("provenance", {})
-    return all(found.get(name) == value for name, value in made_from.items())
+def _damage(folder: epath.Path, allocation: Mapping[str, Any]) -> str | None:
+    """Returns the name of a file of the allocation that is missing, in words; None if all are there."""
+    names = ["rates.json", *(f"methods/{name}.json" for name in allocation.get("methods", ()))]
+    return next((f"no {name}" for name in names if not (folder / name).exists()), None)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def main(config: AllocateConfig) -> None:
+    """Chooses the mixture from proxy runs, and writes it as rates files and allocation.json.
 
-
-def allocate() -> None:
-    """Decides the mixture from proxy runs. Parameters: allocate.* (see AllocateConfig), proxy_runs.*, Climb.*."""
-    config = AllocateConfig()
-    runs = config.runs
-    made_from = _made_from(config)
-    if _is_made(config.output, made_from):
-        _say(f"{config.output}: made before from the same runs and settings, kept")
+    Raises:
+      InputError: settings that do not fit the table, no feasible mixture, a law that predicts poorly, or an output made
+        from other runs or settings.
+    """
+    runs, made_from = config.runs, _made_from(config)
+    former = read_folder_record(config.output, allocation_file.NAME, key=None)
+    if is_current(config.output, former and former.get("provenance", {}), made_from, overwrite=config.overwrite,
+                  damage=functools.partial(_damage, epath.Path(config.output), former)):
         return
-    _say(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
+    _log(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
          "losses")
     allocator = Allocator(config)
     notes = [*outliers(runs), *allocator.fitted.notes]
     for note in notes:
-        _say(f"note: {note}")
-    laws, fitted = {}, {}
-    for name in config.compared:
-        if name == allocator.law.name:
-            continue
-        try:
-            fitted[name] = LAWS[name]().fit(runs, config.seed)
-            laws[name] = LAWS[name]()
-        except InputError as error:
-            _say(f"note: left out of the comparison: {error}")
-    validation = _validation(config, allocator.law, laws)
-    judged = validation[allocator.law.name]
-    for note in judged.notes:
-        _say(f"note: {note}")
-    notes += judged.notes
-    if poor := _poor(allocator.law.name, judged, runs.targets):
+        _log(f"note: {note}")
+    compared = _fit_compared(config, allocator.law)
+    validations = _validate(config, allocator.law, list(compared))
+    validation = validations[allocator.law.name]
+    for note in validation.notes:
+        _log(f"note: {note}")
+    notes += validation.notes
+    if weakness := _weakness(allocator.law.name, validation, runs.targets):
         if not config.allow_poor_law:
-            raise InputError(f"{config.output}: nothing is written: {poor}; look at the rows named above, choose "
+            raise InputError(f"{config.output}: nothing is written: {weakness}; look at the rows named above, choose "
                              "another allocate.law, or set allocate.allow_poor_law = True")
-        _say(f"WARNING: {poor}; its recommendation is written because allocate.allow_poor_law is True")
-        notes.append(poor)
-    chosen, methods = allocator.recommended()
-    methods |= allocator.baselines(fitted)
-    _write(allocator, made_from, chosen, methods, validation, notes)
-    best = methods[chosen]
-    _say(f"{config.output}/rates.json: {chosen} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT residual "
-         f"{best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {chosen}")
+        _log(f"WARNING: {weakness}; its recommendation is written because allocate.allow_poor_law is True")
+        notes.append(weakness)
+    recommended, methods = allocator.recommended()
+    methods |= allocator.baselines(compared)
+    with new_folder(config.output, allocation_file.NAME) as folder:
+        _write(folder, allocator, made_from, recommended, methods, validations, notes)
+    best = methods[recommended]
+    _log(f"{config.output}/rates.json: {recommended} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT "
+         f"residual {best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {recommended}")
     for i in np.argsort(best["ratios"])[::-1]:
-        _say(f"{runs.languages[i]:<8} {best['ratios'][i]:8.4%}")
+        _log(f"{runs.languages[i]:<8} {best['ratios'][i]:8.4%}")
 
 
 def _write(
+    folder: epath.Path,
     allocator: Allocator,
     made_from: Mapping[str, Any],
-    chosen: str,
+    recommended: str,
     methods: Mapping[str, Mapping[str, Any]],
-    validation: Mapping[str, CrossValidation],
+    validations: Mapping[str, CrossValidation],
     notes: Sequence[str],
 ) -> None:
     """Writes the rates files and, last, allocation.json."""
     config, runs, fitted = allocator.config, allocator.runs, allocator.fitted
-    folder = epath.Path(config.output)
     law = {"name": allocator.law.name, "family": getattr(fitted, "transfer_family", None), "notes": list(notes),
-           "parameters": _parameters(fitted)}
+           "parameters": evidence.parameters(fitted)}
     provenance = {**made_from, "runs": len(np.unique(runs.run)), "rows": len(runs),
-                  "law": {k: law[k] for k in ("name", "family", "notes")}}
+                  "law": {key: law[key] for key in ("name", "family", "notes")}}
     named = lambda names, values: None if values is None else dict(zip(names, values))  # noqa: E731
     for name, method in methods.items():
         more = {
@@ -407,19 +369,20 @@ def _write(
             "expected_loss_interval": named(runs.targets, _pairs(method["loss_low"], method["loss_high"])),
             "rates_interval": named(runs.languages, _pairs(method["ratio_low"], method["ratio_high"])),
             "epochs": named(runs.languages, method["epochs"]),
-            "interval": list(_INTERVAL),
+            "interval": list(evidence.INTERVAL),
         }
         more = {key: value for key, value in more.items() if value is not None}
-        paths = [folder / "methods" / f"{name}.json"] + [folder / "rates.json"] * (name == chosen)
+        paths = [folder / "methods" / f"{name}.json"] + [folder / "rates.json"] * (name == recommended)
         for path in paths:
             save_rates(path, named(runs.languages, method["ratios"]), {**provenance, "method": name}, **more)
     counts = allocator.unique
     natural = None
     if counts is not None:
         natural = (np.array(list(counts.values())) / sum(counts.values())).tolist()
-    write_json(folder / "allocation.json", {
-        "format": ALLOCATION_FORMAT,
-        "version": ALLOCATION_VERSION,
+    predicted = validations[law["name"]].predicted
+    write_json(folder / allocation_file.NAME, {
+        "format": allocation_file.FORMAT,
+        "version": allocation_file.VERSION,
         "languages": list(runs.languages),
         "targets": list(runs.targets),
         "n_params": config.n_params,
@@ -427,31 +390,29 @@ def _write(
         "unique_tokens": counts,
         "natural": natural,
         "weights": allocator.weights.tolist(),
-        "interval": list(_INTERVAL),
+        "interval": list(evidence.INTERVAL),
         "weights_name": config.weights if isinstance(config.weights, str) else "given",
         "constraints": {"floor": config.floor, "max_epochs": config.max_epochs, "fixed": dict(config.fixed or {})},
         "law": law,
-        "method": chosen,
+        "method": recommended,
         "methods": methods,
-        "transfer": _transfer(fitted, allocator.replicates),
-        "validation": {name: {score: _gaps(getattr(one.scores, score)) for score in ("r2", "mae", "spearman")}
-                       | {"seconds": one.seconds / config.folds} for name, one in validation.items()},
+        "transfer": evidence.transfer(fitted, allocator.replicates),
+        "validation": {name: evidence.scores(validation, config.folds) for name, validation in validations.items()},
         "predictions": {"run": runs.run.tolist(), "n_params": runs.n_params.tolist(), "tokens": runs.tokens.tolist(),
-                        "measured": runs.losses.tolist(), "predicted": _gaps(validation[law["name"]].predicted)},
-        "effective": _effective(fitted, runs),
+                        "measured": runs.losses.tolist(), "predicted": evidence.with_gaps(predicted)},
+        "effective": evidence.effective_ratios(fitted, runs),
         "proxies": {"runs": len(np.unique(runs.run)), "rows": len(runs)},
         "provenance": provenance,
     })
-
-
-def _gaps(values: np.ndarray) -> list[Any]:
-    """The values as JSON has them: None for those that are not finite."""
-    return np.where(np.isfinite(values), values.astype(object), None).tolist()
 
 
 def _pairs(low: Sequence[float] | None, high: Sequence[float] | None) -> list[list[float]] | None:
     return None if low is None or high is None else [list(pair) for pair in zip(low, high)]
 
 
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    run(allocate, "data_mixtures.climb.allocate")
+    run(main, AllocateConfig, "data_mixtures.climb.allocate")

@@ -1,17 +1,27 @@
-"""The figures of an allocation's report; `data_mixtures.climb.report` says what the allocation holds."""
+"""The figures of an allocation's report; see `data_mixtures.climb.allocation_file` for its fields."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from data_mixtures.climb.plot_parts import (
+    LogScale,
+    colour_bar,
+    faded,
+    grey_squares,
+    legend_columns,
+    small_plots,
+    small_plots_legend,
+    thinned,
+    transfer_panel,
+)
 from mlx_pretrain.reports.figures import (
     ACCENT,
     FIGURE_WIDTH,
@@ -29,20 +39,18 @@ from mlx_pretrain.reports.figures import (
 )
 
 _NAMES = {"climb": "Climb", "unimax": "UniMax", "msl": "MSL", "regmix": "RegMix", "lightgbm": "LightGBM",
-          "mixing_law": "mixing law", "gaussian_process": "Gaussian process", "process": "structured process"}
-# Marker, colour, size: ink for what needs no law, warm for laws without interaction, green for the others.
+          "mixing_law": "mixing law", "gaussian_process": "Gaussian process", "structured_gp": "structured GP"}
+# Marker, colour, size: ink for what needs no law, warm for laws without transfer, green for the others.
 _MARKS = {
     "natural": ("|", INK, 12), "uniform": ("x", MUTED, 5), "temperature": ("^", MUTED, 5), "unimax": ("s", MUTED, 4.5),
     "two-step": ("D", ACCENT, 5), "joint": ("d", ACCENT, 5.5), "isolated": ("o", WARM, 5), "msl": ("v", WARM, 5),
     "regmix": ("s", GREEN, 4.5), "mixing_law": ("D", GREEN, 4.5),
 }
 _MORE_MARKS = [("^", GREEN, 5), ("v", GREEN, 5), ("p", GREEN, 5.5), ("h", GREEN, 5.5), ("<", GREEN, 5), (">", GREEN, 5)]
-# More points than this make a page slow; the rest is left out evenly.
-_MOST_POINTS = 6000
 
 
 def display_name(name: str) -> str:
-    """A method or law as it is written: "climb-joint", of a law and a solver, is "Climb joint"."""
+    """Returns the name of a method or law in words: "climb-joint", of a law and a solver, becomes "Climb joint"."""
     for solver in ("joint", "two-step", "sampling"):
         if name.endswith(f"-{solver}"):
             law = name.removesuffix(f"-{solver}")
@@ -50,56 +58,10 @@ def display_name(name: str) -> str:
     return _NAMES.get(name, name)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values on a logarithmic axis."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-        ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 7)]
-
-
-class _LogScale:
-    """A logarithmic axis of three decades at most, with a place at its lower end for 0 and what is below them."""
-
-    def __init__(self, *values: np.ndarray):
-        values = np.concatenate([np.ravel(v) for v in values])
-        values = values[np.isfinite(values)]
-        positive = values[values > 0] if (values > 0).any() else np.ones(1)
-        self._low, self.high = max(positive.min() / 1.3, positive.max() * 1e-3), positive.max() * 1.3
-        self._has_zero = bool((values < self._low).any())
-        self._below = "0" if positive.min() >= self._low else None
-        self._zero = self._low / (self.high / self._low) ** 0.07
-
-    def place(self, values: np.ndarray) -> np.ndarray:
-        """Where values stand on the axis."""
-        return np.where(values >= self._low, values, self._zero)
-
-    @property
-    def low(self) -> float:
-        """The lower end of the axis."""
-        return self._zero / (self.high / self._low) ** 0.03 if self._has_zero else self._low
-
-    def apply(self, axes: Axes, name: str, scale: float = 1.0, suffix: str = "", most: int = 7) -> None:
-        """Scale, limits and ticks of axis "x" or "y"; a tick reads `scale` times its value, with `suffix`."""
-        axes.set(**{f"{name}scale": "log", f"{name}lim": (self.low, self.high)})
-        axis = axes.xaxis if name == "x" else axes.yaxis
-        ticks = _ticks(self._low, self.high)
-        ticks = ticks[:: math.ceil(len(ticks) / most)]
-        if self._has_zero:  # space for its label
-            ticks = [tick for tick in ticks if tick > self._zero * (self.high / self._zero) ** (0.6 / most)]
-        axis.set_major_locator(FixedLocator([*([self._zero] if self._has_zero else []), *ticks]))
-        axis.set_minor_locator(NullLocator())
-        lowest = self._below or f"<{scale * self._low:.1g}"
-        axis.set_major_formatter(FuncFormatter(
-            lambda value, _: f"{lowest}{suffix}" if value < self._low else f"{scale * value:.4g}{suffix}"))
-
-
 def _clustered(transfer: np.ndarray) -> np.ndarray:
-    """The order of languages in which those that give each other most stand together; `transfer` is square."""
-    given = np.nan_to_num(transfer)
-    mutual = (given + given.T) / 2
+    """Returns the order of languages that puts those of most mutual transfer together; `transfer` is square."""
+    known = np.nan_to_num(transfer)
+    mutual = (known + known.T) / 2
     distance = mutual.max() - mutual
     np.fill_diagonal(distance, 0)
     if len(distance) < 3:
@@ -108,13 +70,13 @@ def _clustered(transfer: np.ndarray) -> np.ndarray:
 
 
 class Plots:
-    """The figures of one allocation; each method gives None where the allocation has nothing to show in it.
+    """The figures of one allocation; each method returns None if the allocation has nothing to show in it.
 
-    Args:
-      allocation: as `data_mixtures.climb.report.read_allocation` returns it.
+        for name, figure, description in Plots(read_allocation("runs/sample/climb/allocation.json")).all(): ...
     """
 
     def __init__(self, allocation: Mapping[str, Any]):
+        """Takes an allocation as `data_mixtures.climb.allocation_file.read_allocation` returns it."""
         self._a = allocation
         self._methods = allocation["methods"]
         self._best = self._methods[allocation["method"]]
@@ -124,7 +86,7 @@ class Plots:
         self._row = 18 if len(allocation["languages"]) <= 24 else 15
 
     def all(self) -> Iterator[tuple[str, Figure, str]]:
-        """(name, figure, description for screen readers) of each figure that there is."""
+        """Yields (name, figure, description for screen readers) of each figure."""
         for name, description in (
             ("ratios", "Ratio of each language by method; numbers in the table"),
             ("losses", "Predicted loss of each language against the baseline; numbers in the table"),
@@ -137,12 +99,12 @@ class Plots:
                 yield name, figure, description
 
     def _marks(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        """(name, method, keywords of `plot`); the recommended method is the last, to lie on top."""
+        """Yields (name, method, keywords of `plot`); the recommended method is the last, to lie on top."""
         more = iter(_MORE_MARKS * len(self._methods))
         for name, method in self._methods.items():
             if name != self._a["method"]:
-                kind = next((solver for solver in ("joint", "two-step") if name.endswith(f"-{solver}")), name)
-                marker, colour, size = _MARKS.get(kind) or next(more)
+                mark = next((solver for solver in ("joint", "two-step") if name.endswith(f"-{solver}")), name)
+                marker, colour, size = _MARKS.get(mark) or next(more)
                 yield name, method, {"marker": marker, "color": colour, "markersize": size, "linestyle": "none",
                                      "markerfacecolor": PAPER, "markeredgewidth": 1.2, "label": display_name(name)}
         name = self._a["method"]
@@ -152,9 +114,9 @@ class Plots:
     def _by_name(
         self, title: str, names: Sequence[str], entries: int, width: float = FIGURE_WIDTH
     ) -> tuple[Figure, Axes, np.ndarray]:
-        """A plot with a row per name and space for a legend of `entries` below the title."""
+        """Returns a plot with a row per name and space for a legend of `entries` below the title."""
         figure, axes, rows = rows_panel("", [short_label(name) for name in names], self._row,
-                                        30 + 16 * math.ceil(entries / _legend_columns(entries)), width)
+                                        30 + 16 * math.ceil(entries / legend_columns(entries)), width)
         figure.text(0, 1 - 6 / (72 * figure.get_figheight()), title, va="top", fontsize=11.5)
         if self._row < 18:
             axes.tick_params(axis="y", labelsize=9.5)
@@ -165,24 +127,24 @@ class Plots:
         handles, labels = axes.get_legend_handles_labels()
         # By rows, the recommended method first; matplotlib fills by columns.
         handles, labels = [handles[-1], *handles[:-1]], [short_label(text, 13) for text in [labels[-1], *labels[:-1]]]
-        columns = _legend_columns(len(handles))
+        columns = legend_columns(len(handles))
         order = [k for column in range(columns) for k in range(column, len(handles), columns)]
         figure.legend([handles[k] for k in order], [labels[k] for k in order], loc="upper left", ncols=columns,
                       bbox_to_anchor=(-6 / width, 1 - 20 / height), columnspacing=1.1, handletextpad=0.3,
                       labelspacing=0.25, fontsize=9.5, handlelength=1.2)
 
     def ratios(self) -> Figure:
-        """The ratios of all methods, a row per language, on a logarithmic axis."""
+        """Draws the ratios of all methods, a row per language, on a logarithmic axis."""
         figure, axes, rows = self._by_name("Share of the training tokens", self._names, len(self._methods))
         low, high = self._best["ratio_low"], self._best["ratio_high"]
-        scale = _LogScale(*(method["ratios"] for method in self._methods.values()),
+        scale = LogScale(*(method["ratios"] for method in self._methods.values()),
                           *(ends for ends in (low, high) if ends is not None))
         if low is not None and high is not None:
             axes.hlines(rows, scale.place(low)[self._order], scale.place(high)[self._order], color=ACCENT,
                         linewidth=4.5, alpha=0.3)
         for _, method, mark in self._marks():
             axes.plot(scale.place(method["ratios"])[self._order], rows, **mark, clip_on=False)
-        scale.apply(axes, "x", 100, " %", most=6)
+        scale.apply(axes, "x", 100, " %", max_ticks=6)
         axes.set_xlabel("Share of the training tokens (log scale)")
         self._legend(figure, axes)
         return figure
@@ -192,7 +154,7 @@ class Plots:
         return [self._a["languages"][k] for k in self._order]
 
     def losses(self) -> Figure:
-        """Predicted losses of all methods relative to the baseline's, or the losses themselves without a baseline."""
+        """Draws predicted losses of all methods, relative to the baseline's where there is a baseline."""
         names = [self._a["targets"][k] for k in self._target_order]
         baseline = self._a["baseline"]
         base = self._methods[baseline]["losses"] if baseline else np.ones(len(names))
@@ -220,14 +182,14 @@ class Plots:
         return figure
 
     def epochs(self) -> Figure | None:
-        """How often each language's unique text is seen, and the cap."""
+        """Draws the epochs over each language's unique text, and the cap."""
         shown = [(name, method, mark) for name, method, mark in self._marks()
                  if method["epochs"] is not None and name in (self._a["method"], self._a["baseline"])]
         cap = self._a["constraints"].get("max_epochs")
         if self._best["epochs"] is None:
             return None
         names = self._names
-        scale = _LogScale(*(method["epochs"] for _, method, _ in shown), np.array([] if cap is None else [cap]))
+        scale = LogScale(*(method["epochs"] for _, method, _ in shown), np.array([] if cap is None else [cap]))
         # A single plot of many rows would leave half of a page empty.
         half = math.ceil(len(names) / 2) if len(names) > 24 else len(names)
         figure, axes, _ = self._by_name("Epochs over the unique text", names[:half], len(shown) + (cap is not None),
@@ -256,7 +218,7 @@ class Plots:
         return figure
 
     def transfer(self) -> Figure | None:
-        """Heat map of what each language (row) gains from each other (column)."""
+        """Draws a heat map of the transfer to each language (row) from each other (column)."""
         transfer, languages, targets = self._a["transfer"], self._a["languages"], self._a["targets"]
         if transfer is None:
             return None
@@ -269,29 +231,29 @@ class Plots:
         values, known = (transfer[name][np.ix_(rows, columns)] for name in ("values", "identified"))
         low, high = (None if transfer[name] is None else transfer[name][np.ix_(rows, columns)]
                      for name in ("low", "high"))
-        most = max(values.shape)
-        cell = 50 if most <= 6 else 42 if most <= 10 else 40 if most <= 20 else max(9, min(26, 850 // most))
+        size = max(values.shape)
+        cell = 50 if size <= 6 else 42 if size <= 10 else 40 if size <= 20 else max(9, min(26, 850 // size))
         row_labels = [short_label(targets[k]) for k in rows]
         column_labels = [short_label(languages[k]) for k in columns]
         font = 10.5 if cell >= 16 else 8.5
-        figure, axes = _matrix_panel(row_labels, column_labels, cell, font)
+        figure, axes = transfer_panel(row_labels, column_labels, cell, font)
         y, x = np.indices(values.shape)
-        there = np.isfinite(values)
+        has_value = np.isfinite(values)
         with np.errstate(invalid="ignore"):
             limit = float(np.nanmax(np.abs(np.where(known, values, np.nan)), initial=0)) or 1.0
-        written = most <= 20
+        written = size <= 20
         strongest = 0.62 if written else 1.0
         square = {"marker": "s", "s": (cell - 1) ** 2, "linewidth": 0}
         for sign, colour in ((1, ACCENT), (-1, WARM)):
-            which = there & known & (sign * values > 0)
-            opacity = np.minimum(np.abs(values[which]) / limit, 1) * strongest
-            axes.scatter(x[which] + 0.5, y[which] + 0.5, color=_faded(colour, opacity), **square)
-        which = there & ~known
-        _grey(axes, x[which] + 0.5, y[which] + 0.5, cell - 1, written)
-        axes.scatter(x[~there] + 0.5, y[~there] + 0.5, marker="_", s=(cell / 4) ** 2, color=RULE, linewidth=1)
+            cells = has_value & known & (sign * values > 0)
+            opacity = np.minimum(np.abs(values[cells]) / limit, 1) * strongest
+            axes.scatter(x[cells] + 0.5, y[cells] + 0.5, color=faded(colour, opacity), **square)
+        cells = has_value & ~known
+        grey_squares(axes, x[cells] + 0.5, y[cells] + 0.5, cell - 1, written)
+        axes.scatter(x[~has_value] + 0.5, y[~has_value] + 0.5, marker="_", s=(cell / 4) ** 2, color=RULE, linewidth=1)
         if written:
             self._write_cells(axes, values, known, low, high, cell, limit)
-        _colour_bar(figure, axes, limit, strongest, bool((there & ~known).any()), written)
+        colour_bar(figure, axes, limit, strongest, bool(cells.any()), written)
         return figure
 
     @staticmethod
@@ -312,45 +274,45 @@ class Plots:
                           ha="center", va="center", color=colour, fontsize=7.5)
 
     def effective(self) -> Figure | None:
-        """Effective ratio against ratio: measured run by run, and the law's."""
+        """Draws effective ratio against ratio: measured run by run, and the law's."""
         effective = self._a["effective"]
         if effective is None:
             return None
         order = self._target_order
-        figure, panels = _grid([self._a["targets"][k] for k in order], "Effective share (%)",
+        figure, panels = small_plots([self._a["targets"][k] for k in order], "Effective share (%)",
                                "Share of the training tokens (%, log scales)", shared=True)
         ratio, measured, law = (effective[name] for name in ("ratio", "effective", "predicted"))
-        keep = _thinned(len(ratio), 2 * len(order))
-        across, up = _LogScale(ratio[keep]), _LogScale(measured[keep], law[keep])
+        keep = thinned(len(ratio), 2 * len(order))
+        across, up = LogScale(ratio[keep]), LogScale(measured[keep], law[keep])
         ends = [min(across.low, up.low), max(across.high, up.high)]
-        groups = _groups(effective["tokens"])
+        groups = _token_groups(effective["tokens"])
         handles = []
         for axes, k in zip(panels, order):
             axes.plot(ends, ends, color=MUTED, linewidth=0.9)
             handles = []
-            for strength, (name, which) in zip(np.linspace(0.3, 0.9, len(groups)) if len(groups) > 1 else [0.7],
+            for strength, (name, rows) in zip(np.linspace(0.3, 0.9, len(groups)) if len(groups) > 1 else [0.7],
                                                groups):
-                which = which & keep
-                handles += axes.plot(across.place(ratio[which, k]), up.place(measured[which, k]), "o", markersize=3.2,
+                rows = rows & keep
+                handles += axes.plot(across.place(ratio[rows, k]), up.place(measured[rows, k]), "o", markersize=3.2,
                                      color=ACCENT, alpha=strength, markeredgewidth=0, label=name)
             handles += axes.plot(across.place(ratio[keep, k]), up.place(law[keep, k]), "_", markersize=6.5,
                                  color=WARM, markeredgewidth=0.9, zorder=1.9, label="law")
-            across.apply(axes, "x", 100, most=3)
-            up.apply(axes, "y", 100, most=3)
+            across.apply(axes, "x", 100, max_ticks=3)
+            up.apply(axes, "y", 100, max_ticks=3)
             axes.grid(visible=True)
-        _grid_legend(figure, handles)
+        small_plots_legend(figure, handles)
         return figure
 
     def predictions(self) -> Figure | None:
-        """Predicted against measured loss, out of fold, a small plot per target."""
+        """Draws predicted against measured loss, out of fold, a small plot per target."""
         predictions = self._a["predictions"]
         if predictions is None or not len(predictions["measured"]):
             return None
         scores = self._a["validation"].get(self._a["law"].get("name")) or {}
         order = self._target_order
-        figure, panels = _grid([self._a["targets"][k] for k in order], "Predicted loss (nats per token)",
+        figure, panels = small_plots([self._a["targets"][k] for k in order], "Predicted loss (nats per token)",
                                "Measured loss (nats per token)", shared=False)
-        keep = _thinned(len(predictions["measured"]), len(order))
+        keep = thinned(len(predictions["measured"]), len(order))
         for axes, k in zip(panels, order):
             measured, predicted = (predictions[name][:, k] for name in ("measured", "predicted"))
             both = np.concatenate([measured, predicted])
@@ -371,27 +333,8 @@ class Plots:
         return figure
 
 
-def _legend_columns(entries: int) -> int:
-    """As many as fit, and filling their rows."""
-    return math.ceil(entries / math.ceil(entries / 5))
-
-
-def _faded(colour: str, opacity: np.ndarray) -> np.ndarray:
-    """The colour at each opacity: `[cells, 4]`; over the page's paper it is right in light and in dark."""
-    rgb = np.broadcast_to(matplotlib.colors.to_rgb(colour), (len(opacity), 3))
-    return np.concatenate([rgb, opacity[:, None]], axis=1)
-
-
-def _grey(axes: Axes, x: np.ndarray, y: np.ndarray, side: float, hatched: bool) -> None:
-    """Squares for pairs that the data do not identify; hatching would blur where they are small."""
-    square = {"marker": "s", "s": side**2, "linewidth": 0}
-    axes.scatter(x, y, color=RULE, alpha=0.35 if hatched else 0.6, **square)
-    if hatched:  # apart, as it would take the opacity of the fill
-        axes.scatter(x, y, facecolor="none", hatch="////", **square)
-
-
-def _groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Rows by token count: at most four (name, mask), fewest tokens first."""
+def _token_groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Returns rows by token count: at most four (name, mask), fewest tokens first."""
     counts = np.unique(tokens)
     if len(counts) <= 4:
         return [(f"{compact(count)} tokens", tokens == count) for count in counts]
@@ -399,88 +342,3 @@ def _groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
     lower = [-np.inf, *bounds[:-1]]
     groups = [(f"up to {compact(high)} tokens", (tokens > low) & (tokens <= high)) for low, high in zip(lower, bounds)]
     return [(name, which) for name, which in groups if which.any()]
-
-
-def _thinned(rows: int, panels: int) -> np.ndarray:
-    """Mask of the rows to draw, evenly spread, so that all panels together stay readable."""
-    keep = np.zeros(rows, bool)
-    keep[np.linspace(0, rows - 1, min(rows, _MOST_POINTS // panels)).round().astype(int)] = True
-    return keep
-
-
-def thinning(rows: int, panels: int) -> int:
-    """How many of `rows` points each of `panels` small plots shows."""
-    return int(_thinned(rows, panels).sum())
-
-
-def _grid(names: Sequence[str], title: str, x_label: str, shared: bool) -> tuple[Figure, list[Axes]]:
-    """Square small plots, one per name; `shared`: all have the same axes, so only the outer ones need numbers."""
-    count = len(names)
-    columns = min(count, 2 if count <= 4 else 3 if count <= 9 else 6 if count <= 24 else 8)
-    width = FIGURE_WIDTH if columns <= 3 else PAGE_WIDTH
-    left, right, top, bottom = 38, 8, 64 if shared else 44, 38
-    gap_x, gap_y = (12, 24) if shared else (34, 40)
-    side = (width - left - right - gap_x * (columns - 1)) / columns
-    rows = math.ceil(count / columns)
-    height = top + bottom + rows * side + (rows - 1) * gap_y
-    figure = Figure(figsize=(width / 72, height / 72))
-    panels = []
-    for k, name in enumerate(names):
-        row, column = divmod(k, columns)
-        x, y = left + column * (side + gap_x), height - top - row * (side + gap_y) - side
-        axes = figure.add_axes((x / width, y / height, side / width, side / height))
-        axes.set_title(short_label(name, max(6, round(side / 6))), fontsize=10, pad=4)
-        axes.tick_params(labelsize=9, length=2, pad=2)
-        if shared:
-            axes.tick_params(labelleft=column == 0, labelbottom=k + columns >= count)
-        panels.append(axes)
-    figure.text(0, 1 - 6 / height, title, va="top", fontsize=11.5)
-    figure.text(1 - right / width, 6 / height, x_label, ha="right", va="bottom", color=MUTED)
-    return figure, panels
-
-
-def _grid_legend(figure: Figure, handles: Sequence) -> None:
-    width, height = figure.get_size_inches() * 72
-    figure.legend(handles=handles, loc="upper left", ncols=5, bbox_to_anchor=(-6 / width, 1 - 20 / height),
-                  columnspacing=1.2, handletextpad=0.2, fontsize=9.5, markerscale=1.4)
-
-
-def _matrix_panel(rows: Sequence[str], columns: Sequence[str], cell: float, font: float) -> tuple[Figure, Axes]:
-    """Axes of `cell` pixels per unit for a matrix, labelled on the left and on top; the space below is for a scale."""
-    turned = max(len(name) for name in columns) * font * 0.62 > cell
-    left = 12 + font * 0.62 * max(len(name) for name in rows)
-    head = 42 + (font * 0.62 * max(len(name) for name in columns) if turned else font)
-    width, height = left + cell * len(columns) + 14, head + cell * len(rows) + 58
-    width = max(width, FIGURE_WIDTH)
-    figure = Figure(figsize=(width / 72, height / 72))
-    axes = figure.add_axes((left / width, 58 / height, cell * len(columns) / width, cell * len(rows) / height))
-    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.xaxis.tick_top()
-    turn = {"rotation": 90, "rotation_mode": "anchor", "ha": "left", "va": "center"} if turned else {}
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turn)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
-    axes.tick_params(length=0, labelsize=font, labelcolor=INK)
-    figure.text(0, 1 - 6 / height, "Transfer to the row's language from the column's", va="top", fontsize=11.5)
-    return figure, axes
-
-
-def _colour_bar(figure: Figure, axes: Axes, limit: float, strongest: float, greyed: bool, hatched: bool) -> None:
-    """The scale of colours below a matrix, and what grey means."""
-    width, height = figure.get_size_inches() * 72
-    left = axes.get_position().x0 * width
-    bar = figure.add_axes((left / width, 12 / height, (width - left) / width, 34 / height))
-    bar.set(xlim=(0, width - left), ylim=(0, 34))
-    bar.set_axis_off()
-    steps = np.linspace(-1, 1, 11)
-    for k, step in enumerate(steps):
-        colour = _faded(ACCENT if step > 0 else WARM, np.array([abs(step) * strongest]))
-        bar.scatter(8 + 14 * k, 24, marker="s", s=13**2, color=colour, linewidth=0)
-    for x, text in ((8, f"−{limit:.2g}"), (78, "0"), (148, f"+{limit:.2g}")):
-        bar.text(x, 4, text, ha="center", va="bottom", fontsize=9, color=MUTED)
-    if greyed:
-        _grey(bar, np.array([186]), np.array([24]), 13, hatched)
-        bar.text(198, 24, "not identified", va="center", fontsize=9, color=MUTED)
-

@@ -1,6 +1,6 @@
 """The programs that commands run on devices, described without data, for compilation ahead of time.
 
-A command registers a function that lists its programs; it is asked when the gin files bind the parameter it names:
+A command registers a function that lists its programs, and names the parameter whose binding shows that it is meant:
 
     @programs.register("train.steps")
     def train_programs(mesh, length):
@@ -39,8 +39,8 @@ class Program:
       parameters: number of the model's parameters.
       tokens: of one batch, over all devices.
       model_flops: FLOPs that the model asks for, without recomputation, over all devices.
-      remedies: what makes it need less memory, the cheapest first; called with the memory it asks for besides its
-        arguments over that which is left for it.
+      remedies: lists changes that reduce its memory, the cheapest first; called with the ratio of the memory needed
+        besides its arguments to the memory left for it.
     """
 
     name: str
@@ -72,7 +72,7 @@ _LISTERS: dict[str, Lister] = {}
 def register(parameter: str) -> Callable[[Lister], Lister]:
     """Registers `list_programs(mesh, length)` for configurations that bind a parameter such as "train.steps".
 
-    `length` is the length of sequences where no data tell it; None: what the model takes.
+    `length` is the length of sequences where no data determine it; None stands for the model's maximum.
     """
 
     def add(lister: Lister) -> Lister:
@@ -83,7 +83,7 @@ def register(parameter: str) -> Callable[[Lister], Lister]:
 
 
 def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
-    """Programs of all commands that the gin files read so far configure.
+    """Returns the programs of all commands that the gin files read so far configure.
 
     Raises:
       InputError: there is none, or its settings are wrong.
@@ -95,7 +95,7 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
 
 
 def is_bound(parameter: str) -> bool:
-    """True if the gin files read so far set a parameter such as "train.steps"."""
+    """Tells if the gin files read so far set a parameter such as "train.steps"."""
     try:
         gin.query_parameter(parameter)
     except ValueError:
@@ -120,7 +120,7 @@ def training_step(config: TrainerConfig, computation: Computation, mesh: Mesh, b
 
 
 def smaller(rows: int, mesh: Mesh, excess: float) -> int:
-    """A batch of fewer rows than `rows`, by a factor of at least `excess` and 2, that divides over the mesh."""
+    """Returns a batch size that divides over the mesh, smaller than `rows` by a factor of at least `excess` and 2."""
     shards = partitioning.shards(mesh, "batch")
     return max(1, int(rows / max(excess, 2)) // shards) * shards
 

@@ -1,4 +1,4 @@
-"""Devices that are not here: TPU slices and GPU nodes that programs are compiled for ahead of time."""
+"""Absent devices, TPU slices and GPU nodes, that programs are compiled for ahead of time."""
 
 import dataclasses
 import importlib.metadata
@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import backend, hardware, partitioning
 
-# What libtpu calls a device's two cores that work as one; only v4 has to be told.
+# libtpu's name for two cores that work as one device; only v4 needs it.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}
 
-# What XLA's CUDA compiler asks of a GPU, from a running H100 SXM. Its older releases know no further fields.
+# The description of a GPU for XLA's CUDA compiler, from a running H100 SXM. Its older releases know no further fields.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -69,22 +69,22 @@ class Topology:
         return hardware.chip(self.devices[0].device_kind)
 
     def slice_of(self, device: jax.Device) -> int:
-        """Number of the slice or node that a device belongs to."""
-        # A running job takes nodes for slices; a description of absent GPUs has all of them in one.
+        """Returns the number of the slice or node that a device belongs to."""
+        # JAX takes nodes for slices in a running job, but a description of absent GPUs has all of them in one slice.
         return device.process_index if self.platform == "gpu" else getattr(device, "slice_index", None) or 0
 
     def mesh(self) -> Mesh:
-        """The mesh that the configuration makes of the devices; raises what `partitioning.make_mesh` raises."""
+        """Returns the mesh that the configuration makes of the devices, see `partitioning.make_mesh`."""
         return partitioning.make_mesh(devices=self.devices, slice_of=self.slice_of)
 
 
 def parse(name: str, slices: int = 1) -> tuple[str, int, tuple[int, ...]]:
-    """Chip, slices and shape of a slice: ("v5e", 2, (16, 16)) for "2*v5e:16x16" or "v5e:16x16" with `slices` = 2.
+    """Returns chip, slices and shape of a slice: ("v5e", 2, (16, 16)) for "2*v5e:16x16", or "v5e:16x16" and 2 slices.
 
     GPUs are h100:GPUS for one node and h100:NODESxGPUS for several; their shape is (GPUs of a node,).
 
     Raises:
-      InputError: the name is none of these.
+      InputError: the name has another form.
     """
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
     chip = match[2].lower() if match else ""
@@ -102,9 +102,9 @@ def parse(name: str, slices: int = 1) -> tuple[str, int, tuple[int, ...]]:
 
 
 def describe(name: str, slices: int = 1) -> Topology:
-    """The topology of a name, see `parse`.
+    """Returns the topology of a name, see `parse`.
 
-    The CUDA plugin needs no GPU, libtpu no TPU; neither is asked for devices of this machine.
+    The CUDA plugin needs no GPU and libtpu no TPU.
 
     Raises:
       InputError: no such topology, or the compiler for its platform is not installed.
@@ -130,7 +130,7 @@ def _tpus(name: str, chip: str, slices: int, shape: tuple[int, ...]) -> list[jax
                   if line.startswith("libtpu")]
         raise InputError(f"--topology={name}: compiling for TPUs needs libtpu: "
                          f"pip install --no-deps '{wanted[0] if wanted else 'libtpu'}'")
-    # Without these libtpu asks the machine what TPU it is part of, and lets one process load it at a time.
+    # Without these libtpu looks for the TPU that this machine is part of, and only one process can load it.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     options = dict(_TPU_OPTIONS[chip])

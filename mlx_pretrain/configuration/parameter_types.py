@@ -1,7 +1,8 @@
-"""Checks the values of a gin configuration against the annotations of the functions and classes they are for."""
+"""Checks the values of a gin configuration against the annotations of the parameters they are bound to."""
 
 import collections.abc
 import inspect
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -11,15 +12,14 @@ import gin
 
 from mlx_pretrain.errors import InputError
 
-_UNKNOWN = object()  # a value that only calling something would tell
+_UNKNOWN = object()  # stands for a value that is known only after a call
 _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string", types.NoneType: "None"}
 
 
 def check_types() -> None:
-    """Checks every value that the configuration read so far gives to an annotated parameter.
+    """Checks every value that gin has bound to an annotated parameter.
 
-    Parameters that take a function are left to those who call it: an annotation does not tell a schedule from an
-    optimizer.
+    Parameters that take a function are not checked: an annotation does not tell a schedule from an optimizer.
 
     Raises:
       InputError: a value is of another type; the message names the parameter.
@@ -30,14 +30,14 @@ def check_types() -> None:
 
 
 def _parameters() -> Iterator[tuple[str, Any, Any]]:
-    """(name, annotation, value) of all bindings of annotated parameters."""
-    # gin lists what was bound nowhere in its public interface.
+    """Yields (name, annotation, value) of all bindings of annotated parameters."""
+    # gin has no public list of bindings.
     for (scope, selector), values in gin.config._CONFIG.items():
         configurable = gin.config._REGISTRY[selector]
         function = configurable.wrapped.__init__ if inspect.isclass(configurable.wrapped) else configurable.wrapped
         try:
             hints = typing.get_type_hints(function)
-        except (NameError, TypeError, AttributeError):  # annotations that name what is not imported, built-in types
+        except (NameError, TypeError, AttributeError):  # annotations of names that are not imported, built-in types
             continue
         for parameter, value in values.items():
             if parameter in hints:
@@ -45,7 +45,7 @@ def _parameters() -> Iterator[tuple[str, Any, Any]]:
 
 
 def _resolve(value: Any) -> Any:
-    """Macros in the place of their names; _UNKNOWN for a macro without a value, which gin refuses itself."""
+    """Replaces macros in a value by their values, those without one by _UNKNOWN; gin refuses these itself."""
     if isinstance(value, gin.config.ConfigurableReference) and value.configurable.selector == "gin.macro":
         bound = gin.config._CONFIG.get(("/".join(value.scopes), "gin.macro"), {})
         return _resolve(bound["value"]) if "value" in bound else _UNKNOWN
@@ -57,6 +57,7 @@ def _resolve(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    """Tells if a value is of an annotation's type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is _UNKNOWN or value is gin.REQUIRED or hint is Any or isinstance(hint, typing.TypeVar):
         return True
@@ -68,37 +69,37 @@ def _fits(value: Any, hint: Any) -> bool:
         return _reference_fits(value, origin or hint)
     if origin is typing.Literal:
         return value in arguments
-    kind = type(None) if hint is None else origin or hint
-    if not inspect.isclass(kind):
+    cls = type(None) if hint is None else origin or hint
+    if not inspect.isclass(cls):
         return True
-    if kind is float:
+    if cls is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
+    if cls is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if issubclass(kind, tuple):
+    if issubclass(cls, tuple):
         if not isinstance(value, (list, tuple)):
             return False
         if len(arguments) == 2 and arguments[1] is ...:
             return all(_fits(item, arguments[0]) for item in value)
         return not arguments or (len(value) == len(arguments) and all(map(_fits, value, arguments)))
-    if issubclass(kind, collections.abc.Mapping):
+    if issubclass(cls, collections.abc.Mapping):
         of_key, of_value = arguments or (Any, Any)
         return isinstance(value, dict) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
-    if issubclass(kind, collections.abc.Iterable) and kind is not str:
+    if issubclass(cls, collections.abc.Iterable) and cls is not str:
         return isinstance(value, (list, tuple)) and all(_fits(item, (*arguments, Any)[0]) for item in value)
-    # A literal of gin is never what a protocol asks for.
-    return not getattr(kind, "_is_protocol", False) and isinstance(value, kind)
+    # No literal of gin implements a protocol.
+    return not getattr(cls, "_is_protocol", False) and isinstance(value, cls)
 
 
-def _reference_fits(reference: Any, kind: Any) -> bool:
-    """Whether @NAME, or the result of @NAME(), can be a `kind`; True where only calling it would tell."""
-    made = reference.configurable.wrapped
-    if not inspect.isclass(kind):
+def _reference_fits(reference: Any, cls: Any) -> bool:
+    """Tells if @NAME, or the result of @NAME(), can be an instance of `cls`; True if only a call shows it."""
+    configurable = reference.configurable.wrapped
+    if not inspect.isclass(cls):
         return True
     if reference.evaluate:
-        known = inspect.isclass(made) and not getattr(kind, "_is_protocol", False)
-        return not known or issubclass(made, kind)
-    return kind is type or getattr(kind, "_is_protocol", False)
+        known = inspect.isclass(configurable) and not getattr(cls, "_is_protocol", False)
+        return not known or issubclass(configurable, cls)
+    return cls is type or getattr(cls, "_is_protocol", False)
 
 
 def _shown(value: Any) -> str:
@@ -107,7 +108,7 @@ def _shown(value: Any) -> str:
 
 
 def _named(hint: Any) -> str:
-    """An annotation in words."""
+    """Describes an annotation in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in _NAMES:
         return _NAMES[hint]
@@ -115,11 +116,11 @@ def _named(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_named, arguments)))
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, arguments))}"
-    kind = origin or hint
-    if inspect.isclass(kind) and kind is not str and issubclass(kind, (collections.abc.Sequence, set)):
+    cls = origin or hint
+    if not inspect.isclass(cls):
+        return str(hint)
+    if cls is not str and issubclass(cls, (collections.abc.Sequence, set)):
         return "a list" + (f" ({_named(arguments[0])} each)" if arguments and arguments[0] is not Any else "")
-    if inspect.isclass(kind) and issubclass(kind, collections.abc.Mapping):
+    if issubclass(cls, collections.abc.Mapping):
         return "a dictionary"
-    if inspect.isclass(kind) and kind.__module__ == "os":  # os.PathLike
-        return "a path"
-    return f"a {kind.__name__}, e.g. @{kind.__name__}()" if inspect.isclass(kind) else str(hint)
+    return "a path" if cls is os.PathLike else f"a {cls.__name__}, e.g. @{cls.__name__}()"

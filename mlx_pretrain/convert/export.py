@@ -96,7 +96,7 @@ def _hf_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
         original = read_tokenizer_settings(path)
         named, template = _named_tokens(original, vocabulary), template_setting(path, original)
     prefix_ids = model.prefix_ids
-    same = prefix_ids == tuple(model.tokenizer.before.tolist())
+    same = prefix_ids == tuple(model.tokenizer.prefix_ids.tolist())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "bos_token": pieces.get(model.bos_id), "eos_token": pieces.get(model.eos_ids[0]), **named, **template}
     if prefix_ids in ((), (vocabulary.get(settings["bos_token"]),)):

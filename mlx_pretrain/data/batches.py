@@ -1,4 +1,4 @@
-"""From stored token sequences to what a decoder reads: inputs, positions, segments, loss weights."""
+"""Turns stored token sequences into a decoder's input: inputs, positions, segments, loss weights."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID
 
 
 class DecoderBatch(NamedTuple):
-    """All `[batch, length]`.
+    """Input of a decoder; all arrays are `[batch, length]`.
 
     Attributes:
-      inputs: the previous token; BOS at the start of a row and of each document.
-      targets: the tokens to predict.
-      positions: counted from 0 within each document.
+      inputs: previous token; BOS at the start of a row and of each document.
+      targets: token to predict.
+      positions: position within its document, from 0.
       segment_ids: number of the document within its row.
       weights: float32, 1 for real targets and 0 for padding.
     """

@@ -1,9 +1,9 @@
-"""Batches of a training mixture as a pure function of position, fed by Grain.
+"""Batches of a training mixture as a pure function of their number, read through Grain.
 
-Which row of which language stands where in the training stream follows from a `Mixture` alone: the mixture order gives
-(language, k), k gives (epoch, place), and a seeded permutation per language and epoch gives the row. So the global
-batch is the same for any number of hosts, any step can be reproduced, and the loader's state is a few integers. Where
-the rates of a run change, every language goes on where it was.
+A `Mixture` alone determines the row at every position of the training stream: the mixture order gives (language, k), k
+gives (epoch, index within the epoch), and a permutation seeded by language and epoch gives the row. So the global batch
+is the same for any number of hosts, any step can be reproduced, and the loader's state is a few integers. When the
+weights of a run change, every language continues where it was.
 """
 
 import dataclasses
@@ -28,11 +28,12 @@ from mlx_pretrain.errors import InputError
 Batch = dict[str, np.ndarray]
 
 _MAX_CACHED_INDEX_BYTES = 1 << 30
+_JSON_NAMES = {"read_before_change": "before", "read_since_change": "since"}  # of Mixture's fields in checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
 class RowProvenance:
-    """Where one sequence of a batch comes from."""
+    """Language, row and epoch that one sequence of a batch comes from."""
 
     language: str
     row: int
@@ -41,21 +42,27 @@ class RowProvenance:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """All that the next batch of a training stream follows from.
+    """State of a training stream, from which all its further batches follow.
 
-    `Mixture({"en": 0.8, "fi": 0.2}, ...).advanced(100).consumed()` is `{"en": 80, "fi": 20}`. After a change of the
-    rates, `before` holds these numbers, and the mixture order begins again with the new rates.
+        mixture = store_mixture(TokenStore("runs/sample/tokens"), {"en": 0.8, "fi": 0.2}, batch_size=10, seed=0)
+        mixture.advanced(100).sequences_read()        # {"en": 80, "fi": 20}
+        BatchSource(store, mixture.advanced(100))[0]["tokens"]        # the eleventh batch: int32 [10, length]
+
+    After a change of the weights, `read_before_change` holds these numbers, and the mixture order begins again with the
+    new weights.
 
     Attributes:
-      rates: source (a language, for instance) -> its positive share of the stream, in any scale.
-      rows: source -> how many rows it has, at least 1.
+      rates: source (a language, for instance) -> positive mixture weight, in any scale.
+      rows: source -> number of its rows, at least 1.
       data: source -> fingerprint of its rows.
-      seed: of the permutations.
+      seed: seed of the permutations.
       batch_size: sequences in a global batch.
-      before: source -> sequences read before the rates were these; sources without a share may be among them.
-      since: sequences read since then.
-      changes: what was changed on the way: `step`, after which the change took effect, and `change`, in words; of a
-        change of the rates also the shares until then, `rates`, and the sequences read until then, `sequences`.
+      read_before_change: source -> sequences read before the last change of the weights, sources without a weight now
+        included.
+      read_since_change: sequences read since the last change of the weights.
+      changes: changes of the mixture during the run: `step`, after which the change took effect, and `change`, in
+        words; for a change of the weights also the former ones, `rates`, and the sequences read until then,
+        `sequences`.
     """
 
     rates: Mapping[str, float]
@@ -63,54 +70,65 @@ class Mixture:
     data: Mapping[str, str] = dataclasses.field(repr=False)
     seed: int
     batch_size: int
-    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    since: int = 0
+    read_before_change: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    read_since_change: int = 0
     changes: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self):
-        # In the order of their names: where they stand in a file says nothing.
+        # Sorted by name, so that the order in a file makes no difference.
         object.__setattr__(self, "rates", dict(sorted(self.rates.items())))
         object.__setattr__(self, "changes", tuple(self.changes))  # JSON has no tuples
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as checkpoints hold them: "before" and "since" are names of theirs."""
+        return {_JSON_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Mixture":
+        """Returns the mixture of which `to_json` made these fields."""
+        names = {short: name for name, short in _JSON_NAMES.items()}
+        return cls(**{names.get(name, name): value for name, value in fields.items()})
+
     @classmethod
     def of_one(cls, name: str, rows: int, data: str, seed: int, batch_size: int) -> "Mixture":
-        """A mixture of a single source, from its beginning."""
+        """Returns the mixture of a single source, at its beginning."""
         return cls({name: 1.0}, {name: rows}, {name: data}, seed, batch_size)
 
     def shares(self) -> dict[str, float]:
-        """The rates, with a sum of 1."""
+        """Returns the mixture weights, scaled to sum to 1."""
         return dict(zip(self.rates, MixtureOrder(list(self.rates.values())).rates.tolist()))
 
-    def consumed(self) -> dict[str, int]:
-        """source -> sequences read so far, sources without a share included."""
-        counts = MixtureOrder(list(self.rates.values())).counts(self.since).tolist()
-        return {**self.before, **{name: self.before.get(name, 0) + n for name, n in zip(self.rates, counts)}}
+    def sequences_read(self) -> dict[str, int]:
+        """Returns source -> sequences read so far, sources without a weight now included."""
+        before, order = self.read_before_change, MixtureOrder(list(self.rates.values()))
+        counts = order.counts(self.read_since_change).tolist()
+        return {**before, **{name: before.get(name, 0) + count for name, count in zip(self.rates, counts)}}
 
     def advanced(self, sequences: int) -> "Mixture":
-        """The mixture after so many more sequences."""
-        return dataclasses.replace(self, since=self.since + sequences)
+        """Returns the mixture after `sequences` more have been read."""
+        return dataclasses.replace(self, read_since_change=self.read_since_change + sequences)
 
     def continued(self, configured: "Mixture", step: int, where: str) -> "Mixture":
-        """Goes on with a configuration after `step`, every source where it was; what differs is added to `changes`.
+        """Returns a mixture that takes over a configuration, each source where it was, with the changes noted.
 
         Args:
-          configured: the mixture as configured, from its beginning.
-          step: after which it takes effect.
-          where: names the run in errors.
+          configured: mixture as configured, at its beginning.
+          step: step after which it takes effect.
+          where: name of the run in errors.
 
         Raises:
-          InputError: another seed, or other rows of a source that has been read.
+          InputError: the seed differs, or the rows of a source that has been read.
         """
-        consumed, changes = self.consumed(), []
+        sequences_read, changes = self.sequences_read(), []
         if configured.seed != self.seed:
             raise InputError(f"{where}: this run shuffles its data with seed={self.seed}, the configuration says "
                              f"{configured.seed}; set it back or use a new run folder")
         for name in configured.rates:
             old, new = ((m.rows.get(name), m.data.get(name)) for m in (self, configured))
-            if consumed.get(name, 0) and old != new:
-                raise InputError(f"{where}: {consumed[name]} training sequences of {name!r} have been read from other "
-                                 f"data ({old[0]} rows) than are configured now ({new[0]} rows); go on with those or "
-                                 "use a new run folder")
+            if sequences_read.get(name, 0) and old != new:
+                raise InputError(f"{where}: {sequences_read[name]} training sequences of {name!r} have been read from "
+                                 f"other data ({old[0]} rows) than are configured now ({new[0]} rows); go on with "
+                                 "those or use a new run folder")
             if name in self.rows and old != new:
                 changes.append({"change": f"other data of {name}, none of which had been read"})
         rows, data = {**self.rows, **configured.rows}, {**self.data, **configured.data}
@@ -118,51 +136,61 @@ class Mixture:
         if configured.batch_size != self.batch_size:
             changes.append({"change": f"batch_size {self.batch_size} -> {configured.batch_size}"})
         old, new = self.shares(), configured.shares()
-        moved = [name for name in sorted({**old, **new}) if not math.isclose(old.get(name, 0), new.get(name, 0))]
-        if moved:
-            words = ", ".join(f"{n} {old.get(n, 0):.4g} -> {new.get(n, 0):.4g}" for n in moved)
+        changed = [name for name in sorted({**old, **new}) if not math.isclose(old.get(name, 0), new.get(name, 0))]
+        if changed:
+            words = ", ".join(f"{n} {old.get(n, 0):.4g} -> {new.get(n, 0):.4g}" for n in changed)
             changes.append({"change": f"rates {words}; each goes on where it was", "rates": old,
-                            "sequences": sum(consumed.values())})
-            mixture = dataclasses.replace(mixture, rates=configured.rates, before=consumed, since=0)
+                            "sequences": sum(sequences_read.values())})
+            mixture = dataclasses.replace(mixture, rates=configured.rates, read_before_change=sequences_read,
+                                          read_since_change=0)
         noted = tuple({"step": step, **change} for change in changes)
         return dataclasses.replace(mixture, changes=self.changes + noted)
 
 
 class MixtureSampler:
-    """The training stream of several sources: which of their rows stands where.
+    """Finds the rows of a batch in the training stream of several sources.
 
-    Every row of a source comes once an epoch, in an order of that epoch's own.
+    Every row of a source comes once an epoch, in another order in every epoch.
+
+        source, row, epoch = MixtureSampler(mixture).locate(3)        # int64 [batch_size] each, for batch 3
     """
 
     def __init__(self, mixture: Mixture):
-        """Lays out the stream; batch 0 is the mixture's next one."""
+        """Prepares the stream of `mixture`, whose next batch is batch 0."""
         self._names, self._mixture = list(mixture.rates), mixture
         self._order = MixtureOrder(list(mixture.rates.values()))
         self._sizes = np.array([mixture.rows[name] for name in self._names])
-        self._before = np.array([mixture.before.get(name, 0) for name in self._names])
+        self._read_before = np.array([mixture.read_before_change.get(name, 0) for name in self._names])
 
     def locate(self, batch: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source (a number in the order of their names), row and epoch of these rows of a batch, or of all of them:
-        int64 `[rows]` each."""
+        """Returns the source, its row and its epoch for rows of a batch, int64 `[rows]` each.
+
+        Args:
+          batch: number of the batch.
+          rows: rows of the global batch; None: all.
+
+        Returns:
+          Sources are numbered in the order of their names.
+        """
         size = self._mixture.batch_size
-        start = self._mixture.since + int(batch) * size
+        start = self._mixture.read_since_change + int(batch) * size
         source, index = self._order(start, start + size)
         rows = np.arange(size) if rows is None else rows
         source, index = source[rows], index[rows]
-        epoch, place = np.divmod(self._before[source] + index, self._sizes[source])
+        epoch, index = np.divmod(self._read_before[source] + index, self._sizes[source])
         seeds = [_permutation_seed(self._mixture.seed, self._names[s], int(e)) for s, e in zip(source, epoch)]
-        row = [index_shuffle(int(p), int(self._sizes[s]) - 1, seed, 4) for s, seed, p in zip(source, seeds, place)]
+        row = [index_shuffle(int(i), int(self._sizes[s]) - 1, seed, 4) for s, seed, i in zip(source, seeds, index)]
         return source, np.array(row, np.int64), epoch
 
 
 def store_mixture(store: TokenStore, rates: Mapping[str, float], batch_size: int, seed: int) -> Mixture:
-    """The training text of a token store, from its beginning.
+    """Returns the mixture of a token store's training text, at its beginning.
 
     Args:
-      store: the token store.
-      rates: language -> share of the sequences (hence of the tokens: all have one length).
+      store: token store.
+      rates: language -> weight in sequences (hence in tokens, as all sequences have one length).
       batch_size: sequences in the global batch.
-      seed: of the permutations.
+      seed: seed of the permutations.
 
     Raises:
       InputError: a language is missing, empty, or its data are damaged.
@@ -172,15 +200,15 @@ def store_mixture(store: TokenStore, rates: Mapping[str, float], batch_size: int
 
 
 class BatchSource:
-    """The batches of a mixture, by number: a random-access data source for Grain. Batch 0 is the mixture's next one."""
+    """Batches of a mixture, by number: a random-access data source for Grain. Batch 0 is the mixture's next one."""
 
     def __init__(self, store: TokenStore, mixture: Mixture, rows: Sequence[int] | None = None):
         """Opens the arrays of all languages.
 
         Args:
-          store: the token store.
-          mixture: of its training text, see `store_mixture`.
-          rows: the rows of the global batch this host reads; None: all.
+          store: token store.
+          mixture: mixture of its training text, see `store_mixture`.
+          rows: rows of the global batch that this host reads; None: all.
 
         Raises:
           InputError: a language is missing, or its data are damaged.
@@ -190,41 +218,41 @@ class BatchSource:
         sizes = np.array([array.shape[0] for array in arrays])
         self._starts = np.cumsum(sizes) - sizes
         self._tokens = _joined(arrays)
-        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
+        self._mixture, self._sampler, self._rows = mixture, MixtureSampler(mixture), rows
 
     def __len__(self) -> int:
-        # Grain wants a length; no run reads this many batches.
+        # Grain needs a length; no run reads as many batches.
         return 1 << 48
 
     def __repr__(self) -> str:
         return f"BatchSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
-        """This host's rows of a batch.
+        """Reads this host's rows of a batch.
 
         Returns:
           tokens: int32 `[rows, length]`.
           language_id: int32 `[rows]`, index into `languages`.
         """
-        source, row, _ = self._stream.locate(batch, self._rows)
+        source, row, _ = self._sampler.locate(batch, self._rows)
         tokens = self._tokens[self._starts[source] + row].read().result()
         return {"tokens": tokens.astype(np.int32), "language_id": source.astype(np.int32)}
 
     def provenance(self, batch: int) -> list[RowProvenance]:
-        """Where every row of the global batch comes from, for error reports."""
-        source, row, epoch = self._stream.locate(batch)
+        """Returns the provenance of every row of the global batch, for error reports."""
+        source, row, epoch = self._sampler.locate(batch)
         return [RowProvenance(self.languages[s], int(r), int(e)) for s, r, e in zip(source, row, epoch)]
 
 
 def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:
-    """The rows of all languages one after the other, `[rows of all, length]`, with the shards' indices held in memory.
+    """Returns the rows of all languages one after the other, `[rows of all, length]`, with the shards' indices cached.
 
-    A shard's index (16 bytes a row) is read and its checksum computed for every batch that touches the shard, unless
-    it is cached; that and one read per language were most of the loader's time.
+    Without a cache, every batch that touches a shard reads its index (16 bytes a row) and computes the checksum; that
+    and one read per language were most of the loader's time.
     """
     rows = sum(array.shape[0] for array in arrays)
-    # The rows read pass through the same cache, hence some more; a complete store never changes, so nothing is checked
-    # again.
+    # The rows that are read pass through the same cache, hence 16 MB more. A complete store never changes, so files are
+    # not checked again.
     limit = min(20 * rows, _MAX_CACHED_INDEX_BYTES) + (16 << 20)
     context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
     opened = [ts.open(array.spec(), context=context, read=True, recheck_cached="open") for array in arrays]
@@ -233,13 +261,13 @@ def _joined(arrays: Sequence[ts.TensorStore]) -> ts.TensorStore:
 
 @functools.lru_cache(maxsize=4096)
 def _permutation_seed(seed: int, source: str, epoch: int) -> int:
-    """A 32-bit seed for the order of one language in one epoch."""
+    """Returns a 32-bit seed for the order of one source in one epoch."""
     name = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "little")
     return int(np.random.SeedSequence([seed, name, epoch]).generate_state(1)[0])
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold.
+    """Returns the rows of a global batch that this process's devices hold.
 
     Raises:
       InputError: the batch does not divide over the data and fsdp axes.
@@ -254,9 +282,9 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def counted_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Marks, among `local_rows`, those that no process of a lower number holds too: bool `[local rows]`.
+    """Returns True for those of `local_rows` that no process of a lower number holds too: bool `[local rows]`.
 
-    Rows are held by several processes where a mesh axis that does not split the batch spans hosts.
+    Several processes hold the same rows where a mesh axis that does not split the batch spans hosts.
     """
     owner = np.full(batch_size, np.iinfo(np.int64).max)
     for device, index in sharding.devices_indices_map((batch_size,)).items():
@@ -266,10 +294,11 @@ def counted_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 @gin.configurable(denylist=["source"])
 def batches(source: BatchSource, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
-    """Iterates over a source's batches from batch 0, read ahead by Grain.
+    """Iterates over a source's batches from batch 0, which Grain reads ahead.
 
     Args:
-      threads: that read.
+      source: random-access source of batches.
+      threads: reading threads.
       prefetch: batches held ready.
     """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -277,13 +306,16 @@ def batches(source: BatchSource, threads: int = 2, prefetch: int = 4) -> Iterato
 
 
 def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int, rows: np.ndarray) -> dict[str, jax.Array]:
-    """Global arrays from this host's `rows`: `tokens` `[batch_size, length]`, `language_id` `[batch_size]`."""
-    where = np.full(batch_size, -1)
-    where[rows] = np.arange(len(rows))
+    """Returns global arrays of a batch of which this host has `rows`.
+
+    Shapes are `[batch_size, length]` for `tokens` and `[batch_size]` for `language_id`.
+    """
+    local_index = np.full(batch_size, -1)
+    local_index[rows] = np.arange(len(rows))
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(
-            (batch_size, *x.shape[1:]), sharding, lambda index: x[where[np.arange(batch_size)[index[0]]]]
+            (batch_size, *x.shape[1:]), sharding, lambda index: x[local_index[np.arange(batch_size)[index[0]]]]
         )
 
     return {name: put(x) for name, x in batch.items()}

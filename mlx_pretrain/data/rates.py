@@ -1,10 +1,10 @@
-"""The rates file: which share of the training tokens each language gets.
+"""The rates file: mixture weights, the share of the training tokens that each language gets.
 
 One JSON file serves the SeqIO mixture and the token loader:
 
     {"format": "mlx-rates", "version": 1, "rates": {"en": 0.4, "fi": 0.1, ...}, "provenance": {...}}
 
-Other keys (intervals, expected losses, epochs) may stand beside and are kept for the reader.
+The file may have further keys (intervals, expected losses, epochs), which inform people and are not read here.
 """
 
 import math
@@ -21,15 +21,15 @@ VERSION = 1
 
 
 def normalise_rates(rates: Mapping[str, float], where: str, known: Collection[str] | None = None) -> dict[str, float]:
-    """Checks rates and scales them to sum to 1; languages with rate 0 are left out.
+    """Checks mixture weights and scales them to sum to 1; leaves out languages of weight 0.
 
     Args:
-      rates: language -> any non-negative number.
-      where: names the source of the rates in errors.
-      known: the languages there is text for; None skips that check.
+      rates: language -> weight, any non-negative number.
+      where: origin of the weights, named in errors.
+      known: languages that have text; None skips that check.
 
     Raises:
-      InputError: a rate is not a finite number >= 0, the sum is not positive, or a language is unknown.
+      InputError: a weight is not a finite number >= 0, the sum is not positive, or a language is unknown.
     """
     for language, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
@@ -45,8 +45,15 @@ def normalise_rates(rates: Mapping[str, float], where: str, known: Collection[st
 
 
 def load_rates(path: epath.PathLike, known: Collection[str] | None = None) -> dict[str, float]:
-    """Reads a rates file and returns normalised rates in the order of the languages' names, so that the order in the
-    file says nothing. Raises InputError as `normalise_rates` does."""
+    """Reads a rates file and returns normalised weights, sorted by language.
+
+    Args:
+      path: file.
+      known: languages that have text; None skips that check.
+
+    Raises:
+      InputError: the file cannot be read, or as `normalise_rates`.
+    """
     content = read_json(path, "rates file")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("rates"), dict):
         raise InputError(f'{path}: not a rates file; it needs "format": "{FORMAT}" and a "rates" object')
@@ -56,6 +63,6 @@ def load_rates(path: epath.PathLike, known: Collection[str] | None = None) -> di
 
 
 def save_rates(path: epath.PathLike, rates: Mapping[str, float], provenance: Mapping[str, Any], **more: Any) -> None:
-    """Writes a rates file atomically, normalised, with `more` as further top-level keys."""
+    """Writes normalised weights as a rates file, atomically, with `more` as further top-level keys."""
     content = {"format": FORMAT, "version": VERSION, "rates": normalise_rates(rates, str(path))}
     write_json(path, {**content, "provenance": dict(provenance), **more})

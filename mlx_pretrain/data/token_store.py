@@ -1,11 +1,11 @@
 """The token store: fixed-length token sequences per split and language, as TensorStore (zarr3) arrays.
 
-    STORE/manifest.json            what is inside, with provenance; written last, so its presence means "complete"
-    STORE/tokenizer.model          the SentencePiece model the tokens come from
+    STORE/manifest.json            content and provenance; written last, so that its presence means "complete"
+    STORE/tokenizer.model          SentencePiece model that made the tokens
     STORE/<split>/<language>/      zarr3 array [sequences, length], uint16 or uint32
 
 A training sequence is a slice of the language's documents, each ended by EOS, joined and cut to `length`; the last
-row is padded with 0. Reading is random access by row, on local disks and gs://.
+row is padded with 0. Rows are read by random access, on local disks and gs://.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 PAD_ID, EOS_ID, UNK_ID, BOS_ID = 0, 1, 2, 3
 
-# A shard is one file. Rows are stored uncompressed one by one inside it, so a random row costs one ranged read.
+# A shard is one file, in which rows are stored uncompressed one by one, so that a random row costs one ranged read.
 ROWS_PER_SHARD = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One language of one split.
+    """Counts of one language of one split.
 
     Attributes:
       sequences: rows in the array.
       tokens: tokens that are not padding, one EOS per document included.
       bytes: UTF-8 bytes of the text.
       documents: number of documents.
-      files: data file (relative to the array's folder) -> size in bytes, to notice truncation.
+      files: data file (relative to the array's folder) -> size in bytes, by which truncation is noticed.
     """
 
     sequences: int
@@ -52,14 +52,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a token store holds.
+    """Content of a token store.
 
     Attributes:
       sequence_length: tokens per row.
-      vocab_size: ids are below this.
+      vocab_size: bound of the token ids.
       tokenizer_sha256: fingerprint of tokenizer.model.
       splits: split -> language -> Part.
-      provenance: how the store was made (inputs' hashes, configuration, version).
+      provenance: hashes of the documents, settings and version of the program that made the store.
     """
 
     sequence_length: int
@@ -70,11 +70,12 @@ class Manifest:
 
     @property
     def dtype(self) -> np.dtype:
+        """Smallest unsigned type that holds all token ids."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
 
 def write_manifest(store: epath.PathLike, manifest: Manifest) -> None:
-    """Completes a store: to be called when all arrays and the tokenizer are in place."""
+    """Writes the manifest, which completes a store; all arrays and the tokenizer must be in place."""
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
     write_json(epath.Path(store) / MANIFEST, content)
 
@@ -83,8 +84,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
     """Reads and checks a store's manifest.
 
     Raises:
-      InputError: no manifest (not a store, or its export was interrupted), another format, a language without
-        text, or a tokenizer that is not the one the tokens were made with.
+      InputError: the manifest is missing (no store, or an interrupted export) or of another format, a language has no
+        text, or the tokenizer is not the one that made the tokens.
     """
     path = epath.Path(store) / MANIFEST
     with gcs.named_errors(path):
@@ -93,8 +94,8 @@ def read_manifest(store: epath.PathLike) -> Manifest:
         gcs.check_bucket(path)
         raise InputError(f"{store}: no token store here (no {MANIFEST}; was its export interrupted? run it again)")
     content = read_json(path, "token store manifest")
-    found = (content.pop("format", None), content.pop("version", None)) if isinstance(content, dict) else None
-    if found != (FORMAT, VERSION):
+    header = (content.pop("format", None), content.pop("version", None)) if isinstance(content, dict) else None
+    if header != (FORMAT, VERSION):
         raise InputError(f"{path}: not the manifest of a token store of version {VERSION}")
     try:
         splits = {s: {l: Part(**part) for l, part in parts.items()} for s, parts in content.pop("splits").items()}
@@ -103,7 +104,7 @@ def read_manifest(store: epath.PathLike) -> Manifest:
         raise InputError(f"{path}: malformed manifest: {error}") from None
     for split, parts in splits.items():
         for language, part in parts.items():
-            if not part.bytes:  # its bits per byte are infinite, and a share of a mixture would be spent on nothing
+            if not part.bytes:  # its bits per byte would be infinite, its share of a mixture wasted
                 raise InputError(f"{path}: the {split} text in {language!r} is empty ({part.documents} documents, "
                                  "0 bytes); export the store again without it")
     tokenizer = epath.Path(store) / TOKENIZER
@@ -113,15 +114,20 @@ def read_manifest(store: epath.PathLike) -> Manifest:
 
 
 def zarr3_spec(path: epath.PathLike) -> dict[str, Any]:
-    """TensorStore's description of a zarr3 array in a folder, local or gs://."""
+    """Returns TensorStore's description of a zarr3 array in a folder, local or gs://."""
     return {"driver": "zarr3", "kvstore": kvstore(path)}
 
 
 class PartWriter:
-    """Writes one language of one split, row blocks in, a Part out. Memory stays at one shard of rows."""
+    """Writes one language of one split from blocks of rows; holds at most one shard of rows in memory.
+
+        writer = PartWriter("tokens/train/en", 256, np.uint16)
+        writer.append(rows)        # uint16 [n, 256]
+        part = writer.close(tokens=..., n_bytes=..., documents=...)        # Part, for the manifest
+    """
 
     def __init__(self, path: epath.PathLike, sequence_length: int, dtype: np.dtype):
-        """Creates (replacing what is there) the array at `path`."""
+        """Creates the array at `path`, in place of a former one."""
         self._path = epath.Path(path)
         if self._path.exists():
             self._path.rmtree()
@@ -141,7 +147,7 @@ class PartWriter:
         self._array = ts.open({**zarr3_spec(path), "metadata": metadata}, create=True).result()
 
     def append(self, rows: np.ndarray) -> None:
-        """Adds rows: unsigned integers [n, sequence_length]."""
+        """Appends rows, unsigned integers `[n, sequence_length]`."""
         self._rows.append(rows)
         self._pending += len(rows)
         if self._pending >= ROWS_PER_SHARD:
@@ -159,7 +165,7 @@ class PartWriter:
         self._written = stop
 
     def close(self, tokens: int, n_bytes: int, documents: int) -> Part:
-        """Writes what is left; the counts go into the returned Part."""
+        """Writes the last rows and returns the Part with these counts."""
         if self._pending:
             self._flush(np.concatenate(self._rows))
             self._rows, self._pending = [], 0
@@ -167,36 +173,50 @@ class PartWriter:
 
 
 def _data_files(path: epath.Path) -> dict[str, int]:
-    """Data files of an array, relative to its folder, with their sizes."""
+    """Returns data file of an array, relative to its folder -> size in bytes."""
     return {name: size for name, size in sorted(file_sizes(path).items()) if name != "zarr.json"}
 
 
 class TokenStore:
-    """A complete token store, opened for reading."""
+    """A complete token store, opened for reading.
+
+        store = TokenStore("runs/sample/tokens")
+        store.parts("train")["en"].tokens        # tokens of English training text
+        store.array("train", "en")[:4].read().result()        # its first rows, uint16 [4, sequence_length]
+        Tokenizer(store.path / TOKENIZER).decode(store.read("heldout", "en")[0])
+
+    Attributes:
+      path: folder of the store.
+      manifest: content of the store.
+    """
 
     def __init__(self, path: epath.PathLike):
-        """Raises InputError when there is no complete, readable store at `path`."""
+        """Reads the manifest. Raises InputError when there is no complete, readable store at `path`."""
         self.path = epath.Path(path)
         self.manifest = read_manifest(path)
-        self._sizes: dict[str, Mapping[str, int]] = {}  # of the files of a split
+        self._sizes: dict[str, Mapping[str, int]] = {}  # split -> file, relative to the split's folder -> bytes
         self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
         self._fingerprints: dict[tuple[str, str], str] = {}
 
     def part(self, split: str, language: str) -> Part:
-        """Raises InputError when the store lacks the split or the language."""
+        """Returns the counts of a language. Raises InputError when the store lacks the split or the language."""
         parts = self.parts(split)
         if language not in parts:
             raise InputError(f"{self.path}: no {split} text in {language!r}; there is {', '.join(sorted(parts))}")
         return parts[language]
 
     def parts(self, split: str) -> Mapping[str, Part]:
-        """language -> Part of a split, languages without a whole sequence left in."""
+        """Returns language -> Part of a split, languages without a whole sequence included.
+
+        Raises:
+          InputError: the store has no such split.
+        """
         if split not in self.manifest.splits:
             raise InputError(f"{self.path}: no split {split!r}; there is {', '.join(sorted(self.manifest.splits))}")
         return self.manifest.splits[split]
 
     def check_fits(self, vocab_size: int, max_length: int) -> None:
-        """Raises InputError when the store has token ids or sequences beyond what a model takes."""
+        """Raises InputError when the store has larger token ids or longer sequences than a model takes."""
         ids, length = self.manifest.vocab_size, self.manifest.sequence_length
         if vocab_size < ids:
             raise InputError(f"{self.path}: {ids} token ids, the model has vocab_size={vocab_size}")
@@ -204,7 +224,7 @@ class TokenStore:
             raise InputError(f"{self.path}: sequences of {length} tokens, the model has max_length={max_length}")
 
     def arrays(self, split: str, languages: Iterable[str]) -> list[ts.TensorStore]:
-        """The rows of languages: [sequences, sequence_length] each; all are opened at once, and once.
+        """Returns the rows of languages, `[sequences, sequence_length]` each; opens all at once, and each only once.
 
         Raises:
           InputError: a data file is missing or truncated, or an array is not what the manifest says.
@@ -221,16 +241,15 @@ class TokenStore:
 
     def _check_files(self, split: str, language: str) -> None:
         part, folder = self.part(split, language), self.path / split / language
-        if split not in self._sizes:  # one listing for all languages
+        if split not in self._sizes:  # one listing of files serves all languages
             self._sizes[split] = file_sizes(self.path / split)
         for name, size in part.files.items():
-            found = self._sizes[split].get(f"{language}/{name}")
-            if found is None:
+            actual_size = self._sizes[split].get(f"{language}/{name}")
+            if actual_size is None:
                 raise InputError(f"{folder / name}: missing from the token store; export it again")
-            if found != size:
-                raise InputError(
-                    f"{folder / name}: {found} bytes where the manifest says {size}; export the token store again"
-                )
+            if actual_size != size:
+                raise InputError(f"{folder / name}: {actual_size} bytes where the manifest says {size}; export the "
+                                 "token store again")
 
     def _checked(self, split: str, language: str, opening: ts.Future) -> ts.TensorStore:
         part, folder = self.part(split, language), self.path / split / language
@@ -244,13 +263,14 @@ class TokenStore:
         return array
 
     def array(self, split: str, language: str) -> ts.TensorStore:
-        """The rows of one language; see `arrays`."""
+        """Returns the rows of one language; see `arrays`."""
         return self.arrays(split, [language])[0]
 
     def fingerprints(self, split: str, languages: Collection[str]) -> dict[str, str]:
-        """language -> digest of its rows: of their counts and of 8 of them, evenly spread; computed once.
+        """Returns language -> digest of its counts and of 8 evenly spread rows, computed once.
 
-        Raises InputError as `arrays` does, and where a row cannot be read.
+        Raises:
+          InputError: as `arrays`, or a row cannot be read.
         """
         fresh = [language for language in languages if (split, language) not in self._fingerprints]
         reads = [array[np.linspace(0, max(array.shape[0] - 1, 0), min(array.shape[0], 8)).astype(int)].read()
@@ -268,12 +288,12 @@ class TokenStore:
         return {language: self._fingerprints[split, language] for language in languages}
 
     def read(self, split: str, language: str) -> np.ndarray:
-        """All rows of one language in memory: [sequences, sequence_length]."""
+        """Reads all rows of one language into memory, `[sequences, sequence_length]`."""
         return self.array(split, language).read().result()
 
 
 def used_languages(store: TokenStore, split: str, rates: Iterable[str]) -> list[str]:
-    """The languages of `rates`, checked to have at least one sequence in the store."""
+    """Returns the languages of `rates`. Raises InputError when one of them has no sequence in the store."""
     languages = list(rates)
     for language in languages:
         if store.part(split, language).sequences == 0:

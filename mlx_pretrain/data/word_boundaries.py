@@ -1,8 +1,8 @@
-"""Words and sentences of any script, well enough for counting and shuffling, without language-specific models.
+"""Finds words and sentences in any script, well enough for counting and shuffling, without models of languages.
 
 Scripts that put no spaces between words (Han, kana, Thai, Lao, Khmer, Myanmar) are split into their smallest units, a
-character or a consonant with its marks; two of those count as a word (our estimate). Everything else is split at white
-space, so marks, apostrophes and hyphens stay in their words.
+character or a consonant with its marks; two of those count as a word (our estimate). All other text is split at white
+space, so that marks, apostrophes and hyphens stay in their words.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def _marks(first: int, last: int) -> str:
-    """Combining marks and dependent vowels of a block, as the inside of a character class."""
+    """Returns the combining marks and dependent vowels of a block, as the inside of a character class."""
     # Thai and Lao vowels behind their consonant are letters by Unicode's categories.
     vowels = "\u0e30\u0e32\u0e33\u0e45\u0eb0\u0eb2\u0eb3"
     return vowels + "".join(chr(c) for c in range(first, last + 1) if unicodedata.category(chr(c)).startswith("M"))
@@ -41,40 +41,40 @@ _SENTENCE_BREAK = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """Words of spaced scripts (with the punctuation that clings to them), single units of unspaced ones."""
+    """Returns the words of spaced scripts, with adjacent punctuation, and the single units of unspaced ones."""
     return _TOKEN.findall(text)
 
 
 def is_unspaced(word: str) -> bool:
-    """Whether one of `words` is a unit of a script without spaces."""
+    """Returns True for a word (of `words`) that is a unit of a script without spaces."""
     return _UNSPACED_UNIT.match(word) is not None
 
 
 def split_words(text: str) -> tuple[list[str], list[str]]:
-    """Words and the gaps around them, one gap more than words; `join` puts them together again.
+    """Splits a text into words and the gaps around them, one gap more than words; `join` restores the text.
 
-    Units of unspaced scripts are taken two at a time.
+    Two units of an unspaced script are one word.
     """
     pieces = _WORD.split(text)
     return pieces[1::2], pieces[::2]
 
 
 def split_sentences(text: str) -> tuple[list[str], list[str]]:
-    """Sentences and the gaps around them, as `split_words`; a line end always ends a sentence."""
+    """Splits a text into sentences and the gaps around them, as `split_words`; a line end always ends a sentence."""
     pieces = _SENTENCE_BREAK.split(text)
     return pieces[::2], ["", *pieces[1::2], ""]
 
 
 def join(units: Sequence[str], gaps: Sequence[str]) -> str:
-    """The text of words or sentences in their gaps."""
+    """Returns the text of words or sentences and the gaps around them."""
     return gaps[0] + "".join(unit + gap for unit, gap in zip(units, gaps[1:], strict=True))
 
 
 def ends_sentence(line: str) -> bool:
-    """Whether a line ends in terminal punctuation, closing quotes and brackets aside."""
+    """Returns True for a line that ends in terminal punctuation, ignoring closing quotes and brackets."""
     return line.rstrip(" \t\r\"'”’»)]）」』").endswith(tuple(TERMINAL))
 
 
 def marks_sentences(units: Sequence[str]) -> bool:
-    """Whether the script most of these `words` are in marks the end of a sentence; Thai and its kin do not."""
+    """Returns False for `words` most of which are in a script without sentence marks, as Thai and its kin are."""
     return 2 * sum(_SPACELESS_UNIT.match(unit) is not None for unit in units) < len(units)

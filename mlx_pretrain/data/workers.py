@@ -22,17 +22,20 @@ _function: Callable[[Any], Any] | None = None
 class Workers(contextlib.AbstractContextManager):
     """Processes that apply one function.
 
-    They are spawned: forking a process in which JAX has started its threads can deadlock. They ignore Ctrl-C, which is
-    the main process's affair, and end when it ends, however it ends.
+    They are spawned, as forking a process in which JAX has started its threads can deadlock. They ignore Ctrl-C, which
+    the main process handles, and end when it ends, even when it is killed.
+
+        with Workers(str.upper, processes=2) as workers:
+            dict(workers.map([("a", "x"), ("b", "y")]))        # {"a": "X", "b": "Y"}
     """
 
     def __init__(self, function: Callable[[Any], Any], processes: int, ahead: int | None = None):
         """Starts the processes.
 
         Args:
-          function: picklable; sent to each process once.
-          processes: how many.
-          ahead: items handed out before the first of them is asked back; None: four per process.
+          function: picklable function; sent to each process once.
+          processes: number of processes.
+          ahead: items in work before the result of the first of them is awaited; None: four per process.
         """
         self._ahead = 4 * processes if ahead is None else ahead
         self._pool = concurrent.futures.ProcessPoolExecutor(
@@ -46,10 +49,10 @@ class Workers(contextlib.AbstractContextManager):
             return self._pool.submit(_apply, argument)
 
     def map(self, items: Iterable[tuple[Tag, Any]]) -> Iterator[tuple[Tag, Any]]:
-        """(tag, argument) pairs -> (tag, function(argument)) in the same order; tags stay in this process.
+        """Yields (tag, function(argument)) for pairs (tag, argument), in their order; tags stay in this process.
 
         Raises:
-          InputError: a process was killed. What `function` raises is raised here.
+          InputError: a process was killed. Errors of `function` are raised as they are.
         """
         running: collections.deque[tuple[Tag, concurrent.futures.Future]] = collections.deque()
         try:
@@ -68,9 +71,9 @@ class Workers(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _bare_start() -> Iterator[None]:
-    """Processes started inside inherit a blocked Ctrl-C and do not import the command's main module.
+    """Lets processes that are started in the block ignore Ctrl-C and not import the command's main module.
 
-    Its imports, JAX among them, would cost each process seconds and hundreds of megabytes.
+    The imports of that module, JAX among them, would cost each process seconds and hundreds of megabytes.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -85,7 +88,7 @@ def _bare_start() -> Iterator[None]:
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    # A pool's process waits for work for ever when the main process was killed.
+    # Otherwise a process would wait for work for ever after the main process was killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -218,7 +218,7 @@ def from_pretrained(
     bos = () if ids.bos_id is None else (ids.bos_id,)
     if not bos + ids.eos_ids:
         raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
-    prefix_ids = tuple(tokenizer.before.tolist()) if ids.prefix_ids is None else ids.prefix_ids
+    prefix_ids = tuple(tokenizer.prefix_ids.tolist()) if ids.prefix_ids is None else ids.prefix_ids
     for name, tokens in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
         if beyond := [token for token in tokens if not 0 <= token < config.vocab_size]:
             raise InputError(f"{path}: {name} {beyond[0]} is none of the model's {config.vocab_size} ids")

@@ -1,2 +1,1 @@
-"""Many devices and many hosts: joining a cluster, reaching agreement between processes, owning a run folder, counts of
-what a compiled program does on each device."""
+"""Many devices and hosts: joining a cluster, agreement between processes, a run folder's owner, meshes, hardware."""

@@ -1,8 +1,8 @@
-"""Settles what JAX reads when it starts its backends: the platforms to try and the flags of their compilers.
+"""Sets what JAX reads when it starts its backends: the platforms to try and the flags of their compilers.
 
 Flags come from gin (presets: gin/topologies/xla_flags.gin). TPUs read them from LIBTPU_INIT_ARGS, which nothing else
 reads; XLA_FLAGS is read by every backend, and a flag that one of them does not know kills the process, so GPU flags are
-set only where there is a GPU. What a user has set in the environment stands after the presets, and wins.
+set only on machines with a GPU. Flags that the user has set in the environment follow the presets, and win.
 """
 
 import glob
@@ -21,7 +21,7 @@ VARIABLES = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 
 @gin.configurable
 def xla_flags(tpu: Sequence[str] = (), gpu: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Compiler flags by platform, "name=value" each, as gin gives them.
+    """Returns the compiler flags that gin sets: platform -> "name=value" of each flag.
 
     Raises:
       InputError: a flag is malformed.
@@ -42,12 +42,13 @@ def prepare() -> None:
         if "jax" in sys.modules:  # not every command computes
             sys.modules["jax"].config.update("jax_platforms", platforms)
     apply_flags("tpu")
-    # Without a named platform JAX takes a GPU where the plugin and the driver's devices are there.
+    # Without a named platform JAX takes a GPU if the plugin is installed and the driver's devices exist.
     if {"cuda", "gpu"} & set(_named()) or (not _named() and _has_gpu()):
         apply_flags("gpu")
 
 
 def _named() -> list[str]:
+    """Returns the platforms that JAX_PLATFORMS names."""
     return [name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name]
 
 
@@ -61,12 +62,12 @@ def apply_flags(platform: str) -> None:
 
 
 def flags_in_effect() -> dict[str, str]:
-    """The variables that hold compiler flags, for a run's record: {"XLA_FLAGS": "--xla_...", ...}."""
+    """Returns the variables that hold compiler flags, for a run's record: {"XLA_FLAGS": "--xla_...", ...}."""
     return {name: os.environ[name] for name in VARIABLES.values() if os.environ.get(name)}
 
 
 def _platforms() -> str | None:
-    """The platforms to set; None: leave it as it is.
+    """Returns the platforms for JAX_PLATFORMS; None leaves the variable as it is.
 
     With libtpu installed and no TPU in the machine, JAX would try to start one: 0.3 s and a screen of messages.
     """
@@ -83,8 +84,8 @@ def _has_gpu() -> bool:
 
 
 def is_installed(module: str) -> bool:
-    """True if the module can be imported; also False, where `find_spec` raises, without the package around it."""
+    """Tells if a module can be imported; False too if its package cannot, for which `find_spec` raises."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of its package
+    except ModuleNotFoundError:
         return False

@@ -3,9 +3,9 @@
 A command calls `join` before it touches a device. Every process then holds a connection to process 0, over which
 processes exchange small values (`gather`, `share`, `barrier`), agree on the moment of a stop (`request`, `boundary`),
 and learn within moments that another process has died or failed. JAX's own coordination service, which joins the
-devices, listens on another port of the same host and is found over this connection.
+devices, listens on another port of the same host, which processes learn over this connection.
 
-With a single process, which is the default, every function here returns at once.
+In a job of a single process, the default, every function returns at once.
 
     cluster.join(cluster.find())
     if cluster.is_main():
@@ -28,56 +28,59 @@ _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 def find(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Place | None:
-    """Returns the place of this process as told by the arguments, JAX_COORDINATOR_ADDRESS and its kin, or the platform.
+    """Returns the place of this process in a job: from the arguments, JAX_COORDINATOR_ADDRESS etc., or the platform.
 
     The platforms are those that JAX knows: TPU VMs (several slices too), GKE, SLURM and Open MPI.
 
     Returns:
-      The place, or None for a process that is no part of a larger job.
+      The place; None for a process that is alone.
 
     Raises:
-      InputError: only some of the arguments are given, they do not fit each other, or the platform does not tell.
+      InputError: only some of the arguments are set, they contradict each other, or the platform gives no answer.
     """
-    told = (coordinator, processes, process)
-    if all(value is None for value in told) and all(name in os.environ for name in _ENVIRONMENT):
-        told = (os.environ[_ENVIRONMENT[0]], *(_integer(name, os.environ[name]) for name in _ENVIRONMENT[1:]))
-    if any(value is not None for value in told):
-        if None in told:
+    settings = (coordinator, processes, process)
+    if all(value is None for value in settings) and all(name in os.environ for name in _ENVIRONMENT):
+        settings = (os.environ[_ENVIRONMENT[0]], *(_integer(name, os.environ[name]) for name in _ENVIRONMENT[1:]))
+    if any(value is not None for value in settings):
+        if None in settings:
             raise InputError("--coordinator, --processes and --process must be given together")
-        return Place(*told)
+        return Place(*settings)
     # The public `jax.distributed.initialize` cannot look at the environment without joining. Imported only here.
     from jax._src import clusters
 
     try:
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT)
+        detected = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT)
     except Exception as error:  # of the platform's own interfaces: metadata servers, Kubernetes' API, environments
         raise InputError(f"the platform does not tell which process this is ({type(error).__name__}: {error}); "
-                         "say it by --coordinator, --processes and --process") from None
-    if None in found[:3] or found[1] == 1:
+                         "set --coordinator, --processes and --process") from None
+    if None in detected[:3] or detected[1] == 1:
         return None
-    # JAX gives every process of SLURM and Open MPI one device, also where the process is the only one of its node.
+    # JAX gives every process of SLURM and Open MPI one device, even to the only process of a node.
     alone = (
-        os.environ.get("SLURM_STEP_NUM_NODES") == str(found[1])
+        os.environ.get("SLURM_STEP_NUM_NODES") == str(detected[1])
         or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
         or os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 < len(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     )
-    return Place(*found[:3], local_device_ids=None if alone else found[3])
+    return Place(*detected[:3], local_device_ids=None if alone else detected[3])
 
 
-# What launchers leave in the environment of the processes they start, and TPU VMs in the file system.
+# Traces of launchers in the environment of the processes they start, and of TPU VMs in the file system.
 _MARKS = ("JAX_COORDINATOR_ADDRESS", "SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
 _DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
 def may_have_others() -> bool:
-    """False where no launcher has left a mark: `find` would find nothing, and import JAX to do so."""
+    """Tells if a launcher has left a trace; without one `find` would import JAX and find nothing."""
     return any(name.startswith(_MARKS) for name in os.environ) or any(map(os.path.exists, _DEVICES))
 
 
 def find_shard(text: str | None = None) -> tuple[int, int] | None:
-    """Returns (number, count) of the part of the work that `text` "I/N" or a SLURM array gives this process, from 0.
+    """Returns the part of the work that "I/N" or a SLURM array gives this process.
 
-    Processes with a shard need no connection to one another. None: there is no such division.
+    Processes with a shard need no connection to one another.
+
+    Returns:
+      (number from 0, count); None if the work is not divided so.
 
     Raises:
       InputError: `text` is not of that form.
@@ -109,7 +112,7 @@ _shard: tuple[int, int] | None = None
 
 
 def take_shard(shard: tuple[int, int] | None) -> None:
-    """Gives this process a part of the work (see `find_shard`) and says so; None: what `shard` says stays as it is."""
+    """Gives this process a part of the work, see `find_shard`, and logs it; None takes the part away again."""
     global _shard
     _shard = shard
     if shard is not None:
@@ -117,18 +120,19 @@ def take_shard(shard: tuple[int, int] | None) -> None:
 
 
 def shard() -> tuple[int, int]:
-    """Returns (number, count): which part of work that needs no communication falls to this process.
+    """Returns this process's part, (number, count), of work that needs no communication.
 
-    It is the shard given on the command line or by a SLURM array, otherwise (number of this process, processes).
+    It is the shard of the command line or of a SLURM array, otherwise (number of this process, processes).
     """
     return _shard or (_member.process, _member.processes)
 
 
 def join(place: Place | None, timeout: float = TIMEOUT) -> None:
-    """Joins this process and its devices to a job; None: it stays alone.
+    """Joins this process and its devices to a job; it stays alone for None.
 
     Raises:
-      InputError: the other processes did not come within `timeout` seconds (names them), or disagree about the job.
+      InputError: other processes, which the message names, did not come within `timeout` seconds, or disagree about
+        the job.
     """
     global _member
     if place is None or place.processes == 1:
@@ -138,7 +142,7 @@ def join(place: Place | None, timeout: float = TIMEOUT) -> None:
     if place.process == 0:
         Hub(place, timeout)
     _member = Member(place, timeout)
-    import jax  # commands that handle documents do without
+    import jax  # late: commands that handle documents do not need it
 
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
@@ -149,24 +153,24 @@ def join(place: Place | None, timeout: float = TIMEOUT) -> None:
 
 
 def size() -> int:
-    """Number of processes in this job."""
+    """Returns the number of processes in this job."""
     return _member.processes
 
 
 def process() -> int:
-    """Number of this process in its job, from 0."""
+    """Returns the number of this process in its job, from 0."""
     return _member.process
 
 
 def is_main() -> bool:
-    """True in process 0, which alone writes what the job writes once."""
+    """Tells if this is process 0, which alone writes what the job writes once."""
     return _member.process == 0
 
 
 def gather(value: Any) -> list[Any]:
     """Returns the small JSON `value` of every process, in order of processes, to every process.
 
-    All processes must call it, and in the same order.
+    All processes must call it, in the same order.
     """
     return _member.gather(value)
 
@@ -177,7 +181,7 @@ def share(value: Any) -> Any:
 
 
 def barrier() -> None:
-    """Waits until every process has come here; see `gather`."""
+    """Waits until every process has called it; see `gather`."""
     _member.gather(None)
 
 
@@ -202,8 +206,8 @@ def boundary() -> list[str]:
     """Returns the actions that are due now: the same at the same call in every process.
 
     Every process has to pass the same boundaries in the same order, e.g. one before each training step. An action is
-    due at the first boundary that no process had passed when it was requested, so nobody has to wait for anybody as
-    long as nothing is requested.
+    due at the first boundary that no process had passed when it was requested, so no process waits for another as long
+    as nothing is requested.
     """
     return _member.boundary()
 
@@ -214,7 +218,7 @@ def fail(message: str) -> None:
 
 
 def abandon(code: int, message: str) -> None:
-    """Ends all processes at once with an exit code, whatever they are doing; process 0 prints the message."""
+    """Ends all processes at once with an exit code, whatever they do; process 0 prints the message."""
     _member.abandon(code, message)
 
 
@@ -231,7 +235,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def cleanup(action: Callable[[], None]):
-    """Runs `action` at the end of the block, also when this process is ended there because another one is gone."""
+    """Runs `action` at the end of the block, also if the death of another process ends this one inside the block."""
     cleanups.append(action)
     try:
         yield

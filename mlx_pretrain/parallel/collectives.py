@@ -1,8 +1,8 @@
-"""Exchanges within `shard_map` that XLA, left to itself, makes larger than they need be.
+"""Collective operations inside `shard_map` that send less than XLA's own.
 
-On a TPU it turns a reduce-scatter over all chips of a slice into an all-reduce, and some all-gathers too, which sends
-twice as much. Two stages over groups of chips stay what they are and send as much as one stage should: all but the
-device's own part, once. Measured with `parallel.program` on v5e 4x4, 8x8, 16x16 and v5p 4x4x4.
+On a TPU XLA turns a reduce-scatter over all chips of a slice into an all-reduce, and some all-gathers too, which sends
+twice as much. It leaves two stages over groups of chips alone, and they send as much as one stage should: all but the
+device's own part, once. Measured with `compilation.compiled_program` on v5e 4x4, 8x8, 16x16 and v5p 4x4x4.
 """
 
 import jax
@@ -15,13 +15,13 @@ _LONG_ROW, _ALIGNMENT = 16384, 4096
 
 
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The sum over the devices along mesh `axes`, in the dtype of `x`."""
+    """Returns the sum over the devices along mesh `axes`, in the dtype of `x`."""
     axes = _larger_than_one(axes)
     return jax.lax.psum(x, axes) if axes else x
 
 
 def gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """The parts that the devices along mesh `axes` hold, joined along dimension `dim`."""
+    """Joins the parts that the devices along mesh `axes` hold along dimension `dim`."""
     axes = _larger_than_one(axes)
     if not axes:
         return x
@@ -30,7 +30,7 @@ def gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """The sum over the devices along mesh `axes`, of which each keeps its part of dimension `dim`; undoes `gather`."""
+    """Sums over the devices along mesh `axes`, each of which keeps its part of dimension `dim`; undoes `gather`."""
     axes = _larger_than_one(axes)
     if not axes:
         return x
@@ -45,7 +45,10 @@ def _larger_than_one(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _groups(axes: tuple[str, ...]) -> int:
-    """Number of groups of the two stages: the largest divisor of the devices up to the root; 1 for one stage."""
+    """Returns the number of groups of the two stages; 1 stands for a single stage.
+
+    It is the largest divisor of the number of devices that does not exceed its square root.
+    """
     n = jax.lax.axis_size(axes)
     if partitioning.platform() != "tpu" or len(axes) > 1:
         return 1
@@ -53,7 +56,10 @@ def _groups(axes: tuple[str, ...]) -> int:
 
 
 def _stages(n: int, groups: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Device numbers: neighbours side by side, and across the groups. Device g * members + m holds that part."""
+    """Returns two lists of groups of device numbers: neighbours side by side, and devices across these groups.
+
+    Member m of group g is device g * members + m, and holds the part of that number.
+    """
     members = n // groups
     neighbours = [[g * members + m for m in range(members)] for g in range(groups)]
     return neighbours, [list(column) for column in zip(*neighbours)]
@@ -79,6 +85,6 @@ def _scatter_in_stages(x: jax.Array, axes: tuple[str, ...], dim: int, groups: in
 
 
 def _rows(x: jax.Array, dim: int) -> tuple[jax.Array, tuple[int, ...]]:
-    """`[size of dim, everything else]`, and the shape of everything else."""
+    """Returns `x` as `[size of dim, everything else]`, and the shape of everything else."""
     x = jnp.moveaxis(x, dim, 0)
     return x.reshape(x.shape[0], -1), x.shape[1:]

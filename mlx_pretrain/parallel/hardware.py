@@ -1,4 +1,4 @@
-"""The devices: what they could do at best, their names, and where programs compiled for them are kept."""
+"""Devices: their peak performance, their names, and the folder of programs compiled for them."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device could do at best; None where nothing here needs it.
+    """Peak performance of one device; None for numbers that nothing in this package needs.
 
     Attributes:
       flops: dense bfloat16 FLOP/s.
@@ -58,13 +58,13 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The entry of CHIPS for a device kind; None when there is none."""
+    """Returns the entry of CHIPS for a device kind; None without one."""
     matches = [kind for kind in CHIPS if device_kind.startswith(kind)]
     return CHIPS[max(matches, key=len)] if matches else None
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """Peak FLOP/s of one device: the table's bfloat16 number, a measured one on CPU, None when unknown."""
+    """Returns the peak FLOP/s of one device: bfloat16 from CHIPS, measured on CPU, None if unknown."""
     if device.platform == "cpu":
         return measured_matmul_flops(dtype)
     known = chip(device.device_kind)
@@ -73,10 +73,10 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 @functools.cache
 def measured_matmul_flops(dtype: str, seconds: float = 0.05) -> float:
-    """FLOP/s of the best square matrix product on this host's CPU, all its cores together.
+    """Returns the FLOP/s of the fastest square matrix product on this host's CPU, all its cores together.
 
-    The best of many repetitions over several sizes, `seconds` each: small matrices stay in a core's cache, large ones
-    occupy many cores, and short ones find quiet moments of a busy machine. Sums are float32 whatever the operands:
+    It is the fastest of many repetitions over several sizes, `seconds` each: small matrices stay in a core's cache,
+    large ones occupy many cores, and short ones find quiet moments of a busy machine. Sums are float32 for all dtypes:
     XLA's CPU backend has native bfloat16 kernels only for that (up to jax 0.10), and the model asks for the same.
     """
     best = 0.0
@@ -93,14 +93,14 @@ def measured_matmul_flops(dtype: str, seconds: float = 0.05) -> float:
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Keeps compiled programs in `folder` for later runs ("~" is the home folder); None: keeps none."""
+    """Keeps compiled programs in `folder` for later runs ("~" is the home folder); None keeps none."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-        # Small models compile in moments, but in dozens of programs, and are restarted often.
+        # Small models consist of dozens of programs that compile in moments, and are restarted often.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def describe_devices() -> str:
-    """The devices in words, e.g. "cpu x 1" or "TPU v5e x 16"."""
+    """Describes the devices in words, e.g. "cpu x 1" or "TPU v5e x 16"."""
     devices = jax.devices()
     return f"{devices[0].device_kind} x {len(devices)}"

@@ -1,10 +1,10 @@
-"""A run folder has one owner: a lease in a file that is renewed while the job lives.
+"""The owner of a run folder: a lease in a file, renewed while the job lives.
 
     RUN/owner.json   host, pid, process_started, since (ISO), renewed (Unix seconds), lease_seconds
 
 The file is written on condition that nobody changed it meanwhile, on local disks and on gs:// alike, so of two jobs
-that start at the same time one wins. A lease has run out when it was not renewed for `lease_seconds`, or when its
-process is known to be dead because it ran on this host.
+that start at the same time one wins. A lease has run out if it was not renewed for `lease_seconds`, or if its process
+ran on this host and is dead.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ RENEWAL_SECONDS = 15.0
 
 @contextlib.contextmanager
 def own(folder: epath.PathLike) -> Iterator[None]:
-    """Owns `folder` for the time of the block, on behalf of the whole job.
+    """Holds the lease of `folder` during the block, on behalf of the whole job.
 
     Raises:
       InputError: another job owns the folder; the message names its host, process id and start.
@@ -53,7 +53,7 @@ class _Lease:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Takes the lease, also one that has run out. Raises InputError while it is another's."""
+        """Takes the lease if nobody holds it or it has run out. Raises InputError while another job holds it."""
         self._store = ts.KvStore.open(kvstore(self._folder)).result()
         self._content = {
             "host": socket.gethostname(),
@@ -73,20 +73,21 @@ class _Lease:
                     )
                 print(f"{self._folder}: the job of process {owner.get('pid')} on {owner.get('host')} ended without "
                       "giving the folder back; going on", flush=True)
-            # Refused when another job was quicker: then look again.
+            # None if another job was quicker: look again.
             self._generation = self._write(current.stamp.generation)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def _write(self, generation: bytes) -> bytes | None:
-        """Renews the file if it is of `generation`; returns the new generation, None when it was not."""
+        """Writes the file if it is still of `generation`; returns the new generation, None if it was not."""
         content = json.dumps({**self._content, "renewed": time.time()}, indent=1).encode()
         return self._store.write(OWNER, content, if_equal=generation).result().generation or None
 
     def _renew(self) -> None:
+        """Renews the lease until it is given back; ends the process when another job has taken it."""
         while not self._released.wait(RENEWAL_SECONDS):
             try:
                 renewed = self._write(self._generation)
-            except Exception as error:  # TensorStore has no type for a network that is away for a while
+            except Exception as error:  # TensorStore has no type for a network that is down for a while
                 print(f"{self._folder}: the lease could not be renewed: {error}", file=sys.stderr, flush=True)
                 continue
             if renewed is None and not self._released.is_set():
@@ -97,7 +98,7 @@ class _Lease:
             self._generation = renewed
 
     def release(self) -> None:
-        """Gives the folder back, if it was ever taken."""
+        """Gives the folder back if it was taken."""
         self._released.set()
         if self._generation is not None:
             self._store.write(OWNER, None, if_equal=self._generation).result()
@@ -105,7 +106,7 @@ class _Lease:
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """The owner as written; a damaged file is nobody's."""
+    """Returns the owner that the file names; {} for a damaged file."""
     try:
         owner = json.loads(content)
         return owner if isinstance(owner, dict) else {}
@@ -114,17 +115,18 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def _alive(owner: dict[str, Any]) -> bool:
+    """Tells if an owner's lease has not run out."""
     try:
         if time.time() - owner["renewed"] > owner["lease_seconds"]:
             return False
-        here = owner["host"] == socket.gethostname() and owner["process_started"] is not None
-        return not here or _process_started(owner["pid"]) == owner["process_started"]
+        on_this_host = owner["host"] == socket.gethostname() and owner["process_started"] is not None
+        return not on_this_host or _process_started(owner["pid"]) == owner["process_started"]
     except (KeyError, TypeError):
         return False
 
 
 def _process_started(pid: int) -> int | None:
-    """Clock ticks from the host's start to that of a process, which tell apart two processes of one id; None: dead."""
+    """Returns the clock ticks from the host's start to a process's, None if it is dead; process ids are used again."""
     try:
         return int(pathlib.Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

@@ -23,7 +23,7 @@ from mlx_pretrain.errors import InputError
 RETRY = 0.5  # seconds between attempts to connect
 MAX_MESSAGE = 1 << 24  # bytes
 
-cleanups: list[Callable[[], None]] = []  # run before this process is ended from elsewhere
+cleanups: list[Callable[[], None]] = []  # run before another process ends this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Place:
       coordinator: HOST:PORT on which process 0 listens.
       processes: number of processes in the job.
       process: number of this process, from 0.
-      local_device_ids: accelerators of this host that belong to this process; None: all.
+      local_device_ids: accelerators of this host that belong to this process; None stands for all.
     """
 
     coordinator: str
@@ -51,7 +51,7 @@ class Place:
 
 
 class Alone:
-    """The only process of a job."""
+    """A process that is alone in its job; answers as `Member` does."""
 
     process, processes = 0, 1
 
@@ -81,10 +81,14 @@ class Alone:
 
 
 class Member:
-    """One of several processes, connected to the hub of process 0."""
+    """A process among several, connected to the hub of process 0; `parallel.cluster` describes its methods."""
 
     def __init__(self, place: Place, timeout: float):
-        """Connects and waits until all processes have; exits with one line when some do not come."""
+        """Connects, and waits until all processes have.
+
+        Raises:
+          InputError: some processes did not come within `timeout` seconds, or they disagree about the job.
+        """
         self.process, self.processes = place.process, place.processes
         self._place, self._changed = place, threading.Condition()
         self._values: dict[int, list[Any]] = {}
@@ -101,14 +105,14 @@ class Member:
         self._outbox.put({"type": "hello", "process": place.process, "processes": place.processes,
                           "host": socket.gethostname(), "pid": os.getpid()})
         with self._changed:
-            # The hub keeps the time and names who is missing.
+            # The hub keeps the time and names the missing processes.
             self._changed.wait_for(lambda: self._service or self._refusal, timeout + 10)
         if not self._service:
             self._leaving = True
             raise InputError(self._refusal or f"process 0 at {place.coordinator} accepts connections, but says nothing")
 
     def service_address(self) -> str:
-        """HOST:PORT at which JAX's coordination service is to be, told by process 0."""
+        """Returns the HOST:PORT that process 0 has chosen for JAX's coordination service."""
         return f"{self._place.coordinator.rpartition(':')[0]}:{self._service}"
 
     def request(self, action: str) -> None:
@@ -156,7 +160,7 @@ class Member:
 
     def _send(self) -> None:
         while (message := self._outbox.get()) is not None:
-            with contextlib.suppress(OSError):  # the receiver notices, and says what happened
+            with contextlib.suppress(OSError):  # the receiver notices, and reports it
                 self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _receive(self) -> None:
@@ -184,11 +188,11 @@ class Member:
             exit_at_once(message["code"], message["message"] if self.process == 0 else "")
         if message["type"] == "gone":
             if message["failed"]:
-                time.sleep(1)  # an error that all processes find is better said by each of them
+                time.sleep(1)  # each process reports an error that all of them find
             self._end(message["message"])
 
     def _end(self, reason: str) -> None:
-        """Ends this process at once: what it waits for, on the devices or elsewhere, will never come."""
+        """Ends this process at once, whatever it waits for: the answer of a dead process never comes."""
         if self._leaving or not self._service:
             return
         print(f"error: {reason}; process {self.process} ends too; start the job again to go on after the last "
@@ -198,7 +202,7 @@ class Member:
 
 
 class Hub:
-    """The other end of all connections; a thread of process 0."""
+    """The other end of all members' connections, in a thread of process 0."""
 
     def __init__(self, place: Place, timeout: float):
         self._place, self._timeout = place, timeout
@@ -217,18 +221,20 @@ class Hub:
         threading.Thread(target=lambda: asyncio.run(self._serve()), name="cluster-hub", daemon=True).start()
 
     async def _serve(self) -> None:
+        """Accepts connections, and refuses the job if some processes do not come in time."""
         server = await asyncio.start_server(self._connected, sock=self._listener, limit=MAX_MESSAGE)
         async with server:
             await asyncio.sleep(self._timeout)
             missing = sorted(set(range(self._place.processes)) - set(self._names))
             if missing:
-                some = ", ".join(map(str, missing[:20])) + (" ..." if len(missing) > 20 else "")
+                names = ", ".join(map(str, missing[:20])) + (" ..." if len(missing) > 20 else "")
                 self._broadcast({"type": "refused", "message": (
                     f"{self._place.coordinator}: {len(missing)} of {self._place.processes} processes did not come "
-                    f"within {self._timeout:g} s: {some}")})
+                    f"within {self._timeout:g} s: {names}")})
             await server.serve_forever()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serves the connection of one process until it ends."""
         _keep_alive(writer.get_extra_info("socket"))
         process = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -252,6 +258,7 @@ class Hub:
             del self._names[process], self._writers[process]
 
     def _refuse(self, hello: dict[str, Any]) -> str | None:
+        """Returns the reason for which a process cannot join; None if it can."""
         process, processes = hello["process"], hello["processes"]
         if processes != self._place.processes:
             return (f"{self._place.coordinator}: process {process} was told of {processes} processes, process 0 of "
@@ -287,9 +294,10 @@ class Hub:
             case "bye":
                 self._left.add(process)
 
-    def _lose(self, process: int, what: str, failed: bool = False) -> None:
+    def _lose(self, process: int, event: str, failed: bool = False) -> None:
+        """Tells the others that a process has died, or has failed by itself."""
         self._left.add(process)
-        message = f"process {process} ({self._names[process]}) {what}"
+        message = f"process {process} ({self._names[process]}) {event}"
         self._broadcast({"type": "gone", "message": message, "failed": failed})
 
     def _broadcast(self, message: dict[str, Any]) -> None:
@@ -303,6 +311,7 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 def _connect(place: Place, deadline: float, timeout: float) -> socket.socket:
+    """Returns a connection to process 0, which may start later. Raises InputError at the deadline."""
     host, _, port = place.coordinator.rpartition(":")
     while True:
         try:
@@ -329,7 +338,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _free_port(used: int) -> str:
-    """The port after `used` where it is free (the easiest to open in a firewall), otherwise any free one."""
+    """Returns the port after `used` if it is free (the easiest to open in a firewall), otherwise any free one."""
     for port in (used + 1, 0):
         with contextlib.suppress(OSError, OverflowError), socket.create_server(("", port)) as server:
             return str(server.getsockname()[1])
@@ -337,7 +346,7 @@ def _free_port(used: int) -> str:
 
 
 def exit_at_once(code: int, message: str) -> None:
-    """Ends this process with an exit code, whatever its main thread is doing; prints `message` if it is not empty."""
+    """Ends this process with an exit code, whatever its main thread does; prints `message` if it is not empty."""
     if message:
         print(message, flush=True)
     _run_cleanups()

@@ -1,4 +1,4 @@
-"""Sharding, named once: parameters and activations carry logical axis names, one table maps them to mesh axes.
+"""Sharding: parameters and activations carry logical axis names, and one table maps these to mesh axes.
 
 Mesh axes: `data` (replicas), `fsdp` (parameters and optimizer state sharded, gathered when used), `tensor` (heads,
 MLP width and vocabulary split within a layer). The same code runs on one CPU device and on a pod.
@@ -53,32 +53,32 @@ def make_mesh(
 
     Args:
       data, fsdp, tensor: sizes of the axes.
-      devices: the devices; None: all.
-      slice_of: tells a device's slice; None: its `slice_index`.
+      devices: devices of the mesh; None stands for all.
+      slice_of: function from a device to its slice; None stands for its `slice_index`.
 
     Raises:
       InputError: the sizes don't multiply to the number of devices, or `data` does not divide over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    asked = f"make_mesh: data={data}, fsdp={fsdp}, tensor={tensor}"
+    settings = f"make_mesh: data={data}, fsdp={fsdp}, tensor={tensor}"
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices) or min(sizes.values()) < 1:
-        raise InputError(f"{asked} does not fit {len(devices)} devices")
+        raise InputError(f"{settings} does not fit {len(devices)} devices")
     slices = collections.defaultdict(list)
     for device in devices:
         slices[slice_of(device) if slice_of else getattr(device, "slice_index", 0)].append(device)
     n, sides = len(slices), sorted({len(members) for members in slices.values()})
     if len(sides) > 1:
-        raise InputError(f"{asked}: the {n} slices (or nodes) have unequal numbers of devices, {sides}")
+        raise InputError(f"{settings}: the {n} slices (or nodes) have unequal numbers of devices, {sides}")
     if sizes["data"] % n:
         raise InputError(
-            f"{asked}: the devices are {n} slices (or nodes) of {sides[0]}, over which data={sizes['data']} does not "
-            f"divide; set make_mesh.data={n} (or a multiple) and make_mesh.fsdp=-1, as gin/topologies/multi_slice.gin "
-            "does"
+            f"{settings}: the devices are {n} slices (or nodes) of {sides[0]}, over which data={sizes['data']} does "
+            f"not divide; set make_mesh.data={n} (or a multiple) and make_mesh.fsdp=-1, as "
+            "gin/topologies/multi_slice.gin does"
         )
     shape = sizes["data"] // n, sizes["fsdp"], sizes["tensor"]
     # Within a slice, neighbours in the mesh are neighbours in the torus of a TPU's links, whose sides axes may share.
@@ -98,23 +98,23 @@ def use(mesh: Mesh) -> Iterator[None]:
 
 
 def platform() -> str:
-    """Platform that programs traced now are compiled for: "tpu", "gpu" or "cpu".
+    """Returns the platform that programs traced now are compiled for: "tpu", "gpu" or "cpu".
 
-    That of the current mesh's devices, which need not be present (ahead-of-time compilation); without a mesh that of
-    the default backend.
+    It is the platform of the current mesh's devices, which need not be present (ahead-of-time compilation), and of the
+    default backend without a mesh.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """Mesh axes that a logical axis is split over, () for none: ("data", "fsdp") for "batch"."""
+    """Returns the mesh axes that a logical axis is split over, () for none: ("data", "fsdp") for "batch"."""
     (axes,) = spec(axis)
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """PartitionSpec of an array whose dimensions have these logical names; None: not split.
+    """Returns the PartitionSpec of an array whose dimensions have these logical names; None is not split.
 
     `spec("batch", "length")` is `PartitionSpec(("data", "fsdp"), None)`. A name that is not in the table is a
     ValueError, never "unsharded".
@@ -126,19 +126,19 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def shards(mesh: Mesh, axis: str) -> int:
-    """Number of parts that a logical axis is split into on a mesh."""
+    """Returns the number of parts that a logical axis is split into on a mesh."""
     return int(np.prod([mesh.shape[name] for name in mesh_axes(axis)], dtype=int))
 
 
 def check_rows(mesh: Mesh, rows: int, name: str) -> None:
-    """Raises InputError, with `name` for the setting, unless a batch of so many rows divides over the mesh."""
+    """Raises InputError, with `name` for the setting, unless a batch of `rows` rows divides over the mesh."""
     n = shards(mesh, "batch")
     if rows % n:
         raise InputError(f"{name}: {rows} rows do not divide over the {n} shards of the mesh {dict(mesh.shape)}")
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the sharding of an activation by logical names; without a current mesh it returns `x` as it is."""
+    """Pins the sharding of an activation by logical names; returns `x` unchanged without a current mesh."""
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of shape {x.shape}")
     if jax.sharding.get_abstract_mesh().empty:
@@ -147,30 +147,30 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_replicated(x: jax.Array) -> jax.Array:
-    """Pins a copy of `x` on every device; without a current mesh it returns `x` as it is."""
+    """Pins a copy of `x` on every device; returns `x` unchanged without a current mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The layout of a batch `[batch, ...]`: rows over the data and fsdp axes."""
+    """Returns the layout of a batch `[batch, ...]`: rows over the data and fsdp axes."""
     return NamedSharding(mesh, spec("batch"))
 
 
 def put(array, sharding: NamedSharding) -> jax.Array:
     """Lays out an array that every process of the job holds whole, in host memory.
 
-    `jax.device_put` does the same, but sends the array over the network first to see that all hold the same.
+    `jax.device_put` does the same, but first sends the array over the network to check that all processes agree.
     """
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device, so that every process can read the array."""
+    """Returns the layout of a copy on every device, which every process can read."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(boxed, mesh: Mesh):
-    """NamedShardings of a tree whose leaves are flax `Partitioned` boxes or plain (replicated) arrays.
+    """Returns the NamedShardings of a tree whose leaves are flax `Partitioned` boxes or plain (replicated) arrays.
 
     Raises:
       InputError: a dimension is not divisible by the mesh axes it is mapped to.

@@ -1,0 +1,1 @@
+"""HTML reports: the history of a run, figures, and parts of pages."""

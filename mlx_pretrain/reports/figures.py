@@ -1,7 +1,7 @@
-"""The look of reports: colours and type of their plots, numbers in words, pages from templates.
+"""The common style of reports: colours and type of plots, numbers in words, pages from templates.
 
-A plot is drawn once. Inside a page its colours are those of the page's style sheet, light or dark; as a file of its own
-it has the colours below on white, for paper. Needs matplotlib and jinja2, which the extra `data` brings.
+A plot is drawn once. Inside a page it takes the colours of the page's style sheet, light or dark; as a file of its own
+it has the colours below on white, for paper. The module needs matplotlib and jinja2, which the extra `data` brings.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.languages import LANGUAGES, RIGHT_TO_LEFT
 
-# The light colours of style.html.j2, where each has its dark counterpart. No two may be equal, as plots inside a page
-# are coloured by looking for them.
+# The light colours of style.html.j2, where each has its dark counterpart. No two may be equal, as `inline_svg` finds
+# them in the text of a plot.
 INK, MUTED, RULE, PAPER = "#1c1e21", "#63676d", "#dcdcd6", "#ffffff"
 ACCENT, WARM, GREEN = "#0b63a5", "#c8570b", "#2f7d4a"
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", WARM: "warm", GREEN: "green", PAPER: "paper"}
@@ -47,7 +47,7 @@ FIGURE_WIDTH, PAGE_WIDTH = 400, 936
 
 @contextlib.contextmanager
 def plot_style() -> Iterator[None]:
-    """Context in which matplotlib draws in this style, whatever its global settings; they come back after it."""
+    """Lets matplotlib draw in this style inside the block, whatever its global settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -57,7 +57,7 @@ def plot_style() -> Iterator[None]:
 def panel(
     title: str, height: float, left: float = 46, width: float = FIGURE_WIDTH, top: float = 28
 ) -> tuple[Figure, Axes]:
-    """A figure of one plot with fixed margins, so that neighbours align; sizes in CSS pixels.
+    """Returns a figure of one plot with fixed margins, so that neighbours align; sizes in CSS pixels.
 
     The title names the y axis: it reads better than text turned by 90 degrees.
     """
@@ -82,7 +82,7 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> np.ndarray:
 def rows_panel(
     title: str, labels: Sequence[str], row: float = 18, top: float = 28, width: float = FIGURE_WIDTH
 ) -> tuple[Figure, Axes, np.ndarray]:
-    """A plot with a row of `row` CSS pixels per label, and the rows' positions `[labels]`; see `panel`."""
+    """Returns a plot with a row of `row` CSS pixels per label, and the rows' positions `[labels]`; see `panel`."""
     figure, axes = panel(title, top + 44 + row * len(labels), 14 + 6.5 * max(map(len, labels)), width, top)
     return figure, axes, label_rows(axes, labels)
 
@@ -90,7 +90,7 @@ def rows_panel(
 def matrix_panel(
     title: str, rows: Sequence[str], columns: Sequence[str], widths: tuple[float, float], height: float | None = None
 ) -> tuple[Figure, Axes, float]:
-    """Axes for a table of cells with the rows' labels on the left and the columns' on top.
+    """Returns axes for a matrix of cells with the rows' labels on the left and the columns' on top.
 
     Args:
       title: what the cells show.
@@ -127,19 +127,19 @@ def fill_cells(axes: Axes, colours: np.ndarray) -> None:
 
 
 def short_label(name: str, longest: int = 18) -> str:
-    """A name as it stands in a plot: one line, at most `longest` characters, without what no font can show."""
+    """Shortens a name for a plot to one line of at most `longest` characters that fonts can show."""
     name = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split())) or "(none)"
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def legend(axes: Axes, **more: Any) -> None:
-    """The legend, in the line of the title, where no curve can cross it; `more` goes to `Axes.legend`."""
+    """Draws the legend in the line of the title, where no curve can cross it; `more` goes to `Axes.legend`."""
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, columnspacing=1.1, borderaxespad=0.25,
                 handletextpad=0.4, **more)
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG file without what says when and by what it was made."""
+    """Returns the figure as the text of an SVG file, without the time and the program that made it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>| transform=\"rotate\(-0 [^\"]*\"", "", buffer.getvalue(), flags=re.DOTALL)
@@ -147,7 +147,7 @@ def _svg(figure: Figure) -> str:
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as inline SVG: coloured by the page, ids unique to `name`, `label` for screen readers."""
+    """Returns the figure as inline SVG: coloured by the page, ids unique to `name`, `label` for screen readers."""
     text = _svg(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)
@@ -168,7 +168,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
 def save_figure(figure: Figure, folder: epath.PathLike, name: str) -> None:
     """Writes `name`.svg (text as text, in a generic sans serif) and `name`.png (300 dpi) on white, atomically."""
     text = re.sub(r"font-family: [^;\"]*", _FONTS, _svg(figure))
-    # A background of one rectangle; what follows the opening tag lies above it.
+    # The background is a rectangle right after the opening tag, below everything else.
     text = re.sub(r"(<svg[^>]*>)", rf'\1\n<rect width="100%" height="100%" fill="{PAPER}"/>', text, count=1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=300)
@@ -195,7 +195,7 @@ def save_figures(figures: Iterable[tuple[str, Figure, str]], folder: epath.PathL
 
 
 def unit(largest: float) -> tuple[float, str]:
-    """A divisor that makes numbers up to `largest` short, and its name followed by a space, or 1 and nothing."""
+    """Returns a divisor that makes numbers up to `largest` short, and its name with a space; (1, "") for small ones."""
     for divisor, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
         if largest >= divisor:
             return divisor, f"{name} "
@@ -203,12 +203,12 @@ def unit(largest: float) -> tuple[float, str]:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Fixed digits, thousands separated; a dash for None."""
+    """Formats a number with fixed digits and separated thousands; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def compact(value: float | None) -> str:
-    """Three significant digits with k, M, B or T; a dash for None."""
+    """Formats a number with three significant digits and k, M, B or T; a dash for None."""
     if value is None or not math.isfinite(value):
         return number(value)
     for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -218,14 +218,14 @@ def compact(value: float | None) -> str:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """With its sign and two significant digits or `digits` decimals, whichever is more."""
+    """Formats a number with its sign and two significant digits or `digits` decimals, whichever is more."""
     if 1e-9 <= abs(value) < math.inf:
         digits = max(digits, 1 - math.floor(math.log10(abs(value))))
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the two units that matter; a dash for None."""
+    """Formats seconds in the two largest units, e.g. "3 h 05 min"; a dash for None."""
     if seconds is None:
         return "–"
     minutes, seconds = divmod(round(seconds), 60)
@@ -239,7 +239,7 @@ def duration(seconds: float | None) -> str:
 
 
 def render_page(template: epath.PathLike, **values: Any) -> str:
-    """The page that a template makes of `values`, escaped; it may include templates of this package.
+    """Renders a template with `values`, which are escaped; it may include templates of this package.
 
     The functions for numbers above are its filters, and so is every callable among `values`, under its name; it also
     knows `languages` and `right_to_left` of `mlx_pretrain.languages`.

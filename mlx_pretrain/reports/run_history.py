@@ -1,13 +1,13 @@
-"""What a pretraining run left in its folder, checked and summed up.
+"""The records of a pretraining run in its folder, checked and summed up.
 
-    run.json       what was run: version, started (ISO), device, command, model, parameters, sequence_length,
+    run.json       the run: version, started (ISO), device, command, model, parameters, sequence_length,
                    batch_size (sequences per step), steps, rates, train_sequences, token_store, tokenizer_sha256, seed;
-                   changes, optional: what was changed when the run went on, see `data.loader.Mixture`
-    metrics.jsonl  one object per line, with step, "kind" "train", "eval" or "tasks", time (Unix seconds); null is not
-                   finite
+                   changes, optional: settings that were changed when the run was resumed, see `data.loader`
+    metrics.jsonl  one object per line, with step, "kind" ("train", "eval" or "tasks"), time (Unix seconds); null stands
+                   for a number that is not finite
                    train: loss (nats/token), learning_rate, grad_norm, tokens_per_s, mfu (0 to 1),
                      seconds/step, seconds/data (the part of it spent waiting for data), seconds/checkpoint and
-                     seconds/eval (beside it), means per step since the line before, tokens/<language> delivered so far
+                     seconds/eval (in addition to it), means per step since the line before; tokens/<language> so far
                    eval: loss, bits_per_byte (mean over languages), loss/<language>, bits_per_byte/<language>
     samples.jsonl  optional; per line language, prompt, completion, temperature, top_p
 """
@@ -35,11 +35,13 @@ _METRIC = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class History:
-    """metrics.jsonl in order of steps, without what a restart did over.
+class RunHistory:
+    """The lines of metrics.jsonl in order of steps; of steps repeated after a restart the last.
 
     Attributes:
-      train, evals, tasks: the lines of each kind, steps increasing; tasks may be empty, as evals.
+      train: lines of training steps, at least one.
+      evals: lines of evaluations on held-out text.
+      tasks: lines of evaluations on tasks.
     """
 
     train: Sequence[Mapping[str, Any]]
@@ -47,30 +49,38 @@ class History:
     tasks: Sequence[Mapping[str, Any]]
 
 
-def read_history(path: epath.Path) -> History:
-    """Reads metrics.jsonl. Raises InputError naming the line when it is malformed, or has no training step."""
-    kinds: dict[str, list] = {"train": [], "eval": [], "tasks": []}
+def read_history(path: epath.Path) -> RunHistory:
+    """Reads metrics.jsonl.
+
+    Raises:
+      InputError: a line, which the message names, is malformed, or there is no training step.
+    """
+    by_event: dict[str, list] = {"train": [], "eval": [], "tasks": []}
     for number, line in read_jsonl(path):
-        if (kind := line.get("kind")) not in kinds:
+        if (event := line.get("kind")) not in by_event:
             continue
         for name, value in line.items():
             if _METRIC.fullmatch(name) and not isinstance(value, int | float | None):
                 raise InputError(f"{path}:{number}: {name!r} is {value!r}, not a number")
         line = {name: math.nan if value is None else value for name, value in line.items()}
-        if not isinstance(line.get("step"), int) or ("loss" not in line and kind != "tasks"):
-            raise InputError(f"{path}:{number}: a {kind} line needs an integer 'step' and a 'loss'")
-        # After a restart from a checkpoint the steps since then come again: the later line counts.
-        for name, lines in kinds.items():
-            while lines and (lines[-1]["step"] > line["step"] or (name == kind and lines[-1]["step"] == line["step"])):
+        if not isinstance(line.get("step"), int) or ("loss" not in line and event != "tasks"):
+            raise InputError(f"{path}:{number}: a {event} line needs an integer 'step' and a 'loss'")
+        # After a restart from a checkpoint the steps since then come again, and the later line counts.
+        for name, lines in by_event.items():
+            while lines and (lines[-1]["step"] > line["step"] or (name == event and lines[-1]["step"] == line["step"])):
                 lines.pop()
-        kinds[kind].append(line)
-    if not kinds["train"]:
+        by_event[event].append(line)
+    if not by_event["train"]:
         raise InputError(f"{path}: no training step recorded yet")
-    return History(kinds["train"], kinds["eval"], kinds["tasks"])
+    return RunHistory(by_event["train"], by_event["eval"], by_event["tasks"])
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:
-    """Reads run.json. Raises InputError naming it when it is missing, malformed or lacks what the report needs."""
+    """Reads run.json.
+
+    Raises:
+      InputError: the file is missing or malformed, or lacks a field that the report needs.
+    """
     facts = read_json(path, "description of a run")
     if not isinstance(facts, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -90,7 +100,7 @@ def read_run(path: epath.Path) -> dict[str, Any]:
 
 
 def _change(where: str, change: Any) -> dict[str, Any]:
-    """A checked change of a run. One of the rates has "rates" and "sequences"; earlier versions did not record them."""
+    """Checks a change of a run; earlier versions recorded no "rates" and "sequences" for a change of the rates."""
     if not isinstance(change, dict) or not isinstance(change.get("step"), int):
         raise InputError(f"{where}: {change!r} is no object with a 'step'")
     if "rates" not in change:
@@ -101,7 +111,7 @@ def _change(where: str, change: Any) -> dict[str, Any]:
 
 
 def read_samples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
-    """language -> samples of samples.jsonl; empty without that file. Raises InputError when it is malformed."""
+    """Returns language -> samples of samples.jsonl; empty without the file. Raises InputError if it is malformed."""
     samples: dict[str, list[dict[str, Any]]] = {}
     for number, line in read_jsonl(path) if path.exists() else []:
         for name in ("language", "prompt", "completion"):
@@ -112,42 +122,43 @@ def read_samples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def column(lines: Iterable[Mapping[str, Any]], name: str) -> np.ndarray:
-    """One metric over lines, NaN where it is absent: float64 [n_lines]."""
+    """Returns one metric over lines, NaN where it is absent: float64 [n_lines]."""
     return np.array([line.get(name, np.nan) for line in lines], np.float64)
 
 
 def parts_of_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Seconds per step, float64 [n_lines] each; parts that were never recorded count 0."""
+    """Returns part of the work -> seconds per step, float64 [n_lines]; parts that were never recorded count 0."""
     step, data, checkpoint, evaluation = (
         np.nan_to_num(column(lines, f"seconds/{name}")) for name in ("step", "data", "checkpoint", "eval"))
     return {"compute": step - data, "data": data, "checkpoint": checkpoint, "eval": evaluation}
 
 
 def per_language(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The per-language values of a metric: "loss/en" of prefix "loss" under "en"."""
+    """Returns language -> value of a metric, e.g. "en" -> the value of "loss/en" for the prefix "loss"."""
     return {name[len(prefix) + 1 :]: value for name, value in line.items() if name.startswith(f"{prefix}/")}
 
 
 def mean_bits(line: Mapping[str, Any]) -> float | None:
-    """Bits per byte of an eval line, every language counting the same; None when it has none."""
+    """Returns the bits per byte of an eval line, the unweighted mean over languages; None if it has none."""
     values = list(per_language(line, "bits_per_byte").values())
     return line.get("bits_per_byte", statistics.fmean(values) if values else None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Language:
-    """One language's line of the report; None where the run recorded nothing.
+class LanguageSummary:
+    """One language's line of the report; None for numbers that the run did not record.
 
     Attributes:
-      asked, delivered: share of the training tokens over the whole run, 0 to 1.
-      tokens: tokens delivered.
-      epochs: tokens delivered over tokens of unique text.
+      code: its code.
+      target_share, actual_share: share of the training tokens over the whole run, 0 to 1, set by the rates and read.
+      tokens: tokens read.
+      epochs: tokens read over tokens of unique text.
       loss, bits: (before, after) training; nats per token, bits per byte.
     """
 
     code: str
-    asked: float
-    delivered: float | None
+    target_share: float
+    actual_share: float | None
     tokens: int | None
     epochs: float | None
     loss: tuple[float | None, float | None]
@@ -155,10 +166,12 @@ class Language:
 
     @property
     def native(self) -> str:
+        """Its name in the language itself."""
         return LANGUAGES.get(self.code, (self.code,))[0]
 
     @property
     def english(self) -> str:
+        """Its name in English."""
         return LANGUAGES.get(self.code, (self.code,))[-1]
 
     @property
@@ -169,11 +182,12 @@ class Language:
 
     @property
     def measured(self) -> bool:
+        """True if the run evaluated it."""
         return any(value is not None for value in self.bits)
 
     @property
     def change(self) -> float | None:
-        """Bits per byte after over before, minus 1; None when one is missing."""
+        """Bits per byte after training over before, minus 1; None if one is missing."""
         before, after = self.bits
         return after / before - 1 if before and after is not None else None
 
@@ -183,31 +197,34 @@ class Language:
         return self.code.encode("ascii", "replace").decode()
 
 
-class Summary:
-    """The run in numbers.
+class RunSummary:
+    """The numbers of a run.
+
+    Args:
+      facts: the run, see `read_run`.
+      history: its metrics, see `read_history`.
 
     Attributes:
-      tokens: tokens delivered in all.
-      before, after: the eval lines the comparison is between, each None when there is none.
-      languages: lowest final bits per byte first, then by share asked for.
-      deviation: (language, delivered minus asked share, the same in sequences), the largest; None without counts.
-      wall_s: seconds from the start to the last line, pauses included; None when unknown.
-      training_s: seconds in training steps; None when unknown.
-      tokens_per_s, mfu: medians over the run; None when unknown.
+      tokens: training tokens in all.
+      before, after: eval lines that are compared; None if there is none.
+      languages: lowest final bits per byte first, then by target share.
+      deviation: largest deviation: (language, actual minus target share, the same in sequences); None without counts.
+      wall_s: seconds from the start to the last line, pauses included; None if unknown.
+      training_s: seconds in training steps; None if unknown.
+      tokens_per_s, mfu: medians over the run; None if unknown.
       changed: steps after which the rates were changed.
-      unrecorded: the same, where an earlier version changed them, which did not record the former rates; they count as
-        if they had been the later ones.
-      time_shares: part of `parts_of_time` -> share of the time of all; empty when unknown.
+      unrecorded: steps after which an earlier version changed the rates without a record of the former ones, which the
+        target shares leave out.
+      time_shares: part of `parts_of_time` -> share of the time of all parts; empty if unknown.
     """
 
-    def __init__(self, facts: Mapping[str, Any], history: History):
-        """`facts` and `history` as `read_run` and `read_history` return them."""
+    def __init__(self, facts: Mapping[str, Any], history: RunHistory):
         self._facts, self._history = facts, history
         per_step = facts["batch_size"] * facts["sequence_length"]
-        delivered = [sum(per_language(line, "tokens").values()) or line["step"] * per_step for line in history.train]
+        totals = [sum(per_language(line, "tokens").values()) or line["step"] * per_step for line in history.train]
         self._steps = np.array([0, *(line["step"] for line in history.train)], np.float64)
-        self._tokens = np.array([0, *delivered], np.float64)
-        self.tokens = int(delivered[-1])
+        self._tokens = np.array([0, *totals], np.float64)
+        self.tokens = int(totals[-1])
         evals = history.evals
         self.before = evals[0] if len(evals) > 1 or (evals and evals[0]["step"] == 0) else None
         self.after = evals[-1] if evals and evals[-1]["step"] > 0 else None
@@ -228,61 +245,61 @@ class Summary:
         self.time_shares = {name: value / total for name, value in seconds.items()} if total > 0 else {}
 
     def tokens_at(self, steps: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Tokens delivered after each of `steps`: float64 [n]."""
+        """Returns the training tokens after each of `steps`: float64 [n]."""
         return np.interp(steps, self._steps, self._tokens)
 
-    def _asked(self) -> dict[str, float]:
-        """language -> share asked for over the whole run: the rates of its sections, weighted by their tokens."""
+    def _target_shares(self) -> dict[str, float]:
+        """Returns language -> target share over the whole run: the rates of its sections, weighted by their tokens."""
         ends = [(change["sequences"] * self._facts["sequence_length"], change["rates"])
                 for change in self._facts["changes"] if "rates" in change]
-        asked, start = collections.Counter(), 0
+        amounts, start = collections.Counter(), 0
         for end, rates in (*ends, (self.tokens, self._facts["rates"])):
             end = min(end, self.tokens)  # the last steps before a change may have no line yet
             for language, rate in rates.items():
-                asked[language] += rate * (end - start)
+                amounts[language] += rate * (end - start)
             start = end
-        return {language: amount / self.tokens for language, amount in asked.items()}
+        return {language: amount / self.tokens for language, amount in amounts.items()}
 
-    def _languages(self) -> list[Language]:
-        asked, length = self._asked(), self._facts["sequence_length"]
+    def _languages(self) -> list[LanguageSummary]:
+        targets, length = self._target_shares(), self._facts["sequence_length"]
         tokens = per_language(self._history.train[-1], "tokens")
         ends = [line or {} for line in (self.before, self.after)]
         measured = [code for line in ends for code in per_language(line, "bits_per_byte")]
-        found = []
-        for code in dict.fromkeys([*asked, *tokens, *measured]):
+        summaries = []
+        for code in dict.fromkeys([*targets, *tokens, *measured]):
             seen, unique = tokens.get(code), self._facts["train_sequences"].get(code, 0) * length
-            found.append(Language(
-                code=code, asked=asked.get(code, 0.0), tokens=seen,
-                delivered=None if seen is None or not self.tokens else seen / self.tokens,
+            summaries.append(LanguageSummary(
+                code=code, target_share=targets.get(code, 0.0), tokens=seen,
+                actual_share=None if seen is None or not self.tokens else seen / self.tokens,
                 epochs=None if seen is None or not unique else seen / unique,
                 loss=tuple(line.get(f"loss/{code}") for line in ends),
                 bits=tuple(line.get(f"bits_per_byte/{code}") for line in ends)))
 
-        def order(language: Language) -> tuple:
+        def order(language: LanguageSummary) -> tuple:
             final = next((v for v in reversed(language.bits) if v is not None and math.isfinite(v)), math.inf)
-            return final, -language.asked, language.code
+            return final, -language.target_share, language.code
 
-        return sorted(found, key=order)
+        return sorted(summaries, key=order)
 
-    def _deviation(self) -> tuple[Language, float, float] | None:
-        counted = [language for language in self.languages if language.delivered is not None]
+    def _deviation(self) -> tuple[LanguageSummary, float, float] | None:
+        counted = [language for language in self.languages if language.actual_share is not None]
         if len(counted) < 2:
             return None
-        worst = max(counted, key=lambda language: abs(language.delivered - language.asked))
-        difference = worst.delivered - worst.asked
+        worst = max(counted, key=lambda language: abs(language.actual_share - language.target_share))
+        difference = worst.actual_share - worst.target_share
         return worst, difference, difference * self.tokens / self._facts["sequence_length"]
 
     def _wall_s(self) -> float | None:
         times = [line["time"] for line in (*self._history.train, *self._history.evals) if "time" in line]
         if not times:
             return None
-        # A run that was resumed may have started long before the start written down last.
+        # A resumed run may have started long before the start in run.json, which is that of the last process.
         started = parse_time(self._facts["started"])
         return max(times) - min(times + ([started.timestamp()] if started else []))
 
 
 def parse_time(text: str | None) -> datetime.datetime | None:
-    """An ISO date and time, in UTC when it names no zone; None when it is not one."""
+    """Parses an ISO date and time, in UTC if it names no zone; None for other texts."""
     try:
         time = datetime.datetime.fromisoformat(text or "")
     except (TypeError, ValueError):

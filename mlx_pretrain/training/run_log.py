@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from mlx_pretrain.files import read_json, write_json
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.training.goodput import GOODPUT, Clock, open_record, read_goodput
 from mlx_pretrain.training.metric_writer import MetricWriter, SinkFactory
 from mlx_pretrain.training.step_timer import StepTimer
+
+RUN = "run.json"
 
 
 class RunLog(contextlib.AbstractContextManager):
@@ -18,13 +21,13 @@ class RunLog(contextlib.AbstractContextManager):
         self, run_dir: epath.Path, clock: Clock, timer: StepTimer, step: int, sinks: Sequence[SinkFactory] = ()
     ):
         """Opens the files of a run that goes on after `step`, 0 for a new one; `sinks`: see `MetricWriter`."""
-        self._path, self._clock, self._timer, self._first_step = run_dir / GOODPUT, clock, timer, step
+        self._run_dir, self._clock, self._timer, self._first_step = run_dir, clock, timer, step
         self._writer = self._goodput = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(timer)
             if cluster.is_main():
                 self._writer = stack.enter_context(contextlib.closing(MetricWriter(run_dir, step or -1, sinks)))
-                self._goodput = stack.enter_context(contextlib.closing(open_record(self._path)))
+                self._goodput = stack.enter_context(contextlib.closing(open_record(run_dir / GOODPUT)))
             self._stack = stack.pop_all()
 
     def __exit__(self, *details):
@@ -49,6 +52,13 @@ class RunLog(contextlib.AbstractContextManager):
         self.write(step, "train", {**self._timer.measure(step, metrics), **counts})
         self.record_time(step)
 
+    def record_stop(self, step: int, reason: str) -> None:
+        """Prints that a stop rule has ended the run, and writes it into run.json."""
+        self.print(f"step {step}: {reason}")
+        if self._writer is not None:
+            path = self._run_dir / RUN
+            write_json(path, read_json(path) | {"stopped": {"step": step, "reason": reason}})
+
     def flush(self) -> None:
         """Makes the metrics so far durable."""
         if self._writer is not None:
@@ -64,4 +74,4 @@ class RunLog(contextlib.AbstractContextManager):
         if self._goodput is None:
             return ""
         self._goodput.flush()
-        return read_goodput(self._path).text()
+        return read_goodput(self._run_dir / GOODPUT).text()

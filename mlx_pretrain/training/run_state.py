@@ -22,11 +22,11 @@ class RunState:
       restored: the data's state at `first_step`.
       mixture: the training data from `first_step` on; holds the batch size.
       unfinished: names of the evaluators that are due.
+      stop_reason: why a stop rule has ended the run; None: none has.
       tokens: language -> tokens read by this process, in the rows that it counts.
       metrics: the last step's, on the devices.
       evaluation: scalars of the last evaluation on held-out data.
       evaluated_at: step of that evaluation; None: there was none.
-      stop_reason: why a stop rule has ended the run; None: none has.
     """
 
     train: TrainState
@@ -34,12 +34,12 @@ class RunState:
     restored: DataState
     mixture: Mixture
     unfinished: list[str]
+    stop_reason: str | None = None
     first_step: int = dataclasses.field(init=False)
     tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluated_at: int | None = None
-    stop_reason: str | None = None
 
     def __post_init__(self):
         self.first_step = self.step
@@ -83,6 +83,6 @@ def continued_mixture(configured: Mixture, restored: DataState, step: int, run_d
         mixture = saved.continued(configured, step, run_dir)
         return mixture, [change["change"] for change in mixture.changes[len(saved.changes):]]
     mixture, changes = configured.advanced(restored.sequences), []
-    if mixture.since:
+    if mixture.read_since_change:
         changes = ["the checkpoint is of an earlier version, which read the data in another order"]
     return dataclasses.replace(mixture, changes=[{"step": step, "change": change} for change in changes]), changes

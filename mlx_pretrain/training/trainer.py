@@ -23,15 +23,14 @@ from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator, is_due
 from mlx_pretrain.training.finite_check import FiniteCheck
 from mlx_pretrain.training.goodput import Clock
 from mlx_pretrain.training.metric_writer import events_at
-from mlx_pretrain.training.run_log import RunLog
+from mlx_pretrain.training.run_log import RUN, RunLog
 from mlx_pretrain.training.run_state import RunState, continued_mixture
 from mlx_pretrain.training.signals import STOP_CODES, AgreedRequests, Profiler, Stopped, StopRequest
 from mlx_pretrain.training.step_timer import StepTimer
+from mlx_pretrain.training.stop_rules import StopRules
 from mlx_pretrain.training.train_module import TrainModule, jitted_step
 from mlx_pretrain.training.train_state import TrainState, abstract_state, initial_state
 from mlx_pretrain.training.trainer_config import TrainerConfig
-
-RUN = "run.json"
 
 
 class Trainer:
@@ -91,24 +90,30 @@ class Trainer:
                     self._initial_state(abstract), DataState(sequences=0, tokens={}))
                 step = int(train.step)
                 unfinished = self._unfinished(evaluators, restored, step)
-            if step >= config.steps and not unfinished:
+                stop_rules = StopRules(config.stop_rules, run_dir, step or -1)
+                stop_reason = stop_rules.reason()
+            if (step >= config.steps or stop_reason) and not unfinished:
                 if cluster.is_main():
-                    print(f"{run_dir}: nothing left to do, {step} steps are done")
+                    how = f"stopped after step {step}: {stop_reason}" if stop_reason else f"{step} steps are done"
+                    print(f"{run_dir}: nothing left to do, {how}")
                 return {}
 
             mixture, changes = continued_mixture(module.mixture, restored, step, str(run_dir))
             if step == 0:
                 unfinished = [evaluator.name for evaluator in evaluators]
-            state = RunState(train, step, restored, mixture, unfinished)
+            state = RunState(train, step, restored, mixture, unfinished, stop_reason)
             source = module.source(mixture, self._rows)
             batches = loader.batches(source)
             peak_flops = self._peak_flops()
             cluster.on_main(lambda: write_json(run_dir / RUN, self._metadata(mixture, peak_flops)))
             cluster.on_main(lambda: gin_files.save_effective(run_dir / "config.gin"))
-            log = stack.enter_context(RunLog(run_dir, clock, self._timer(step, peak_flops), step, config.sinks))
+            sinks = [*config.sinks, lambda *_: stop_rules]
+            log = stack.enter_context(RunLog(run_dir, clock, self._timer(step, peak_flops), step, sinks))
             profiler = stack.enter_context(Profiler(run_dir / "profile", config.profile_at))
             clock.switch("step")
             self._log_start(log, step, changes)
+            if stop_reason:
+                log.record_stop(step, stop_reason)
             with clock.timed("compile"):
                 function, arguments = jitted_step(config, module, self._optimizer, abstract, mesh)
                 train_step = function.lower(*arguments).compile()
@@ -121,6 +126,7 @@ class Trainer:
                 counted_rows=loader.counted_rows(self._sharding, config.batch_size),
                 finite=FiniteCheck(config, module.metadata, lambda n: source.provenance(n - state.first_step - 1)),
                 evaluators=evaluators,
+                stop_rules=stop_rules,
                 checkpoints=checkpoints,
                 log=log,
                 clock=clock,
@@ -223,6 +229,7 @@ class _Loop:
     counted_rows: np.ndarray
     finite: FiniteCheck
     evaluators: Sequence[Evaluator]
+    stop_rules: StopRules
     checkpoints: Checkpoints
     log: RunLog
     clock: Clock
@@ -236,22 +243,24 @@ class _Loop:
         requests.poll()
         self._evaluate()
         self._leave_if_stopped(saved=state.step > 0)
-        while state.step < config.steps:
-            self._train_step()
+        while state.step < config.steps and not state.stop_reason:
+            self._step()
             last = state.step == config.steps
             if last or is_due(state.step, config.log_every):
                 self._log_metrics()
             state.unfinished += [evaluator.name for evaluator in self.evaluators if evaluator.is_due(state.step, last)]
             requests.poll()
             self._evaluate()
-            if last or is_due(state.step, config.checkpoint_every) or requests.save or requests.stop:
+            due = last or state.stop_reason or is_due(state.step, config.checkpoint_every)
+            if due or requests.save or requests.stop:
                 self._save()
             self._leave_if_stopped(saved=True)
         self._wait_for_saves()
-        self.log.print(f"done: {state.step} steps; {self.log.goodput()}")
+        how = f"stopped by a rule after step {state.step}" if state.stop_reason else f"done: {state.step} steps"
+        self.log.print(f"{how}; {self.log.goodput()}")
         return state.evaluation
 
-    def _train_step(self) -> None:
+    def _step(self) -> None:
         state = self.state
         with self.clock.timed("data"):
             batch, arrays = next(self.batches)
@@ -272,10 +281,14 @@ class _Loop:
         self.log.write_train(state.step, metrics, state.total_tokens())
 
     def _evaluate(self) -> None:
-        """Makes the evaluations that are due; those that a stop cuts short, or forestalls, stay due."""
+        """Makes the evaluations that are due, and asks the stop rules.
+
+        Evaluations that a signal cuts short or prevents stay due.
+        """
         state = self.state
         if not state.unfinished or self.requests.stop:
             return
+        due = set(state.unfinished)
         self.finite.wait()
         with contextlib.suppress(Stopped), self.clock.timed("evaluation"):
             for evaluator in self.evaluators:
@@ -287,6 +300,13 @@ class _Loop:
                 self.log.write(state.step, evaluator.name, metrics)
                 self.log.print(f"step {state.step}: {evaluator.format_metrics(metrics)}")
                 state.unfinished.remove(evaluator.name)
+        if not state.stop_reason and not self.requests.stop and (reason := self.stop_rules.reason()):
+            state.stop_reason = reason
+            self.log.record_stop(state.step, reason)
+            # The run ends with all evaluations; after a restart, an earlier process has made those that are not due.
+            if state.step > state.first_step:
+                state.unfinished += [evaluator.name for evaluator in self.evaluators if evaluator.name not in due]
+                self._evaluate()
 
     def _save(self) -> None:
         """Saves the state, after all steps under way have been checked to be finite."""
@@ -307,7 +327,7 @@ class _Loop:
 
     def _leave_if_stopped(self, saved: bool) -> None:
         state, steps, stop = self.state, self.config.steps, self.requests.stop
-        if not stop or (state.step == steps and not state.unfinished):
+        if not stop or ((state.step == steps or state.stop_reason) and not state.unfinished):
             return
         self.signals.nothing_to_save = False  # this is the orderly way out
         self._wait_for_saves()

@@ -8,8 +8,9 @@ import gin
 import optax
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.training import optimizers
+from mlx_pretrain.training import optimizers, weights_and_biases  # noqa: F401  the second for gin files
 from mlx_pretrain.training.metric_writer import SinkFactory
+from mlx_pretrain.training.stop_rules import StopRule
 from mlx_pretrain.training.weight_average import WeightAverage
 
 
@@ -34,6 +35,7 @@ class TrainerConfig:
       checkpoint_minutes: age of the last checkpoint in minutes at which another is saved; None: by steps alone.
       profile_at: step at which to record a `jax.profiler` trace; SIGUSR1 records one at any time.
       average: @WeightAverage() to keep an exponential moving average of the weights; None: none is kept.
+      stop_rules: rules that may end the run early, e.g. [@EarlyStopping()].
       sinks: further places for the metrics, e.g. [@WeightsAndBiases].
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
@@ -56,6 +58,7 @@ class TrainerConfig:
     checkpoint_minutes: float | None = None
     profile_at: int | None = None
     average: WeightAverage | None = None
+    stop_rules: Sequence[StopRule] = ()
     sinks: Sequence[SinkFactory] = ()
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
 
@@ -69,6 +72,8 @@ class TrainerConfig:
             raise self.config_error("learning_rate", "must be a schedule, e.g. @warmup_cosine()")
         if not callable(self.optimizer):
             raise self.config_error("optimizer", "must be an optimizer, e.g. @adamw")
+        if not all(map(callable, self.stop_rules)):
+            raise self.config_error("stop_rules", "must be a list of rules, e.g. [@EarlyStopping()]")
         if not all(map(callable, self.sinks)):
             raise self.config_error("sinks", "must be a list of sinks, e.g. [@WeightsAndBiases]")
         if self.batch_size % self.microbatches:

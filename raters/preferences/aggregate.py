@@ -1,17 +1,16 @@
-"""Several raters, one preference: how often B is put above A (arXiv 2507.01785, stage 1).
+"""Combines several raters into one preference: how often B is put above A (arXiv 2507.01785, stage 1).
 
     P(A>B) = (1/|N|) sum_n 1[S^n_A > S^n_B]
 
-N are the raters that can say something about the pair: a rater whose score is missing (nan) on either side is left out
-of it. Equal scores count one half for both sides, so that P(A>B) + P(B>A) = 1. (The paper defines neither; both
-conventions are ours.)
+N are the raters that can judge the pair: a rater whose score is missing (nan) on either side is left out. Equal scores
+count one half for both sides, so that P(A>B) + P(B>A) = 1. (The paper defines neither; both conventions are ours.)
 """
 
 import numpy as np
 
 
 def score_preferences(scores: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Each rater's own 1[S_B > S_A].
+    """Returns each rater's own 1[S_B > S_A].
 
     Args:
       scores: float `[raters, documents]`, nan where missing.
@@ -26,7 +25,7 @@ def score_preferences(scores: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.nd
 
 
 def aggregate(preferences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over the raters that can judge.
+    """Returns the mean preference over the raters that can judge, and their number.
 
     Args:
       preferences: float `[raters, pairs]`, each rater's P(B>A), nan where it has none: the indicators of

@@ -1,8 +1,7 @@
-"""Real documents made worse in known ways: what a rater ought to notice, whatever the language.
+"""Makes documents worse in known ways, which a rater should notice in any language.
 
-Every kind works on any script (`mlx_pretrain.data.word_boundaries`) and adds nothing of another language, so that a
-rater
-cannot tell by the language; boilerplate has its own phrases in 21 languages. All of this is our own formulation.
+Every corruption works on any script (`mlx_pretrain.data.word_boundaries`) and adds no text of another language, which
+would give it away; boilerplate has phrases in 21 languages. All of this is our own formulation.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.word_boundaries import join, split_sentences, split_words
 from mlx_pretrain.errors import InputError
 
-# Language -> lines as web pages carry them around their text.
+# Language -> lines that web pages carry around their text.
 _BOILERPLATE = {
     "ar": ("مشاركة على فيسبوك | تغريد", "اقرأ المزيد", "جميع الحقوق محفوظة © 2021",
            "نستخدم ملفات تعريف الارتباط. موافق", "الرئيسية > الأخبار > التالي"),
@@ -62,23 +61,23 @@ _BOILERPLATE = {
            "我们使用 Cookie。同意", "首页 > 新闻 > 下一页"),
 }
 
-_NOISE = 0.15  # characters misread at severity 1
+_NOISE = 0.15  # share of characters misread at severity 1
 _LOOKALIKES = str.maketrans("lI1O0oceS5B8g9Z2uvnm", "1l|0O0ec5S8B9g2Zvumn")
 
 
 def _generator(seed: int, document: Document, purpose: str) -> np.random.Generator:
-    """A stream of its own for a document, the same for its translations."""
+    """Returns a random generator for a document, the same for its translations."""
     key = "\0".join([str(seed), document.source, document.id, purpose])
     return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16]))
 
 
 def _permute(rng: np.random.Generator, units: Sequence[str], severity: float) -> list[str]:
-    """Units of which a share `severity` (two at least) change places with each other."""
+    """Permutes a share `severity` of the units, at least two."""
     units = list(units)
     filled = [i for i, unit in enumerate(units) if unit.strip()]
     count = min(max(math.ceil(severity * len(filled)), 2), len(filled))
     chosen = np.sort(rng.choice(filled, count, replace=False)) if filled else []
-    # Turned by one after the shuffle where that changed nothing.
+    # A shuffle that changes nothing is replaced by a rotation.
     order = rng.permutation(chosen)
     if np.array_equal(order, chosen):
         order = np.roll(order, 1)
@@ -105,21 +104,21 @@ def _insert_lines(rng: np.random.Generator, text: str, new: Iterable[str]) -> st
 
 
 def _boilerplate(rng: np.random.Generator, document: Document, severity: float) -> str:
-    """Up to as many lines of boilerplate as there are lines of text, 12 at least at severity 1."""
+    """Inserts lines of boilerplate, at severity 1 as many as the text has lines and at least 12."""
     phrases = _BOILERPLATE.get(document.language, _BOILERPLATE["en"])
     count = math.ceil(severity * max(document.text.count("\n") + 1, 12))
     return _insert_lines(rng, document.text, (phrases[i] for i in rng.integers(len(phrases), size=count)))
 
 
 def _duplicate(rng: np.random.Generator, document: Document, severity: float) -> str:
-    """Up to as many copies of paragraphs (lines) as there are paragraphs."""
+    """Inserts copies of paragraphs (lines), at severity 1 as many as there are paragraphs."""
     paragraphs = [line for line in document.text.split("\n") if line.strip()]
     count = math.ceil(severity * len(paragraphs))
     return _insert_lines(rng, document.text, (paragraphs[i] for i in rng.integers(len(paragraphs), size=count)))
 
 
 def _truncate(rng: np.random.Generator, document: Document, severity: float) -> str:
-    """Keeps a beginning, at least a tenth, that ends within a sentence."""
+    """Keeps the beginning, at least a tenth of the text, and ends within a sentence."""
     units, gaps = split_sentences(document.text)
     keep = 1 - 0.9 * severity * rng.uniform(0.5, 1)
     ends = np.cumsum([len(unit) + len(gap) for unit, gap in zip(units, gaps)])
@@ -132,23 +131,23 @@ def _truncate(rng: np.random.Generator, document: Document, severity: float) -> 
 
 
 def _misread(rng: np.random.Generator, document: Document, severity: float) -> str:
-    """Characters as a bad scan gives them back: lookalikes, others of the same text, lost, doubled, cut apart."""
+    """Replaces characters as a bad scan does: by lookalikes or others of the text, or lost, doubled, cut apart."""
     text = document.text
     letters = [c for c in text if c.isalpha()]
     if not letters:
         return text
     hit = rng.random(len(text)) < _NOISE * severity
     hit[rng.choice([i for i, c in enumerate(text) if c.isalpha()])] = True
-    kinds, others = rng.integers(5, size=len(text)), rng.integers(len(letters), size=len(text))
+    errors, others = rng.integers(5, size=len(text)), rng.integers(len(letters), size=len(text))
     read = []
-    for character, wrong, kind, other in zip(text, hit, kinds, others):
+    for character, wrong, error, other in zip(text, hit, errors, others):
         if not wrong or character == "\n":
             read.append(character)
-        elif kind <= 1:
-            like = character.translate(_LOOKALIKES)
-            read.append(like if like != character else letters[other])
+        elif error <= 1:
+            lookalike = character.translate(_LOOKALIKES)
+            read.append(lookalike if lookalike != character else letters[other])
         else:
-            read.append(("", character * 2, character + " ")[kind - 2])
+            read.append(("", character * 2, character + " ")[error - 2])
     return "".join(read)
 
 
@@ -162,53 +161,52 @@ CORRUPTIONS: Mapping[str, Callable[[np.random.Generator, Document, float], str]]
 }
 
 
-def corrupt(document: Document, kind: str, severity: float, seed: int = 0) -> Document:
-    """The document made worse.
-
-    Deterministic in (seed, source and id of the document, kind, severity).
+def corrupt(document: Document, corruption: str, severity: float, seed: int = 0) -> Document:
+    """Returns the document made worse, deterministic in (seed, source and id of the document, corruption, severity).
 
     Args:
-      document: with text; a kind that finds nothing to change (one sentence to shuffle) leaves the text as it is.
-      kind: key of CORRUPTIONS.
-      severity: in (0, 1], how much of the document is hit.
-      seed: of all draws.
+      document: document; a text without anything to change (one sentence to shuffle) stays as it is.
+      corruption: key of CORRUPTIONS.
+      severity: share of the document that is hit, in (0, 1].
+      seed: seed of all draws.
 
     Returns:
-      A document with the id "<id>#<kind>", so that corrupted translations of one document stay aligned.
+      A document with the id "<id>#<corruption>", so that corrupted translations of one document stay aligned.
 
     Raises:
-      InputError: unknown kind, or severity out of range.
+      InputError: unknown corruption, or severity out of range.
     """
-    if kind not in CORRUPTIONS:
-        raise InputError(f"corrupt: no kind {kind!r}; there is {', '.join(CORRUPTIONS)}")
+    if corruption not in CORRUPTIONS:
+        raise InputError(f"corrupt: no corruption {corruption!r}; there is {', '.join(CORRUPTIONS)}")
     if not 0 < severity <= 1:
         raise InputError(f"corrupt: severity = {severity!r}: must be in (0, 1]")
     text = document.text
     if text.strip():
-        text = CORRUPTIONS[kind](_generator(seed, document, kind), document, severity)
-    return dataclasses.replace(document, id=f"{document.id}#{kind}", text=text)
+        text = CORRUPTIONS[corruption](_generator(seed, document, corruption), document, severity)
+    return dataclasses.replace(document, id=f"{document.id}#{corruption}", text=text)
 
 
 def corrupt_share(
     documents: Iterable[Document],
     share: float,
-    kinds: Sequence[str] = tuple(CORRUPTIONS),
+    corruptions: Sequence[str] = tuple(CORRUPTIONS),
     severities: tuple[float, float] = (0.2, 1.0),
     seed: int = 0,
 ) -> Iterator[tuple[Document, float]]:
     """Replaces a share of the documents by corrupted ones, the same documents in the same way in every language.
 
     Args:
-      documents: a stream.
-      share: of them to corrupt, in [0, 1].
-      kinds: to draw from.
-      severities: severity is drawn evenly between these two.
-      seed: of all draws.
+      documents: stream of documents.
+      share: share of them to corrupt, in [0, 1].
+      corruptions: keys of CORRUPTIONS to draw from.
+      severities: bounds between which severities are drawn evenly.
+      seed: seed of all draws.
 
     Yields:
-      Each document and the severity of its corruption, 0 for those left alone.
+      Each document and the severity of its corruption, 0 for documents left as they are.
     """
     for document in documents:
         rng = _generator(seed, document, "share")
-        drawn, kind, severity = rng.random(), kinds[rng.integers(len(kinds))], rng.uniform(*severities)
-        yield (corrupt(document, kind, severity, seed), severity) if drawn < share else (document, 0.0)
+        drawn, corruption = rng.random(), corruptions[rng.integers(len(corruptions))]
+        severity = rng.uniform(*severities)
+        yield (corrupt(document, corruption, severity, seed), severity) if drawn < share else (document, 0.0)

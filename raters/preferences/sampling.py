@@ -1,4 +1,4 @@
-"""Which pairs of documents to learn from: spread over the raters' confidence, and evenly over the languages."""
+"""Samples pairs of documents to learn from: in given shares of the raters' confidence, evenly over the languages."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,25 +9,29 @@ from mlx_pretrain.errors import InputError
 from raters.preferences.aggregate import aggregate, score_preferences
 from raters.rater_plugins.base import PairRater
 
-_ROUNDS = 12  # of draws until the rarest margins are given up
-_DRAWS = 4  # candidates per wanted pair and round
+_ROUNDS = 12  # draws until the rarest margins are given up
+_CANDIDATES = 4  # per wanted pair and round
 
 
 @dataclasses.dataclass(frozen=True)
-class Strata:
+class MarginBands:
     """Bands of the confidence margin |P - 0.5|, and the share of the pairs wanted from each.
 
     Attributes:
       edges: least margin of each band, ascending from 0; float `[bands]`.
-      shares: sum to 1; float `[bands]`. Pairs of a band with share 0 are never taken.
+      shares: shares of the pairs, summing to 1; float `[bands]`. Pairs of a band with share 0 are never taken.
     """
 
     edges: np.ndarray
     shares: np.ndarray
 
     @classmethod
-    def of(cls, margins: Mapping[float, float]) -> "Strata":
-        """From least margin -> share. Raises InputError where that is no distribution over [0, 0.5]."""
+    def from_shares(cls, margins: Mapping[float, float]) -> "MarginBands":
+        """Returns the bands of a mapping least margin -> share.
+
+        Raises:
+          InputError: it is not a distribution over [0, 0.5].
+        """
         edges = np.array(sorted(margins), np.float64)
         shares = np.array([margins[edge] for edge in sorted(margins)], np.float64)
         if not len(edges) or edges[0] != 0 or edges[-1] > 0.5 or not (shares >= 0).all() or not shares.sum() > 0:
@@ -35,26 +39,26 @@ class Strata:
         return cls(edges, shares / shares.sum())
 
     def band(self, p_b: np.ndarray) -> np.ndarray:
-        """Index of the band each P(B>A) is in; -1 for nan."""
+        """Returns the index of the band that each P(B>A) is in; -1 for nan."""
         band = np.searchsorted(self.edges, np.abs(p_b - 0.5) + 1e-9, side="right") - 1
         return np.where(np.isnan(p_b), -1, band)
 
     def quotas(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` spread over the bands, rounded at random so that many small counts keep the shares: int `[bands]`."""
+        """Splits `count` by the shares, rounded at random so that many small counts keep them: int `[bands]`."""
         ends = np.floor(np.cumsum(self.shares)[:-1] * count + rng.random()).astype(int)
         return np.diff(np.concatenate([[0], np.minimum(ends, count), [count]]))
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Pairs of documents, by their number in the pool.
+class SampledPairs:
+    """Pairs of documents, by their number.
 
     Attributes:
-      a, b: int `[pairs]`.
+      a, b: numbers of the documents, int `[pairs]`.
       p_b: P(B>A), float `[pairs]`.
-      preferences: of each rater, float `[raters, pairs]`, nan where it has none.
-      judged: candidate pairs that some rater could judge.
-      unjudged: candidate pairs dropped because none could.
+      preferences: each rater's P(B>A), float `[raters, pairs]`, nan where it has none.
+      judged: number of candidate pairs that some rater could judge.
+      unjudged: number of candidate pairs dropped because none could.
     """
 
     a: np.ndarray
@@ -66,7 +70,7 @@ class Drawn:
 
 
 class PairSampler:
-    """Draws pairs of rated documents by the raters' confidence in them."""
+    """Samples pairs of rated documents by the raters' confidence in them."""
 
     def __init__(
         self,
@@ -74,53 +78,53 @@ class PairSampler:
         contents: np.ndarray,
         scores: np.ndarray,
         pair_raters: Sequence[PairRater],
-        strata: Strata,
+        bands: MarginBands,
     ):
         """Takes the ratings.
 
         Args:
-          ids: of the documents.
+          ids: ids of the documents.
           contents: int `[documents]`, equal for documents that are translations of each other.
-          scores: of the raters of single documents, float `[raters, documents]`, nan where missing.
+          scores: scores of the raters of single documents, float `[raters, documents]`, nan where missing.
           pair_raters: raters of pairs; their rows of `preferences` come after those of `scores`.
-          strata: what to take.
+          bands: shares of the confidence margins.
         """
         self._ids, self._contents, self._scores = ids, contents, scores
-        self._pair_raters, self._strata = pair_raters, strata
+        self._pair_raters, self._bands = pair_raters, bands
         codes = {id: code for code, id in enumerate(dict.fromkeys(ids))}
         self._codes, self._n_codes = np.array([codes[id] for id in ids], int), len(codes)
-        # Random pairs would hardly ever be among those that were judged: these are candidates of their own.
-        named = {pair for rater in pair_raters for pair in rater.pairs if pair[0] in codes and pair[1] in codes}
-        self._judged = np.array(sorted((codes[a], codes[b]) for a, b in named), int).reshape(-1, 2)
+        # Random pairs are hardly ever among the judged ones, so these are candidates too.
+        judged = {pair for rater in pair_raters for pair in rater.pairs if pair[0] in codes and pair[1] in codes}
+        self._judged = np.array(sorted((codes[a], codes[b]) for a, b in judged), int).reshape(-1, 2)
 
-    def draw(self, rng: np.random.Generator, count: int, first: np.ndarray, second: np.ndarray) -> Drawn:
+    def draw(self, rng: np.random.Generator, count: int, first: np.ndarray, second: np.ndarray) -> SampledPairs:
         """Draws pairs of one document of `first` and one of `second` with other contents, no pair twice.
 
-        Where a band of margins has too few pairs, the others fill its place.
+        Pairs of other bands replace those that a band lacks.
 
         Args:
-          rng: of all draws.
-          count: pairs wanted; there may be fewer.
-          first, second: numbers of documents to take A and B from.
+          rng: generator of all draws.
+          count: number of pairs wanted; the result may have fewer.
+          first, second: numbers of the documents to take A and B from.
         """
-        quotas = self._strata.quotas(rng, count)
+        quotas = self._bands.quotas(rng, count)
         taken: list[tuple[np.ndarray, ...]] = []  # (codes, bands)
         seen = np.zeros(0, int)
         unjudged = judged = 0
         for round in range(_ROUNDS):
-            codes = self._candidates(rng, round, _DRAWS * count, first, second)
+            codes = self._candidates(rng, round, _CANDIDATES * count, first, second)
             codes = codes[np.sort(np.unique(self._unordered(codes), return_index=True)[1])]
             codes = codes[~np.isin(self._unordered(codes), seen)]
             seen = np.concatenate([seen, self._unordered(codes)])
-            band = self._strata.band(aggregate(self._preferences(codes))[0])
+            band = self._bands.band(aggregate(self._preferences(codes))[0])
             unjudged, judged = unjudged + int((band < 0).sum()), judged + int((band >= 0).sum())
-            usable = (band >= 0) & (self._strata.shares[band] > 0)
+            usable = (band >= 0) & (self._bands.shares[band] > 0)
             taken.append((codes[usable], band[usable]))
-            found = np.bincount(np.concatenate([bands for _, bands in taken]), minlength=len(quotas))
-            if (found >= quotas).all():
+            per_band = np.bincount(np.concatenate([bands for _, bands in taken]), minlength=len(quotas))
+            if (per_band >= quotas).all():
                 break
         codes, band = (np.concatenate(parts) for parts in zip(*taken))
-        # Each band's first ones up to its quota, then whatever comes, in the order of the draws.
+        # First each band's pairs up to its quota, then the others, in the order of the draws.
         rank = np.zeros(len(band), int)
         for i in range(len(quotas)):
             rank[band == i] = np.arange((band == i).sum())
@@ -128,22 +132,21 @@ class PairSampler:
         codes = codes[order]
         preferences = self._preferences(codes)
         a, b = np.divmod(codes, len(self._ids))
-        return Drawn(a, b, aggregate(preferences)[0], preferences, judged, unjudged)
+        return SampledPairs(a, b, aggregate(preferences)[0], preferences, judged, unjudged)
 
     def _candidates(
         self, rng: np.random.Generator, round: int, count: int, first: np.ndarray, second: np.ndarray
     ) -> np.ndarray:
-        """Ordered pairs as a * documents + b; in round 0 those that pair raters judged come first."""
+        """Returns ordered pairs as a * documents + b; in round 0 those that pair raters judged come first."""
         n = len(self._ids)
         a, b = [np.zeros(0, int)], [np.zeros(0, int)]
         if round == 0 and len(self._judged):
             for left, right in (self._judged.T, self._judged.T[::-1]):
-                found = [np.full(self._n_codes, -1) for _ in range(2)]
-                for number, items in zip(found, (first, second)):
-                    number[self._codes[items]] = items
-                both = (found[0][left] >= 0) & (found[1][right] >= 0)
-                a.append(found[0][left[both]])
-                b.append(found[1][right[both]])
+                in_first, in_second = np.full((2, self._n_codes), -1)  # code of an id -> number of the document
+                in_first[self._codes[first]], in_second[self._codes[second]] = first, second
+                both = (in_first[left] >= 0) & (in_second[right] >= 0)
+                a.append(in_first[left[both]])
+                b.append(in_second[right[both]])
             order = rng.permutation(sum(map(len, a)))
             a, b = [np.concatenate(a)[order]], [np.concatenate(b)[order]]
         if len(self._scores) and len(first) and len(second):
@@ -153,25 +156,25 @@ class PairSampler:
         return (a * n + b)[self._contents[a] != self._contents[b]]
 
     def _unordered(self, codes: np.ndarray) -> np.ndarray:
-        """One number for a pair and its reverse."""
+        """Returns the same number for a pair and its reverse."""
         a, b = np.divmod(codes, len(self._ids))
         return np.minimum(a, b) * len(self._ids) + np.maximum(a, b)
 
     def _preferences(self, codes: np.ndarray) -> np.ndarray:
-        """Each rater's P(B>A): float `[raters, pairs]`."""
+        """Returns each rater's P(B>A): float `[raters, pairs]`."""
         a, b = np.divmod(codes, len(self._ids))
         names = [(self._ids[i], self._ids[j]) for i, j in zip(a, b)] if self._pair_raters else []
         return np.concatenate([score_preferences(self._scores, a, b),
                                *(rater.prefers(names)[None] for rater in self._pair_raters)])
 
 
-def spread(count: int, groups: int) -> np.ndarray:
-    """`count` as evenly as can be over `groups`, the first ones getting what is left over: int `[groups]`."""
+def split_evenly(count: int, groups: int) -> np.ndarray:
+    """Splits `count` into `groups` parts that differ by at most one, larger ones first: int `[groups]`."""
     return np.full(groups, count // groups) + (np.arange(groups) < count % groups) if groups else np.zeros(0, int)
 
 
 def language_pairs(languages: Sequence[str]) -> list[tuple[str, str]]:
-    """All pairs of two languages, in an order in which every beginning has each language about equally often."""
+    """Returns all pairs of two languages, ordered so that every prefix has each language about equally often."""
     n = len(languages)
     pairs = [(languages[i], languages[(i + distance) % n]) for distance in range(1, n // 2 + 1) for i in range(n)]
     return list({frozenset(pair): pair for pair in pairs}.values())

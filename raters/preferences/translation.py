@@ -1,62 +1,69 @@
-"""Documents in other languages: what a translator is, and one that reads translations from files."""
+"""Translators, which put documents into other languages, and one that reads translations from a corpus."""
 
+import abc
 import dataclasses
 import sqlite3
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import gin
 import numpy as np
-from etils import epath
 
-from mlx_pretrain.data.documents import Document, match_files, read_documents
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.documents import Document
+from mlx_pretrain.files import sha256
 
 
-class Translator(Protocol):
+class Translator(abc.ABC):
     """Puts documents into other languages; their ids, sources and further fields stay as they are.
 
     Attributes:
-      languages: it can translate into.
+      languages: languages it can translate into.
     """
 
     languages: Sequence[str]
 
-    def covers(self, documents: Sequence[Document], language: str) -> np.ndarray:
-        """Which documents it can put into `language`: bool `[documents]`."""
-        ...
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the translations depend on, as JSON; outputs made with other settings are not kept."""
+        return {"name": type(self).__name__}
 
+    @abc.abstractmethod
+    def covers(self, documents: Sequence[Document], language: str) -> np.ndarray:
+        """Returns True for each document that it can put into `language`: bool `[documents]`."""
+
+    @abc.abstractmethod
     def translate(self, documents: Sequence[Document], language: str) -> list[Document]:
-        """The documents, all of which it covers, in `language`."""
-        ...
+        """Returns the documents, all of which it covers, in `language`."""
 
 
 class DocumentStore:
-    """Documents found by language, source and id, in a temporary file (in $TMPDIR) that goes with the process."""
+    """Documents by language, source and id, in a temporary file (in $TMPDIR) that is deleted with the process."""
 
     def __init__(self):
         self._database = sqlite3.connect("", check_same_thread=False)  # no name: on disk, deleted when closed
         self._database.execute("CREATE TABLE documents (language, source, id, text, UNIQUE (language, source, id))")
 
     def add(self, document: Document) -> bool:
-        """Keeps language, source, id and text; False when there is one of that language, source and id already."""
+        """Stores language, source, id and text; returns False if a document with the same three names is stored."""
         row = (document.language, document.source, document.id, document.text)
         return self._database.execute("INSERT OR IGNORE INTO documents VALUES (?, ?, ?, ?)", row).rowcount == 1
 
     def get(self, language: str, source: str, id: str) -> Document | None:
-        """The document, or None."""
-        found = self._find("text", language, source, id)
-        return Document(id, found[0], language, source) if found else None
+        """Returns the document, or None."""
+        row = self._select("text", language, source, id)
+        return Document(id, row[0], language, source) if row else None
 
     def has(self, language: str, source: str, id: str) -> bool:
-        """Whether there is one; does not read its text."""
-        return self._find("1", language, source, id) is not None
+        """Returns True if the document is stored; does not read its text."""
+        return self._select("1", language, source, id) is not None
 
-    def _find(self, column: str, language: str, source: str, id: str) -> tuple | None:
+    def _select(self, column: str, language: str, source: str, id: str) -> tuple | None:
         query = f"SELECT {column} FROM documents WHERE language = ? AND source = ? AND id = ?"
         return self._database.execute(query, (language, source, id)).fetchone()
 
     def languages(self) -> list[str]:
-        """Sorted."""
+        """Returns the languages of the documents, sorted."""
         return sorted(row[0] for row in self._database.execute("SELECT DISTINCT language FROM documents"))
 
     def close(self) -> None:
@@ -64,47 +71,49 @@ class DocumentStore:
         self._database.close()
 
 
-def with_language(document: Document, path: epath.PathLike) -> Document:
-    """The document with a language: its record's, else what its file's name begins with (de.jsonl.xz)."""
-    return document if document.language else dataclasses.replace(
-        document, language=epath.Path(path).name.partition(".")[0])
-
-
 @gin.configurable
-class AlignedDocuments:
-    """Translations from files: the document with the same id and source in the language wanted.
+class AlignedDocuments(Translator):
+    """Translations from a corpus: the document with the same id and source in the language wanted.
+
+        translator = AlignedDocuments(Corpus("samples/text"))
+        german = translator.translate([document], "de")
 
     Attributes:
-      languages: there are documents in.
-      repeated: documents left out because one of the same language, source and id came before.
+      languages: languages of the documents.
+      repeated: number of documents left out because another has the same language, source and id.
     """
 
-    def __init__(self, documents: str | Sequence[str] = gin.REQUIRED):
+    def __init__(self, corpus: Corpus = gin.REQUIRED):
         """Reads the documents into a temporary file.
 
         Args:
-          documents: path or glob, or several, of files in any languages.
+          corpus: documents in any languages.
 
         Raises:
-          InputError: no file matches, or a file cannot be read.
+          InputError: a file cannot be read.
         """
-        self._store, self.repeated = DocumentStore(), 0
-        for pattern in [documents] if isinstance(documents, str) else documents:
-            for path in match_files(pattern):
-                for document in read_documents(path):
-                    self.repeated += not self._store.add(with_language(document, path))
+        self._store, self.repeated, self._corpus = DocumentStore(), 0, corpus
+        for name in corpus.paths():
+            for document in corpus.read(name):
+                self.repeated += not self._store.add(document)
         self.languages = self._store.languages()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name, and hashes and keys of the documents."""
+        files = {name: sha256(path) for name, path in self._corpus.paths().items()}
+        return {"name": type(self).__name__, "files": files, **self._corpus.settings}
+
     def covers(self, documents: Sequence[Document], language: str) -> np.ndarray:
-        """Which documents have a translation: bool `[documents]`."""
+        """Returns True for each document that has a translation: bool `[documents]`."""
         return np.array([self._store.has(language, d.source, d.id) for d in documents], bool)
 
     def translate(self, documents: Sequence[Document], language: str) -> list[Document]:
-        """Their translations. Raises KeyError for a document that has none."""
-        translated = []
+        """Returns the translations. Raises KeyError for a document that has none."""
+        translations = []
         for document in documents:
-            found = self._store.get(language, document.source, document.id)
-            if found is None:
+            translation = self._store.get(language, document.source, document.id)
+            if translation is None:
                 raise KeyError((language, document.source, document.id))
-            translated.append(dataclasses.replace(found, number=document.number, extra=document.extra))
-        return translated
+            translations.append(dataclasses.replace(translation, number=document.number, extra=document.extra))
+        return translations

@@ -1,50 +1,78 @@
-"""What a rater is: anything that maps documents to scores, or judges pairs of them."""
+"""Base classes of raters: plug-ins that map documents to scores, or judge pairs of documents.
 
+A rater of your own, in a module of your own:
+
+    @gin.configurable
+    class Longest(Rater):
+        name = "longest"
+
+        def score(self, documents):
+            return np.array([float(len(document.text)) for document in documents])
+
+A gin file imports the module and names the rater, for pairs or for bulk scoring:
+
+    import my_raters
+    pairs.raters = [@Longest(), @Heuristics()]
+    score.rater = @Longest()
+"""
+
+import abc
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from mlx_pretrain.data.documents import Document
 
 
-class Rater(Protocol):
-    """Rates documents one by one.
+class Rater(abc.ABC):
+    """Scores documents one by one.
 
-    Only the order of the scores counts when raters are put together (`raters.preferences.aggregate`), so their scale
-    is free. A
-    rater that reads further fields of the records names them in an attribute `fields`.
+    Only the order of the scores counts when raters are combined (`raters.preferences.aggregate`), so their scale is
+    free.
 
     Attributes:
-      name: names the rater in files and reports.
+      name: name of the rater in files and reports.
+      fields: fields of the records, besides those of every document, that the rater reads from `Document.extra`.
     """
 
     name: str
+    fields: Sequence[str] = ()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the scores depend on, as JSON; outputs made with other settings are not kept."""
+        return {"name": self.name}
+
+    @abc.abstractmethod
     def score(self, documents: Sequence[Document]) -> np.ndarray:
-        """Float64 `[documents]`, higher is better, nan where it has no score.
+        """Returns the scores, float64 `[documents]`: higher is better, nan where there is none.
 
         A document's score must not depend, rounding apart, on the others it is scored with.
         """
-        ...
 
 
-class PairRater(Protocol):
+class PairRater(abc.ABC):
     """Judges pairs of documents and knows nothing of single ones.
 
     Attributes:
-      name: names the rater in files and reports.
+      name: name of the rater in files and reports.
       pairs: ids (a, b) of the pairs it can judge, each once, in either order.
     """
 
     name: str
     pairs: Sequence[tuple[str, str]]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the judgements depend on, as JSON; outputs made with other settings are not kept."""
+        return {"name": self.name}
+
+    @abc.abstractmethod
     def prefers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """P(B>A) for pairs of ids (a, b): float64 `[pairs]` in [0, 1], nan where it has no judgement."""
-        ...
+        """Returns P(B>A) for pairs of ids (a, b): float64 `[pairs]` in [0, 1], nan where it has no judgement."""
 
 
 def record_fields(raters: Sequence[Rater | PairRater]) -> tuple[str, ...]:
-    """Fields of the records, besides those of every document, that these raters read."""
+    """Returns the fields of the records, besides those of every document, that some raters read."""
     return tuple(dict.fromkeys(field for rater in raters for field in getattr(rater, "fields", ())))

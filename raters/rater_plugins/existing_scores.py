@@ -1,8 +1,9 @@
-"""Judgements made elsewhere: a column of scores, a file of pairwise verdicts."""
+"""Raters for judgements made elsewhere: a field of scores, or a file of pairwise verdicts."""
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -10,21 +11,30 @@ from etils import epath
 
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_jsonl
+from mlx_pretrain.files import read_jsonl, sha256
+from raters.rater_plugins.base import PairRater, Rater
 
 _PREFERS_SECOND = {"a": 0.0, "tie": 0.5, "b": 1.0}
 
 
 @gin.configurable
-class GivenScores:
-    """Scores that stand in a field of the documents' records."""
+class GivenScores(Rater):
+    """Scores in a field of the documents' records."""
 
     def __init__(self, field: str = gin.REQUIRED, name: str | None = None):
-        """`field`: of the records; `name`: of the rater, by default the field's."""
+        """Args:
+          field: field of the records.
+          name: name of the rater; None: the field's.
+        """
         self.name, self.fields = name or field, (field,)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name and field."""
+        return {"name": self.name, "field": self.fields[0]}
+
     def score(self, documents: Sequence[Document]) -> np.ndarray:
-        """Float64 `[documents]`; nan where the field is missing or not a number (text that spells one is none)."""
+        """Returns float64 `[documents]`; nan where the field is missing or not a number (a numeral in a string)."""
         return np.array([_number(document.extra.get(self.fields[0])) for document in documents], np.float64)
 
 
@@ -33,19 +43,19 @@ def _number(value: object) -> float:
 
 
 @gin.configurable
-class PairJudgements:
+class PairJudgements(PairRater):
     """Pairwise verdicts from a JSONL file, e.g. of a large language model or of people.
 
         {"a": "id 1", "b": "id 2", "winner": "a"}      or "b", or "tie"
 
-    `a` is the document that was shown first. A pair may stand there several times (votes) and in both orders; whoever
-    judges favours a place, so the votes of each order are averaged, and then the two orders with equal weight
-    (arXiv 2507.01785 asks both ways round; the weighting is ours).
+    `a` is the document that was shown first. A pair may have several lines (votes) and both orders. Judges have a
+    position bias, so the votes of each order are averaged, and then the two orders with equal weight (arXiv 2507.01785
+    asks in both orders; the weighting is ours).
 
     Attributes:
-      name: of the rater.
+      name: name of the rater.
       pairs: ids of the judged pairs.
-      one_order: those of them that were judged in one order only: their preference holds the bias for a place.
+      one_order: pairs that were judged in one order only, whose preference holds the position bias.
       first_place: mean preference for the document shown first over the pairs with both orders; 0.5 is unbiased, nan
         without such pairs.
     """
@@ -54,7 +64,7 @@ class PairJudgements:
         """Reads the file.
 
         Raises:
-          InputError: it is missing, empty, or a line is no verdict on two different documents.
+          InputError: it is missing, empty, or a line is not a verdict on two different documents.
         """
         self.name = name
         votes: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -68,24 +78,30 @@ class PairJudgements:
             votes[first, second].append(_PREFERS_SECOND[record["winner"]])
         if not votes:
             raise InputError(f"{path}: empty, there is no judgement in it")
-        shown = {pair: sum(found) / len(found) for pair, found in votes.items()}
+        self._sha256 = sha256(path)
+        by_order = {pair: sum(values) / len(values) for pair, values in votes.items()}
         self._prefers: dict[tuple[str, str], float] = {}
         self.one_order: list[tuple[str, str]] = []
-        places: list[float] = []
-        for (a, b), p_b in shown.items():
+        first_place: list[float] = []
+        for (a, b), p_b in by_order.items():
             if (b, a) in self._prefers:
                 continue
-            if (b, a) in shown:
-                places.append(1 - (p_b + shown[b, a]) / 2)
-                p_b = (p_b + 1 - shown[b, a]) / 2
+            if (b, a) in by_order:
+                first_place.append(1 - (p_b + by_order[b, a]) / 2)
+                p_b = (p_b + 1 - by_order[b, a]) / 2
             else:
                 self.one_order.append((a, b))
             self._prefers[a, b] = p_b
         self.pairs = list(self._prefers)
-        self.first_place = sum(places) / len(places) if places else math.nan
+        self.first_place = sum(first_place) / len(first_place) if first_place else math.nan
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name, and the file's SHA-256."""
+        return {"name": self.name, "sha256": self._sha256}
 
     def prefers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """P(B>A) for pairs of ids (a, b): float64 `[pairs]`, nan where there is no judgement."""
+        """Returns P(B>A) for pairs of ids (a, b): float64 `[pairs]`, nan where there is no judgement."""
         return np.array([self._preference(a, b) for a, b in pairs], np.float64)
 
     def _preference(self, a: str, b: str) -> float:

@@ -1,21 +1,21 @@
-"""Rules of thumb for clean text, after Gopher, C4 and FineWeb, for any script.
+"""Rates documents by rules for clean text, after Gopher, C4 and FineWeb, for any script.
 
-The score is the share of rules that a document passes. The rules are those that need no lists of words of a language,
-with the thresholds of their papers:
+The score is the share of rules that a document passes. They are the rules that need no word lists of a language, with
+the thresholds of their papers:
 
     Gopher   arXiv 2112.11446, tables A1 and section A.1.1
     C4       arXiv 1910.10683, section 2.2
     FineWeb  arXiv 2406.17557, section 3.6
     ours     marked so below
 
-The papers count words of English. Here (ours) a word of a script without spaces is two of its units
-(`mlx_pretrain.data.word_boundaries`), lengths of n-grams are stretched alike, lengths in characters are given in words
-where they stand for a number of words, Hangul syllables count as the two and a half letters they are spelled with, and
-a rule that makes no sense for a document's script is left out of its share.
+The papers count words of English. For other scripts (ours): a word of a script without spaces is two of its units
+(`mlx_pretrain.data.word_boundaries`), and n-grams have as many more units; thresholds in characters that stand for a
+number of words are given in words; a Hangul syllable counts as 2.5 letters; a rule that makes no sense for a script is
+left out of the share.
 
 `datatrove` (0.10.1) has these rules too. It is not used: its filters stop at the first rule that fails instead of
-counting, and those that look at words need spaCy for most languages, further packages for Hindi, Korean, Thai, Chinese
-and Vietnamese, and none of them is among its declared dependencies.
+counting, and those that look at words need spaCy for most languages and further packages for Hindi, Korean, Thai,
+Chinese and Vietnamese, none of which is among its declared dependencies.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -37,8 +38,9 @@ from mlx_pretrain.data.word_boundaries import (
     words,
 )
 from mlx_pretrain.errors import InputError
+from raters.rater_plugins.base import Rater
 
-# Rule -> what is measured must lie in [low, high].
+# Rule -> [low, high], in which the measured value must lie.
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "words": (50, 100_000),  # Gopher
     "mean word length": (3, 10),  # Gopher; characters, not for scripts without spaces
@@ -57,7 +59,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "short lines": (0, 0.67),  # FineWeb; share of lines of at most 5 words (FineWeb: 30 characters)
     "line ends per word": (0, 0.3),  # FineWeb
     "sentences": (3, math.inf),  # C4; not for Thai and its kin
-    "braces and lorem ipsum": (0, 0),  # C4; how many
+    "braces and lorem ipsum": (0, 0),  # C4; number
     "digits": (0, 0.15),  # ours; share of characters that are not white space
     "symbols": (0, 0.05),  # ours; share of characters neither letters, digits, punctuation nor white space
 }
@@ -76,12 +78,12 @@ _SYMBOL = re.compile("[|<>=^~`\\\\\x00-\x08\x0e-\x1f\x7f-\x9f\u2190-\u2bff\ue000
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Heuristics:
+class Heuristics(Rater):
     """Share of the rules in this module that a document passes, in [0, 1].
 
     Attributes:
       bounds: rule -> (low, high) in place of this module's BOUNDS, or None to leave the rule out.
-      name: of the rater.
+      name: name of the rater.
     """
 
     bounds: Mapping[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
@@ -91,19 +93,24 @@ class Heuristics:
         if unknown := sorted(set(self.bounds) - set(BOUNDS)):
             raise InputError(f"Heuristics.bounds: no rule {unknown[0]!r}; there is {', '.join(BOUNDS)}")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name, and the bounds that differ from BOUNDS."""
+        return {"name": self.name, "bounds": dict(self.bounds)}
+
     def score(self, documents: Sequence[Document]) -> np.ndarray:
-        """Float64 `[documents]`; 0 for a document without words."""
+        """Returns float64 `[documents]`; 0 for a document without words."""
         return np.array([self._score(document.text) for document in documents], np.float64)
 
     def _score(self, text: str) -> float:
         bounds = {rule: limits for rule, limits in {**BOUNDS, **self.bounds}.items() if limits is not None}
-        found = {rule: value for rule, value in measure(text).items() if rule in bounds}
-        passed = sum(bounds[rule][0] <= value <= bounds[rule][1] for rule, value in found.items())
-        return passed / len(found) if found else 0.0
+        values = {rule: value for rule, value in measure(text).items() if rule in bounds}
+        passed = sum(bounds[rule][0] <= value <= bounds[rule][1] for rule, value in values.items())
+        return passed / len(values) if values else 0.0
 
 
 def measure(text: str) -> dict[str, float]:
-    """What the rules of BOUNDS are about, of those that apply to the text; none for a text without words."""
+    """Returns rule -> measured value of the rules that apply to a text; none for a text without words."""
     units = words(text)
     if not units:
         return {}
@@ -111,7 +118,7 @@ def measure(text: str) -> dict[str, float]:
     n_words, n_characters = _count_words(units), sum(map(len, units))
     ellipses = sum(map(text.count, _ELLIPSES))
     stretch = len(units) / n_words
-    found = {
+    values = {
         "words": n_words,
         "hashes per word": text.count("#") / n_words,
         "ellipses per word": ellipses / n_words,
@@ -126,18 +133,18 @@ def measure(text: str) -> dict[str, float]:
         **_duplicate_lines(lines),
     }
     for n in (2, 4):
-        found[f"top {n}-gram"] = _top_gram(units, round(n * stretch)) / n_characters
+        values[f"top {n}-gram"] = _top_gram(units, round(n * stretch)) / n_characters
     for n in (5, 10):
-        found[f"duplicate {n}-grams"] = _duplicate_grams(units, round(n * stretch)) / n_characters
+        values[f"duplicate {n}-grams"] = _duplicate_grams(units, round(n * stretch)) / n_characters
     spaced = [unit for unit in units if not is_unspaced(unit) and _LETTER.search(unit)]
     if 2 * len(spaced) > len(units):
         syllables = sum(len(_HANGUL.findall(unit)) for unit in spaced)
         length = sum(map(len, spaced)) + (_LETTERS_PER_SYLLABLE - 1) * syllables
-        found["mean word length"] = length / len(spaced)
+        values["mean word length"] = length / len(spaced)
     if marks_sentences(units):
-        found["punctuated lines"] = sum(map(ends_sentence, lines)) / len(lines)
-        found["sentences"] = sum(map(ends_sentence, split_sentences(text)[0]))
-    return found
+        values["punctuated lines"] = sum(map(ends_sentence, lines)) / len(lines)
+        values["sentences"] = sum(map(ends_sentence, split_sentences(text)[0]))
+    return values
 
 
 def _count_words(units: Sequence[str]) -> float:
@@ -158,13 +165,13 @@ def _grams(units: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _top_gram(units: Sequence[str], n: int) -> int:
-    """Characters in all occurrences of the most frequent n-gram; 0 when none occurs twice."""
+    """Returns the number of characters in all occurrences of the most frequent n-gram; 0 when none occurs twice."""
     (gram, count), = Counter(_grams(units, n)).most_common(1) or [((), 0)]
     return count * sum(map(len, gram)) if count > 1 else 0
 
 
 def _duplicate_grams(units: Sequence[str], n: int) -> int:
-    """Characters in n-grams that occurred before, each character counted once."""
+    """Returns the number of characters in n-grams that occurred before, each character counted once."""
     seen: set[tuple[str, ...]] = set()
     characters, free = 0, 0
     for start, gram in enumerate(_grams(units, n)):

@@ -1,10 +1,11 @@
-"""A language model as judge: would it say yes or no to the text? (AskLLM, arXiv 2402.09668)
+"""Rates documents by a language model that is asked for yes or no (AskLLM, arXiv 2402.09668).
 
 The score is log P(yes) - log P(no) after a prompt that holds the document. (AskLLM takes P(yes) of an
 encoder-decoder; log-odds, the mean over several templates and the cutting of documents are ours.)
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -14,9 +15,10 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model, with_prefix
 from mlx_pretrain.inference.scoring import Request, Scorer
+from raters.rater_plugins.base import Rater
 
-# AskLLM's question (arXiv 2402.09668, page 4), and the same with the options the other way round: models favour a
-# place. Braces are for the document alone.
+# AskLLM's question (arXiv 2402.09668, page 4), and the same with the options in the other order, as models have a
+# position bias. Braces stand for the document alone.
 _QUESTION = """###
 {document}
 ###
@@ -28,16 +30,20 @@ have any harmful, racist, sexist, etc. content.
 OPTIONS:
 """
 TEMPLATES = (_QUESTION + "- yes\n- no\n\nANSWER:", _QUESTION + "- no\n- yes\n\nANSWER:")
-_PLACE = "{document}"
+_PLACEHOLDER = "{document}"
 
 
 @gin.configurable
-class LanguageModelJudge:
-    """Log-odds of one answer against another, from a decoder; what prompts have in common is computed once.
+class LanguageModelJudge(Rater):
+    r"""Log-odds of one answer against another under a decoder; common prefixes of prompts are computed once.
+
+        judge = LanguageModelJudge("SmolLM2-135M-Instruct.gguf", before="<|im_start|>user\n",
+                                   after="<|im_end|>\n<|im_start|>assistant\n", yes="yes", no="no")
+        judge.score([Document("1", "The water boils at 100 degrees.", "en", "")])   # float64 [1]
 
     Attributes:
-      name: of the rater.
-      config: of the decoder.
+      name: name of the rater.
+      config: configuration of the decoder.
     """
 
     def __init__(
@@ -56,29 +62,29 @@ class LanguageModelJudge:
 
         Args:
           model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
-          step: which checkpoint of a run; None: the latest.
+          step: checkpoint of a run; None: the latest.
           templates: prompts with {document} once in each; their scores are averaged.
-          before, after: put around every prompt, e.g. "<|im_start|>user\\n" and "<|im_end|>\\n<|im_start|>assistant\\n"
-            for a model that expects a conversation; its answers begin without a space.
-          yes, no: the answers; of an answer of several tokens, the log-probabilities are summed.
-          max_length: tokens of prompt and answer; at most the model's positions. A document that does not fit is cut
-            at its end.
-          name: of the rater.
+          before, after: text around every prompt, for a chat model (whose answers begin without a space) e.g.
+            "<|im_start|>user\\n" and "<|im_end|>\\n<|im_start|>assistant\\n".
+          yes, no: the answers; the log-probabilities of an answer's tokens are summed.
+          max_length: tokens of prompt and answer, at most the model's positions; longer documents are cut at their end.
+          name: name of the rater.
 
         Raises:
-          InputError: no model there, or prompt and answers do not leave room for a document.
+          InputError: there is no model, or prompt and answers leave no room for a document.
         """
         self.name = name
         loaded = load_language_model(model, step=step)
-        self.config, self._tokenizer = loaded.config, loaded.tokenizer
-        if not templates or any(template.count(_PLACE) != 1 for template in templates):
-            raise InputError(f"LanguageModelJudge.templates = {list(templates)}: each must hold {_PLACE} once")
-        if before.count(_PLACE) or after.count(_PLACE):
-            raise InputError(f"LanguageModelJudge.before and after: {_PLACE} belongs into templates")
-        prompts = [(before + template + after).split(_PLACE) for template in templates]
+        self._model, self.config, self._tokenizer = loaded, loaded.config, loaded.tokenizer
+        if not templates or any(template.count(_PLACEHOLDER) != 1 for template in templates):
+            raise InputError(f"LanguageModelJudge.templates = {list(templates)}: each must hold {_PLACEHOLDER} once")
+        if before.count(_PLACEHOLDER) or after.count(_PLACEHOLDER):
+            raise InputError(f"LanguageModelJudge.before and after: {_PLACEHOLDER} belongs into templates")
+        prompts = [(before + template + after).split(_PLACEHOLDER) for template in templates]
         self._frames = [self._tokenizer.encode_batch(prompt) for prompt in prompts]
         self._frames = [(with_prefix(loaded.prefix_ids, head), tail) for head, tail in self._frames]
         self._answers = self._tokenizer.encode_batch([yes, no])
+        self._prompts = {"prompts": prompts, "answers": [yes, no], "max_length": max_length}
         if not all(map(len, self._answers)) or yes == no:
             raise InputError(f"LanguageModelJudge: yes={yes!r} and no={no!r} must differ and not be empty")
         if not isinstance(max_length, int) or max_length < 1:
@@ -91,8 +97,16 @@ class LanguageModelJudge:
                              f"the model of {model} has {self.config.max_length} positions")
         self._scorer = Scorer(self.config, loaded.params, loaded.mesh, max_length=length)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name, prompts, and fingerprint of the model."""
+        return {"name": self.name, "model": self._model.fingerprint(), "dtype": self.config.dtype, **self._prompts}
+
     def score(self, documents: Sequence[Document]) -> np.ndarray:
-        """Mean over the templates of log P(yes) - log P(no), nats: float64 `[documents]`; nan for an empty document."""
+        """Returns the mean over the templates of log P(yes) - log P(no), nats: float64 `[documents]`.
+
+        Documents without tokens have nan.
+        """
         texts = self._tokenizer.encode_batch([document.text for document in documents])
         requests = [
             Request(np.concatenate([head, text[:room], tail]), answer)

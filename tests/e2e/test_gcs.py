@@ -10,7 +10,7 @@ import pytest
 from mlx_pretrain.data.token_store import MANIFEST, TOKENIZER
 from mlx_pretrain.files import sha256
 from mlx_pretrain.generate import GenerateConfig, generate
-from mlx_pretrain.report import report
+from mlx_pretrain.report import ReportConfig, report
 from tests.e2e.conftest import run, started
 from tests.e2e.test_train import computed
 
@@ -67,7 +67,7 @@ def test_a_run_on_gcs_is_the_run_on_disk_through_kill_9_and_can_be_read(gcs, sto
                                 output=f"{run_dir}/samples.jsonl"))
     assert objects["run/samples.jsonl"].content == (tmp_path / "run" / "samples.jsonl").read_bytes()
     assert json.loads(objects["run/samples.jsonl"].content)["step"] == STEPS
-    report("gs://bucket/run")
+    report(ReportConfig("gs://bucket/run"))
     assert objects["run/report.html"].content_type == "text/html"
     assert b"a b" in objects["run/report.html"].content
 

@@ -48,7 +48,8 @@ def test_the_files_hold_what_the_report_says(made):
     header, rows = read(folder / "pairs.jsonl")
     assert (header["format"], header["version"]) == ("mlx-rater-pairs", 1)
     provenance = header["provenance"]
-    assert provenance["raters"] == ["heuristics", "ngrams"] and len(provenance["sha256"]) == 1
+    assert provenance["raters"] == ["heuristics", "ngrams"]
+    assert list(provenance["inputs"]["documents"]) == ["en.jsonl.xz"]
     assert "NGRAMS = 'ngrams.npz'" in provenance["configuration"]
     counts = collections.Counter(row["kind"] for row in rows)
     for kind, count in counts.items():
@@ -70,27 +71,30 @@ def test_validation_has_other_documents_and_the_held_out_language(made):
 def test_the_multilingual_method(made):
     folder, _ = made
     flags = [flag for flag in FLAGS if "VALIDATION_PAIRS" not in flag]  # which nothing would read
-    ended = run(PAIRS, *flags, "--gin.pairs.method=M", f"--gin.pairs.documents={SAMPLES}/[av][ri].jsonl.xz",
+    ended = run(PAIRS, *flags, "--gin.pairs.method=M", f"--gin.rated/Corpus.files={SAMPLES}/[av][ri].jsonl.xz",
                 "--gin.pairs.heldout_languages=[]", "--gin.PAIRS=m.jsonl", "--gin.pairs.validation_output=None",
                 folder=folder)
     assert ended.code == 0, ended.err
-    assert "left out for want of a translation" in ended.err
+    assert "left out for lack of a translation" in ended.err
     header, rows = read(folder / "m.jsonl")
-    assert header["provenance"]["method"] == "M" and languages(rows) == {"ar", "vi"}
+    assert header["provenance"]["settings"]["method"] == "M" and languages(rows) == {"ar", "vi"}
 
 
 def test_a_killed_run_leaves_the_old_files_and_another_ends_the_same(made, tmp_path):
     folder, _ = made
     names = ("pairs.jsonl", "validation.jsonl")
-    for name in names:
-        (tmp_path / name).write_text("old")
     (tmp_path / "ngrams.npz").write_bytes((folder / "ngrams.npz").read_bytes())
-    with started(PAIRS, *FLAGS, "--gin.pairs.monolingual=9000", folder=tmp_path) as process:
+    assert run(PAIRS, *FLAGS, "--gin.pairs.seed=1", folder=tmp_path).code == 0
+    old = [(tmp_path / name).read_bytes() for name in names]
+    refused = run(PAIRS, *FLAGS, folder=tmp_path)
+    assert refused.code == 1 and "pairs.jsonl: exists, made with settings seed = 1 (now 0)" in refused.err
+    overwrite = "--gin.pairs.overwrite=True"
+    with started(PAIRS, *FLAGS, "--gin.pairs.monolingual=9000", overwrite, folder=tmp_path) as process:
         process.wait_for(lambda: any(tmp_path.glob(".pairs.jsonl.*")))
         process.signal(signal.SIGKILL)
         assert process.end().code == -signal.SIGKILL
-    assert [(tmp_path / name).read_text() for name in names] == ["old", "old"]
-    assert run(PAIRS, *FLAGS, folder=tmp_path).code == 0
+    assert [(tmp_path / name).read_bytes() for name in names] == old
+    assert run(PAIRS, *FLAGS, overwrite, folder=tmp_path).code == 0
     for name in names:
         assert read(tmp_path / name)[1] == read(folder / name)[1]
 

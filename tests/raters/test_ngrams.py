@@ -7,9 +7,10 @@ import pickle
 import numpy as np
 import pytest
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.errors import InputError
-from raters.ngrams import NgramClassifier, train_ngrams
+from raters.ngrams import NgramClassifier, NgramsConfig, main
 from raters.preferences.corruption import corrupt
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples" / "text"
@@ -20,13 +21,17 @@ def write(path, texts) -> str:
     return str(path)
 
 
+def train(good, output, bad=None, **settings):
+    main(NgramsConfig(Corpus(files=str(good)), str(output), bad and Corpus(files=str(bad)), **settings))
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> pathlib.Path:
     """Trained where good texts speak of cats (猫) and bad ones of dogs (犬)."""
     folder = tmp_path_factory.mktemp("ngrams")
     good = write(folder / "good.jsonl", [f"the cat number {i}. 猫が好き" for i in range(30)])
     bad = write(folder / "bad.jsonl", [f"the dog number {i}. 犬が好き" for i in range(10)])
-    train_ngrams(good, str(folder / "model.npz"), bad, features=2**12)
+    train(good, folder / "model.npz", bad, features=2**12)
     return folder / "model.npz"
 
 
@@ -53,8 +58,7 @@ def test_log_odds_follow_the_formula(toy):
 
 def test_classes_of_unlike_size_are_balanced(toy, tmp_path):
     """Thirty good and ten bad: a text that says nothing must not count as good for that, by log 3."""
-    train_ngrams(str(toy.parent / "good.jsonl"), str(tmp_path / "m.npz"), str(toy.parent / "bad.jsonl"),
-                 features=2**12, regularization=10.0)
+    train(toy.parent / "good.jsonl", tmp_path / "m.npz", toy.parent / "bad.jsonl", features=2**12, regularization=10.0)
     assert abs(NgramClassifier(tmp_path / "m.npz").score(documents("zebra"))[0]) < 0.1
 
 
@@ -67,17 +71,32 @@ def test_a_score_does_not_depend_on_the_company(toy):
 
 
 def test_the_same_files_give_the_same_bytes(toy, tmp_path):
-    train_ngrams(str(toy.parent / "good.jsonl"), str(tmp_path / "m.npz"), str(toy.parent / "bad.jsonl"), features=2**12)
+    train(toy.parent / "good.jsonl", tmp_path / "m.npz", toy.parent / "bad.jsonl", features=2**12)
     assert (tmp_path / "m.npz").read_bytes() == toy.read_bytes()
     description = NgramClassifier(toy).description
     assert description["documents"] == {"good": 30, "bad": 10}
-    assert len(description["provenance"]["sha256"]) == 2
+    assert {label: len(files) for label, files in description["provenance"]["inputs"].items()} == {"good": 1, "bad": 1}
+
+
+def test_a_classifier_is_kept_refused_or_replaced(toy, tmp_path, capsys):
+    files = toy.parent / "good.jsonl", tmp_path / "m.npz", toy.parent / "bad.jsonl"
+    train(*files, features=2**12)
+    train(*files, features=2**12)
+    assert "m.npz: made before from the same inputs and settings, kept" in capsys.readouterr().err
+    with pytest.raises(InputError, match="settings features = 4096 \\(now 2048\\); set overwrite=True to replace it"):
+        train(*files, features=2**11)
+    assert files[1].read_bytes() == toy.read_bytes()
+    train(*files, features=2**11, overwrite=True)
+    assert NgramClassifier(files[1]).description["features"] == 2**11
+    files[1].write_text("something else")
+    with pytest.raises(InputError, match="was not made by"):
+        train(*files, overwrite=True)
 
 
 def test_corrupted_copies_stand_in_for_bad_text(tmp_path):
     """On documents it has not seen."""
-    train_ngrams(str(SAMPLES / "train" / "de.jsonl.xz"), str(tmp_path / "m.npz"), features=2**14,
-                 kinds=["shuffled-words", "ocr"])
+    train(SAMPLES / "train" / "de.jsonl.xz", tmp_path / "m.npz", features=2**14,
+          corruptions=["shuffled-words", "ocr"])
     unseen = list(read_documents(SAMPLES / "heldout" / "de.jsonl.xz"))
     rater = NgramClassifier(tmp_path / "m.npz")
     for kind in ("shuffled-words", "ocr"):
@@ -121,5 +140,5 @@ def test_missing_files_and_bad_parameters_are_refused(tmp_path):
     good = write(tmp_path / "good.jsonl", ["a"])
     for change in ({"ngrams": (2, 1)}, {"features": 0}, {"regularization": 0}):
         with pytest.raises(InputError, match="train_ngrams: "):
-            train_ngrams(good, str(tmp_path / "m.npz"), **change)
+            train(good, tmp_path / "m.npz", **change)
     assert not (tmp_path / "m.npz").exists()

@@ -3,21 +3,25 @@
 import collections
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer
-from raters.pairs import FORMAT, KINDS, PairsConfig, Pool, _write, select
-from raters.preferences.translation import AlignedDocuments
+from raters.pairs import PairsConfig, choose_pairs, heldout_mask, main, read_documents, write_pairs
+from raters.preferences.pair_file import FORMAT, PAIR_TYPES
+from raters.preferences.translation import AlignedDocuments, Translator
+from raters.rater_plugins.base import Rater
 from raters.rater_plugins.existing_scores import GivenScores, PairJudgements
 
 LANGUAGES = ("de", "en", "fi", "ja")
 COUNT = 40  # documents; those of Finnish are the first 30
 
 
-class Longest:
+class Longest(Rater):
     """Rates by length, and remembers the languages of what it was given."""
 
     name = "longest"
@@ -44,9 +48,10 @@ def corpus(tmp_path_factory) -> str:
     return str(folder)
 
 
-def config(corpus, **changes) -> PairsConfig:
+def config(folder, **changes) -> PairsConfig:
     settings = {
-        "documents": f"{corpus}/en.jsonl", "raters": [Longest()], "translator": AlignedDocuments(f"{corpus}/*.jsonl"),
+        "corpus": Corpus(files=f"{folder}/en.jsonl"), "raters": [Longest()],
+        "translator": AlignedDocuments(Corpus(files=f"{folder}/*.jsonl")),
         "output": "unused", "monolingual": 200, "cross_lingual": 240, "parallel": 60, "heldout_documents": 0.3,
         "validation": 0.5, "margins": {0.0: 1.0},
     }
@@ -54,9 +59,10 @@ def config(corpus, **changes) -> PairsConfig:
 
 
 def written(made: PairsConfig, tmp_path, validation=False) -> list[dict]:
-    pool = Pool(made)
+    documents = read_documents(made)
+    heldout = heldout_mask(made, documents)
     with atomic_writer(tmp_path / "pairs.jsonl") as file:
-        _write(file, made, pool, select(made, pool, validation))
+        write_pairs(file, made, {}, documents, choose_pairs(made, documents, heldout, validation))
     header, *rows = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
     assert (header["format"], header["version"]) == (FORMAT, 1)
     return rows
@@ -92,7 +98,7 @@ def test_kinds_are_what_they_are_called_and_balanced_over_languages(corpus, tmp_
         }[row["kind"]]
         if row["kind"] == "parallel":
             assert row["p_b"] == 0.5 and row["raters"] == {}
-    for kind in KINDS:
+    for kind in PAIR_TYPES:
         chosen = of(kind, rows)
         counts = collections.Counter(side["lang"] for row in chosen for side in (row["a"], row["b"]))
         assert set(counts) == set(LANGUAGES) and max(counts.values()) - min(counts.values()) <= 2
@@ -111,7 +117,7 @@ def test_validation_documents_are_in_no_training_pair(corpus, tmp_path):
 
     assert not parts(train)[0] & parts(validation)[0]
     assert parts(train)[1] == {"de", "en", "fi"} and parts(validation)[1] == set(LANGUAGES)
-    assert [len(of(kind, validation)) for kind in KINDS[:2]] == [100, 120]
+    assert [len(of(kind, validation)) for kind in PAIR_TYPES[:2]] == [100, 120]
 
 
 def test_named_documents_are_held_out_too(corpus, tmp_path):
@@ -123,11 +129,11 @@ def test_named_documents_are_held_out_too(corpus, tmp_path):
 
 
 def test_multilingual_documents_are_rated_through_english(corpus, tmp_path):
-    made = config(corpus, method="M", documents=[f"{corpus}/de.jsonl", f"{corpus}/fi.jsonl"])
+    made = config(corpus, method="M", corpus=Corpus(files=[f"{corpus}/de.jsonl", f"{corpus}/fi.jsonl"]))
     rows = written(made, tmp_path)
     assert set(made.raters[0].languages) == {"en"}
     assert {side["lang"] for row in rows for side in (row["a"], row["b"])} == {"de", "fi"}
-    assert [len(of(kind, rows)) for kind in KINDS[:2]] == [200, 240] and of("parallel", rows)
+    assert [len(of(kind, rows)) for kind in PAIR_TYPES[:2]] == [200, 240] and of("parallel", rows)
     for row in rows:
         assert all(row[s]["text"] == row[s]["lang"][0] * (COUNT - int(row[s]["id"])) for s in "ab")
         assert (key(row["a"]) == key(row["b"])) == (row["kind"] == "parallel")
@@ -136,11 +142,12 @@ def test_multilingual_documents_are_rated_through_english(corpus, tmp_path):
 
 
 def test_documents_without_a_translation_are_left_out_and_counted(corpus, tmp_path):
-    made = config(corpus, method="M", documents=f"{corpus}/ja.jsonl", rated_language="fi",
+    made = config(corpus, method="M", corpus=Corpus(files=f"{corpus}/ja.jsonl"), rated_language="fi",
                   raters=[GivenScores("grade")])
-    pool = Pool(made)
-    assert len(pool.ids) == 30 and pool.left_out == 10
-    np.testing.assert_array_equal(pool.scores[0], np.arange(30) % 3)  # a field of the document, not of its translation
+    documents = read_documents(made)
+    assert len(documents) == 30 and documents.left_out == 10
+    # The field of the document, not of its translation.
+    np.testing.assert_array_equal(documents.scores[0], np.arange(30) % 3)
 
 
 def test_raters_of_pairs_and_of_documents_stand_together_in_their_order(corpus, tmp_path):
@@ -169,7 +176,7 @@ def test_the_same_seed_gives_the_same_bytes_and_kinds_do_not_disturb_each_other(
     assert sorted(map(json.dumps, of("monolingual", first))) == sorted(map(json.dumps, of("monolingual", fewer)))
 
 
-class Counting:
+class Counting(Translator):
     """A translator that makes its translations, and counts them."""
 
     languages = ("fi", "ja")
@@ -197,13 +204,14 @@ def test_a_translator_is_asked_once_for_each_text_that_is_used(corpus, tmp_path)
 
 def test_what_is_missing_is_reported(corpus, tmp_path):
     made = config(corpus, monolingual=10_000, parallel=10_000)
-    pool = Pool(made)
-    report = select(made, pool, False).report
-    kept = int((~pool.heldout).sum())
-    assert report["monolingual"]["wanted"] == 10_000 > report["monolingual"]["pairs"] > 0
-    assert report["monolingual"]["languages"]["en"] <= kept * (kept - 1) / 2
-    assert report["parallel"]["pairs"] == sum(
-        int((pool.available[~pool.heldout][:, [i, j]].all(axis=1)).sum()) for i in range(4) for j in range(i)
+    documents = read_documents(made)
+    heldout = heldout_mask(made, documents)
+    counts = choose_pairs(made, documents, heldout, False).counts
+    kept = int((~heldout).sum())
+    assert counts["monolingual"]["wanted"] == 10_000 > counts["monolingual"]["pairs"] > 0
+    assert counts["monolingual"]["languages"]["en"] <= kept * (kept - 1) / 2
+    assert counts["parallel"]["pairs"] == sum(
+        int((documents.available[~heldout][:, [i, j]].all(axis=1)).sum()) for i in range(4) for j in range(i)
     )
 
 
@@ -215,29 +223,57 @@ def test_what_is_missing_is_reported(corpus, tmp_path):
     ({"raters": "[@Heuristics()]"}, "pairs.raters = '[@Heuristics()]': must be a list of raters"),
     ({"raters": [GivenScores("x"), GivenScores("x")]}, "each must have a name of its own, not x, x"),
     ({"margins": {0.1: 1}}, "pairs.margins"),
-    ({"languages": ["de", "xx"]}, "pairs.languages: no document can be had in xx"),
+    ({"languages": ["de", "xx"]}, "pairs.languages: no document is available in xx"),
     ({"heldout_languages": LANGUAGES}, "no language is left for training"),
     ({"heldout_ids": "none"}, "none: no such list of ids"),
 ])
 def test_impossible_settings_are_refused(corpus, changes, message):
     with pytest.raises(InputError) as error:
-        Pool(config(corpus, **changes))
+        made = config(corpus, **changes)
+        heldout_mask(made, read_documents(made))
     assert message in str(error.value)
 
 
 def test_documents_in_another_language_are_refused_where_english_is_rated(corpus):
     with pytest.raises(InputError, match=r"de\.jsonl:1: a document in 'de'; the method 'E' rates documents in 'en'"):
-        Pool(config(corpus, documents=f"{corpus}/de.jsonl"))
+        read_documents(config(corpus, corpus=Corpus(files=f"{corpus}/de.jsonl")))
 
 
 def test_ids_that_do_not_tell_documents_apart_are_refused_with_judgements(tmp_path):
     for name, content in (("d", [{"id": "1", "source": s, "text": "x"} for s in "st"]),
                           ("j", [{"a": "1", "b": "2", "winner": "a"}])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
-    made = {"documents": f"{tmp_path}/d.jsonl", "translator": Counting(), "output": "unused"}
-    assert len(Pool(PairsConfig(**made, raters=[Longest()])).ids) == 2
+    made = {"corpus": Corpus(files=f"{tmp_path}/d.jsonl"), "translator": Counting(), "output": "unused"}
+    assert len(read_documents(PairsConfig(**made, raters=[Longest()]))) == 2
     with pytest.raises(InputError, match="id '1' is in two sources"):
-        Pool(PairsConfig(**made, raters=[PairJudgements(tmp_path / "j.jsonl")]))
+        read_documents(PairsConfig(**made, raters=[PairJudgements(tmp_path / "j.jsonl")]))
+
+
+def test_pairs_are_kept_refused_or_replaced(corpus, tmp_path, capsys):
+    paths = {"output": str(tmp_path / "train.jsonl"), "validation_output": str(tmp_path / "validation.jsonl")}
+
+    def contents():
+        return [pathlib.Path(path).read_bytes() for path in paths.values()]
+
+    main(config(corpus, **paths))
+    first = contents()
+    capsys.readouterr()
+    main(config(corpus, **paths))
+    assert contents() == first and capsys.readouterr().err.count("made before from the same inputs") == 2
+    pathlib.Path(paths["validation_output"]).unlink()
+    main(config(corpus, **paths))
+    assert contents() == first
+    for change, message in (({"seed": 1}, r"settings seed = 0 \(now 1\)"),
+                            ({"raters": [GivenScores("grade")]}, "settings raters"),
+                            ({"corpus": Corpus(files=f"{corpus}/[e]n.jsonl"), "method": "M"}, "settings method")):
+        with pytest.raises(InputError, match=message):
+            main(config(corpus, **paths, **change))
+        assert contents() == first
+    main(config(corpus, **paths, seed=1, overwrite=True))
+    assert contents() != first
+    pathlib.Path(paths["output"]).write_text("something else")
+    with pytest.raises(InputError, match=r"train\.jsonl: exists and was not made by raters\.pairs"):
+        main(config(corpus, **paths, overwrite=True))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -12,7 +12,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import optimizers
 from raters import train as rater_training
-from raters.pairs import FORMAT, VERSION
+from raters.preferences.pair_file import FORMAT, VERSION
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
 from raters.train import PairEvaluator, RaterTraining, TrainRaterConfig
 

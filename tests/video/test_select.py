@@ -16,7 +16,7 @@ from video.select import SelectFramesConfig, main, sheet_name
 class Level:
     """Scores frames by their brightness."""
 
-    size, resize_mode = 16, "stretch"
+    size, resize_mode, settings = 16, "stretch", "level"
 
     def __call__(self, video, frames, question):
         return frames[:, 8, 8, 0].astype(np.float32)

@@ -1,8 +1,9 @@
 """Scores candidate frames for a question: by Frame-Voyager's rewards, or by the similarity of frame and question."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import gin
 import jax
@@ -13,7 +14,8 @@ from etils import epath
 from mlx_pretrain.data.token_store import PAD_ID, TOKENIZER
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json
+from mlx_pretrain.files import read_json, sha256
+from mlx_pretrain.inference.language_model import fingerprint
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_params
@@ -30,10 +32,12 @@ class Scorer(Protocol):
     Attributes:
       size: pixels of a side of the frames it takes.
       resize_mode: see `read_frames`.
+      settings: JSON that tells scorers apart, for the record of what frames were chosen by.
     """
 
     size: int
     resize_mode: str
+    settings: Any
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
         """Returns scores float32 `[candidates]`.
@@ -83,14 +87,20 @@ class Voyager:
         """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
         llm, self._config = load_video_llm(video_llm, mesh), checkpoints.load_model(run_dir, VoyagerConfig)
-        trained_for = read_json(epath.Path(run_dir) / "run.json", "run")["labels"]["model"]
-        if trained_for != llm.fingerprint():
+        self._trained_for = read_json(epath.Path(run_dir) / "run.json", "run")["labels"]["model"]
+        if self._trained_for != llm.fingerprint():
             raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
         self.size = llm.config.vision.image_size
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
         self._encode = _KeepLast(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
         self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
         self._rewards = jax.jit(functools.partial(rewards, self._config))
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str]:
+        """Fingerprints of Frame-Voyager and the Video-LLM."""
+        return {"scorer": "Voyager", "video_llm": self._trained_for,
+                "fingerprint": fingerprint(self._params, dataclasses.asdict(self._config))}
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
         tokens, frame_positions = self._prompts([question], len(frames))
@@ -114,12 +124,18 @@ class Similarity:
           step: checkpoint of the run; None: the latest.
         """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
-        config = checkpoints.load_model(run_dir, TowersConfig)
-        params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
+        self._config = config = checkpoints.load_model(run_dir, TowersConfig)
+        self._params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
         self.size, self._length = config.vision.image_size, config.max_length
         self._tokenizer = Tokenizer(epath.Path(run_dir) / TOKENIZER)
-        self._frames = _KeepLast(functools.partial(jax.jit(functools.partial(embed_frames, config)), params))
-        self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), params)
+        self._frames = _KeepLast(functools.partial(jax.jit(functools.partial(embed_frames, config)), self._params))
+        self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), self._params)
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str]:
+        """Fingerprint of the towers and their tokenizer."""
+        return {"scorer": "Similarity", "fingerprint": fingerprint(
+            self._params, dataclasses.asdict(self._config), self._tokenizer.sha256)}
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
         tokens = np.full((1, self._length), PAD_ID, np.int32)
@@ -148,6 +164,11 @@ class Embeddings:
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a safetensors file ({error})") from None
         self._names = set(self._file.keys())
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str]:
+        """Hash of the file."""
+        return {"scorer": "Embeddings", "file": sha256(self._path)}
 
     def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
         frame_vectors, question_vector = self._read(f"video:{video}"), self._read(f"question:{question}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import gin
 import numpy as np
@@ -68,6 +69,12 @@ class Selector:
     def resize_mode(self) -> str:
         """The scorer's mode, see `read_frames`."""
         return self.scorer.resize_mode if self.scorer else "stretch"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the choice depends on besides video and question, as JSON."""
+        scorer = self.scorer and self.scorer.settings
+        return {"scorer": scorer, "choice": self.choice, "candidates": self.candidates, "num_frames": self.num_frames}
 
     def choose(self, video: str, candidates: Candidates, question: str) -> Selection:
         """Chooses from frames that were decoded before."""

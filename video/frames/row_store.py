@@ -17,6 +17,7 @@ import tensorstore as ts
 from etils import epath
 
 from mlx_pretrain import __version__
+from mlx_pretrain.artifacts import is_current
 from mlx_pretrain.data.token_store import zarr3_spec
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic, write_json
@@ -77,10 +78,7 @@ class RowWriter:
         self, content: Mapping[str, Any], items: int, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]
     ) -> list[dict[str, Any]]:
         """Creates or checks the files; returns the lines of rows.jsonl."""
-        if (self.path / SETTINGS).exists():
-            _check_same(self.path / SETTINGS, content)
-        else:
-            write_json(self.path / SETTINGS, content)
+        claim_folder(self.path, content)
         self._arrays = {name: _open(self.path / name, (items, *shape), np.dtype(dtype))
                         for name, (shape, dtype) in arrays.items()}
         lines = [line for _, line in read_jsonl(self.path / ROWS)] if (self.path / ROWS).exists() else []
@@ -162,18 +160,19 @@ class RowStore:
             raise InputError(f"{self.path / name}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _check_same(path: epath.Path, content: Mapping[str, Any]) -> None:
-    """Raises InputError that names the first setting of the file that differs from `content`."""
-    old = read_json(path, "settings")
-    for name in {**old, **content}:
-        if old.get(name) != content.get(name):
-            raise InputError(f"{path}: made with {name} = {_short(old.get(name))}, now it is "
-                             f"{_short(content.get(name))}; use another folder, or delete this one")
+def claim_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
+    """Reserves a folder that fills up over several runs for one choice of settings, by its settings.json.
 
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+    Raises:
+      InputError: it holds results of other settings; names what differs.
+    """
+    folder = epath.Path(folder)
+    if not (folder / SETTINGS).exists():
+        write_json(folder / SETTINGS, settings)
+        return
+    # A damaged file is an error rather than a reason to make it anew: nothing else says what the results belong to.
+    recorded = read_json(folder / SETTINGS, "settings")
+    is_current(folder, recorded, settings, overwrite=None, quiet=not (folder / MANIFEST).exists())
 
 
 def _open(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:

@@ -32,11 +32,12 @@ _CANDIDATES = ("substitution_fading", "saturating_fading", "power_fading", "aggr
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """`L(N, D, rt) = (E + A / N^alpha) rt^-gamma + B rt^-kappa / (D + d0)^beta`, with constants for what does not vary.
+    """`L(N, D, rt) = (E + A / N^alpha) rt^-gamma + B rt^-kappa / (D + d0)^beta`, an `IsolatedFormula` of our own.
 
-    Ours. Languages share the model, so the loss that a language ends at without limit of text rises as its part falls,
-    and share its early training, which depends on the steps made more than on the language's own tokens. With gamma =
-    kappa and d0 = 0 it is `Separable`, with gamma = 0, kappa = beta and d0 = 0 `Chinchilla`.
+    A term in an N or D that does not vary is a constant. Languages share the model, so the final loss of a language
+    with unlimited text rises as its ratio falls, and they share its early training, which depends on the number of
+    steps more than on the language's own tokens. With gamma = kappa and d0 = 0 it is `Separable`, with gamma = 0,
+    kappa = beta and d0 = 0 `Chinchilla`.
 
     Attributes:
       n_varies, d_varies: whether N and D vary in the table.
@@ -71,7 +72,7 @@ class Shared:
 
 @gin.configurable
 class Climb:
-    """`L_i = isolated_i(rt_i)`, `rt_i = r_i + sum_{j != i} T_ij(r_i, r_j, D)`.
+    """The Climb law: `L_i = isolated_i(rt_i)`, `rt_i = r_i + sum_{j != i} T_ij(r_i, r_j, D)`.
 
         fitted = Climb().fit(proxy_runs("runs/sample/proxies"))
         fitted.transfer_family        # "power_fading"

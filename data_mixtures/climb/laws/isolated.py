@@ -60,7 +60,7 @@ class Chinchilla:
 
 @gin.configurable
 class Isolated:
-    """Each language for itself: `L_i = E_i + A_i/N^alpha_i + B_i/(r_i D)^beta_i`.
+    """A law for each language by itself: `L_i = E_i + A_i/N^alpha_i + B_i/(r_i D)^beta_i`.
 
     The monolingual Chinchilla form; to apply it to mixtures is the baseline of arXiv 2509.15556. Rows without the
     language are not fitted.

@@ -39,7 +39,7 @@ class ExponentialFormula:
 
 @gin.configurable
 class MixingLaw:
-    """`L_i = c_i + exp(k_i + t_i . r)` (arXiv 2403.16952, its form M4)."""
+    """The data mixing law: `L_i = c_i + exp(k_i + t_i . r)` (arXiv 2403.16952, its form M4)."""
 
     name = "mixing_law"
 

@@ -50,7 +50,7 @@ class Separable:
 
 @gin.configurable
 class MSL:
-    """`L_i(N, D, p) = (E_i + A_i/N^alpha_i + B_i/D^beta_i) p_i^-gamma_i` (arXiv 2410.12883), p_i = r_i."""
+    """The multilingual scaling law: `L_i = (E_i + A_i/N^alpha_i + B_i/D^beta_i) r_i^-gamma_i` (arXiv 2410.12883)."""
 
     name = "msl"
 

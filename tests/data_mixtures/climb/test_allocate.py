@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_mixtures.climb import allocate as module
-from data_mixtures.climb.allocate import AllocateConfig, Allocator, allocate
+from data_mixtures.climb.allocate import AllocateConfig, Allocator, main
 from data_mixtures.climb.laws import Isolated, LightGBM, StructuredGP
 from data_mixtures.climb.proxy_table import ProxyRuns, make_runs
 from mlx_pretrain.data.rates import load_rates
@@ -33,27 +32,26 @@ def runs() -> ProxyRuns:
                      isolated_losses(ratios, tokens))
 
 
-def run(monkeypatch, folder, **settings) -> dict:
+def run(folder, **settings) -> dict:
     settings = {"output": str(folder), "n_params": 1e6, "tokens": TOKENS, "unique_tokens": UNIQUE, "compared": (),
                 "replicates": 0, "folds": 3, **settings}
-    monkeypatch.setattr(module, "AllocateConfig", lambda: AllocateConfig(**settings))
-    allocate()
+    main(AllocateConfig(**settings))
     return json.loads((folder / "allocation.json").read_text())
 
 
-def test_without_transfer_the_mixture_is_the_closed_form(runs, monkeypatch, tmp_path):
+def test_without_transfer_the_mixture_is_the_closed_form(runs, tmp_path):
     """Minimise sum_i w_i B_i r_i^-beta: r_i is proportional to (w_i B_i)^(1 / (1 + beta))."""
-    found = run(monkeypatch, tmp_path, runs=runs, law=Isolated(starts=4), weights={"fi": 3, "sv": 2, "en": 1})
+    allocation = run(tmp_path, runs=runs, law=Isolated(starts=4), weights={"fi": 3, "sv": 2, "en": 1})
     expected = (np.array([3, 2, 1]) * B) ** (1 / (1 + BETA))
-    np.testing.assert_allclose(found["methods"]["isolated-joint"]["ratios"], expected / expected.sum(), atol=2e-3)
-    np.testing.assert_allclose(found["methods"]["isolated-two-step"]["ratios"], expected / expected.sum(), atol=2e-3)
-    natural = np.array(found["methods"]["natural"]["ratios"])
+    for name in ("isolated-joint", "isolated-two-step"):
+        np.testing.assert_allclose(allocation["methods"][name]["ratios"], expected / expected.sum(), atol=2e-3)
+    natural = np.array(allocation["methods"]["natural"]["ratios"])
     np.testing.assert_allclose(natural, [0.2, 0.3, 0.5])
-    np.testing.assert_allclose(found["methods"]["natural"]["losses"],
+    np.testing.assert_allclose(allocation["methods"]["natural"]["losses"],
                                isolated_losses(natural[None], np.array([TOKENS]))[0], atol=2e-3)
-    assert found["method"] == "isolated-joint"
+    assert allocation["method"] == "isolated-joint"
     assert load_rates(tmp_path / "rates.json") == pytest.approx(
-        dict(zip(LANGUAGES, found["methods"]["isolated-joint"]["ratios"])))
+        dict(zip(LANGUAGES, allocation["methods"]["isolated-joint"]["ratios"])))
 
 
 def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
@@ -63,7 +61,7 @@ def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
     allocator = Allocator(config)
     at_natural = isolated_losses(np.array([[0.2, 0.3, 0.5]]), np.array([TOKENS]))[0]
     expected = (B / at_natural) ** (1 / (1 + BETA))
-    ratios = allocator.solved(allocator.fitted).ratios
+    ratios = allocator.solve(allocator.fitted).ratios
     np.testing.assert_allclose(ratios, expected / expected.sum(), atol=2e-3)
     method = allocator.method(ratios)
     losses = [allocator.predict(fitted, ratios) for fitted in allocator.replicates]
@@ -73,17 +71,17 @@ def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
 
 
 @pytest.mark.parametrize("law", [StructuredGP(draws=2, warm_up=2), LightGBM()])
-def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
+def test_tables_of_ratios_alone(runs, law, tmp_path):
     alone = runs.rows(runs.tokens == TOKENS)
-    found = run(monkeypatch, tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
+    allocation = run(tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
                 replicates=3, allow_poor_law=law.name == "lightgbm")  # too few runs for a leaf: it predicts the mean
-    best = found["methods"][found["method"]]
-    assert found["method"] == {"structured_gp": "structured_gp-joint", "lightgbm": "lightgbm-sampling"}[law.name]
+    best = allocation["methods"][allocation["method"]]
+    assert allocation["method"] == {"structured_gp": "structured_gp-joint", "lightgbm": "lightgbm-sampling"}[law.name]
     assert best["ratios"][2] == pytest.approx(0.25) and min(best["ratios"]) >= 0.15 - 1e-9
     assert max(best["epochs"]) <= 0.3 + 1e-9
     assert best["kkt"] is None if law.name == "lightgbm" else best["kkt"] < 1e-6
-    assert found["transfer"] is None and found["effective"] is None
-    assert found["interval"] == [0.05, 0.95]
+    assert allocation["transfer"] is None and allocation["effective"] is None
+    assert allocation["interval"] == [0.05, 0.95]
     intervals = [best[f"{figure}_{end}"] for figure in ("loss", "ratio") for end in ("low", "high")]
     if law.name == "lightgbm":
         assert intervals == [None] * 4
@@ -93,37 +91,37 @@ def test_tables_of_ratios_alone(runs, law, monkeypatch, tmp_path):
     assert intervals[2][2] == intervals[3][2] == pytest.approx(0.25)  # it is fixed
 
 
-def test_a_law_worse_than_the_mean_recommends_nothing_unless_told_to(runs, monkeypatch, tmp_path, capsys):
+def test_a_law_worse_than_the_mean_recommends_nothing_unless_told_to(runs, tmp_path, capsys):
     """One of ten runs diverged, and stayed finite, in one language."""
     diverged = runs.rows(np.flatnonzero(runs.tokens == TOKENS)[:10])
     diverged.losses[3, 1] = 11000.0
     settings = {"runs": diverged, "law": Isolated(starts=2), "compared": ("lightgbm",)}
     with pytest.raises(InputError, match=r"nothing is written: isolated predicts held-out runs worse than their mean "
                                          r"does: cross-validated R2 .*sv: -"):
-        run(monkeypatch, tmp_path, **settings)
+        run(tmp_path, **settings)
     assert list(tmp_path.iterdir()) == []
     named = "run 'run3' at 1,000,000 tokens: the loss of 'sv' is 1.1e+04, far outside the others' range"
     assert named in capsys.readouterr().err
-    found = run(monkeypatch, tmp_path, **settings, allow_poor_law=True)
+    allocation = run(tmp_path, **settings, allow_poor_law=True)
     assert "WARNING: isolated predicts held-out runs worse than their mean does" in capsys.readouterr().err
-    assert named in found["law"]["notes"][0] and "worse than their mean" in found["law"]["notes"][-1]
+    assert named in allocation["law"]["notes"][0] and "worse than their mean" in allocation["law"]["notes"][-1]
     assert (tmp_path / "rates.json").exists()
 
 
-def test_a_language_of_one_run_only_is_allocated_with_a_note(runs, monkeypatch, tmp_path, capsys):
+def test_a_language_of_one_run_only_is_allocated_with_a_note(runs, tmp_path, capsys):
     ratios = np.array(runs.ratios)
     ratios[3:, 1] = 0
     few = make_runs("made up", LANGUAGES, LANGUAGES, runs.run, runs.n_params, runs.tokens,
                     ratios / ratios.sum(axis=1, keepdims=True),
                     isolated_losses(np.maximum(ratios, 1e-3), runs.tokens))
-    found = run(monkeypatch, tmp_path, runs=few, law=Isolated(starts=2), compared=("msl",))
+    allocation = run(tmp_path, runs=few, law=Isolated(starts=2), compared=("msl",))
     assert "the loss of sv, with fewer than 2 rows" in capsys.readouterr().err
-    assert found["validation"]["isolated"]["r2"][1] is None and found["validation"]["msl"]["r2"][0] > 0.5
-    assert found["predictions"]["predicted"][0][1] is None
-    assert any("3 rows with sv" in note for note in found["law"]["notes"])
+    assert allocation["validation"]["isolated"]["r2"][1] is None and allocation["validation"]["msl"]["r2"][0] > 0.5
+    assert allocation["predictions"]["predicted"][0][1] is None
+    assert any("3 rows with sv" in note for note in allocation["law"]["notes"])
 
 
-def test_bad_settings_and_tables_are_named(runs, monkeypatch, tmp_path):
+def test_bad_settings_and_tables_are_named(runs, tmp_path):
     never = ProxyRuns(**{**vars(runs), "ratios": runs.ratios * [1, 1, 0]})
     for settings, cause in [
         ({"runs": never}, "no run has any en"),
@@ -141,5 +139,29 @@ def test_bad_settings_and_tables_are_named(runs, monkeypatch, tmp_path):
         ({"runs": runs, "fixed": {"xx": 0.5}}, "fixed ratio names xx; the law has fi, sv, en"),
     ]:
         with pytest.raises(InputError, match=cause):
-            run(monkeypatch, tmp_path, **settings)
+            run(tmp_path, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_allocation_is_kept_made_again_or_refused(runs, tmp_path, capsys):
+    output, settings = tmp_path / "climb", {"runs": runs, "law": Isolated(starts=1)}
+    run(output, **settings)
+    (output / "report.html").write_text("the report")
+    rates = (output / "rates.json").read_bytes()
+    run(output, **settings)
+    assert "made before from the same inputs and settings, kept" in capsys.readouterr().err
+    assert (output / "report.html").exists()
+    (output / "methods" / "natural.json").unlink()
+    run(output, **settings)
+    assert "damaged (no methods/natural.json), made again" in capsys.readouterr().err
+    assert (output / "methods" / "natural.json").exists() and (output / "rates.json").read_bytes() == rates
+    with pytest.raises(InputError, match=r"climb: exists, made with settings floor = 0.0 \(now 0.1\); set overwrite"):
+        run(output, **settings, floor=0.1)
+    assert (output / "rates.json").read_bytes() == rates
+    run(output, **settings, floor=0.1, overwrite=True)
+    assert (output / "rates.json").read_bytes() != rates
+    assert not (output / "report.html").exists()  # it showed the former allocation
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="other: exists and was not made by data_mixtures"):
+        run(tmp_path / "other", **settings, overwrite=True)

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_mixtures.climb.plots import Plots, _LogScale, thinning
-from data_mixtures.climb.report import read_allocation, report, share
+from data_mixtures.climb.allocation_file import read_allocation
+from data_mixtures.climb.plot_parts import LogScale, thinning
+from data_mixtures.climb.plots import Plots
+from data_mixtures.climb.report import ReportConfig, main, share
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.reports.figures import ACCENT, RULE, WARM, plot_style
 
@@ -126,7 +128,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     folder = write(tmp_path_factory.mktemp("allocations") / "demo", make_allocation())
-    report(folder)
+    main(ReportConfig(folder))
     return folder
 
 
@@ -203,7 +205,7 @@ def test_a_mixture_that_is_no_better_is_called_so(tmp_path):
     a = make_allocation()
     a["methods"]["climb"]["weighted_loss"] = 3.5
     a["predictions"].update(n_params=[1.2e9] * 24, tokens=[3e10] * 24)
-    report(write(tmp_path, a))
+    main(ReportConfig(write(tmp_path, a)))
     text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
     assert "No gain is expected: the weighted loss is 2.94 % higher than with the natural mixture" in text
     assert "than that gain" not in text and "beyond the proxies" not in text
@@ -231,7 +233,7 @@ def test_names_from_the_file_are_never_markup(tmp_path):
     a["law"]["notes"] = [HOSTILE + "\u0000\ud800"]
     a["languages"][0] = a["targets"][0] = "a\u0001\nb $x^2$ \u202e"
     a["methods"]["climb"]["binding"] = []
-    report(write(tmp_path, a))
+    main(ReportConfig(write(tmp_path, a)))
     page = Page((tmp_path / "report.html").read_text())
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert HOSTILE in page.tables["languages"] and HOSTILE in page.tables["methods"] and HOSTILE in page.tables["laws"]
@@ -254,8 +256,8 @@ def test_relatives_stand_together_in_the_matrix_and_unidentified_pairs_have_no_c
     assert matplotlib.colors.to_hex(losses.get_facecolor()[0]) == WARM
     assert gains.get_facecolor()[0, 3] > 10 * losses.get_facecolor()[0, 3]
     assert matplotlib.colors.to_hex(unknown.get_facecolor()[0]) == RULE and hatched.get_hatch()
-    places = {(order[int(y)], order[int(x)]) for x, y in unknown.get_offsets()}
-    assert places == {("fi", "ru"), ("ru", "fi")}
+    pairs = {(order[int(y)], order[int(x)]) for x, y in unknown.get_offsets()}
+    assert pairs == {("fi", "ru"), ("ru", "fi")}
 
 
 def test_what_a_law_does_not_have_is_left_out(tmp_path):
@@ -266,7 +268,7 @@ def test_what_a_law_does_not_have_is_left_out(tmp_path):
     a["methods"]["regmix"].update(losses=[3.1, 3.2], epochs=None, effective=None)
     a["constraints"] = {"floor": {"fi": 0.1}, "max_epochs": None, "fixed": {}}
     a.update(method="regmix", law={"name": "regmix", "family": None, "notes": []})
-    report(write(tmp_path, a))
+    main(ReportConfig(write(tmp_path, a)))
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"ratios", "losses"}
     page = Page((tmp_path / "report.html").read_text())
     assert page.tables["languages"] == {"Name": ["Ratio", "Expected loss"], "fi Suomi Finnish": ["50.00", "3.100"],
@@ -279,7 +281,7 @@ def test_a_rerun_gives_the_same_files_whatever_the_global_plot_settings(folder, 
     write(tmp_path / "demo", make_allocation())
     with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
-        report(tmp_path / "demo")
+        main(ReportConfig(tmp_path / "demo"))
         assert dict(matplotlib.rcParams) == before
     for file in [folder / "report.html", *(folder / "figures").iterdir()]:
         assert (tmp_path / "demo" / file.relative_to(folder)).read_bytes() == file.read_bytes(), file
@@ -330,7 +332,7 @@ def test_bad_input_is_named_in_one_line_and_the_old_report_stays(tmp_path, alloc
     file.write_text(allocation if isinstance(allocation, str) else json.dumps(allocation))
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(InputError) as error:
-        report(tmp_path)
+        main(ReportConfig(tmp_path))
     # gin adds a line of its own to what passes through a configurable; commands drop it.
     message = str(error.value).splitlines()[0]
     assert message.startswith(f"{file}: ") and named in message
@@ -339,17 +341,17 @@ def test_bad_input_is_named_in_one_line_and_the_old_report_stays(tmp_path, alloc
 
 
 @given(st.lists(st.just(0.0) | st.floats(1e-12, 1), min_size=1, max_size=20), st.integers(2, 7))
-def test_a_logarithmic_axis_has_a_place_for_every_value(values, most):
+def test_a_logarithmic_axis_has_a_place_for_every_value(values, max_ticks):
     values = np.array(values)
-    scale = _LogScale(values)
+    scale = LogScale(values)
     placed = scale.place(values)
     assert (placed >= scale.low).all() and (placed <= scale.high).all() and scale.low > 0
     shown = values >= placed.max() / 1e3
     assert (placed[shown] == values[shown]).all() or not values.any()
     axes = matplotlib.figure.Figure().subplots()
-    scale.apply(axes, "x", most=most)
+    scale.apply(axes, "x", max_ticks=max_ticks)
     ticks = axes.get_xticks()
-    assert len(ticks) <= most + 1 and (ticks >= scale.low).all() and (ticks <= scale.high).all()
+    assert len(ticks) <= max_ticks + 1 and (ticks >= scale.low).all() and (ticks <= scale.high).all()
 
 
 @given(st.floats(1e-9, 1))

@@ -145,7 +145,7 @@ def test_add_bos_token_has_the_last_word(tmp_path, template, settings, prefix):
     again = load_language_model(tmp_path / "out")
     assert again.prefix_ids == prefix
     # Readers that know only tokenizer.json do the same.
-    assert tuple(SubwordTokenizer(tmp_path / "out/tokenizer.json").before.tolist()) == prefix
+    assert tuple(SubwordTokenizer(tmp_path / "out/tokenizer.json").prefix_ids.tolist()) == prefix
 
 
 CHAT = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"

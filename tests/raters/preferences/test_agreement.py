@@ -5,15 +5,16 @@ import pytest
 from scipy import stats
 
 from raters.preferences.agreement import agreement
-from raters.preferences.pair_data import PARALLEL, PairTable
+from raters.preferences.pair_file import PARALLEL
+from raters.preferences.pair_table import PairTable
 
 
-def make_table(documents, preference, kind, language, votes=None, languages=("fi", "ja")):
+def make_table(documents, preference, pair_type, language, votes=None, languages=("fi", "ja")):
     n = len(documents)
     votes = np.full((n, 1), np.nan) if votes is None else np.array(votes, float).reshape(n, -1)
     return PairTable(
         path=None, tokens=np.zeros(0, np.int32), starts=np.zeros(1, np.int64), documents=np.array(documents),
-        preference=np.array(preference, np.float32), kind=np.array(kind, np.int8),
+        preference=np.array(preference, np.float32), pair_type=np.array(pair_type, np.int8),
         language=np.array(language, np.int16), languages=list(languages),
         raters=[f"rater{i}" for i in range(votes.shape[1])], votes=votes)  # fmt: skip
 

@@ -112,8 +112,8 @@ def test_texts_with_nothing_to_corrupt_pass(text):
         assert isinstance(corrupt(Document("x", text, "en", ""), kind, 1.0).text, str)
 
 
-def test_unknown_kinds_and_severities_are_refused():
-    with pytest.raises(InputError, match="no kind 'x'; there is shuffled-words"):
+def test_unknown_corruptions_and_severities_are_refused():
+    with pytest.raises(InputError, match="no corruption 'x'; there is shuffled-words"):
         corrupt(THAI, "x", 0.5)
     for severity in (0, 1.5):
         with pytest.raises(InputError, match="severity"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_pretrain.errors import InputError
-from raters.preferences.sampling import PairSampler, Strata, language_pairs, spread
+from raters.preferences.sampling import MarginBands, PairSampler, language_pairs, split_evenly
 from raters.rater_plugins.existing_scores import PairJudgements
 
 MARGINS = {0.0: 0.2, 0.1: 0.3, 0.4: 0.5}
@@ -24,7 +24,7 @@ def scores() -> np.ndarray:
 
 
 def sampler(scores, margins=MARGINS, pair_raters=(), contents=EVERY):
-    return PairSampler(IDS, contents, scores, pair_raters, Strata.of(margins))
+    return PairSampler(IDS, contents, scores, pair_raters, MarginBands.from_shares(margins))
 
 
 def draw(made, count, first=EVERY, second=EVERY, seed=0):
@@ -104,7 +104,7 @@ def test_judged_pairs_are_found_though_they_are_rare(tmp_path, scores):
 def test_small_groups_keep_the_shares():
     """Nine pairs for each of many pairs of languages: rounding each the same way would shift the mix."""
     rng = np.random.default_rng(0)
-    quotas = np.array([Strata.of(MARGINS).quotas(rng, 9) for _ in range(2000)])
+    quotas = np.array([MarginBands.from_shares(MARGINS).quotas(rng, 9) for _ in range(2000)])
     assert (quotas.sum(axis=1) == 9).all() and (quotas >= 0).all()
     np.testing.assert_allclose(quotas.mean(axis=0), [1.8, 2.7, 4.5], atol=0.05)
 
@@ -112,7 +112,7 @@ def test_small_groups_keep_the_shares():
 @pytest.mark.parametrize("wrong", [{}, {0.1: 1.0}, {0.0: -1.0, 0.2: 2.0}, {0.0: 0.0}, {0.0: 0.5, 0.6: 0.5}])
 def test_impossible_margins_are_refused(wrong):
     with pytest.raises(InputError, match=r"pairs\.margins"):
-        Strata.of(wrong)
+        MarginBands.from_shares(wrong)
 
 
 @pytest.mark.parametrize("n", range(0, 8))
@@ -127,4 +127,5 @@ def test_pairs_of_languages_are_complete_and_every_beginning_is_balanced(n):
 
 
 def test_counts_are_spread_evenly():
-    assert spread(11, 4).tolist() == [3, 3, 3, 2] and spread(2, 3).tolist() == [1, 1, 0] and spread(5, 0).tolist() == []
+    assert split_evenly(11, 4).tolist() == [3, 3, 3, 2] and split_evenly(2, 3).tolist() == [1, 1, 0]
+    assert split_evenly(5, 0).tolist() == []

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from raters.preferences.translation import AlignedDocuments, DocumentStore
 
@@ -18,7 +19,7 @@ def aligned(tmp_path) -> AlignedDocuments:
           {"id": "1", "source": "t", "lang": "fi", "text": "muu"},
           {"id": "1", "source": "s", "lang": "fi", "text": "again"})
     write("de.part.jsonl", {"id": "1", "source": "s", "text": "eins"}, {"id": "2", "source": "s", "text": "zwei"})
-    return AlignedDocuments([str(tmp_path / "all.jsonl"), str(tmp_path / "de.*")])
+    return AlignedDocuments(Corpus(files=[str(tmp_path / "all.jsonl"), str(tmp_path / "de.*")]))
 
 
 def test_the_document_of_the_same_id_and_source_is_the_translation(aligned):

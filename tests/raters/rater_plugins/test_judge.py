@@ -14,7 +14,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, logits
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints, optimizers
-from mlx_pretrain.training.checkpoints import Checkpoints, Progress
+from mlx_pretrain.training.checkpoints import Checkpoints, DataState
 from mlx_pretrain.training.train_state import abstract_state, initial_state
 from raters.rater_plugins.judge import LanguageModelJudge
 
@@ -39,7 +39,7 @@ def run_dir(tiny_config, tmp_path_factory) -> str:
     with partitioning.use(mesh):
         state = initial_state(config, optimizer, 5, abstract_state(config, optimizer, mesh))
     saver = Checkpoints(folder / "run")
-    saver.save(7, state, Progress(0, {}), {})
+    saver.save(7, state, DataState(0, {}), {})
     saver.close()
     checkpoints.save_model(folder / "run", config, f"{prefix}.model")
     return str(folder / "run")
@@ -53,7 +53,7 @@ def judge(run_dir, **changes) -> LanguageModelJudge:
 def forward(run_dir):
     """Log-probabilities `[length, vocab]` of the tokens after each position of one sequence, padded to the model's."""
     rater = judge(run_dir)
-    params = jax.device_get(rater._scorer._params)
+    params = jax.tree.map(jnp.asarray, jax.device_get(rater._scorer._params))
 
     @jax.jit
     def run(tokens):

@@ -40,9 +40,9 @@ def test_goes_on_where_it_was_and_reads_back(tmp_path):
 
 def test_other_settings_or_items_are_refused(tmp_path):
     writer(tmp_path)
-    with pytest.raises(InputError, match=r"settings\.json: made with seed = 1, now it is 2"):
+    with pytest.raises(InputError, match=r"exists, made with seed = 1 \(now 2\); name another output"):
         writer(tmp_path, {"seed": 2})
-    with pytest.raises(InputError, match="made with items = 3, now it is 4"):
+    with pytest.raises(InputError, match=r"made with items = 3 \(now 4\)"):
         writer(tmp_path, items=4)
 
 
@@ -63,7 +63,7 @@ def test_rows_of_an_older_version_are_neither_read_nor_added_to(tmp_path):
     whole.add("a", row(1))
     settings = json.loads((tmp_path / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({**settings, "version": 1}))
-    with pytest.raises(InputError, match=r"settings\.json: made with version = 1, now it is 2; use another folder"):
+    with pytest.raises(InputError, match=r"exists, made with version = 1 \(now 2\); name another output"):
         writer(tmp_path)
     whole.complete()
     with pytest.raises(InputError, match=r"tests of version 1, now it is 2; make them again") as error:

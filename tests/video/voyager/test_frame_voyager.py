@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -84,7 +85,7 @@ def test_rewards_see_question_and_earlier_frames(config, params, frame_tokens):
     voyager = VoyagerConfig(decoder, frame_tokens, head_dim=8)
     layout = abstract_params(voyager, jax.tree.leaves(params)[0].sharding.mesh)
     rng = np.random.default_rng(0)
-    head = jax.tree.map(lambda like: rng.normal(size=like.shape).astype(np.float32), layout["head"])
+    head = jax.tree.map(lambda like: jnp.float32(rng.normal(size=like.shape)), layout["head"])
     assert jax.tree.structure({"decoder": decoder_params, "head": head}) == jax.tree.structure(layout)
     assert voyager.parameters() == sum(leaf.size for leaf in jax.tree.leaves(layout))
     features = rng.normal(size=(1, 5, 4, 32)).astype(np.float32)
@@ -112,7 +113,7 @@ def test_rewards_see_question_and_earlier_frames(config, params, frame_tokens):
 
 def test_bottom_layers_are_the_first_ones(config, params):
     decoder, decoder_params = bottom_layers(config, params, 2)
-    tokens = np.arange(10, dtype=np.int32)[None]
+    tokens = jnp.arange(10, dtype=jnp.int32)[None]
     short, _ = Decoder(decoder).apply({"params": decoder_params}, tokens, tokens)
     same = {**params["decoder"], "layers": jax.tree.map(lambda x: x.at[2].set(0), params["decoder"]["layers"])}
     long, _ = Decoder(config.decoder).apply({"params": same}, tokens, tokens)  # a layer of zeros adds nothing

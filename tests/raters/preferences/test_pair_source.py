@@ -7,7 +7,9 @@ import pytest
 
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID
 from mlx_pretrain.errors import InputError
-from raters.preferences.pair_data import PARALLEL, PairSource, pair_mixture, read_pairs
+from raters.preferences.pair_file import PARALLEL
+from raters.preferences.pair_source import PairSource, pair_mixture
+from raters.preferences.pair_table import read_pairs
 
 HEADER = {"format": "mlx-rater-pairs", "version": 1, "provenance": {}}
 
