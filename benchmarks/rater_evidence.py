@@ -253,9 +253,10 @@ def pretraining(
     command("data_mixtures.tokenizer", Corpus__root=work / "web_clean", train_tokenizer__corpus="@Corpus()",
             train_tokenizer__output=work / "web_tokenizer.model", train_tokenizer__vocab_size=2048)
     command("raters.score",
-            score__documents=[str(web / "*.jsonl")], score__output=work / "scores", score__rater="@QualityScorer()",
-            QualityScorer__run_dir=rater)
-    half = {"select__documents": web / "*.jsonl", "select__scores": work / "scores", "select__fraction": 0.5}
+            Corpus__files=web / "*.jsonl", score__corpus="@Corpus()", score__output=work / "scores",
+            score__rater="@QualityScorer()", QualityScorer__run_dir=rater)
+    half = {"Corpus__files": web / "*.jsonl", "select__corpus": "@Corpus()", "select__scores": work / "scores",
+            "select__fraction": 0.5}
     command("raters.select", select__output=work / "best half", **half)
     command("raters.select", select__output=work / "best half of each source", select__per_source=True, **half)
     command("raters.select", select__output=work / "random half", select__temperature=1e6, **half)

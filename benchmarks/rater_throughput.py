@@ -91,7 +91,7 @@ def ours(folder: str, dtype: str, rows: list[np.ndarray], tokens: int) -> tuple[
     from mlx_pretrain.inference.bulk import BulkInference, default_buckets, pack
     from mlx_pretrain.models.encoder import Encoder
     from mlx_pretrain.parallel import partitioning
-    from raters.score import TOKENS_PER_BATCH
+    from raters.scoring.quality_scorer import TOKENS_PER_BATCH
 
     config, params = load_encoder(folder, dtype)
     encode = lambda params, tokens, segments: Encoder(config).apply(  # noqa: E731
@@ -167,7 +167,7 @@ def spawn(python: str, **given) -> float:
 def padding_efficiency() -> float:
     """Of all the lengths in one window, with the buckets and batches measured here."""
     from mlx_pretrain.inference.bulk import default_buckets, pack
-    from raters.score import TOKENS_PER_BATCH
+    from raters.scoring.quality_scorer import TOKENS_PER_BATCH
 
     lengths = np.load(LENGTHS)
     rows = {bucket: max(TOKENS_PER_BATCH["cpu"] // bucket, 1) for bucket in default_buckets(MAX_LENGTH)}

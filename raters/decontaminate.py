@@ -2,14 +2,13 @@
 
 A document is hit by an item when they share an n-gram of normalised words: 13 words by default, and a shorter item
 whole down to 8 words, as in GPT-3 (arXiv 2005.14165, appendix C). In scripts without spaces the n-grams are of
-characters, two for a word (our choice). A document that is hit goes as a whole, where GPT-3 cut out the surroundings;
-n-grams that many documents share are not excused, but the report lists the most frequent, so that a set phrase can be
-told from a leak.
+characters, two for a word (our choice). A document that is hit is removed as a whole, where GPT-3 cut out the
+surroundings; n-grams that many documents share count, too, but the report lists the most frequent, so that a set phrase
+can be told from a leak.
 
-Writes a removal list and a report, see `raters.filtering.stages`; removed.jsonl names the items and what was
-matched, and
-items.jsonl each item that was found, with its documents. Processes may share the files (`--shard=I/N`, or a SLURM
-array); the command without `--shard` completes their work.
+Writes a removal list and a report, see `raters.filtering.removal_command`; removed.jsonl names the items and the
+n-grams they share, items.jsonl each item that was found, with its documents. Processes may share the files
+(`--shard=I/N`, or a SLURM array); the command without `--shard` completes their work.
 """
 
 import collections
@@ -27,48 +26,42 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.data.word_boundaries import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_jsonl, sha256, write_json
-from mlx_pretrain.parallel import cluster
-from raters.filtering import shingles, stages
+from mlx_pretrain.files import read_jsonl
+from raters.filtering import shingles
+from raters.filtering.record_files import UnreadableRecords
+from raters.filtering.removal_command import RemovalCommand, RemovalConfig
+from raters.filtering.removal_lists import removal_entry
+from raters.log import log
 
 ITEMS = "items.jsonl"
-_SHOWN = 20  # most frequent n-grams in the report
-_MOST_ITEMS, _MOST_DOCUMENTS = 10, 100  # named for one document, for one item
+_FREQUENT_NGRAMS = 20  # in the report
+_MAX_ITEMS, _MAX_DOCUMENTS = 10, 100  # named for one document, for one item
 
 
 @gin.configurable("decontaminate")
 @dataclasses.dataclass(frozen=True)
-class DecontaminateConfig:
-    """What is a hit.
+class DecontaminateConfig(RemovalConfig):
+    """Parameters of the search for evaluation items.
 
     Attributes:
-      documents: path or glob of the training documents.
       items: paths or globs of the evaluation items: .jsonl, or text (.txt, also compressed) with an item per line.
-      output: folder for the removal list and the report.
       item_fields: fields of a JSONL item whose texts are looked for, each by itself, e.g. ("question", "context"); a
         list in a field gives a text for each of its members.
-      item_id: field that names a JSONL item; its line, where there is no such field.
-      exclude: removal lists; their documents are passed over.
-      ngram: words of an n-gram; least_words: shorter texts of items are passed over, and counted.
-      write_documents: writes the documents that stay, too.
-      overwrite: replaces an output made from other files or settings.
+      item_id: field that names a JSONL item; items without it are named by their line.
+      ngram: words of an n-gram.
+      least_words: least words of an item's text; shorter ones are skipped and counted.
     """
 
-    documents: str = gin.REQUIRED
     items: Sequence[str] = gin.REQUIRED
-    output: str = gin.REQUIRED
     item_fields: Sequence[str] = ("text",)
     item_id: str = "id"
-    exclude: Sequence[str] = ()
     ngram: int = 13
     least_words: int = 8
-    write_documents: bool = False
-    overwrite: bool = False
 
     def __post_init__(self):
-        most = shingles.MOST_WORDS // UNITS_PER_WORD
-        if not (isinstance(self.ngram, int) and 1 <= self.ngram <= most):
-            raise InputError(f"decontaminate.ngram = {self.ngram!r}: must be a whole number from 1 to {most}")
+        longest = shingles.MOST_WORDS // UNITS_PER_WORD
+        if not (isinstance(self.ngram, int) and 1 <= self.ngram <= longest):
+            raise InputError(f"decontaminate.ngram = {self.ngram!r}: must be a whole number from 1 to {longest}")
         if not (isinstance(self.least_words, int) and 1 <= self.least_words <= self.ngram):
             raise InputError(f"decontaminate.least_words = {self.least_words!r}: must be a whole number from 1 to the "
                              f"ngram, {self.ngram}")
@@ -77,7 +70,7 @@ class DecontaminateConfig:
 
 
 def read_items(path: epath.Path, config: DecontaminateConfig) -> Iterator[tuple[str, str]]:
-    """(id, text) of the items of a file; an item with several fields gives several texts.
+    """Yields (id, text) of the items of a file; an item with several fields gives several texts.
 
     Raises:
       InputError: the file is missing or malformed, or no item has any of the fields.
@@ -86,15 +79,15 @@ def read_items(path: epath.Path, config: DecontaminateConfig) -> Iterator[tuple[
         for document in read_documents(path, "line"):
             yield str(document.number), document.text
         return
-    found = False
+    any_text = False
     for number, record in read_jsonl(path):
         for field in config.item_fields:
             values = record.get(field)
             for text in values if isinstance(values, list) else [values]:
                 if isinstance(text, str):
-                    found = True
+                    any_text = True
                     yield str(record.get(config.item_id, number)), text
-    if not found:
+    if not any_text:
         raise InputError(f"{path}: no item has a text in {', '.join(config.item_fields)}; set "
                          "decontaminate.item_fields")
 
@@ -103,19 +96,19 @@ class Index:
     """The n-grams of all items.
 
     Attributes:
-      items: (file, id) of every item.
-      skipped: per file, items of which no text is long enough.
+      items: (file, id) of every item; methods name items by their index here.
+      skipped: file -> items without a text that is long enough.
     """
 
     def __init__(self, ngram: int, least_words: int):
         self._ngram, self._least = ngram, least_words
         self.items: list[tuple[str, str]] = []
         self.skipped: collections.Counter[str] = collections.Counter()
-        self._owners: dict[int, dict[int, list[int]]] = {}  # length -> hash -> items
+        self._owners: dict[int, dict[int, list[int]]] = {}  # n -> hash of an n-gram -> items
         self._sorted: dict[int, np.ndarray] = {}
 
     def add(self, file: str, name: str, texts: Sequence[str]) -> None:
-        """Adds an item."""
+        """Adds an item with its texts."""
         item, long_enough = len(self.items), False
         self.items.append((file, name))
         for text in texts:
@@ -133,22 +126,22 @@ class Index:
         self.skipped[file] += not long_enough
 
     def freeze(self) -> None:
-        """Ends the adding."""
+        """Prepares the search; no item is added afterwards."""
         self._sorted = {n: np.array(sorted(owners), np.uint64) for n, owners in self._owners.items()}
 
     def hits(self, text: str) -> dict[int, tuple[int, str]]:
-        """item -> (n-grams it shares with the text, the first of them)."""
+        """Returns item -> (number of n-grams it shares with the text, the first of them)."""
         words = shingles.normalised_words(text)
         hashes = shingles.hash_words(words)
-        found: dict[int, tuple[int, str]] = {}
+        hits: dict[int, tuple[int, str]] = {}
         for n, known in self._sorted.items():
             values = shingles.ngram_hashes(hashes, n)
             at = np.minimum(np.searchsorted(known, values), len(known) - 1)
             for position in np.flatnonzero(known[at] == values).tolist():
                 for item in self._owners[n][int(values[position])]:
-                    count, first = found.get(item, (0, " ".join(words[position : position + n])))
-                    found[item] = count + 1, first
-        return found
+                    count, first = hits.get(item, (0, " ".join(words[position : position + n])))
+                    hits[item] = count + 1, first
+        return hits
 
 
 def _index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
@@ -163,98 +156,109 @@ def _index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
     return index
 
 
-def _item_report(index: Index, hit_by: Mapping[int, int]) -> dict[str, dict[str, int]]:
-    """file of items -> how many there are, were found, and were too short to look for."""
-    found: dict[str, dict[str, int]] = {}
-    for item, (file, _) in enumerate(index.items):
-        entry = found.setdefault(file, {"items": 0, "found": 0, "too_short": index.skipped[file]})
-        entry["items"] += 1
-        entry["found"] += item in hit_by
-    return found
+def search_file(name: str, command: RemovalCommand, index: Index) -> dict[str, Any]:
+    """Searches the documents of one file.
 
-
-def search_file(
-    name: str, path: epath.Path, removed: Mapping[str, np.ndarray], index: Index
-) -> dict[str, Any]:
-    """What is found in one file, as JSON: documents by language; (document, language, its hits) of those that are hit;
-    unreadable records."""
+    Returns:
+      JSON: "documents", their number by language; "hit", [entry of the removal list, language, hits] of each document
+      that is hit, a hit being [item, n-grams shared, first of them]; "unreadable", records that could not be read.
+    """
     documents: collections.Counter[str] = collections.Counter()
-    unreadable, hit = stages.Unreadable(), []
-    for document in stages.kept_documents(name, path, removed, unreadable):
-        language = stages.language_of(document, name)
-        documents[language] += 1
+    unreadable, hit = UnreadableRecords(), []
+    for document in command.documents_of(name, unreadable):
+        documents[document.language] += 1
         if hits := index.hits(document.text):
-            known = {"file": name, "number": document.number, "id": document.id}
-            hit.append([known, language, [[item, count, ngram] for item, (count, ngram) in hits.items()]])
+            hit.append([removal_entry(name, document, "evaluation item"), document.language,
+                        [[item, count, ngram] for item, (count, ngram) in hits.items()]])
     return {"documents": documents, "hit": hit, "unreadable": unreadable.as_json()}
 
 
-def decontaminate(config: DecontaminateConfig) -> None:
-    """Writes the removal list of documents that hold evaluation items, and the report; or, in a process with a shard,
-    what they are made of.
+class Findings:
+    """The results of all files, put together.
+
+    Attributes:
+      entries: the removal list.
+      languages: language -> documents and documents hit.
+      documents_of: item -> the first documents it was found in.
+      n_documents: item -> number of documents it was found in.
+      ngrams: n-gram -> number of documents with it.
+      unreadable: records that could not be read.
+    """
+
+    def __init__(self, results: Sequence[Mapping[str, Any]], index: Index):
+        self._index = index
+        self.entries: list[dict[str, Any]] = []
+        self.languages: dict[str, dict[str, int]] = {}
+        self.documents_of: dict[int, list[dict[str, Any]]] = {}
+        self.n_documents: collections.Counter[int] = collections.Counter()
+        self.ngrams: collections.Counter[str] = collections.Counter()
+        self.unreadable = UnreadableRecords()
+        for result in results:
+            self.unreadable.add(result["unreadable"])
+            for language, count in result["documents"].items():
+                self.languages.setdefault(language, {"documents": 0, "hit": 0})["documents"] += count
+            for entry, language, hits in result["hit"]:
+                self.languages[language]["hit"] += 1
+                self._add(entry, hits)
+
+    def _add(self, entry: Mapping[str, Any], hits: Sequence[tuple[int, int, str]]) -> None:
+        document = {key: entry[key] for key in ("file", "number", "id")}
+        self.ngrams.update(dict.fromkeys((ngram for _, _, ngram in hits), 1))
+        for item, _, _ in hits:
+            self.n_documents[item] += 1
+            if self.n_documents[item] <= _MAX_DOCUMENTS:
+                self.documents_of.setdefault(item, []).append(document)
+        most_shared = sorted(hits, key=lambda hit: (-hit[1], hit[0]))[:_MAX_ITEMS]
+        self.entries.append({**entry, "n_items": len(hits), "items": [
+            {**self._item(item), "ngrams": count, "first_ngram": ngram} for item, count, ngram in most_shared]})
+
+    def _item(self, item: int) -> dict[str, str]:
+        file, item_id = self._index.items[item]
+        return {"file": file, "id": item_id}
+
+    def items(self) -> Iterator[dict[str, Any]]:
+        """Yields the items that were found, with their documents."""
+        for item, count in sorted(self.n_documents.items()):
+            yield {**self._item(item), "n_documents": count, "documents": self.documents_of[item]}
+
+    def report(self) -> dict[str, Any]:
+        """Returns the report: documents, items of each file, languages, frequent n-grams, unreadable records."""
+        total, hit = (sum(counts[key] for counts in self.languages.values()) for key in ("documents", "hit"))
+        by_file: dict[str, dict[str, int]] = {}
+        for item, (file, _) in enumerate(self._index.items):
+            counts = by_file.setdefault(file, {"items": 0, "found": 0, "too_short": self._index.skipped[file]})
+            counts["items"] += 1
+            counts["found"] += item in self.n_documents
+        return {"documents": total, "hit": hit, "items": by_file, "languages": dict(sorted(self.languages.items())),
+                "most_frequent_ngrams": [{"ngram": ngram, "documents": count}
+                                         for ngram, count in self.ngrams.most_common(_FREQUENT_NGRAMS)],
+                "unreadable": self.unreadable.as_json()}
+
+
+def main(config: DecontaminateConfig) -> None:
+    """Finds documents that hold evaluation items, and writes a removal list, the items found and a report.
+
+    A process with a shard writes the results of its files only.
 
     Raises:
       InputError: files or settings are wrong, or another output is in the way; nothing is written then.
     """
     started = time.perf_counter()
-    files = stages.input_files(config.documents)
     item_files = [path for pattern in config.items for path in match_files(pattern)]
-    made_by = stages.provenance("raters.decontaminate", config, {str(path): path for path in item_files})
-    if cluster.shard()[1] == 1:
-        made_from = {**made_by, "inputs": {**{name: sha256(path) for name, path in files.items()}, **made_by["inputs"]}}
-        if stages.is_made(config.output, made_from, config.overwrite):
-            return
+    command = RemovalCommand("raters.decontaminate", config, {str(path): path for path in item_files})
+    if command.is_current():
+        return
     index = _index(config, item_files)
-    search = functools.partial(search_file, removed=stages.read_removed(config.exclude), index=index)
-    results = stages.map_files(config.output, made_by, files, search)
+    results = command.map_files(functools.partial(search_file, command=command, index=index))
     if results is None:
         return
-    unreadable = stages.Unreadable()
-    languages: dict[str, dict[str, int]] = {}
-    hit_by: dict[int, int] = {}  # item -> documents
-    documents_of: dict[int, list[dict[str, Any]]] = {}
-    frequent: collections.Counter[str] = collections.Counter()
-    with stages.new_folder(config.output) as folder:
-        with stages.jsonl_writer(folder / stages.REMOVED) as write:
-            for result in results:
-                unreadable.add(result["unreadable"])
-                for language, count in result["documents"].items():
-                    languages.setdefault(language, {"documents": 0, "hit": 0})["documents"] += count
-            for known, language, found in (hit for result in results for hit in result["hit"]):
-                languages[language]["hit"] += 1
-                hits = {item: (count, ngram) for item, count, ngram in found}
-                frequent.update({ngram for _, ngram in hits.values()})
-                for item in hits:
-                    hit_by[item] = hit_by.get(item, 0) + 1
-                    if hit_by[item] <= _MOST_DOCUMENTS:
-                        documents_of.setdefault(item, []).append(known)
-                write({**known, "reason": "evaluation item", "n_items": len(hits), "items": [
-                    {"file": index.items[item][0], "id": index.items[item][1], "ngrams": count, "first_ngram": ngram}
-                    for item, (count, ngram) in sorted(hits.items(), key=lambda hit: (-hit[1][0], hit[0]))
-                ][:_MOST_ITEMS]})
-        with stages.jsonl_writer(folder / ITEMS) as write:
-            for item, count in sorted(hit_by.items()):
-                write({"file": index.items[item][0], "id": index.items[item][1], "n_documents": count,
-                       "documents": documents_of[item]})
-        if config.write_documents:
-            stages.write_kept(files, [*config.exclude, folder / stages.REMOVED], folder / stages.DOCUMENTS)
-        total, hit = (sum(one[key] for one in languages.values()) for key in ("documents", "hit"))
-        report = {"documents": total, "hit": hit, "items": _item_report(index, hit_by),
-                  "languages": dict(sorted(languages.items())),
-                  "most_frequent_ngrams": [{"ngram": ngram, "documents": count}
-                                           for ngram, count in frequent.most_common(_SHOWN)],
-                  "unreadable": unreadable.as_json(), "provenance": made_from}
-        write_json(folder / stages.REPORT, report)
-    stages.remove_parts(config.output)
-    stages.say(f"{config.output}: {len(hit_by):,} of {len(index.items):,} items found in {hit:,} of {total:,} "
-               f"documents; {index.skipped.total():,} items too short, {unreadable.count:,} unreadable records, "
-               f"{time.perf_counter() - started:.1f} s")
-
-
-def main() -> None:
-    """Finds evaluation items in documents. Parameters: decontaminate.* (see DecontaminateConfig)."""
-    decontaminate(DecontaminateConfig())
+    findings = Findings(results, index)
+    report = findings.report()
+    command.write(findings.entries, report, {ITEMS: findings.items()})
+    log(f"{config.output}: {len(findings.n_documents):,} of {len(index.items):,} items found in {report['hit']:,} of "
+        f"{report['documents']:,} documents; {index.skipped.total():,} items too short, "
+        f"{findings.unreadable.count:,} unreadable records, {time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":
-    run(main, "raters.decontaminate", shards=True)
+    run(main, DecontaminateConfig, "raters.decontaminate", shards=True)

@@ -26,7 +26,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, sha256
-from raters.filtering.stages import say
+from raters.log import log
 from raters.preferences import pair_file
 from raters.preferences.pair_file import PAIR_TYPES
 from raters.preferences.rated_documents import RatedDocuments
@@ -280,19 +280,19 @@ def main(config: PairsConfig) -> None:
         return
     for rater in config.raters:
         if one_order := getattr(rater, "one_order", None):
-            say(f"note: {rater.name}: {len(one_order)} of {len(rater.pairs)} pairs were judged in one order only: "
+            log(f"note: {rater.name}: {len(one_order)} of {len(rater.pairs)} pairs were judged in one order only: "
                 "their preferences hold the position bias")
     documents = read_documents(config)
     heldout = heldout_mask(config, documents)
-    say(f"{len(documents)} documents rated, {int(heldout.sum())} of them held out; {documents.left_out} left out for "
+    log(f"{len(documents)} documents rated, {int(heldout.sum())} of them held out; {documents.left_out} left out for "
         f"lack of a translation, {documents.repeated} for a repeated id")
     with contextlib.ExitStack() as stack:
         for path, validation in outputs.items():
             pairs = choose_pairs(config, documents, heldout, validation)
             write_pairs(stack.enter_context(atomic_writer(path)), config, made_from, documents, pairs)
-            say(f"{path}:")
+            log(f"{path}:")
             for pair_type, counts in pairs.counts.items():
-                say(_format_counts(pair_type, counts))
+                log(_format_counts(pair_type, counts))
 
 
 def _format_counts(pair_type: str, counts: Mapping[str, Any]) -> str:

@@ -3,10 +3,10 @@
     OUTPUT/train/<language>/<input file>.jsonl.gz   the documents kept, with `quality_score`; read them with
                                                     Corpus.root = OUTPUT, Corpus.files = "{split}/{language}/*"
     OUTPUT/unscored.jsonl                           documents without a score, which are never kept, and why
-    OUTPUT/selection.json                           what was kept of what; `raters.selection_report` shows it
+    OUTPUT/selection.json                           counts of what was kept; `raters.selection_report` shows it
 
-What to keep is decided from the score files alone; then the documents are copied through, one at a time. Memory: about
-a quarter of a kilobyte a document, however long.
+The documents to keep are chosen from the score files alone, and then copied one at a time. Memory: about a quarter of a
+kilobyte a document, however long.
 """
 
 import contextlib
@@ -21,12 +21,19 @@ import gin
 import numpy as np
 from etils import epath
 
+from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
 from mlx_pretrain.command_line import run
-from mlx_pretrain.data.documents import Document, read_documents
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_json
-from raters.filtering import quotas, stages
-from raters.filtering.quotas import Scores
+from mlx_pretrain.languages import UNDETERMINED
+from raters.filtering import quotas, score_statistics
+from raters.filtering.record_files import jsonl_writer, output_name, to_record
+from raters.filtering.removal_lists import RemovalLists
+from raters.filtering.score_table import ScoreTable, aligned, document_key, read_scores, score_path
+from raters.log import log
+from raters.scoring.shards import MARKER
 
 FORMAT, VERSION = "mlx-selection", 1
 MANIFEST, UNSCORED = "selection.json", "unscored.jsonl"
@@ -37,26 +44,27 @@ _EXAMPLE_LENGTH = 400  # characters
 @gin.configurable("select")
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """What to keep.
+    """Parameters of the selection.
 
     Attributes:
-      documents: path or glob of the rated files.
+      corpus: the rated documents.
       scores: folder of the score files of the rater that decides.
-      output: folder for what is kept.
-      others: folders of further raters' scores, for the report on how far they agree.
-      exclude: removal lists of `raters.duplicates`, `.languages`, `.decontaminate`; quotas are of what they leave.
-      fraction: of each language's tokens to keep, for all or language -> fraction.
-      tokens: in place of a fraction, tokens to keep of each language, for all or language -> tokens.
+      output: folder for the documents kept.
+      others: folders of further raters' scores; the report shows their agreement.
+      exclude: removal lists of `raters.duplicates`, `.languages`, `.decontaminate`; quotas are shares of what remains.
+      fraction: share of each language's tokens to keep, one number or language -> share.
+      tokens: tokens to keep of each language in place of a fraction, one number or language -> tokens.
       temperature: 0 keeps the best; above, samples with probability proportional to exp(score / temperature), the
         scores standardised within each language.
-      per_source: divides the quota among a language's sources as its tokens are, so that no source is preferred.
-      source_caps: largest share of a language's quota that a source may take, for all or source -> share.
-      seed: of the sampling and of the order among equal scores.
+      per_source: divides a language's quota among its sources like its tokens, so that no source is preferred.
+      source_caps: largest share of a language's quota that a source may take, one number or source -> share.
+      allow_undetermined: takes documents of unknown language ("und") as a language of their own.
+      seed: seed of the sampling and of the order among equal scores.
       split: name of the output's split.
       overwrite: replaces an output made from other files or settings.
     """
 
-    documents: str = gin.REQUIRED
+    corpus: Corpus = gin.REQUIRED
     scores: str = gin.REQUIRED
     output: str = gin.REQUIRED
     others: Sequence[str] = ()
@@ -66,44 +74,46 @@ class SelectConfig:
     temperature: float = 0.0
     per_source: bool = False
     source_caps: float | Mapping[str, float] | None = None
+    allow_undetermined: bool = False
     seed: int = 0
     split: str = "train"
     overwrite: bool = False
 
     def __post_init__(self):
-        for name, most in (("fraction", 1.0), ("tokens", math.inf), ("source_caps", 1.0)):
-            value = getattr(self, name)
-            for key, one in (value if isinstance(value, Mapping) else {"": value}).items():
-                if one is not None and not (isinstance(one, (int, float)) and 0 <= one <= most):
-                    raise InputError(f"select.{name}{f' of {key}' if key else ''} = {one!r}: must be a number from 0 "
-                                     f"to {most:g}")
+        for name, largest in (("fraction", 1.0), ("tokens", math.inf), ("source_caps", 1.0)):
+            setting = getattr(self, name)
+            for key, value in (setting if isinstance(setting, Mapping) else {"": setting}).items():
+                if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= largest):
+                    raise InputError(f"select.{name}{f' of {key}' if key else ''} = {value!r}: must be a number from 0 "
+                                     f"to {largest:g}")
         if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
             raise InputError(f"select.temperature = {self.temperature!r}: must be a number, 0 or above")
         if self.per_source and self.source_caps is not None:
-            raise InputError("select: per_source gives each source its own quota; source_caps has no say then")
+            raise InputError("select: per_source gives each source its own quota; source_caps cannot be set, too")
         if not re.fullmatch(r"[^/.]+", self.split):
             raise InputError(f"select.split = {self.split!r}: must be a name without '/' and '.'")
 
 
 def _per_language(name: str, value: float | Mapping[str, float], languages: Sequence[str]) -> np.ndarray:
-    """The setting for each language, `[languages]`. Raises InputError where names differ."""
+    """Returns a setting for each language, `[languages]`. Raises InputError where it names other languages."""
     if not isinstance(value, Mapping):
         return np.full(len(languages), float(value))
     if differ := sorted(set(value) ^ set(languages)):
-        raise InputError(f"select.{name}: {', '.join(differ)} stand in it or among the rated languages, not in both")
+        raise InputError(f"select.{name}: the rated languages are {', '.join(languages)}; the setting differs in "
+                         f"{', '.join(differ)}")
     return np.array([float(value[language]) for language in languages])
 
 
-def token_quotas(config: SelectConfig, scores: Scores) -> np.ndarray:
-    """Tokens to keep of each language, float64 `[languages]`."""
+def token_quotas(config: SelectConfig, scores: ScoreTable) -> np.ndarray:
+    """Returns the tokens to keep of each language, float64 `[languages]`."""
     if config.tokens is not None:
         return _per_language("tokens", config.tokens, scores.languages)
-    rated = np.isfinite(scores.score)
-    total = np.bincount(scores.language[rated], scores.tokens[rated], len(scores.languages))
+    total = np.bincount(scores.language[scores.rated], scores.tokens[scores.rated], len(scores.languages))
     return _per_language("fraction", config.fraction, scores.languages) * total
 
 
-def _caps(config: SelectConfig, scores: Scores) -> dict[int, float] | None:
+def _caps(config: SelectConfig, scores: ScoreTable) -> dict[int, float] | None:
+    """Returns source -> largest share of a language's quota."""
     caps = config.source_caps
     if caps is None:
         return None
@@ -115,48 +125,53 @@ def _caps(config: SelectConfig, scores: Scores) -> dict[int, float] | None:
     return {scores.sources.index(source): cap for source, cap in caps.items()}
 
 
-class Copier:
-    """The second pass: copies what is kept, notes what has no score, picks up the examples."""
+class DocumentCopier:
+    """The second pass over the documents: copies those kept, notes those without a score, reads the examples.
 
-    def __init__(self, config: SelectConfig, scores: Scores, kept: np.ndarray, removed: Mapping[str, np.ndarray]):
+    Attributes:
+      examples: row of the scores -> quantile, of the documents whose text the report shows.
+      texts: row -> (id, beginning of the text) of an example.
+      unscored: reason -> documents without a score.
+      excluded: documents on removal lists.
+    """
+
+    def __init__(self, config: SelectConfig, scores: ScoreTable, kept: np.ndarray, removed: RemovalLists):
+        """`kept` is the mask `[rows]` of the documents to copy."""
         self._config, self._scores, self._kept, self._removed = config, scores, kept, removed
-        self.examples = dict(quotas.examples(scores, EXAMPLE_QUANTILES))
-        self.texts: dict[int, tuple[str, str]] = {}  # row -> id and beginning of the text of an example
+        self.examples = dict(score_statistics.examples(scores, EXAMPLE_QUANTILES))
+        self.texts: dict[int, tuple[str, str]] = {}
         self.unscored: dict[str, int] = {}
         self.excluded = 0
 
     def copy(self, name: str, path: epath.Path, folder: epath.Path, note: Callable[[Mapping[str, Any]], None]) -> None:
-        """Copies one file below `folder`; `note` is given every document without a score.
+        """Copies one file below `folder`; calls `note` with every document without a score.
 
         Raises:
-          InputError: the scores are not those of this file.
+          InputError: the scores or removal lists are not of this file.
         """
         scores = self._scores
         rows = np.flatnonzero(scores.file == scores.files.index(name))
-        row_of = ((int(at), int(row)) for at, row in zip(scores.number[rows], rows))
-        number, row = next(row_of, (math.inf, -1))
-        output = stages.output_name(name).replace("/", "-")
+        rated = ((int(number), int(row)) for number, row in zip(scores.number[rows], rows))
+        rated_number, row = next(rated, (math.inf, -1))
+        output = _flat_name(name)
+        self.excluded += len(set(self._removed.numbers(name).tolist()))
 
-        def unscored(at: int, document_id: str | None, reason: str, kind: str) -> None:
-            self.unscored[kind] = self.unscored.get(kind, 0) + 1
-            note({"file": name, "number": at, "id": document_id, "reason": reason})
+        def unscored(number: int, document_id: str | None, reason: str, category: str) -> None:
+            self.unscored[category] = self.unscored.get(category, 0) + 1
+            note({"file": name, "number": number, "id": document_id, "reason": reason})
 
-        def unreadable(at: int, reason: str) -> None:
-            if at == number:
-                raise InputError(f"{reason}; it was rated, with other names of fields?")
-            unscored(at, None, reason, "unreadable")
+        def unreadable(number: int, reason: str) -> None:
+            if number == rated_number:
+                raise InputError(f"{reason}; it was rated, with other keys of the corpus?")
+            unscored(number, None, reason, "unreadable")
 
         with contextlib.ExitStack() as stack:
             writers: dict[int, Callable[[Mapping[str, Any]], None]] = {}
-            removed = set(self._removed.get(name, np.zeros(0)).tolist())
-            for document in read_documents(path, extra=None, rejected=unreadable):
-                if number < document.number:
-                    raise InputError(f"{quotas.score_file(self._config.scores, name)}: has a score for {number}, "
-                                     f"where {path} has no document; rate it again")
-                if document.number in removed:
-                    self.excluded += 1
-                    continue
-                if document.number < number:
+            documents = self._config.corpus.read(name, extra=None, rejected=unreadable)
+            for document in self._removed.keep(name, documents):
+                if rated_number < document.number:
+                    break
+                if document.number < rated_number:
                     unscored(document.number, document.id, "not in the score file", "not in the score file")
                     continue
                 self._check(document, row, path)
@@ -167,132 +182,155 @@ class Copier:
                 if self._kept[row]:
                     language = int(scores.language[row])
                     if language not in writers:
-                        writers[language] = stack.enter_context(stages.jsonl_writer(
+                        writers[language] = stack.enter_context(jsonl_writer(
                             folder / scores.languages[language] / output))
-                    writers[language](stages.to_record(document, quality_score=float(scores.score[row])))
-                number, row = next(row_of, (math.inf, -1))
-            if number < math.inf:
-                raise InputError(f"{quotas.score_file(self._config.scores, name)}: has a score for {number}, where "
+                    writers[language](to_record(document, quality_score=float(scores.score[row])))
+                rated_number, row = next(rated, (math.inf, -1))
+            if rated_number < math.inf:
+                raise InputError(f"{score_path(self._config.scores, name)}: has a score for {rated_number}, where "
                                  f"{path} has no document; rate it again")
 
     def _check(self, document: Document, row: int, path: epath.Path) -> None:
         scores = self._scores
-        names = scores.languages[scores.language[row]], scores.sources[scores.source[row]]
-        if quotas.document_key(self._config.seed, *names, document.id) != int(scores.key[row]):
+        language, source = scores.languages[scores.language[row]], scores.sources[scores.source[row]]
+        if document_key(self._config.seed, language, source, document.id) != int(scores.key[row]):
             raise InputError(f"{path}:{document.number}: {document.id!r} is not the document that was rated here; "
                              "rate the file again")
 
 
-def _without(scores: Scores, removed: Mapping[str, np.ndarray]) -> Scores:
-    """The scores of the documents that are on no removal list."""
+def _flat_name(name: str) -> str:
+    """Returns the name of an input file's output in the folder of a language."""
+    return output_name(name).replace("/", "-")
+
+
+def _without(scores: ScoreTable, removed: RemovalLists) -> ScoreTable:
+    """Returns the scores of the documents that are on no removal list."""
     keep = np.ones(len(scores), bool)
-    for position, name in enumerate(scores.files):
-        rows = scores.file == position
-        keep[rows] = ~np.isin(scores.number[rows], removed.get(name, []))
+    for index, name in enumerate(scores.files):
+        rows = scores.file == index
+        keep[rows] = ~np.isin(scores.number[rows], removed.numbers(name))
     return scores.rows(keep)
 
 
-def _languages(scores: Scores, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray) -> Iterator[dict[str, Any]]:
-    """What was asked for and kept of each language."""
-    edges = quotas.score_bins(scores)
-    table = quotas.counts(scores, kept, scores.language, len(scores.languages))
+def _languages(
+    scores: ScoreTable, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """Yields each language's quota, counts and distribution of scores."""
+    edges = score_statistics.score_bins(scores)
+    table = score_statistics.counts(scores, kept, scores.language, len(scores.languages))
     for i, language in enumerate(scores.languages):
         rows = scores.language == i
         yield {"language": language, **{name: column[i] for name, column in table.items()}, "quota": float(quota[i]),
-               "without_score": int((rows & ~np.isfinite(scores.score)).sum()),
+               "without_score": int((rows & ~scores.rated).sum()),
                "threshold": float(preference[rows & kept].min()) if (rows & kept).any() else None,
                "lowest_score": float(scores.score[rows & kept].min()) if (rows & kept).any() else None,
-               **quotas.distribution(scores, kept, rows, edges)}
+               **score_statistics.distribution(scores, kept, rows, edges)}
 
 
-def describe(config: SelectConfig, scores: Scores, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray,
-             others: Sequence[Scores]) -> dict[str, Any]:
-    """The calibration: what was kept of each language, source, length, and how far the raters agree."""
-    edges, n_sources = quotas.score_bins(scores), len(scores.sources)
-    sources = quotas.counts(scores, kept, scores.source, n_sources)
-    cells = quotas.counts(scores, kept, scores.language * n_sources + scores.source,
-                             n_sources * len(scores.languages))
-    length, upper = quotas.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
+def describe(config: SelectConfig, scores: ScoreTable, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray,
+             others: Sequence[ScoreTable]) -> dict[str, Any]:
+    """Returns the statistics of a selection: by language, source and length, and the agreement of raters."""
+    edges, n_sources = score_statistics.score_bins(scores), len(scores.sources)
+    sources = score_statistics.counts(scores, kept, scores.source, n_sources)
+    cells = score_statistics.counts(scores, kept, scores.language * n_sources + scores.source,
+                                    n_sources * len(scores.languages))
+    length, upper = score_statistics.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
     raters, masks = {scores.rater: scores.score}, {scores.rater: kept}
     for other in others:
-        values = quotas.aligned(scores, other)
-        seen = dataclasses.replace(scores, score=values)
-        raters[other.rater] = values
-        masks[other.rater] = quotas.select(seen, quotas.preferences(seen, config.temperature), quota,
-                                              config.per_source, _caps(config, scores))
+        by_other = dataclasses.replace(scores, score=aligned(scores, other))
+        raters[other.rater] = by_other.score
+        masks[other.rater] = quotas.choose(by_other, quotas.preferences(by_other, config.temperature), quota,
+                                           config.per_source, _caps(config, scores))
     return {
         "bins": edges.tolist(),
-        "quantiles": list(quotas.QUANTILES),
+        "quantiles": list(score_statistics.QUANTILES),
         "languages": list(_languages(scores, kept, preference, quota)),
         "sources": [{"source": name, **{key: column[i] for key, column in sources.items()},
-                     **quotas.distribution(scores, kept, scores.source == i, edges)}
+                     **score_statistics.distribution(scores, kept, scores.source == i, edges)}
                     for i, name in enumerate(scores.sources)],
         "cells": [{"language": scores.languages[i // n_sources], "source": scores.sources[i % n_sources],
                    **{key: column[i] for key, column in cells.items()}}
                   for i in range(len(cells["documents"])) if cells["documents"][i]],
-        "lengths": {"upper": upper, **quotas.counts(scores, kept, length, len(upper))},
-        "variance": quotas.variance_table(scores),
-        "agreement": quotas.agreement(scores, raters, masks),
+        "lengths": {"upper": upper, **score_statistics.counts(scores, kept, length, len(upper))},
+        "variance": score_statistics.variance_table(scores),
+        "agreement": score_statistics.agreement(scores, raters, masks),
     }
 
 
-def _rated(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]]:
-    """The files with scores, and those that the rater could not read to their end and says so in its markers.
+def _rated_files(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]]:
+    """Returns the files with scores, and the names of those that the rater could not read, as its markers tell.
 
     Raises:
       InputError: a file has changed since it was rated.
     """
-    files, failed = stages.input_files(config.documents), []
+    files, failed = config.corpus.paths(), []
     for name, path in files.items():
-        marker = epath.Path(config.scores) / f"{name}.done.json"
+        marker = epath.Path(config.scores) / (name + MARKER)
         record = read_json(marker, "marker") if marker.exists() else {}
         if record.get("status") == "failed":
             failed.append(name)
-            stages.say(f"note: {path}: left out, it could not be rated")
+            log(f"note: {path}: left out, it could not be rated")
         elif record.get("input", {}).get("sha256") not in (None, sha256(path)):
-            raise InputError(f"{path}: has changed since it was rated; rate it again")
+            raise InputError(f"{path}: is not the file that was rated as {name}, or has changed since; rate it again, "
+                             "or set Corpus.root as it was then")
     return {name: path for name, path in files.items() if name not in failed}, failed
 
 
-def _read(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple[Scores, list[Scores]]:
-    """The deciding rater's scores and the others'. Raises InputError where two raters have one name."""
-    found = [quotas.read_scores(folder, list(files), config.seed) for folder in (config.scores, *config.others)]
-    names = [scores.rater for scores in found]
+def _read_scores(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple[ScoreTable, list[ScoreTable]]:
+    """Returns the deciding rater's scores and the others'.
+
+    Raises:
+      InputError: scores cannot be read or used, or two raters have one name.
+    """
+    scores, *others = [read_scores(folder, list(files), config.seed, config.corpus.folder)
+                       for folder in (config.scores, *config.others)]
+    names = [table.rater for table in (scores, *others)]
     if len(set(names)) < len(names):
         raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(names)}")
-    if bad := [name for name in found[0].languages if not re.fullmatch(r"[^/.]*", name)]:
+    if bad := [name for name in scores.languages if not re.fullmatch(r"[^/.]*", name)]:
         raise InputError(f"{config.scores}: language {bad[0]!r} cannot be the name of a folder")
-    if not np.isfinite(found[0].score).any():
+    if not scores.rated.any():
         raise InputError(f"{config.scores}: no document has a score")
-    return found[0], found[1:]
+    return scores, others
 
 
-def select(config: SelectConfig) -> None:
+def _refuse_undetermined(config: SelectConfig, scores: ScoreTable) -> None:
+    codes = [code for code, language in enumerate(scores.languages) if language == UNDETERMINED]
+    rows = np.flatnonzero(np.isin(scores.language, codes) & scores.rated)
+    if len(rows) and not config.allow_undetermined:
+        raise InputError(f"{config.scores}: {len(rows):,} documents were rated without a language, the first is "
+                         f"{scores.files[scores.file[rows[0]]]}:{scores.number[rows[0]]}; rate them again with "
+                         "{language} in Corpus.files, another Corpus.language_key or score.detect_language, or set "
+                         "select.allow_undetermined=True")
+
+
+def main(config: SelectConfig) -> None:
     """Keeps the best documents of every language, and writes them with selection.json.
 
     Raises:
       InputError: files or settings are wrong, or another output is in the way; nothing is written then.
     """
     started = time.perf_counter()
-    files, failed = _rated(config)
-    flat = [stages.output_name(name).replace("/", "-") for name in files]
-    if len(set(flat)) < len(flat):
-        raise InputError(f"{config.documents}: two files would have one name in the output")
-    score_files = {f"{folder}/{name}": quotas.score_file(folder, name)
+    files, failed = _rated_files(config)
+    if len(set(map(_flat_name, files))) < len(files):
+        raise InputError(f"{config.corpus.location}: two files would have one name in the output")
+    score_files = {f"{folder}/{name}": score_path(folder, name, config.corpus.folder)
                    for folder in (config.scores, *config.others) for name in files}
-    made_from = stages.provenance("raters.select", config, {**files, **score_files})
-    if stages.is_made(config.output, made_from, config.overwrite, MANIFEST):
+    removed = RemovalLists(config.exclude, config.corpus.paths())
+    inputs = {**files, **score_files, **{path: epath.Path(path) for path in config.exclude}}
+    made_from = provenance("raters.select", config, {name: sha256(path) for name, path in inputs.items()})
+    if is_current(config.output, read_folder_record(config.output, MANIFEST), made_from, overwrite=config.overwrite):
         return
-    removed = stages.read_removed(config.exclude)
-    scores, others = _read(config, files)
+    scores, others = _read_scores(config, files)
     scores = _without(scores, removed)
+    _refuse_undetermined(config, scores)
     preference = quotas.preferences(scores, config.temperature)
     quota = token_quotas(config, scores)
-    kept = quotas.select(scores, preference, quota, config.per_source, _caps(config, scores))
-    stages.say(f"decided on {len(scores):,} documents in {time.perf_counter() - started:.1f} s")
-    copier = Copier(config, scores, kept, removed)
-    with stages.new_folder(config.output) as folder:
-        with stages.jsonl_writer(folder / UNSCORED) as note:
+    kept = quotas.choose(scores, preference, quota, config.per_source, _caps(config, scores))
+    log(f"decided on {len(scores):,} documents in {time.perf_counter() - started:.1f} s")
+    copier = DocumentCopier(config, scores, kept, removed)
+    with new_folder(config.output, MANIFEST) as folder:
+        with jsonl_writer(folder / UNSCORED) as note:
             for name, path in files.items():
                 copier.copy(name, path, folder / config.split, note)
         manifest = {
@@ -306,10 +344,10 @@ def select(config: SelectConfig) -> None:
             "provenance": made_from,
         }
         write_json(folder / MANIFEST, manifest)
-    _summary(config, manifest, time.perf_counter() - started)
+    _log_summary(config, manifest, time.perf_counter() - started)
 
 
-def _examples(scores: Scores, kept: np.ndarray, copier: Copier) -> list[dict[str, Any]]:
+def _examples(scores: ScoreTable, kept: np.ndarray, copier: DocumentCopier) -> list[dict[str, Any]]:
     return [{"language": scores.languages[scores.language[row]], "source": scores.sources[scores.source[row]],
              "file": scores.files[scores.file[row]], "number": int(scores.number[row]), "quantile": quantile,
              "score": float(scores.score[row]), "tokens": int(scores.tokens[row]), "kept": bool(kept[row]),
@@ -317,24 +355,19 @@ def _examples(scores: Scores, kept: np.ndarray, copier: Copier) -> list[dict[str
             for row, quantile in copier.examples.items() if row in copier.texts]
 
 
-def _summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: float) -> None:
-    total = {key: sum(one[key] for one in manifest["languages"])
+def _log_summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: float) -> None:
+    total = {key: sum(counts[key] for counts in manifest["languages"])
              for key in ("documents", "tokens", "kept_documents", "kept_tokens")}
-    for one in manifest["languages"]:
-        short = one["kept_tokens"] < one["quota"]
-        stages.say(f"{one['language']:<8} kept {one['kept_documents']:>9,} of {one['documents']:>11,} "
-                   f"documents, {one['kept_tokens']:>13,} of {one['tokens']:>15,} tokens"
-                   + (f", quota {one['quota']:,.0f} not reached" if short else ""))
+    for counts in manifest["languages"]:
+        short = counts["kept_tokens"] < counts["quota"]
+        log(f"{counts['language']:<8} kept {counts['kept_documents']:>9,} of {counts['documents']:>11,} "
+            f"documents, {counts['kept_tokens']:>13,} of {counts['tokens']:>15,} tokens"
+            + (f", quota {counts['quota']:,.0f} not reached" if short else ""))
     unscored = ", ".join(f"{count:,} {reason}" for reason, count in manifest["unscored"].items()) or "none"
-    stages.say(f"{config.output}: {total['kept_documents']:,} of {total['documents']:,} documents, "
-               f"{total['kept_tokens'] / max(total['tokens'], 1):.2%} of the tokens, in {seconds:.1f} s; "
-               f"without score: {unscored}")
-
-
-def main() -> None:
-    """Keeps the best documents of every language. Parameters: select.* (see SelectConfig)."""
-    select(SelectConfig())
+    log(f"{config.output}: {total['kept_documents']:,} of {total['documents']:,} documents, "
+        f"{total['kept_tokens'] / max(total['tokens'], 1):.2%} of the tokens, in {seconds:.1f} s; "
+        f"without score: {unscored}")
 
 
 if __name__ == "__main__":
-    run(main, "raters.select")
+    run(main, SelectConfig, "raters.select")

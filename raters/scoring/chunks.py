@@ -1,7 +1,7 @@
-"""Documents as token chunks, and back from the chunks' scores to the documents'. Runs in worker processes, without JAX.
+"""Cuts documents into token chunks and averages the chunks' scores. Runs in worker processes, without JAX.
 
-A document longer than the encoder takes is cut into chunks of full length and a rest; its score is the mean of their
-scores, weighted by tokens (as QuRating does, arXiv 2402.09739).
+A document that is too long for the encoder is cut into chunks of full length and a rest; its score is the mean of
+their scores, weighted by tokens (as QuRating does, arXiv 2402.09739).
 """
 
 import dataclasses
@@ -12,20 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.languages import UNDETERMINED
 from raters.rater_plugins.base import Rater
 
-_DETECTED_CHARACTERS = 2000  # language identification does not get better with more
+_DETECTED_CHARACTERS = 2000  # more text does not improve identification
 
 
 class Prepared(NamedTuple):
-    """What worker processes make of some documents.
+    """Some documents as worker processes return them.
 
     Attributes:
-      languages: of the documents, `[documents]`.
+      languages: language of each document, `[documents]`.
       n_tokens: int32 `[documents]`, special tokens not counted; None without a tokenizer.
-      chunks: int32 `[length]` each, special tokens included, the documents' one after the other; a document without
-        a token has none.
-      owners: int32 `[chunks]`, the document each belongs to.
+      chunks: int32 `[length]` each, with special tokens, in order of the documents; a document without a token has
+        none.
+      owners: int32 `[chunks]`, index of each chunk's document.
       weights: int32 `[chunks]`, tokens without the special ones.
       scores: float64 `[documents]` of a rater that runs in the workers; None otherwise.
     """
@@ -40,13 +41,13 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """Detects languages, counts tokens and cuts documents into chunks; a picklable function of a list of documents.
+    """Detects languages, counts tokens and cuts documents into chunks: a picklable function of a list of documents.
 
     Attributes:
       tokenizer: counts tokens, with `encode_batch` and, for chunks, `wrap`; None: tokens are not counted.
-      chunk_length: tokens of the longest chunk, special ones included; None: no chunks are made.
-      detect: identifies the language of documents without one.
-      rater: scores the documents, too.
+      chunk_length: tokens of the longest chunk, with special ones; None: no chunks are made.
+      detect: identifies the language of documents of undetermined language.
+      rater: plug-in that scores the documents, too.
     """
 
     tokenizer: Any = None
@@ -62,13 +63,14 @@ class Preparation:
 
     @property
     def special_tokens(self) -> int:
-        """How many are added to every chunk."""
+        """Number of tokens added to every chunk."""
         return len(self.tokenizer.wrap(np.empty(0, np.int32)))
 
     def __call__(self, documents: Sequence[Any]) -> Prepared:
         languages = [document.language for document in documents]
         if self.detect:
-            languages = [language or detect_language(d.text) for language, d in zip(languages, documents)]
+            languages = [detect_language(document.text) if document.language == UNDETERMINED else document.language
+                         for document in documents]
         n_tokens, chunks, owners, weights = None, [], [], []
         if self.tokenizer is not None:
             ids = self.tokenizer.encode_batch([document.text for document in documents], 1)
@@ -86,20 +88,20 @@ class Preparation:
 
 
 def detect_language(text: str) -> str:
-    """ISO 639-1 code of the most likely language (langid.py, Lui & Baldwin 2012); "" for a text without letters."""
+    """Returns the ISO 639-1 code of the likeliest language (langid.py, Lui & Baldwin 2012); "und" without letters."""
     import py3langid  # optional, and slow to load
 
     sample = text[:_DETECTED_CHARACTERS]
-    return py3langid.classify(sample)[0] if any(map(str.isalpha, sample)) else ""
+    return py3langid.classify(sample)[0] if any(map(str.isalpha, sample)) else UNDETERMINED
 
 
 def mean_over_chunks(scores: np.ndarray, owners: np.ndarray, weights: np.ndarray, documents: int) -> np.ndarray:
-    """Token-weighted means.
+    """Returns the token-weighted means of the chunks' scores.
 
     Args:
       scores: float `[chunks]`.
-      owners, weights: int `[chunks]`.
-      documents: how many.
+      owners, weights: int `[chunks]`, see `Prepared`.
+      documents: number of documents.
 
     Returns:
       float64 `[documents]`, nan for a document without chunks.

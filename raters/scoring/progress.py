@@ -1,4 +1,4 @@
-"""How far bulk scoring has come: a line on stderr every few seconds, a summary at the end."""
+"""Progress of bulk scoring: a line on stderr every few seconds, a summary at the end."""
 
 import contextlib
 import datetime
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_pretrain.inference.bulk import BulkInference
-from raters.filtering.stages import say
+from raters.log import log
 from raters.scoring.shards import Shard, ShardWriter
 
-# Characters per byte of a file, until the first file is through and tells.
+# Characters per byte of a file, as assumed until the first file is finished.
 _CHARACTERS_PER_BYTE = {".gz": 3.0, ".zst": 3.0, ".xz": 4.0, ".parquet": 2.0}
 
 
 def joint_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of a job from those of its processes: counts and rates are added, the longest time counts.
+    """Returns the summary of a job: the sums of its processes' counts and rates, and the longest time.
 
     Shares of time and tokens are means over the processes that computed.
     """
@@ -32,14 +32,21 @@ def joint_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Progress(contextlib.AbstractContextManager):
-    """Counts what is done; the clock runs inside the `with` block.
+    """Counts what is read and scored, and logs it; the clock runs inside the `with` block.
 
     Attributes:
       failed: shards that could not be scored.
     """
 
     def __init__(self, shards: Sequence[Shard], skipped: int, bulk: BulkInference | None, log_every: float):
-        """`shards` are to be scored, `skipped` were before; `bulk` runs the model, if there is one."""
+        """Starts nothing yet.
+
+        Args:
+          shards: shards to score.
+          skipped: number of shards that were scored before.
+          bulk: runs the model; None: no model runs on the devices.
+          log_every: seconds between lines.
+        """
         self._sizes = {shard: shard.fingerprint()["size"] for shard in shards}
         self._skipped, self._bulk, self._every = skipped, bulk, log_every
         self._begun: dict[ShardWriter, int] = {}  # characters read
@@ -61,12 +68,12 @@ class Progress(contextlib.AbstractContextManager):
         self._thread.join()
 
     def read(self, writer: ShardWriter, documents: int, characters: int) -> None:
-        """Notes that so much more of a shard has been read."""
+        """Notes documents and characters of a shard as read."""
         self._begun[writer] = self._begun.get(writer, 0) + characters
         self._read += documents
 
-    def ended(self, writer: ShardWriter, failed: bool) -> None:
-        """Notes that a shard is through."""
+    def finish(self, writer: ShardWriter, failed: bool) -> None:
+        """Notes that a shard is scored, or failed."""
         self._characters += self._begun.pop(writer, 0)
         self._bytes += self._sizes[writer.shard]
         self._documents += writer.documents
@@ -74,13 +81,13 @@ class Progress(contextlib.AbstractContextManager):
         self._rejected += writer.rejected
         if failed:
             self.failed.append(writer.shard)
-            say(f"{writer.shard.name}: failed, see {writer.shard.rejects}")
+            log(f"{writer.shard.name}: failed, see {writer.shard.rejects}")
         else:
             self._scored += 1
 
     def _log(self) -> None:
         while not self._stop.wait(self._every):
-            say(self._line())
+            log(self._line())
 
     def _rates(self, documents: float) -> dict[str, float | None]:
         seconds = self._seconds or time.perf_counter() - self._start
@@ -94,7 +101,7 @@ class Progress(contextlib.AbstractContextManager):
         return rates
 
     def _computed(self) -> float:
-        """Share of what was read that is scored, too; far from 1 where reading is fast and the model slow."""
+        """Returns the share of the tokens read that are scored, too; small where reading is fast and the model slow."""
         return self._bulk.tokens / max(self._bulk.received, 1) if self._bulk else 1.0
 
     def _line(self) -> str:
@@ -108,7 +115,7 @@ class Progress(contextlib.AbstractContextManager):
         return line
 
     def _read_share(self) -> float:
-        """Of the bytes to read, estimated within files from the text read so far."""
+        """Returns the share of the bytes that are read, estimated within files from the text read so far."""
         read = self._bytes
         for writer, characters in list(self._begun.items()):
             ratio = (self._characters / self._bytes if self._bytes and self._characters
@@ -117,7 +124,7 @@ class Progress(contextlib.AbstractContextManager):
         return read / max(sum(self._sizes.values()), 1)
 
     def summary(self) -> dict[str, Any]:
-        """Counts and rates of the whole run; rates of the model are None for plug-ins."""
+        """Returns counts and rates of the whole run; rates of the model are None for plug-ins."""
         rates = {name: value and round(value, 4) for name, value in self._rates(self._documents).items()}
         return {
             "files": len(self._sizes) + self._skipped, "scored": self._scored, "skipped": self._skipped,

@@ -23,7 +23,7 @@ class QualityConfig(EncoderConfig):
     """Shape and numerics of the encoder; the head has no choices."""
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters `{"encoder", "head"}` in boxes that carry their logical axis names."""
+        """Returns fresh parameters `{"encoder", "head"}` in boxes that carry their logical axis names."""
         tokens = jnp.ones((1, 2), jnp.int32)
         return QualityModel(self).init(key, tokens, tokens)["params"]
 
@@ -33,7 +33,7 @@ class QualityConfig(EncoderConfig):
 
 
 class _Head(nn.Module):
-    """`[batch, embed]` to `[batch]`, in float32."""
+    """The linear head: `[batch, embed]` to `[batch]`, in float32."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,38 +45,38 @@ class _Head(nn.Module):
 
 
 class QualityModel(nn.Module):
-    """Tokens to scores."""
+    """The encoder with its head: tokens to scores."""
 
     config: QualityConfig
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """Scores float32 `[batch]` of `tokens` int32 `[batch, length]`; `segment_ids` are 0 at padding."""
+        """Returns scores float32 `[batch]` of `tokens` int32 `[batch, length]`; `segment_ids` are 0 at padding."""
         return _Head(name="head")(Encoder(self.config, name="encoder")(tokens, segment_ids, pooled=True))
 
 
 def quality(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Scores of token sequences, float32 `[batch]`; arguments as in `QualityModel`."""
+    """Returns the scores of token sequences, float32 `[batch]`; arguments as in `QualityModel`."""
     return QualityModel(config).apply({"params": params}, tokens, segment_ids)
 
 
 def load_quality(
     run_dir: epath.PathLike, step: int | None = None
 ) -> tuple[QualityConfig, Any, Tokenizer | SubwordTokenizer]:
-    """Configuration, parameters (on the first device) and tokenizer of a run of `raters.train`.
+    """Returns configuration, parameters (on the first device) and tokenizer of a run of `raters.train`.
 
     Args:
       run_dir: the run's folder.
-      step: which checkpoint; None: the latest.
+      step: step of the checkpoint; None: the latest.
 
     Raises:
       InputError: `run_dir` holds no such run, or none of its checkpoints can be read.
     """
     config = checkpoints.load_model(run_dir, QualityConfig)
-    found = [path for path in (epath.Path(run_dir) / name for name in ("tokenizer.model", "tokenizer.json"))
-             if path.exists()]
-    if len(found) != 1:
+    tokenizers = [path for path in (epath.Path(run_dir) / name for name in ("tokenizer.model", "tokenizer.json"))
+                  if path.exists()]
+    if len(tokenizers) != 1:
         raise InputError(f"{run_dir}: tokenizer.model or tokenizer.json is needed, one of them")
     mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
     params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
-    return config, params, load_tokenizer(found[0])
+    return config, params, load_tokenizer(tokenizers[0])

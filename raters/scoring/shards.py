@@ -1,23 +1,23 @@
 """Scores on disk, one set of files per input file (shard), written whole or not at all.
 
+    OUT/corpus.json             {"root"}: root of the corpus that the names of all files here are relative to
+    OUT/score.gin               the configuration of the latest run
     OUT/<name>.scores.parquet   number, id, language, source, quality_score, n_tokens, rater; rows in input order
     OUT/<name>.rejects.jsonl    {"number", "reason"} of every record that could not be read
     OUT/<name>.done.json        the marker, written last: counts, the input's fingerprint, settings, and the layout
                                 (devices, batches), which is not compared
 
-<name> is the input's path below the wildcard-free part of its pattern. `number` is the line or row of the input,
-`n_tokens` counts the whole document (null when no tokenizer was given), a score is nan where the rater has none. A file
-that cannot be read to its end has no scores, a whole-file reject (number null) and a marker with status "failed".
+<name> is the input's path relative to the corpus's root. `number` is the line or row of the input, `n_tokens` counts
+the whole document (null without a tokenizer), a score is nan where the rater has none. A file that cannot be read to
+its end has no scores, a whole-file reject (number null) and a marker with status "failed".
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import json
 import os
 import re
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,20 +26,23 @@ import pyarrow.parquet
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.data.documents import Document, refuse_twins
+from mlx_pretrain.artifacts import is_current, read_record
+from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_json
-from raters.filtering.stages import input_files
+from mlx_pretrain.files import atomic_writer, read_json, sha256, write_json
+from mlx_pretrain.languages import UNDETERMINED
 
 FORMAT = "mlx-rater-scores"
 VERSION = 1
+ROOT, CONFIG = "corpus.json", "score.gin"
 SCORES, REJECTS, MARKER = ".scores.parquet", ".rejects.jsonl", ".done.json"
 SCHEMA = pa.schema([
     ("number", pa.int64()), ("id", pa.string()), ("language", pa.string()), ("source", pa.string()),
     ("quality_score", pa.float32()), ("n_tokens", pa.int32()), ("rater", pa.string()),
 ])
 _ROWS_PER_GROUP = 16_384
-_PARTIAL = re.compile(r"\.(.*)\.\d+-[0-9a-f]{8}")  # as `files.write_atomic` and `_Partial` name them
+_PARTIAL = re.compile(r"\.(.*)\.\d+-[0-9a-f]{8}")  # names that `files.atomic_writer` gives unfinished files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +50,16 @@ class Shard:
     """One input file and its outputs.
 
     Attributes:
-      name: of the input, unique.
-      path: of the input.
+      name: path of the input relative to the corpus's root.
+      path: path of the input.
       output: folder of all scores.
+      language: language of the input's records that name none.
     """
 
     name: str
     path: epath.Path
     output: epath.Path
+    language: str = UNDETERMINED
 
     @property
     def scores(self) -> epath.Path:
@@ -69,7 +74,7 @@ class Shard:
         return self.output / (self.name + MARKER)
 
     def fingerprint(self) -> dict[str, int]:
-        """Size and time of change of the input (nanoseconds; seconds on an object store); zeros when it has gone."""
+        """Returns size and time of change of the input (nanoseconds; seconds on an object store); zeros without it."""
         try:
             stat = os.stat(self.path)
             return {"size": stat.st_size, "modified": stat.st_mtime_ns}
@@ -82,36 +87,59 @@ class Shard:
             return {"size": 0, "modified": 0}
 
 
-def find_shards(patterns: Iterable[epath.PathLike], output: epath.PathLike) -> list[Shard]:
-    """The input files of paths and globs, sorted by name; outputs of an earlier run are passed over.
+def find_shards(corpus: Corpus, output: epath.PathLike) -> list[Shard]:
+    """Returns the input files of a corpus, sorted by name; outputs of an earlier run are skipped.
 
     Raises:
-      InputError: a pattern matches nothing, two files would have the same outputs, or a file is there twice.
+      InputError: all files are such outputs.
     """
-    found: dict[str, epath.Path] = {}
-    for pattern in patterns:
-        for name, path in input_files(pattern).items():
-            if name.endswith((SCORES, REJECTS, MARKER)):
-                continue
-            if found.setdefault(name, path) != path:
-                raise InputError(f"{path}: its scores would go where those of {found[name]} go; score one of them into "
-                                 "another folder, or use one pattern with a common parent")
-    for path, times in collections.Counter(found.values()).items():
-        if times > 1:
-            raise InputError(f"{path}: matches two patterns, which name its scores differently; narrow one of them")
-    refuse_twins(found.values())
-    return [Shard(name, path, epath.Path(output)) for name, path in sorted(found.items())]
+    output = epath.Path(output)
+    own = [output / ROOT, output / CONFIG]
+    shards = [Shard(name, path, output, corpus.language_of_path(name))
+              for name, path in sorted(corpus.paths().items())
+              if path not in own and not name.endswith((SCORES, REJECTS, MARKER))]
+    if not shards:
+        raise InputError(f"{corpus.location}: no file matches that is not a file of scores")
+    return shards
+
+
+def scored_root(output: epath.PathLike) -> str | None:
+    """Returns the root of the corpus whose scores are in a folder; None where it is not recorded."""
+    return (read_record(epath.Path(output) / ROOT) or {}).get("root")
+
+
+def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
+    """Refuses a folder with the scores of another corpus: files of the same name below its root may be others.
+
+    A corpus that was moved is the same: all files of `shards` that have scores have their content still.
+
+    Raises:
+      InputError: the folder holds scores of the documents below another root.
+    """
+    root = scored_root(output)
+    if root is None or os.path.abspath(root) == os.path.abspath(corpus.folder):
+        return
+    scored = [shard for shard in shards if shard.marker.exists()]
+    if not (scored and all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)):
+        raise InputError(f"{epath.Path(output) / ROOT}: the scores here are of documents below {root}, these are below "
+                         f"{corpus.folder}: set Corpus.root to a folder above both, with Corpus.files below it, or "
+                         "choose another score.output")
+
+
+def write_root(output: epath.PathLike, corpus: Corpus) -> None:
+    """Records the root of the corpus whose scores go to a folder."""
+    write_json(epath.Path(output) / ROOT, {"root": str(corpus.folder)})
 
 
 def unfinished(shards: Sequence[Shard], settings: Mapping[str, Any], overwrite: bool) -> list[Shard]:
-    """The shards to score: those without a marker, whose input has changed since, or that failed.
+    """Returns the shards to score: those without a marker, whose input has changed since, or that failed.
 
     Raises:
       InputError: a shard was scored with other settings, and may not be overwritten.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # object stores are slow to answer
         whole = list(pool.map(lambda shard: _is_whole(shard, settings, overwrite), shards))
-    return [shard for shard, done in zip(shards, whole) if not done]
+    return [shard for shard, is_whole in zip(shards, whole) if not is_whole]
 
 
 def _is_whole(shard: Shard, settings: Mapping[str, Any], overwrite: bool) -> bool:
@@ -120,30 +148,29 @@ def _is_whole(shard: Shard, settings: Mapping[str, Any], overwrite: bool) -> boo
     marker = read_json(shard.marker, "completion marker")
     if not isinstance(marker, dict) or (marker.get("format"), marker.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{shard.marker}: not the marker of scores of version {VERSION}")
-    if different := [name for name in settings if marker["settings"].get(name) != settings[name]]:
-        if overwrite:
-            return False
-        name = different[0]
-        raise InputError(f"{shard.marker}: scored with another {name} ({marker['settings'].get(name)!r}, now "
-                         f"{settings[name]!r}); choose another score.output, or set score.overwrite=True")
-    if marker["status"] != "done" or not (shard.scores.exists() and shard.rejects.exists()):
+    return (is_current(shard.marker, marker["settings"], settings, overwrite=overwrite, quiet=True)
+            and marker["status"] == "done" and shard.scores.exists() and shard.rejects.exists()
+            and _has_input(shard, marker))
+
+
+def _has_input(shard: Shard, marker: Mapping[str, Any]) -> bool:
+    """Returns whether a shard's input is the one that its marker records."""
+    recorded, now = marker["input"], shard.fingerprint()
+    if recorded["size"] != now["size"] or recorded.get("language", shard.language) != shard.language:
         return False
-    found, now = marker["input"], shard.fingerprint()
-    if found["size"] != now["size"]:
-        return False
-    # Times differ between copies of the same file, so the hash has the last word.
-    return found["modified"] == now["modified"] or found["sha256"] == sha256(shard.path)
+    # Times differ between copies of the same file, so the hash decides.
+    return recorded["modified"] == now["modified"] or recorded["sha256"] == sha256(shard.path)
 
 
 def sweep(shards: Sequence[Shard]) -> None:
-    """Removes what a killed run has left behind of the outputs of these shards."""
-    names: dict[epath.Path, set[str]] = {}
+    """Removes the unfinished files that a killed run has left of the outputs of these shards."""
+    names_in: dict[epath.Path, set[str]] = {}
     for shard in shards:
         for path in (shard.scores, shard.rejects, shard.marker):
-            names.setdefault(path.parent, set()).add(path.name)
-    for folder, own in names.items():
+            names_in.setdefault(path.parent, set()).add(path.name)
+    for folder, names in names_in.items():
         for path in folder.iterdir() if folder.exists() else ():
-            if (match := _PARTIAL.fullmatch(path.name)) and match[1] in own:
+            if (match := _PARTIAL.fullmatch(path.name)) and match[1] in names:
                 path.unlink(missing_ok=True)
 
 
@@ -151,25 +178,34 @@ class _Partial:
     """A file that gets its name when it is complete."""
 
     def __init__(self, path: epath.Path):
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.file = self._scratch.open("wb")
+        self._writer = atomic_writer(path)
+        self.file = self._writer.__enter__()
 
     def commit(self) -> None:
-        self.file.close()
-        self._scratch.replace(self._path)
+        self._writer.__exit__(None, None, None)
 
     def discard(self) -> None:
-        self.file.close()
-        self._scratch.unlink(missing_ok=True)
+        error = InterruptedError()
+        self._writer.__exit__(type(error), error, None)
 
 
 class ShardWriter:
-    """Writes the outputs of one shard; to be ended with `finish`, `fail` or `discard`. Memory: one row group."""
+    """Writes the outputs of one shard, until `finish`, `fail` or `discard`. Memory: one row group.
+
+    Attributes:
+      shard: the shard.
+      documents, tokens, rejected: counts of what was written so far.
+    """
 
     def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str, layout: Mapping[str, Any] | None = None):
-        """Writes nothing yet. `settings` and `layout` go into the marker; `rater` (name@version) into every row."""
+        """Writes nothing yet.
+
+        Args:
+          shard: the shard.
+          settings: settings that scores depend on, for the marker.
+          rater: name@version, for every row.
+          layout: devices and batches, for the marker.
+        """
         self.shard, self._settings, self._rater, self._layout = shard, settings, rater, layout or {}
         self._input = shard.fingerprint()
         self.documents = self.tokens = self.rejected = 0
@@ -179,7 +215,7 @@ class ShardWriter:
         self._table: pa.parquet.ParquetWriter | None = None
 
     def reject(self, number: int | None, reason: str) -> None:
-        """Notes a record that cannot be scored; None: the whole file."""
+        """Notes a record that cannot be scored, with its number; None: the whole file."""
         for prefix in (f"{self.shard.path}:{number}: ", f"{self.shard.path}: "):
             reason = reason.removeprefix(prefix)
         if self._rejects is None:
@@ -200,7 +236,7 @@ class ShardWriter:
             rows += column
         self.documents += len(documents)
         self.tokens += 0 if n_tokens is None else int(n_tokens.sum())
-        # Groups of one size, so that the bytes do not depend on how the documents came in.
+        # Groups of one size, so that the bytes do not depend on the calls.
         while len(self._rows["number"]) >= _ROWS_PER_GROUP:
             self._write_group()
 
@@ -216,7 +252,7 @@ class ShardWriter:
         self._rows = {name: rows[_ROWS_PER_GROUP:] for name, rows in self._rows.items()}
 
     def finish(self) -> str | None:
-        """Completes the outputs, the marker last; or tells why not, and they are to be failed."""
+        """Completes the outputs, the marker last; or returns a reason to call `fail`."""
         digest = sha256(self.shard.path)
         if self._input != self.shard.fingerprint():
             return "changed while it was scored"
@@ -230,7 +266,7 @@ class ShardWriter:
         return None
 
     def fail(self, reason: str) -> None:
-        """Leaves nothing but the rejects, the whole file among them, and a marker that says so."""
+        """Leaves only the rejects, the whole file among them, and a marker with the status "failed"."""
         self.reject(None, reason)
         self._discard_scores()
         self.shard.marker.unlink(missing_ok=True)
@@ -248,8 +284,8 @@ class ShardWriter:
             "format": FORMAT, "version": VERSION, "status": status, "program": f"raters.score {__version__}",
             "rater": self._rater,
             "documents": self.documents, "rejected": self.rejected, "tokens": self.tokens,
-            "input": {"name": self.shard.name, **self._input, "sha256": digest}, "settings": self._settings,
-            "layout": self._layout,
+            "input": {"name": self.shard.name, **self._input, "sha256": digest, "language": self.shard.language},
+            "settings": self._settings, "layout": self._layout,
         })
 
     def discard(self) -> None:
@@ -260,5 +296,5 @@ class ShardWriter:
 
     def _discard_scores(self) -> None:
         if self._scores is not None:
-            self._table.close()  # it would close itself later, into a file that is closed
+            self._table.close()  # otherwise it would close itself later, and write to a closed file
             self._scores.discard()

@@ -19,7 +19,8 @@ FILES, DOCUMENTS = 8, 600
 GIN = """
 import raters.score
 
-score.documents = ['{input}/*.jsonl.gz']
+Corpus.files = '{input}/*.jsonl.gz'
+score.corpus = @Corpus()
 score.output = 'scores'
 score.rater = @QualityScorer()
 score.workers = 2
@@ -54,7 +55,7 @@ def undisturbed(score_gin, tmp_path_factory) -> dict[str, bytes]:
     assert summary["compilations"] == 2 and summary["padding_efficiency"] > 0.6 and 0 < summary["device_busy"] <= 1
     assert "documents/s" in ended.err and "tokens/s" in ended.err and "left" in ended.err
     found = outputs(folder / "scores")
-    assert len(found) == 3 * FILES + 1
+    assert len(found) == 3 * FILES + 2
     return found
 
 
@@ -128,7 +129,7 @@ def test_a_broken_file_ends_the_command_with_one_line_and_nothing_else(score_gin
     write_jsonl(tmp_path / "in" / "a.jsonl.gz", records(0, 20))
     whole = gzip.compress(b"".join(json.dumps(record).encode() + b"\n" for record in records(1, DOCUMENTS)))
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(whole[:-9])
-    flags = [score_gin, "--gin.score.documents=['in/*.jsonl.gz']"]
+    flags = [score_gin, "--gin.Corpus.files=in/*.jsonl.gz"]
     ended = run(SCORE, *flags, folder=tmp_path)
     assert ended.code == 1
     assert ended.err.splitlines()[-1] == ("error: 1 of 2 files could not be scored: b.jsonl.gz; the reasons are in "
@@ -137,4 +138,4 @@ def test_a_broken_file_ends_the_command_with_one_line_and_nothing_else(score_gin
     assert not (tmp_path / "scores" / "b.jsonl.gz.scores.parquet").exists()
     refused = run(SCORE, *flags, "--gin.QualityScorer.chunk_length=12", folder=tmp_path)
     assert refused.code == 1
-    assert refused.err.splitlines()[-1].endswith("; choose another score.output, or set score.overwrite=True")
+    assert refused.err.splitlines()[-1].endswith("; set overwrite=True to replace it, or name another output")

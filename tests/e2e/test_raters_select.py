@@ -8,7 +8,8 @@ import zlib
 
 import pytest
 
-from raters.select import SelectConfig, select
+from mlx_pretrain.data.corpus import Corpus
+from raters.select import SelectConfig, main
 from tests.e2e.conftest import REPOSITORY, run, started
 from tests.raters.rated import write_documents, write_scores
 
@@ -91,9 +92,9 @@ def test_killed_while_it_writes_it_leaves_nothing_that_could_be_read(tmp_path):
     records = [{"id": f"d{i}", "lang": "en", "text": f"{i} " * 40} for i in range(20_000)]
     write_documents(tmp_path / "corpus/en.jsonl", records)
     write_scores(tmp_path / "scores", "en.jsonl", records, [i % 977 for i in range(len(records))])
-    settings = {"documents": str(tmp_path / "corpus/*"), "scores": str(tmp_path / "scores"), "fraction": 0.9}
+    settings = {"scores": str(tmp_path / "scores"), "fraction": 0.9}
     flags = [f"--gin.select.{name}={value}" for name, value in settings.items()]
-    flags += ["--gin_file=gin/raters/select.gin", "--gin.select.output=kept"]
+    flags += ["--gin_file=gin/raters/select.gin", "--gin.DOCUMENTS=corpus/*", "--gin.select.output=kept"]
     with started("raters.select", *flags, folder=tmp_path) as process:
         process.wait_for((tmp_path / ".kept.partial/train").exists)
         process.signal(signal.SIGKILL)
@@ -101,7 +102,7 @@ def test_killed_while_it_writes_it_leaves_nothing_that_could_be_read(tmp_path):
     assert not (tmp_path / "kept").exists() and (tmp_path / ".kept.partial").exists()
     assert run("raters.select", *flags, folder=tmp_path).code == 0
     assert not (tmp_path / ".kept.partial").exists()
-    select(SelectConfig(**settings, output=str(tmp_path / "whole")))
+    main(SelectConfig(Corpus(tmp_path / "corpus", "*"), **settings, output=str(tmp_path / "whole")))
     files = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
     assert len(files) == 3
     for path, content in files.items():
@@ -111,7 +112,7 @@ def test_killed_while_it_writes_it_leaves_nothing_that_could_be_read(tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     ((*SELECT[:-1], "--gin.SCORES=elsewhere"), "elsewhere/en.jsonl.scores.parquet: no such score file; the documents "
      "were not rated by this rater"),
-    (("raters.duplicates", "--gin.duplicates.documents=corpus/*"),
+    (("raters.duplicates", "--gin.Corpus.files=corpus/*", "--gin.duplicates.corpus=@Corpus()"),
      "Required bindings for `duplicates` not provided in config: ['output']"),
 ])
 def test_mistakes_are_one_line(corpus, flags, message):

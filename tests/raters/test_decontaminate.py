@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
-from raters.decontaminate import DecontaminateConfig, Index, decontaminate
+from raters.decontaminate import DecontaminateConfig, Index, main
 from tests.raters.rated import write_documents
 
 QUESTION = "Which of the seven hills of Rome was, according to legend, the one on which Romulus founded the city?"
@@ -26,7 +27,7 @@ def run(
     write_documents(folder / "in/en.jsonl", records)
     name = "items.txt" if isinstance(items, str) else "items.jsonl"
     (folder / name).write_text(items) if isinstance(items, str) else write_documents(folder / name, items)
-    decontaminate(DecontaminateConfig(str(folder / "in/*"), [str(folder / name)], str(folder / "out"), **more))
+    main(DecontaminateConfig(Corpus(folder / "in", "*"), str(folder / "out"), items=[str(folder / name)], **more))
     removed, found = ([json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
                       for name in ("removed.jsonl", "items.jsonl"))
     return removed, found, json.loads((folder / "out/report.json").read_text())
@@ -89,11 +90,12 @@ def test_every_shared_ngram_is_found_and_nothing_else(words, data):
 def test_items_that_cannot_be_read_are_refused(tmp_path):
     write_documents(tmp_path / "in.jsonl", [{"id": "a", "text": "t"}])
     write_documents(tmp_path / "items.jsonl", [{"prompt": "long enough"}])
-    config = DecontaminateConfig(str(tmp_path / "in.jsonl"), [str(tmp_path / "items.jsonl")], str(tmp_path / "out"))
+    config = DecontaminateConfig(Corpus(tmp_path, "in.jsonl"), str(tmp_path / "out"),
+                                 items=[str(tmp_path / "items.jsonl")])
     with pytest.raises(InputError, match=r"items.jsonl: no item has a text in text; set decontaminate.item_fields"):
-        decontaminate(config)
+        main(config)
     with pytest.raises(InputError, match=r"none.jsonl: no such file"):
-        decontaminate(dataclasses.replace(config, items=[str(tmp_path / "none.jsonl")]))
+        main(dataclasses.replace(config, items=[str(tmp_path / "none.jsonl")]))
     with pytest.raises(InputError, match=r"decontaminate.least_words = 14"):
         dataclasses.replace(config, least_words=14)
     assert not (tmp_path / "out").exists()

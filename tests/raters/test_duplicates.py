@@ -10,8 +10,9 @@ import random
 import numpy as np
 import pytest
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
-from raters.duplicates import DuplicatesConfig, deduplicate
+from raters.duplicates import DuplicatesConfig, main
 from raters.filtering import shingles
 from tests.raters.rated import write_documents, write_scores
 
@@ -33,7 +34,7 @@ def changed(rng: random.Random, words: list[str], share: float) -> list[str]:
 def run(folder: pathlib.Path, texts: list[str], **more) -> tuple[dict[int, dict], dict]:
     """(number -> entry of the removal list, report) for documents numbered from 1."""
     write_documents(folder / "en.jsonl", [{"id": f"d{i}", "text": t, "lang": "en"} for i, t in enumerate(texts, 1)])
-    deduplicate(DuplicatesConfig(str(folder / "*.jsonl"), str(folder / "out"), **more))
+    main(DuplicatesConfig(Corpus(folder, "*.jsonl"), str(folder / "out"), **more))
     entries = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
     return {entry["number"]: entry for entry in entries}, json.loads((folder / "out/report.json").read_text())
 
@@ -118,8 +119,8 @@ def test_the_documents_that_stay_and_removal_lists(tmp_path):
     write_documents(tmp_path / "in/a/en.jsonl.gz", [
         {"id": str(i), "lang": "en", "text": t, "url": "u"} for i, t in enumerate(["same text", "same text", "other"])])
     write_documents(tmp_path / "in/b/en.jsonl.gz", [{"id": "x", "text": "other"}, {"id": "\ud800", "text": "last"}])
-    config = DuplicatesConfig(str(tmp_path / "in/*/*"), str(tmp_path / "out"), write_documents=True)
-    deduplicate(config)
+    config = DuplicatesConfig(Corpus(files=tmp_path / "in/*/*"), str(tmp_path / "out"), write_documents=True)
+    main(config)
     with gzip.open(tmp_path / "out/documents/a/en.jsonl.gz", "rt") as lines:
         assert [json.loads(line) for line in lines] == [
             {"id": "0", "lang": "en", "text": "same text", "url": "u"},
@@ -127,8 +128,8 @@ def test_the_documents_that_stay_and_removal_lists(tmp_path):
     with gzip.open(tmp_path / "out/documents/b/en.jsonl.gz", "rt") as lines:
         assert [json.loads(line)["id"] for line in lines] == ["\ud800"]
     # What another stage removed is passed over: the first "other" is gone, so the second stays.
-    (tmp_path / "list.jsonl").write_text('{"file": "a/en.jsonl.gz", "number": 3}\n')
-    deduplicate(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(str(tmp_path / "list.jsonl"),)))
+    (tmp_path / "list.jsonl").write_text('{"file": "a/en.jsonl.gz", "number": 3, "id": "2"}\n')
+    main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(str(tmp_path / "list.jsonl"),)))
     entries = [json.loads(line) for line in (tmp_path / "out2/removed.jsonl").read_text().splitlines()]
     assert [(one["file"], one["number"]) for one in entries] == [("a/en.jsonl.gz", 2)]
 
@@ -137,13 +138,13 @@ def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
     write_documents(tmp_path / "en.jsonl", [{"id": "a", "text": "t"}])
     with (tmp_path / "en.jsonl").open("a") as file:
         file.write('{"id": 3}\n')
-    deduplicate(DuplicatesConfig(str(tmp_path / "en.jsonl"), str(tmp_path / "out")))
+    main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out")))
     unreadable = json.loads((tmp_path / "out/report.json").read_text())["unreadable"]
     assert unreadable["count"] == 1 and 'en.jsonl:2: no "text" string' in unreadable["first"][0]
     with pytest.raises(InputError, match=r"gone.jsonl: no such removal list"):
-        deduplicate(DuplicatesConfig(str(tmp_path / "en.jsonl"), str(tmp_path / "out2"), exclude=("gone.jsonl",)))
+        main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out2"), exclude=("gone.jsonl",)))
     with pytest.raises(InputError, match=r"duplicates.rows = 0"):
-        DuplicatesConfig("a", "b", rows=0)
+        DuplicatesConfig(None, "b", rows=0)
 
 
 def test_ngram_hashes_tell_order_and_words_apart():

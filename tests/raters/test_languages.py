@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
-from raters.languages import Identifier, LanguagesConfig, check_languages, language_subtag, pieces
+from raters.languages import Identifier, LanguagesConfig, language_subtag, main, pieces
 from tests.raters.rated import write_documents
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples/text/heldout"
@@ -22,7 +23,7 @@ def sample(language: str, number: int = 4) -> list[dict]:
 
 def run(folder: pathlib.Path, **more) -> tuple[list[dict], dict]:
     """(removal list, report)."""
-    check_languages(LanguagesConfig(str(folder / "in/*"), str(folder / "out"), **more))
+    main(LanguagesConfig(Corpus(folder / "in", "*"), str(folder / "out"), **more))
     removed = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
     return removed, json.loads((folder / "out/report.json").read_text())
 
@@ -114,17 +115,23 @@ def test_documents_under_names_of_fineweb_2_are_checked(tmp_path):
 
 @pytest.mark.parametrize("record, message", [
     ({"lang": "xx"}, r"c4-train\.00000\.json:2: 'xx' is no code of a language.*; the record says so"),
-    ({}, r"c4-train\.00000\.json:2: 'c4-train' is no code of a language.*; the record has no language, and the file's"),
+    ({}, r"c4-train\.00000\.json:2: 'c4-train' is no code of a language.*; the path says so"),
 ])
 def test_a_language_that_nobody_knows_is_refused_and_nothing_written(tmp_path, record, message):
     write_documents(tmp_path / "in/c4-train.00000.json", [{"text": "x", "lang": "en"}, {"text": "x", **record}])
     with pytest.raises(InputError, match=message):
-        run(tmp_path)
+        main(LanguagesConfig(Corpus(tmp_path / "in", "{language}.*.json"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_document_whose_language_nothing_tells_is_not_judged(tmp_path):
+    write_documents(tmp_path / "in/c4-train.00000.json", [{"text": "The quick brown fox jumps over the lazy dog."}])
+    removed, report = run(tmp_path)
+    assert not removed and report["languages"] == {"und": {"unknown_to_the_identifier": 1}}
 
 
 def test_settings_that_cannot_be_meant_are_refused():
     with pytest.raises(InputError, match=r"languages.least_share = 2"):
-        LanguagesConfig("a", "b", least_share=2)
+        LanguagesConfig(None, "b", least_share=2)
     with pytest.raises(InputError, match=r"languages.chunks = 0"):
-        LanguagesConfig("a", "b", chunks=0)
+        LanguagesConfig(None, "b", chunks=0)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
@@ -22,9 +23,10 @@ from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_state, initial_state
 from raters.rater_plugins.existing_scores import GivenScores
-from raters.score import Languages, QualityScorer, score
+from raters.score import ScoreConfig, main
 from raters.scoring.chunks import Preparation, detect_language, mean_over_chunks
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
+from raters.scoring.quality_scorer import QualityScorer
 from raters.scoring.shards import SCHEMA, Shard, ShardWriter, find_shards, sweep, unfinished
 
 WORDS = ["river", "stone", "light", "morning", "window", "garden", "paper", "silent", "across", "winter", "letters",
@@ -91,8 +93,9 @@ def files(tmp_path) -> pathlib.Path:
 
 
 def run_score(files, output, rater, **more) -> dict:
-    patterns = more.pop("documents", [f"{files}/*.jsonl*", f"{files}/*/*.jsonl*"])
-    return score(patterns, output, rater, **{"workers": 0, "compilation_cache": None, **more})
+    """Scores the documents below a folder, all or those of the patterns `documents`; `keys` are those of the Corpus."""
+    corpus = Corpus(files, more.pop("documents", ["*.jsonl*", "*/*.jsonl*"]), **more.pop("keys", {}))
+    return main(ScoreConfig(corpus, output, rater, **{"workers": 0, "compilation_cache": None, **more}))
 
 
 def test_scores_are_the_token_weighted_means_of_the_chunks_scored_alone(run_dir, scorer, files, tmp_path, capsys):
@@ -124,8 +127,8 @@ def test_scores_are_the_token_weighted_means_of_the_chunks_scored_alone(run_dir,
 def test_the_bytes_of_a_file_do_not_depend_on_what_is_scored_with_it(scorer, files, tmp_path):
     run_score(files, tmp_path / "all", scorer)
     run_score(files, tmp_path / "workers", scorer, workers=2)
-    run_score(files, tmp_path / "alone", scorer, documents=[f"{files}/a.jsonl.gz"])
-    run_score(files, tmp_path / "alone", scorer, documents=[f"{files}/*/*.jsonl"])
+    run_score(files, tmp_path / "alone", scorer, documents="a.jsonl.gz")
+    run_score(files, tmp_path / "alone", scorer, documents="*/*.jsonl")
     alone = outputs(tmp_path / "alone")
     found = outputs(tmp_path / "all")
     del found["score.gin"], alone["score.gin"]
@@ -201,7 +204,7 @@ def test_finished_files_are_kept_and_changed_ones_scored_again(files, tmp_path):
 def test_other_settings_are_refused_unless_they_may_overwrite(files, tmp_path):
     run_score(files, tmp_path / "out", GivenScores("rank"))
     before = outputs(tmp_path / "out")
-    with pytest.raises(InputError, match=r"done\.json: scored with another rater \('rank', now 'other'\)"):
+    with pytest.raises(InputError, match=r"done\.json: exists, made with rater = .rank. \(now .other.\); set over"):
         run_score(files, tmp_path / "out", GivenScores("rank", name="other"))
     assert outputs(tmp_path / "out") == before
     run_score(files, tmp_path / "out", GivenScores("rank", name="other"), overwrite=True)
@@ -210,7 +213,7 @@ def test_other_settings_are_refused_unless_they_may_overwrite(files, tmp_path):
 
 def test_scoring_goes_on_on_other_devices_with_other_batches(run_dir, scorer, files, tmp_path, monkeypatch):
     run_score(files, tmp_path / "all", scorer)
-    run_score(files, tmp_path / "out", scorer, documents=[f"{files}/a.jsonl.gz"])
+    run_score(files, tmp_path / "out", scorer, documents="a.jsonl.gz")
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
     two = QualityScorer(run_dir, buckets=[CHUNK], window_tokens=500)
     summary = run_score(files, tmp_path / "out", two)
@@ -223,7 +226,7 @@ def test_scoring_goes_on_on_other_devices_with_other_batches(run_dir, scorer, fi
     found, expected = (pq.read_table(tmp_path / folder / "de/b.jsonl.scores.parquet")["quality_score"].to_numpy()
                        for folder in ("out", "all"))
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    with pytest.raises(InputError, match="scored with another chunk_length"):
+    with pytest.raises(InputError, match=r"made with chunk_length = 24 \(now 12\)"):
         run_score(files, tmp_path / "out", QualityScorer(run_dir, chunk_length=12))
 
 
@@ -244,11 +247,8 @@ def test_lengths_that_do_not_fit_the_encoder_are_refused(run_dir, more, message)
 
 
 @pytest.mark.parametrize("more, message", [
-    ({"documents": "a.jsonl"}, r"score\.documents = 'a\.jsonl': must be a list"),
     ({"documents": ["none/*.jsonl"]}, r"none/\*\.jsonl: no file matches"),
-    ({"text_unit": "page"}, r"score\.text_unit: 'page', known are file, line"),
     ({"workers": -1}, r"score\.workers = -1: must be a number of processes"),
-    ({"language_pattern": "*.jsonl"}, r"score\.language_pattern: '\*\.jsonl' must hold \{language\} once"),
     ({"tokenizer": "none.model"}, r"none\.model: no such tokenizer"),
 ])
 def test_wrong_settings_are_refused_before_anything_is_written(files, tmp_path, more, message):
@@ -257,38 +257,46 @@ def test_wrong_settings_are_refused_before_anything_is_written(files, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_document_without_a_language_takes_that_of_its_path():
-    languages = Languages("{language}/part-*.jsonl.gz")
-    document = Document("1", "x", "", "")
-    assert languages.of(document, pathlib.Path("/data/fi/part-01.jsonl.gz")) == "fi"
-    assert languages.of(Document("1", "x", "sv", ""), pathlib.Path("/data/fi/part-01.jsonl.gz")) == "sv"
-    assert languages.of(document, pathlib.Path("/data/fi/x.jsonl.gz")) == ""
-    assert Languages().of(document, pathlib.Path("/data/fi/x.jsonl.gz")) == ""
+def languages_of(scores: pathlib.Path) -> list[str]:
+    return pq.read_table(scores)["language"].to_pylist()
 
 
-def test_a_language_under_another_name_that_is_no_string_is_rejected(tmp_path):
+def test_a_document_has_the_language_of_its_record_else_of_its_path(tmp_path):
+    write_jsonl(tmp_path / "in/de.jsonl", [{"text": "a", "rank": 1}, {"text": "b", "rank": 2, "lang": "sv"}])
+    write_jsonl(tmp_path / "in/fi/part-0.jsonl", [{"text": "c", "rank": 3}])
+    write_jsonl(tmp_path / "in/web/part-0.jsonl", [{"text": "d", "rank": 4}])
+    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"))
+    assert languages_of(tmp_path / "out/de.jsonl.scores.parquet") == ["de", "sv"]
+    assert languages_of(tmp_path / "out/fi/part-0.jsonl.scores.parquet") == ["fi"]
+    assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["und"]
+    # Where the pattern tells another language of a file, the file is scored again.
+    summary = run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), documents="{language}/*.jsonl")
+    assert (summary["scored"], summary["skipped"]) == (1, 1)
+    assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]
+
+
+def test_a_language_under_another_key_that_is_no_string_is_rejected(tmp_path):
     write_jsonl(tmp_path / "in/sv.jsonl", [{"text": "a", "rank": 1, "lang": "sv", "tongue": "da"},
                                            {"text": "b", "rank": 2, "lang": "sv", "tongue": {"da": 0.9}},
                                            {"text": "c", "rank": 3, "lang": ["sv"]}])
-    more = {"documents": [f"{tmp_path}/in/*"], "language_pattern": "{language}.jsonl"}
-    run_score(None, tmp_path / "out", GivenScores("rank"), language_field="tongue", **more)
-    assert pq.read_table(tmp_path / "out/sv.jsonl.scores.parquet")["language"].to_pylist() == ["da", "sv"]
+    more = {"documents": "{language}.jsonl"}
+    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), keys={"language_key": "tongue"}, **more)
+    assert languages_of(tmp_path / "out/sv.jsonl.scores.parquet") == ["da", "sv"]
     reject = json.loads((tmp_path / "out/sv.jsonl.rejects.jsonl").read_text())
     assert reject["number"] == 2
     assert reject["reason"].startswith('"tongue" is an object where a string is expected')
-    with pytest.raises(InputError, match=r"scored with another fields \({'language': 'tongue'}, now None\)"):
-        run_score(None, tmp_path / "out", GivenScores("rank"), **more)
+    with pytest.raises(InputError, match=r"done\.json: exists, made with .*fields"):
+        run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), **more)
 
 
 def test_languages_are_detected_only_where_nothing_else_tells(tmp_path):
     assert detect_language("Der Hund schläft auf dem alten Teppich in der Küche.") == "de"
     assert detect_language("Le chien dort sur le vieux tapis de la cuisine.") == "fr"
-    assert detect_language("12 : 34") == detect_language("") == ""
+    assert detect_language("12 : 34") == detect_language("") == "und"
     german = "Der Hund schläft auf dem alten Teppich in der Küche."
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": german, "rank": 1}, {"text": german, "rank": 1, "lang": "nds"}])
-    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), detect_language=True, workers=1,
-              documents=[f"{tmp_path}/in/*.jsonl"])
-    assert pq.read_table(tmp_path / "out" / "a.jsonl.scores.parquet")["language"].to_pylist() == ["de", "nds"]
+    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), detect_language=True, workers=1)
+    assert languages_of(tmp_path / "out/a.jsonl.scores.parquet") == ["de", "nds"]
 
 
 def test_chunks_hold_every_token_once(run_dir):
@@ -311,28 +319,42 @@ def test_means_are_weighted_by_tokens():
     assert means[0] == pytest.approx(2.0) and np.isnan(means[1]) and means[2] == -2
 
 
-def test_outputs_of_two_inputs_never_go_to_one_place(tmp_path):
+def test_scores_of_two_roots_never_go_to_one_folder(tmp_path):
+    """The documents of x/a.jsonl and y/a.jsonl would have one score file."""
+    for folder, rank in (("x", 1), ("y", 2)):
+        write_jsonl(tmp_path / folder / "a.jsonl", [{"text": "t", "rank": rank}])
+    rater = GivenScores("rank")
+    run_score(tmp_path / "x", tmp_path / "out", rater)
+    before = outputs(tmp_path / "out")
+    with pytest.raises(InputError, match=r"out/corpus\.json: the scores here are of documents below .*/x, these are "
+                                         r"below .*/y: set Corpus\.root to a folder above both"):
+        run_score(tmp_path / "y", tmp_path / "out", rater)
+    assert outputs(tmp_path / "out") == before
     for folder in ("x", "y"):
-        write_jsonl(tmp_path / folder / "a.jsonl", [{"text": "t"}])
-    with pytest.raises(InputError, match="its scores would go where those of"):
-        find_shards([f"{tmp_path}/x/*.jsonl", f"{tmp_path}/y/*.jsonl"], tmp_path / "out")
-    found = find_shards([f"{tmp_path}/*/*.jsonl", f"{tmp_path}/*/a.jsonl"], tmp_path / "out")
-    assert [shard.name for shard in found] == ["x/a.jsonl", "y/a.jsonl"]
+        run_score(tmp_path, tmp_path / "both", rater, documents=f"{folder}/*")
+    for folder, rank in (("x", 1), ("y", 2)):
+        table = pq.read_table(tmp_path / f"both/{folder}/a.jsonl.scores.parquet")
+        assert table["quality_score"].to_pylist() == [rank]
+
+
+def test_a_corpus_may_move(files, tmp_path):
+    run_score(files, tmp_path / "out", GivenScores("rank"))
+    files.rename(tmp_path / "moved")
+    (tmp_path / "moved/a.jsonl.gz").touch()
+    assert run_score(tmp_path / "moved", tmp_path / "out", GivenScores("rank"))["skipped"] == 2
+    write_jsonl(tmp_path / "moved/a.jsonl.gz", records(8, 3))
+    assert run_score(tmp_path / "moved", tmp_path / "out", GivenScores("rank"))["scored"] == 1
 
 
 def test_a_file_is_never_scored_twice(tmp_path):
     write_jsonl(tmp_path / "x" / "a.jsonl", [{"text": "t"}])
-    with pytest.raises(InputError, match=r"x/a\.jsonl: matches two patterns"):
-        find_shards([f"{tmp_path}/*/*.jsonl", f"{tmp_path}/x/*.jsonl"], tmp_path / "out")
-    write_jsonl(tmp_path / "x" / "a.jsonl.gz", [{"text": "t"}])
-    with pytest.raises(InputError, match=r"x/a\.jsonl\.gz: lies beside a\.jsonl"):
-        find_shards([f"{tmp_path}/x/*.jsonl", f"{tmp_path}/x/*.jsonl.gz"], tmp_path / "out")
+    shards = find_shards(Corpus(tmp_path, ["*/*.jsonl", "x/*.jsonl"]), tmp_path / "out")
+    assert [shard.name for shard in shards] == ["x/a.jsonl"]
 
 
 def test_outputs_in_the_input_folder_are_no_input(files):
     for _ in range(2):
-        assert run_score(files, files, GivenScores("rank"), documents=[f"{files}/*.*"])["files"] == 1
-        (files / "score.gin").unlink()
+        assert run_score(files, files, GivenScores("rank"), documents="*.*")["files"] == 1
 
 
 def test_leftovers_of_a_killed_run_are_swept_away_and_nothing_else(tmp_path):

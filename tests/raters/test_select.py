@@ -16,8 +16,8 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
-from raters.select import SelectConfig, select
-from raters.selection_report import report
+from raters import selection_report
+from raters.select import SelectConfig, main
 from tests.raters.rated import write_documents, write_scores
 
 RECORDS = {
@@ -35,7 +35,7 @@ def make(folder: pathlib.Path, **more) -> SelectConfig:
         write_documents(folder / "corpus" / name, records)
         write_scores(folder / "scores", name, records, rng.normal(size=len(records)))
         write_scores(folder / "others", name, records, rng.normal(size=len(records)), rater="other@2")
-    return SelectConfig(**{"documents": str(folder / "corpus/*/*"), "scores": str(folder / "scores"),
+    return SelectConfig(**{"corpus": Corpus(folder / "corpus", "*/*"), "scores": str(folder / "scores"),
                            "output": str(folder / "kept"), "fraction": 0.3, **more})
 
 
@@ -56,18 +56,18 @@ def written(output: str | pathlib.Path) -> dict[str, dict]:
 
 
 def test_a_rated_record_that_cannot_be_read_is_named(tmp_path):
-    """Rated with DocumentFields.language = None, say."""
+    """Rated with Corpus.language_key = None, say."""
     config = make(tmp_path)
     records = [record | {"lang": ["de"]} if i == 3 else record for i, record in enumerate(RECORDS["de"][:25])]
     write_documents(tmp_path / "corpus/one/de.jsonl.gz", records)
-    with pytest.raises(InputError, match=r'one/de\.jsonl\.gz:4: "lang" is a list where .*; it was rated, with other'):
-        select(config)
+    with pytest.raises(InputError, match=r'one/de\.jsonl\.gz:4: "lang" is a list .*; it was rated, with other keys'):
+        main(config)
     assert not (tmp_path / "kept").exists()
 
 
 def test_the_corpus_reader_takes_what_was_kept(tmp_path):
     config = make(tmp_path)
-    select(config)
+    main(config)
     corpus = Corpus(config.output, "{split}/{language}/*")
     assert corpus.all_splits == ["train"] and corpus.languages_of("train") == ["de", "th"]
     assert {path.name for path in corpus.files_of("train", "de").values()} == {"one-de.jsonl.gz", "more-de.jsonl.gz"}
@@ -86,7 +86,7 @@ def test_the_corpus_reader_takes_what_was_kept(tmp_path):
 
 def test_records_keep_their_fields_and_carry_their_score(tmp_path):
     config = make(tmp_path)
-    select(config)
+    main(config)
     rated = scores_of(tmp_path)
     for key, record in written(config.output).items():
         original = next(r for r in RECORDS[record["lang"]] if r["id"] == key)
@@ -95,12 +95,12 @@ def test_records_keep_their_fields_and_carry_their_score(tmp_path):
 
 def test_quotas_by_language_and_in_tokens(tmp_path):
     config = make(tmp_path, tokens={"de": 100, "th": 0})
-    select(config)
+    main(config)
     languages = json.loads((tmp_path / "kept/selection.json").read_text())["languages"]
     kept = {one["language"]: one["kept_tokens"] for one in languages}
     assert 100 <= kept["de"] < 160 and kept["th"] == 0
-    with pytest.raises(InputError, match=r"select.tokens: th, xx stand in it or among the rated languages"):
-        select(dataclasses.replace(config, tokens={"de": 1, "xx": 1}, output=str(tmp_path / "other")))
+    with pytest.raises(InputError, match=r"tokens: the rated languages are de, th; the setting differs in th, xx"):
+        main(dataclasses.replace(config, tokens={"de": 1, "xx": 1}, output=str(tmp_path / "other")))
 
 
 def test_documents_without_a_score_are_counted_and_named(tmp_path):
@@ -109,7 +109,7 @@ def test_documents_without_a_score_are_counted_and_named(tmp_path):
                  number=pa.array([2, *range(4, 42)], pa.int64()))
     lines = (tmp_path / "corpus/one/th.jsonl").read_text().splitlines()
     (tmp_path / "corpus/one/th.jsonl").write_text("\n".join([lines[0], lines[1], "{broken", *lines[2:]]) + "\n")
-    select(config)
+    main(config)
     named = [json.loads(line) for line in (tmp_path / "kept/unscored.jsonl").read_text().splitlines()]
     assert [(one["number"], one["id"]) for one in named] == [(1, "th0"), (2, "th1"), (3, None)]
     assert "malformed JSON" in named[2]["reason"]
@@ -120,41 +120,42 @@ def test_documents_without_a_score_are_counted_and_named(tmp_path):
 
 def test_removal_lists_are_obeyed_before_quotas_are_made(tmp_path):
     removed = tmp_path / "removed.jsonl"
-    removed.write_text("".join(json.dumps({"file": "one/th.jsonl", "number": n}) + "\n" for n in range(1, 31)))
+    entries = [{"file": "one/th.jsonl", "number": n, "id": f"th{n - 1}"} for n in range(1, 31)]
+    removed.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     config = make(tmp_path, exclude=(str(removed),), fraction=0.5)
-    select(config)
+    main(config)
     manifest = json.loads((tmp_path / "kept/selection.json").read_text())
     assert manifest["excluded"] == 30 and not manifest["unscored"]
     kept = [key for key in written(config.output) if key.startswith("th")]
     assert set(kept) <= {f"th{i}" for i in range(30, 40)} and 3 <= len(kept) <= 7
     removed.write_text('{"file": "one/th.jsonl"}\n')
-    with pytest.raises(InputError, match=r'removed.jsonl:1: not a JSON object with "file" and "number"'):
-        select(dataclasses.replace(config, output=str(tmp_path / "other")))
+    with pytest.raises(InputError, match=r'removed.jsonl:1: not a JSON object with "file", "number" and "id"'):
+        main(dataclasses.replace(config, output=str(tmp_path / "other")))
 
 
 def test_a_second_run_changes_nothing_and_other_settings_are_noticed(tmp_path, capsys):
     config = make(tmp_path)
-    select(config)
+    main(config)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "kept").rglob("*.*")}
-    select(config)
+    main(config)
     assert "kept" in capsys.readouterr().err
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "kept").rglob("*.*")} == before
     other = dataclasses.replace(config, fraction=0.5)
-    with pytest.raises(InputError, match=r"made otherwise \(settings differ\)"):
-        select(other)
+    with pytest.raises(InputError, match=r"exists, made with settings fraction = 0.3 \(now 0.5\); set overwrite=True"):
+        main(other)
     assert {path: path.read_bytes() for path in before} == {path: content for path, (_, content) in before.items()}
-    select(dataclasses.replace(other, overwrite=True))
+    main(dataclasses.replace(other, overwrite=True))
     assert len(written(config.output)) > len(before) - 2
     assert json.loads((tmp_path / "kept/selection.json").read_text())["provenance"]["settings"]["fraction"] == 0.5
 
 
 def test_equal_runs_write_equal_bytes(tmp_path):
     config = make(tmp_path, temperature=1.0)
-    select(config)
-    select(dataclasses.replace(config, output=str(tmp_path / "again")))
+    main(config)
+    main(dataclasses.replace(config, output=str(tmp_path / "again")))
     files = sorted(path.relative_to(tmp_path / "kept") for path in (tmp_path / "kept").rglob("*.*"))
     assert files and all((tmp_path / "kept" / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
-    select(dataclasses.replace(config, seed=1, output=str(tmp_path / "seed")))
+    main(dataclasses.replace(config, seed=1, output=str(tmp_path / "seed")))
     assert set(written(tmp_path / "seed")) != set(written(config.output))
 
 
@@ -163,15 +164,15 @@ def test_nothing_is_left_when_it_fails_and_a_strange_folder_is_not_touched(tmp_p
     lines = (tmp_path / "corpus/one/th.jsonl").read_text().splitlines()
     (tmp_path / "corpus/one/th.jsonl").write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(InputError, match=r"th.jsonl:1: 'th1' is not the document that was rated here"):
-        select(config)
+        main(config)
     (tmp_path / "corpus/one/th.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(InputError, match=r"th.jsonl.scores.parquet: has a score for 40, where .*th.jsonl has no"):
-        select(config)
+        main(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "others", "scores"]
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine.txt").write_text("precious")
     with pytest.raises(InputError, match=r"was not made by raters\.select"):
-        select(dataclasses.replace(config, overwrite=True))
+        main(dataclasses.replace(config, overwrite=True))
     assert (tmp_path / "kept/mine.txt").read_text() == "precious"
 
 
@@ -179,13 +180,13 @@ def test_files_that_could_not_be_rated_are_left_out_by_name(tmp_path):
     config = make(tmp_path)
     (tmp_path / "scores/one/th.jsonl.scores.parquet").unlink()
     with pytest.raises(InputError, match=r"th.jsonl.scores.parquet: no such score file"):
-        select(config)
+        main(config)
     (tmp_path / "scores/one/th.jsonl.done.json").write_text('{"status": "failed"}')
     (tmp_path / "scores/one/de.jsonl.gz.done.json").write_text('{"status": "done", "input": {"sha256": "0"}}')
-    with pytest.raises(InputError, match=r"de.jsonl.gz: has changed since it was rated"):
-        select(config)
+    with pytest.raises(InputError, match=r"de.jsonl.gz: is not the file that was rated as one/de.jsonl.gz"):
+        main(config)
     (tmp_path / "scores/one/de.jsonl.gz.done.json").write_text('{"status": "done", "input": {"sha256": null}}')
-    select(config)
+    main(config)
     manifest = json.loads((tmp_path / "kept/selection.json").read_text())
     assert manifest["failed_files"] == ["one/th.jsonl"] and [x["language"] for x in manifest["languages"]] == ["de"]
 
@@ -197,7 +198,7 @@ def test_parquet_documents(tmp_path):
     table["date"] = [datetime.date(2026, 1, 1)] * 40
     pa.parquet.write_table(pa.table(table), folder / "de.parquet", row_group_size=7)
     write_scores(tmp_path / "scores", "de.parquet", [r | {"source": ""} for r in RECORDS["de"]], range(40))
-    select(SelectConfig(str(folder / "*.parquet"), str(tmp_path / "scores"), str(tmp_path / "kept")))
+    main(SelectConfig(Corpus(folder, "*.parquet"), str(tmp_path / "scores"), str(tmp_path / "kept")))
     found = list(read_documents(tmp_path / "kept/train/de/de.jsonl.gz", extra=("url", "date", "quality_score")))
     assert [document.id for document in found] == ["de36", "de37", "de38", "de39"]
     assert found[0].extra == {"url": "https://example.org/36", "date": "2026-01-01", "quality_score": 36.0}
@@ -207,12 +208,12 @@ def test_parquet_documents(tmp_path):
     ({"fraction": 1.5}, "select.fraction = 1.5: must be a number from 0 to 1"),
     ({"fraction": {"de": "all"}}, "select.fraction of de = 'all'"),
     ({"temperature": -1}, "select.temperature = -1"),
-    ({"per_source": True, "source_caps": 0.5}, "source_caps has no say"),
+    ({"per_source": True, "source_caps": 0.5}, "source_caps cannot be set, too"),
     ({"split": "a/b"}, "select.split = 'a/b'"),
 ])
 def test_settings_that_cannot_be_meant_are_refused(more, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        SelectConfig("x", "y", "z", **more)
+        SelectConfig(None, "y", "z", **more)
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +225,8 @@ def reported(tmp_path_factory) -> pathlib.Path:
     nasty = '<script>alert(1)</script> & "ก" \x00'
     lines = [json.dumps(json.loads(line) | {"text": nasty + "x" * 1000}) for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines) + "\n")
-    select(config)
-    report(config.output)
+    main(config)
+    selection_report.main(selection_report.SelectionReportConfig(config.output))
     return folder / "kept"
 
 
@@ -256,5 +257,5 @@ def test_the_report_says_what_the_manifest_says(reported):
 def test_a_file_that_is_no_selection_is_refused(tmp_path):
     (tmp_path / "selection.json").write_text("[]")
     with pytest.raises(InputError, match="not a selection of version 1"):
-        report(tmp_path)
+        selection_report.main(selection_report.SelectionReportConfig(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["selection.json"]

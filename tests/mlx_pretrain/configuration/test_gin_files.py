@@ -1,4 +1,4 @@
-"""gin files: their values reach the constructors, and mistakes in them are one line that names the place."""
+"""Gin files: values reach the constructors, and a mistake is one line that names its place."""
 
 import glob
 
@@ -63,7 +63,7 @@ def test_gin_typos_name_file_and_cause(tmp_path, text, message):
     ("train.model = 'small'", r"train.model = 'small': must be a DecoderConfig, e.g. @DecoderConfig\(\)"),
     ("train.model = @QualityConfig()", "train.model = @QualityConfig.*: must be a DecoderConfig"),
     ("make_mesh.fsdp = '8'", "make_mesh.fsdp = '8': must be an integer"),
-    ("score.documents = ['a', 3]", "score.documents = .*: must be a list"),
+    ("Corpus.languages = ['a', 3]", "Corpus.languages = .*: must be a list"),
     ("score.rater = 'mine'", "score.rater = 'mine': must be a QualityScorer"),
 ])
 def test_a_value_of_another_type_is_one_line_that_names_the_parameter(binding, message):
@@ -75,14 +75,14 @@ def test_a_value_of_another_type_is_one_line_that_names_the_parameter(binding, m
 def test_values_that_fit_are_taken():
     gin_files.parse_gin([], [
         "DecoderConfig.rope_theta = 10000", "train.eval_every = None", "train.model = @DecoderConfig()",
-        "train.optimizer = @adamw", "score.documents = ['a']", "score.rater = @GivenScores()", "FOLDER = 'run'",
-        "train.run_dir = %FOLDER", "languages.confusable = [('id', 'ms')]",
+        "train.optimizer = @adamw", "Corpus.files = ['a']", "score.corpus = @Corpus()", "score.rater = @GivenScores()",
+        "FOLDER = 'run'", "train.run_dir = %FOLDER", "languages.confusable = [('id', 'ms')]",
     ])
 
 
 @pytest.fixture
 def my_gin(tmp_path):
-    """A user's copy of the sample's macros, with one of the user's own that another file of the user reads."""
+    """Copy of the sample's macros by a user, with a macro that another file of the user reads."""
     file = tmp_path / "my.gin"
     file.write_text("include 'gin/mixtures/sample.gin'\nTOKENIZER = 'mine'\nTEMPERATURE = 2.0\nEXPERTS = 4\n")
     (tmp_path / "other.gin").write_text("train.steps = %EXPERTS\n")

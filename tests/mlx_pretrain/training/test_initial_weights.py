@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_mixtures.tokenizer import train_model
-from mlx_pretrain.convert.export import export_model
+from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
@@ -48,7 +48,7 @@ def folders(tmp_path_factory, tokenizers):
             saver.save(step, state, DataState(step, {}), {})
             params[step] = jax.device_get(state.params)
     saver.close()
-    export_model(str(folder / "run"), str(folder / "hf"))
+    export_model(ExportConfig(str(folder / "run"), str(folder / "hf")))
     return folder, config, params
 
 
@@ -65,14 +65,14 @@ def test_weights_are_those_of_the_folder_on_any_mesh(folders, tokenizers, name, 
     jax.tree.map(np.testing.assert_array_equal, found, params[step or 2])
     jax.tree.map(lambda x, like: (x.sharding, x.dtype) == (like.sharding, like.dtype) or pytest.fail(str(like)),
                  found, abstract)
-    description = weights.description()
+    metadata = weights.metadata()
     path = folder / name.split("/")[0]
-    assert description == {"path": str(path), "kind": kind, "step": step, "checksum": description["checksum"]}
+    assert metadata == {"path": str(path), "kind": kind, "step": step, "checksum": metadata["checksum"]}
     latest = InitialWeights(folder / "run", config, tokenizers / "one.model")
     with partitioning.use(mesh):
         latest.load(mesh)
-    assert (latest.description()["checksum"] == description["checksum"]) is (step != 1)  # says which weights they are
-    json.dumps(description)
+    assert (latest.metadata()["checksum"] == metadata["checksum"]) is (step != 1)  # says which weights they are
+    json.dumps(metadata)
 
 
 @pytest.mark.parametrize("name", ["run", "hf"])

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.parallel import cluster
 from raters import decontaminate, languages
 from tests.raters.rated import write_documents
@@ -41,11 +42,11 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def test_shards_and_a_last_call_make_what_one_process_makes(folder, shard, monkeypatch, command):
     def run(output: str, **more) -> None:
         if command == "languages":
-            languages.check_languages(languages.LanguagesConfig(
-                str(folder / "in/*/*"), str(folder / output), write_documents=True, **more))
+            languages.main(languages.LanguagesConfig(
+                Corpus(folder / "in", "*/*"), str(folder / output), write_documents=True, **more))
         else:
-            decontaminate.decontaminate(decontaminate.DecontaminateConfig(
-                str(folder / "in/*/*"), [str(folder / "items.jsonl")], str(folder / output), **more))
+            decontaminate.main(decontaminate.DecontaminateConfig(
+                Corpus(folder / "in", "*/*"), str(folder / output), items=[str(folder / "items.jsonl")], **more))
 
     module, work = {"languages": (languages, "check_file"), "decontaminate": (decontaminate, "search_file")}[command]
     read, function = [], getattr(module, work)

@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mlx_pretrain.errors import InputError
-from raters.filtering import quotas
-from raters.filtering.quotas import Scores, read_scores
+from raters.filtering import quotas, score_statistics
+from raters.filtering.score_table import ScoreTable, aligned, document_key, read_scores
 from tests.raters.rated import write_scores
 
 
-def make_scores(score, tokens, language=None, source=None, seed: int = 0) -> Scores:
+def make_scores(score, tokens, language=None, source=None, seed: int = 0) -> ScoreTable:
     n = len(score)
     language = np.zeros(n, np.int32) if language is None else np.asarray(language, np.int32)
     source = np.zeros(n, np.int32) if source is None else np.asarray(source, np.int32)
-    key = np.array([quotas.document_key(seed, str(l), str(s), str(i)) for i, (l, s) in enumerate(
+    key = np.array([document_key(seed, str(l), str(s), str(i)) for i, (l, s) in enumerate(
         zip(language, source))], np.uint64)
     names = lambda codes: tuple(f"n{i}" for i in range(int(codes.max(initial=0)) + 1))  # noqa: E731
-    return Scores("tested", ("a",), np.zeros(n, np.int32), np.arange(1, n + 1), key, names(language), language,
+    return ScoreTable("tested", ("a",), np.zeros(n, np.int32), np.arange(1, n + 1), key, names(language), language,
                   names(source), source, np.asarray(score, np.float64), np.asarray(tokens, np.int64))
 
 
 @st.composite
-def rated(draw) -> Scores:
+def rated(draw) -> ScoreTable:
     """Documents with ties, empty ones and some without a score."""
     rows = draw(st.lists(st.tuples(
         st.one_of(st.just(math.nan), st.integers(-4, 4).map(float), st.floats(-5, 5)), st.integers(0, 50),
@@ -37,7 +37,7 @@ def rated(draw) -> Scores:
     return make_scores(*zip(*rows))
 
 
-def total(scores: Scores) -> np.ndarray:
+def total(scores: ScoreTable) -> np.ndarray:
     known = np.isfinite(scores.score)
     return np.bincount(scores.language[known], scores.tokens[known], len(scores.languages))
 
@@ -47,7 +47,7 @@ def total(scores: Scores) -> np.ndarray:
 def test_the_quota_is_exceeded_by_less_than_one_document_and_nothing_left_out_is_better(scores, fraction, temperature):
     targets = fraction * total(scores)
     preference = quotas.preferences(scores, temperature)
-    kept = quotas.select(scores, preference, targets)
+    kept = quotas.choose(scores, preference, targets)
     assert not kept[~np.isfinite(scores.score)].any()
     for language, quota in enumerate(targets):
         mine = scores.language == language
@@ -65,7 +65,7 @@ def test_the_quota_is_exceeded_by_less_than_one_document_and_nothing_left_out_is
 def test_no_source_takes_more_than_its_cap_but_for_one_document(scores, fraction, caps):
     targets = fraction * total(scores)
     caps = dict(enumerate(caps))
-    kept = quotas.select(scores, scores.score, targets, caps=caps)
+    kept = quotas.choose(scores, scores.score, targets, caps=caps)
     for language, quota in enumerate(targets):
         for source, cap in caps.items():
             rows = kept & (scores.language == language) & (scores.source == source)
@@ -80,7 +80,7 @@ def test_no_source_takes_more_than_its_cap_but_for_one_document(scores, fraction
 @given(rated(), st.floats(0, 1))
 def test_quotas_for_each_source_keep_the_quota_of_the_language(scores, fraction):
     targets = fraction * total(scores)
-    kept = quotas.select(scores, scores.score, targets, per_source=True)
+    kept = quotas.choose(scores, scores.score, targets, per_source=True)
     for language, quota in enumerate(targets):
         sizes = scores.tokens[kept & (scores.language == language)]
         assert sizes.sum() - sizes.max(initial=0) <= quota * (1 + 1e-9)
@@ -92,7 +92,7 @@ def test_quotas_for_each_source_keep_the_quota_of_the_language(scores, fraction)
 
 def test_caps_let_the_next_best_source_in():
     scores = make_scores([9, 8, 7, 3, 2, 1], [10] * 6, source=[0, 0, 0, 1, 1, 1])
-    kept = quotas.select(scores, scores.score, [40], caps={0: 0.5})
+    kept = quotas.choose(scores, scores.score, [40], caps={0: 0.5})
     assert kept.tolist() == [True, True, False, True, True, False]
 
 
@@ -101,8 +101,8 @@ def test_a_quota_for_each_source_keeps_the_mixture_of_sources():
     rng = np.random.default_rng(0)
     source = np.repeat([0, 1, 2], [700, 200, 100])
     scores = make_scores(rng.normal(size=1000) + 10 * source, np.full(1000, 10), source=source)
-    assert set(source[quotas.select(scores, scores.score, [1000])]) == {2}
-    kept = quotas.select(scores, scores.score, [1000], per_source=True)
+    assert set(source[quotas.choose(scores, scores.score, [1000])]) == {2}
+    kept = quotas.choose(scores, scores.score, [1000], per_source=True)
     assert np.bincount(source[kept]).tolist() == [70, 20, 10]
     assert scores.score[kept & (source == 0)].min() >= scores.score[~kept & (source == 0)].max()
 
@@ -111,13 +111,13 @@ def test_quotas_of_sources_that_are_no_whole_numbers_add_up():
     """10/3 tokens of each source: the first is given 4, for which the others owe it 2/3."""
     source = np.repeat([0, 1, 2], 5)
     scores = make_scores(np.arange(15.0), [1] * 15, source=source)
-    kept = quotas.select(scores, scores.score, [10], per_source=True)
+    kept = quotas.choose(scores, scores.score, [10], per_source=True)
     assert np.bincount(source[kept]).tolist() == [4, 3, 3]
 
 
 def test_half_a_surrogate_pair_has_a_key_of_its_own():
     """An id of such a document, which JSON can spell, is compared with those that were rated."""
-    assert quotas.document_key(0, "de", "s", "\ud800") != quotas.document_key(0, "de", "s", "?")
+    assert document_key(0, "de", "s", "\ud800") != document_key(0, "de", "s", "?")
 
 
 @settings(deadline=None, max_examples=40)
@@ -138,7 +138,7 @@ def test_files_and_their_order_do_not_change_what_is_kept(data, tmp_path_factory
             names.append(f"{number}.jsonl")
             write_scores(folder / place, names[-1], part, [score[r["id"]] for r in part])
         scores = read_scores(folder / place, names, seed=3)
-        kept = quotas.select(scores, quotas.preferences(scores, temperature), [quota] * len(scores.languages))
+        kept = quotas.choose(scores, quotas.preferences(scores, temperature), [quota] * len(scores.languages))
         rows = iter(kept.tolist())
         return {records[i]["id"] for i in order if next(rows)}
 
@@ -153,7 +153,7 @@ def test_sampling_follows_the_softmax_of_the_standardised_scores():
     wins = np.zeros(4)
     for seed in range(4000):
         scores = make_scores(score, [1] * 4, seed=seed)
-        wins += quotas.select(scores, quotas.preferences(scores, 0.8), [1])
+        wins += quotas.choose(scores, quotas.preferences(scores, 0.8), [1])
     assert stats.chisquare(wins, 4000 * weights / weights.sum()).pvalue > 1e-4
 
 
@@ -189,25 +189,25 @@ def test_explained_variance_is_that_of_a_linear_model():
     values = language + 0.5 * source * (language == 1) + rng.normal(size=300)
     every = np.zeros(300)
     joint = 3 * language + source
-    assert quotas.explained(values, language) == pytest.approx(
+    assert score_statistics.explained(values, language) == pytest.approx(
         1 - adjusted_r2(values, language) / adjusted_r2(values, every))
-    assert quotas.explained(values, source, language) == pytest.approx(
+    assert score_statistics.explained(values, source, language) == pytest.approx(
         1 - adjusted_r2(values, joint) / adjusted_r2(values, language))
 
 
 def test_many_groups_do_not_explain_noise():
     rng = np.random.default_rng(2)
-    found = [quotas.explained(rng.normal(size=400), rng.integers(0, 100, 400)) for _ in range(20)]
+    found = [score_statistics.explained(rng.normal(size=400), rng.integers(0, 100, 400)) for _ in range(20)]
     assert np.mean(found) < 0.06
-    assert quotas.explained(np.ones(9), np.arange(9) % 3) is None
-    assert quotas.explained(np.arange(3.0), np.arange(3)) is None
+    assert score_statistics.explained(np.ones(9), np.arange(9) % 3) is None
+    assert score_statistics.explained(np.arange(3.0), np.arange(3)) is None
 
 
 def test_a_rater_of_length_is_seen_as_one():
     rng = np.random.default_rng(3)
     tokens = rng.integers(10, 1000, 2000)
     scores = make_scores(np.log(tokens), tokens, rng.integers(0, 3, 2000), rng.integers(0, 4, 2000))
-    table = quotas.variance_table(scores)
+    table = score_statistics.variance_table(scores)
     assert table["within_languages"]["length"] > 0.9
     assert table["within_languages"]["source"] < 0.02 and table["over_all"]["language"] < 0.02
 
@@ -226,14 +226,14 @@ def test_the_table_of_variance_is_that_of_linear_models():
                      "all three": (10 * cell + length, every)},
         "within_languages": {"source": (cell, language), "length": (10 * language + length, language),
                              "source and length": (10 * cell + length, language)}}
-    assert quotas.variance_table(scores) == {
+    assert score_statistics.variance_table(scores) == {
         part: {name: pytest.approx(1 - adjusted_r2(values, groups) / adjusted_r2(values, within))
                for name, (groups, within) in factors.items()} for part, factors in expected.items()}
 
 
 def test_lengths_fall_into_tenths():
     tokens = np.random.default_rng(6).permutation(np.arange(1, 101))
-    groups, upper = quotas.length_groups(tokens)
+    groups, upper = score_statistics.length_groups(tokens)
     assert upper == list(range(10, 101, 10))
     assert groups.tolist() == ((tokens - 1) // 10).tolist()
 
@@ -241,10 +241,10 @@ def test_lengths_fall_into_tenths():
 def test_distributions_count_the_rated_documents_and_the_ends_hold_the_rest():
     values = np.arange(1001.0)
     scores = make_scores([*values, math.nan], [1] * 1002, [0] * 1000 + [1, 0])
-    edges = quotas.score_bins(scores)
+    edges = score_statistics.score_bins(scores)
     np.testing.assert_allclose(edges, np.linspace(5, 995, 49))
     rows, kept = scores.language == 0, scores.score >= 900
-    found = quotas.distribution(scores, kept, rows, edges)
+    found = score_statistics.distribution(scores, kept, rows, edges)
     expected = [int(((values[:1000] >= low) & (values[:1000] < high)).sum()) for low, high in zip(
         [-1, *edges[1:-1]], [*edges[1:-1], 2000])]
     assert found["histogram"] == expected and sum(expected) == 1000
@@ -254,9 +254,9 @@ def test_distributions_count_the_rated_documents_and_the_ends_hold_the_rest():
 
 def test_distributions_of_no_scores_and_of_equal_ones():
     nothing, equal = make_scores([math.nan], [1]), make_scores([3, 3], [1, 1])
-    assert quotas.score_bins(nothing)[[0, -1]].tolist() == [0, 1]
-    assert quotas.score_bins(equal)[[0, -1]].tolist() == [3, 4]
-    assert quotas.distribution(nothing, np.zeros(1, bool), np.ones(1, bool), np.array([0, 1, 2.0])) == {
+    assert score_statistics.score_bins(nothing)[[0, -1]].tolist() == [0, 1]
+    assert score_statistics.score_bins(equal)[[0, -1]].tolist() == [3, 4]
+    assert score_statistics.distribution(nothing, np.zeros(1, bool), np.ones(1, bool), np.array([0, 1, 2.0])) == {
         "quantiles": None, "histogram": [0, 0], "kept_histogram": [0, 0]}
 
 
@@ -264,19 +264,19 @@ def test_agreement_is_that_of_the_documents_that_both_have_rated():
     scores = make_scores([1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60])
     raters = {"a": scores.score, "b": np.array([2, 1, 3, math.nan, 5, 4])}
     kept = {"a": np.arange(6) >= 3, "b": np.isin(np.arange(6), (2, 4))}
-    found, = quotas.agreement(scores, raters, kept)
+    found, = score_statistics.agreement(scores, raters, kept)
     assert found["raters"] == ["a", "b"] and found["documents"] == 5
     # Ranks 1 2 3 4 5 and 2 1 3 5 4: 1 - 6 * 4 / (5 * 24).
     assert found["spearman"] == found["spearman_within"] == found["spearman_by_language"]["n0"] == pytest.approx(0.8)
     assert found["overlap"] == pytest.approx(50 / 150) and found["chance"] == pytest.approx(80 / 210)
-    nothing, = quotas.agreement(scores, raters, dict.fromkeys(kept, np.zeros(6, bool)))
+    nothing, = score_statistics.agreement(scores, raters, dict.fromkeys(kept, np.zeros(6, bool)))
     assert nothing["overlap"] is None and nothing["chance"] is None
 
 
 def test_the_mean_over_languages_is_of_those_with_three_documents():
     scores = make_scores([1, 2, 3, 4, 5, 6, 7, 8], [1] * 8, [0, 0, 0, 1, 1, 1, 2, 2])
     raters = {"a": scores.score, "b": np.array([1, 2, 3, 6, 5, 4, 7, 8.0])}
-    found, = quotas.agreement(scores, raters, dict.fromkeys(raters, np.ones(8, bool)))
+    found, = score_statistics.agreement(scores, raters, dict.fromkeys(raters, np.ones(8, bool)))
     assert found["spearman_by_language"] == {"n0": pytest.approx(1), "n1": pytest.approx(-1), "n2": None}
     assert found["spearman_within"] == pytest.approx(0)
 
@@ -287,8 +287,8 @@ def test_agreement_of_raters():
     scores = make_scores(score, np.full(1000, 7), language)
     others = {"tested": score, "shifted": score + 5 * language, "noise": rng.normal(size=1000)}
     targets = 0.2 * total(scores)
-    kept = {name: quotas.select(dataclasses.replace(scores, score=one), one, targets) for name, one in others.items()}
-    same, noise, _ = quotas.agreement(scores, others, kept)
+    kept = {name: quotas.choose(dataclasses.replace(scores, score=one), one, targets) for name, one in others.items()}
+    same, noise, _ = score_statistics.agreement(scores, others, kept)
     assert same["spearman_within"] == pytest.approx(1) and same["overlap"] == pytest.approx(1)
     assert same["spearman"] == pytest.approx(stats.spearmanr(score, others["shifted"]).statistic) and same[
         "spearman"] < 0.95
@@ -305,7 +305,7 @@ def test_scores_of_two_raters_are_joined_by_file_and_number(tmp_path):
     write_scores(tmp_path / "b", "y.jsonl", records, [50, 60, 70, 80], rater="b")
     a, b = (read_scores(tmp_path / name, ["x.jsonl", "y.jsonl"]) for name in "ab")
     assert a.rater == "tested@1" and b.rater == "b"
-    np.testing.assert_array_equal(quotas.aligned(a, b), [np.nan, 20, np.nan, np.nan, 50, 60, 70, 80])
+    np.testing.assert_array_equal(aligned(a, b), [np.nan, 20, np.nan, np.nan, 50, 60, 70, 80])
 
 
 def test_rows_of_a_score_file(tmp_path):
