@@ -13,7 +13,7 @@ from typing import Any
 
 import gin
 
-_MAX_COLUMN = 32  # the texts begin here at most; those of longer names begin on the next line
+_MAX_COLUMN = 32  # rightmost column at which texts begin; after longer names they begin on the next line
 _ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: \([^)]*\))?:(?: |$)")
 
 
