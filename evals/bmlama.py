@@ -9,6 +9,7 @@ so that sentences with the mask in the middle are scored to their end.
 """
 
 import csv
+import dataclasses
 import io
 import lzma
 import re
@@ -27,14 +28,24 @@ TASK = Task("BMLAMADataset", "lighteval")
 MASK = "<mask>"
 
 
-@gin.configurable
-def bmlama(source: str = gin.REQUIRED, output: str = gin.REQUIRED, seed: int = 0) -> dict[str, int]:
-    """Writes OUTPUT/BMLAMADataset/lighteval_<language>_test.jsonl for all languages of a folder.
+@gin.configurable("bmlama")
+@dataclasses.dataclass(frozen=True)
+class BmlamaConfig:
+    """Settings of the conversion.
 
-    Args:
+    Attributes:
       source: folder of the tables.
       output: folder of the tasks.
       seed: seed of the shuffling.
+    """
+
+    source: str = gin.REQUIRED
+    output: str = gin.REQUIRED
+    seed: int = 0
+
+
+def main(config: BmlamaConfig) -> dict[str, int]:
+    """Converts all tables of a folder to OUTPUT/BMLAMADataset/lighteval_<language>_test.jsonl.
 
     Returns:
       Language -> number of items.
@@ -42,14 +53,14 @@ def bmlama(source: str = gin.REQUIRED, output: str = gin.REQUIRED, seed: int = 0
     Raises:
       InputError: there are no tables, or one is malformed.
     """
-    folder = epath.Path(source)
+    folder = epath.Path(config.source)
     files = {path.name.split(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
     paths = {language: path for language, path in files.items() if re.search(r"\.tsv(\.xz)?$", path.name)}
     if not paths:
         raise InputError(f"{folder}: no <language>.tsv or .tsv.xz there")
     counts = {}
     for language in by_family(paths):
-        counts[language] = write_items(output, TASK, language, _read_items(paths[language], seed))
+        counts[language] = write_items(config.output, TASK, language, _read_items(paths[language], config.seed))
         print(f"{language}: {counts[language]:,} items")
     return counts
 
@@ -90,4 +101,4 @@ def _read_rows(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
 
 
 if __name__ == "__main__":
-    run(bmlama, "evals.bmlama")
+    run(main, BmlamaConfig, "evals.bmlama")

@@ -9,6 +9,7 @@ seed and the item's number. (MuBench switches template and question separately; 
 they switch together.)
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import gin
@@ -23,22 +24,30 @@ PROBABILITY = 0.5
 MIXED_MODES = {"lighteval": "mix_lighteval", "local_template": "mix", "en_template": "mix"}
 
 
-@gin.configurable
-def code_switch(
-    tasks: Sequence[str] = gin.REQUIRED,
-    output: str = gin.REQUIRED,
-    languages: Sequence[str] | None = None,
-    max_languages: int = 2,
-    seed: int = 0,
-) -> dict[str, int]:
-    """Writes OUTPUT/<dataset>/mix_<language>_<max_languages>_test.jsonl (mix_lighteval_... for cloze tasks).
+@gin.configurable("code_switch")
+@dataclasses.dataclass(frozen=True)
+class CodeSwitchConfig:
+    """Settings of the mixing.
 
-    Args:
-      tasks: globs of files of one mode, see `tasks.task_files.find_tasks`.
+    Attributes:
+      tasks: globs of files of one mode, e.g. ["mubench/*/lighteval_*_test.jsonl"].
       output: folder of the tasks.
       languages: languages to mix; None: all.
       max_languages: greatest number of other languages in an item; MuBench has 9 in BMLAMA and 3 elsewhere.
       seed: seed of the replacements.
+    """
+
+    tasks: Sequence[str] = gin.REQUIRED
+    output: str = gin.REQUIRED
+    languages: Sequence[str] | None = None
+    max_languages: int = 2
+    seed: int = 0
+
+
+def main(config: CodeSwitchConfig) -> dict[str, int]:
+    """Writes code-switched items to OUTPUT/<dataset>/mix_<language>_<max_languages>_test.jsonl.
+
+    Cloze tasks (mode "lighteval") become mix_lighteval_<language>_<max_languages>_test.jsonl.
 
     Returns:
       Task -> number of items in each language.
@@ -46,8 +55,8 @@ def code_switch(
     Raises:
       InputError: fewer than two languages, a mode that is mixed already, or `max_languages` out of range.
     """
-    counts = {}
-    for task, files in find_tasks(tasks, languages).items():
+    counts, max_languages = {}, config.max_languages
+    for task, files in find_tasks(config.tasks, config.languages).items():
         if task.mode not in MIXED_MODES:
             raise InputError(f"code_switch: {task.name}: only modes that are not mixed yet can be: "
                              f"{', '.join(MIXED_MODES)}")
@@ -59,8 +68,8 @@ def code_switch(
         if mixed.name in counts:
             raise InputError(f"code_switch: {task.name} and another mode would both become {mixed.name}")
         for language in aligned.languages:
-            counts[mixed.name] = write_items(output, mixed, language, (
-                _mix_item(number, language, aligned.items, max_languages, seed)
+            counts[mixed.name] = write_items(config.output, mixed, language, (
+                _mix_item(number, language, aligned.items, max_languages, config.seed)
                 for number in range(len(aligned.items[language]))))
         print(f"{mixed.name}: {counts[mixed.name]:,} items in {len(aligned.languages)} languages")
     return counts
@@ -83,4 +92,4 @@ def _mix_item(
 
 
 if __name__ == "__main__":
-    run(code_switch, "evals.code_switch")
+    run(main, CodeSwitchConfig, "evals.code_switch")

@@ -3,6 +3,7 @@
     python -m evals.compare --gin.compare.first=runs/evals_a --gin.compare.second=runs/evals_b
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import gin
@@ -38,33 +39,44 @@ class TaskComparison(NamedTuple):
     paired: PairedComparison
 
 
-@gin.configurable
-def compare(
-    first: str = gin.REQUIRED, second: str = gin.REQUIRED, metric: str | None = None, output: str | None = None
-) -> list[TaskComparison]:
-    """Compares accuracies, paired by item, and prints a table.
+@gin.configurable("compare")
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Settings of the comparison.
 
-    Args:
+    Attributes:
       first, second: output folders of `evals.run`.
       metric: name in `scoring.metrics.METRICS`; None: that of each dataset, and exact_match for generated answers.
       output: JSON file to write the table to; None: none.
+    """
+
+    first: str = gin.REQUIRED
+    second: str = gin.REQUIRED
+    metric: str | None = None
+    output: str | None = None
+
+    def __post_init__(self):
+        if self.metric is not None and self.metric not in METRICS:
+            raise InputError(f"compare.metric = {self.metric!r}: not one of {', '.join(METRICS)}")
+
+
+def main(config: CompareConfig) -> list[TaskComparison]:
+    """Compares the accuracies of two runs, paired by item, and prints a table.
 
     Raises:
       InputError: a folder without tables, no task or item in both runs, labels that differ, or a metric that was not
         measured.
     """
-    if metric is not None and metric not in METRICS:
-        raise InputError(f"compare.metric = {metric!r}: not one of {', '.join(METRICS)}")
-    runs = [_find_tables(epath.Path(folder)) for folder in (first, second)]
+    runs = [_find_tables(epath.Path(folder)) for folder in (config.first, config.second)]
     common = sorted(set(runs[0]) & set(runs[1]))
     if not common:
-        raise InputError(f"{first}, {second}: no task and language in both")
+        raise InputError(f"{config.first}, {config.second}: no task and language in both")
     comparisons: list[TaskComparison] = []
     for task_name in dict.fromkeys(task_name for task_name, _ in common):
         languages = by_family(language for name, language in common if name == task_name)
         generated = all(runs[0][task_name, language].parent.parent.name == "answers" for language in languages)
         dataset, _, mode = task_name.partition("_")
-        task_metric = EXACT_MATCH if generated else metric or Task(dataset, mode).main_metric
+        task_metric = EXACT_MATCH if generated else config.metric or Task(dataset, mode).main_metric
         correct = {language: _read_correct(runs[0][task_name, language], runs[1][task_name, language], task_metric)
                    for language in languages}
         if len(correct) > 1 and len({ids for ids, _ in correct.values()}) == 1:
@@ -79,10 +91,10 @@ def compare(
         value, low, high = (100 * x for x in row.paired.difference)
         print(f"{row.task:<36} {row.language:<9} {row.metric:<10} {row.items:>6} {100 * row.first:>7.2f} "
               f"{100 * row.second:>7.2f} {value:>+7.2f} [{low:+.2f}, {high:+.2f}] {row.paired.p_value:.2g}")
-    if output is not None:
+    if config.output is not None:
         plain = [row._asdict() | {"paired": {"difference": row.paired.difference._asdict(),
                                              "p_value": row.paired.p_value}} for row in comparisons]
-        write_json(output, {"first": str(first), "second": str(second), "compared": plain})
+        write_json(config.output, {"first": str(config.first), "second": str(config.second), "compared": plain})
     return comparisons
 
 
@@ -114,4 +126,4 @@ def _read_correct(first: epath.Path, second: epath.Path, metric: str) -> tuple[t
 
 
 if __name__ == "__main__":
-    run(compare, "evals.compare")
+    run(main, CompareConfig, "evals.compare")

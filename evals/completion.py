@@ -1,12 +1,14 @@
 """Makes cloze items in MuBench's form from aligned documents: which line continues the text (our own formulation).
 
-    python -m evals.completion --gin.completion.documents='samples/text/heldout/*.jsonl.xz' --gin.completion.output=DIR
+    python -m evals.completion --gin.completion.corpus='@Corpus()' \\
+        --gin.Corpus.files='samples/text/heldout/*.jsonl.xz' --gin.completion.output=DIR
 
 Documents are aligned when they have the same source, id and number of lines in all languages; others are left out.
 Every line but the first is an item: the lines before it are the prompt, the line itself is the right choice, and three
 lines of other documents of the same source are the wrong ones, the same in all languages.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import gin
@@ -15,7 +17,7 @@ import numpy as np
 from evals.tasks.language_families import by_family
 from evals.tasks.task_files import Item, Task, write_items
 from mlx_pretrain.command_line import run
-from mlx_pretrain.data.documents import match_files, read_documents
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 
 TASK = Task("CompletionDataset", "lighteval")
@@ -25,26 +27,32 @@ Lines = dict[tuple[str, str], list[str]]  # (source, id) of a document -> its li
 LinePosition = tuple[tuple[str, str], int]  # (source, id) of a document, line number
 
 
-@gin.configurable
-def completion(
-    documents: str = gin.REQUIRED,
-    output: str = gin.REQUIRED,
-    languages: Sequence[str] | None = None,
-    min_characters: int = 12,
-    max_characters: int = 300,
-    prompt_characters: int = 400,
-    seed: int = 0,
-) -> int:
-    """Writes CompletionDataset/lighteval_<language>_test.jsonl.
+@gin.configurable("completion")
+@dataclasses.dataclass(frozen=True)
+class CompletionConfig:
+    """Settings of the items.
 
-    Args:
-      documents: glob of files <language>.jsonl[.xz], aligned by `source` and `id`.
+    Attributes:
+      corpus: documents in several languages, aligned by `source` and `id`.
       output: folder of the tasks.
       languages: languages to take; None: all.
       min_characters, max_characters: bounds on the length of a choice in every language; for scripts of syllables and
         words (zh, ja, ko) the first is halved and the second divided by three.
       prompt_characters: greatest length of a prompt in whole lines; one line is always kept.
       seed: seed of the wrong choices and the order.
+    """
+
+    corpus: Corpus = gin.REQUIRED
+    output: str = gin.REQUIRED
+    languages: Sequence[str] | None = None
+    min_characters: int = 12
+    max_characters: int = 300
+    prompt_characters: int = 400
+    seed: int = 0
+
+
+def main(config: CompletionConfig) -> int:
+    """Makes cloze items from aligned documents and writes them to OUTPUT/CompletionDataset.
 
     Returns:
       The number of items in every language.
@@ -52,32 +60,34 @@ def completion(
     Raises:
       InputError: a language is missing, or no item is left.
     """
-    texts = {}
-    for path in match_files(documents):
-        if (other := texts.setdefault(path.name.split(".")[0], path)) != path:
-            raise InputError(f"{path}: its language has {other.name}, too; one file a language is read")
-    if missing := sorted(set(languages or ()) - set(texts)):
-        raise InputError(f"{documents}: no file for {', '.join(missing)}; there is {', '.join(sorted(texts))}")
-    lines = {language: _read_lines(texts[language]) for language in by_family(languages or texts)}
+    lines = _read_lines(config.corpus, config.languages)
     aligned = _aligned_documents(lines)
-    bounds = {language: (min_characters // 2, max_characters // 3) if language in ("zh", "ja", "ko")
-              else (min_characters, max_characters) for language in lines}
+    bounds = {language: (config.min_characters // 2, config.max_characters // 3) if language in ("zh", "ja", "ko")
+              else (config.min_characters, config.max_characters) for language in lines}
     positions = [(document, number) for document in aligned for number in range(1, len(aligned[document]))
                  if all(low <= len(lines[language][document][number]) <= high
                         for language, (low, high) in bounds.items())]
-    items = _with_wrong_choices(positions, np.random.default_rng(seed))
+    items = _with_wrong_choices(positions, np.random.default_rng(config.seed))
     if not items:
-        raise InputError(f"{documents}: no line is left that is aligned in {', '.join(lines)}")
+        raise InputError(f"{config.corpus.location}: no line is left that is aligned in {', '.join(lines)}")
     for language, language_lines in lines.items():
-        write_items(output, TASK, language, (_make_item(language_lines, choices, label, prompt_characters)
-                                             for choices, label in items))
+        write_items(config.output, TASK, language, (
+            _make_item(language_lines, choices, label, config.prompt_characters) for choices, label in items))
     print(f"{len(items)} items in {len(lines)} languages")
     return len(items)
 
 
-def _read_lines(path) -> Lines:
-    return {(document.source, document.id): [line.strip() for line in document.text.split("\n") if line.strip()]
-            for document in read_documents(path)}
+def _read_lines(corpus: Corpus, languages: Sequence[str] | None) -> dict[str, Lines]:
+    """Returns language -> lines of its documents, languages by family."""
+    lines: dict[str, Lines] = {}
+    for name in corpus.paths():
+        for document in corpus.read(name):
+            lines.setdefault(document.language, {})[document.source, document.id] = [
+                line.strip() for line in document.text.split("\n") if line.strip()]
+    if missing := sorted(set(languages or ()) - set(lines)):
+        raise InputError(
+            f"{corpus.location}: no documents in {', '.join(missing)}; there is {', '.join(sorted(lines))}")
+    return {language: lines[language] for language in by_family(languages or lines)}
 
 
 def _aligned_documents(lines: Mapping[str, Lines]) -> Lines:
@@ -115,4 +125,4 @@ def _make_item(lines: Lines, choices: Sequence[LinePosition], label: int, prompt
 
 
 if __name__ == "__main__":
-    run(completion, "evals.completion")
+    run(main, CompletionConfig, "evals.completion")

@@ -32,7 +32,7 @@ def task_evaluation(
 
     Args:
       model: model whose tokenizer and shape the requests are made for; its parameters are not used.
-      tasks, languages, few_shot, limit: see `evals.run.run_tasks`.
+      tasks, languages, few_shot, limit: see `evals.run.EvaluateConfig`.
 
     Returns:
       The function of an `Evaluator`, whose scalars are, for each task and its own metric: `<task>/<metric>` (mean over

@@ -5,6 +5,8 @@
 Files that exist are not read again. Without a network, `repository` can be a folder with the same files.
 """
 
+import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -25,19 +27,12 @@ DATASETS = ("ARCChallengeDataset", "ARCEasyDataset", "BMLAMADataset", "GPQADatas
             "WinoGrandeDataset")  # fmt: skip
 
 
-@gin.configurable
-def mubench(
-    output: str = gin.REQUIRED,
-    repository: str = REPOSITORY,
-    names: Sequence[str] = DATASETS,
-    modes: Sequence[str] = ("lighteval",),
-    languages: Sequence[str] | None = None,
-    splits: Sequence[str] = ("test",),
-    revision: str | None = None,
-) -> int:
-    """Writes OUTPUT/<dataset>/<mode>_<language>_<split>.jsonl, for `evals.run`.
+@gin.configurable("mubench")
+@dataclasses.dataclass(frozen=True)
+class MubenchConfig:
+    """Settings of the download.
 
-    Args:
+    Attributes:
       output: folder of the tasks.
       repository: repository on the Hub, or local folder.
       names: datasets to download.
@@ -45,32 +40,46 @@ def mubench(
       languages: languages to download; None: all 61.
       splits: "test", "dev".
       revision: revision of the repository, for results that can be repeated; None: the newest.
+    """
+
+    output: str = gin.REQUIRED
+    repository: str = REPOSITORY
+    names: Sequence[str] = DATASETS
+    modes: Sequence[str] = ("lighteval",)
+    languages: Sequence[str] | None = None
+    splits: Sequence[str] = ("test",)
+    revision: str | None = None
+
+    def __post_init__(self):
+        plain_modes = [Task("", mode).plain_mode for mode in self.modes]
+        for parameter, values, known in (("names", self.names, DATASETS), ("modes", plain_modes, MODES),
+                                         ("languages", self.languages or (), LANGUAGES)):
+            if unknown := [value for value in values if value not in known]:
+                raise InputError(f"mubench.{parameter}: {', '.join(unknown)}: not one of {', '.join(known)}")
+
+
+def main(config: MubenchConfig) -> int:
+    """Downloads MuBench's files to OUTPUT/<dataset>/<mode>_<language>_<split>.jsonl, for `evals.run`.
 
     Returns:
       The number of files written.
 
     Raises:
-      InputError: MuBench has no such name, mode or language, or a file is missing or cannot be read.
+      InputError: a file is missing or cannot be read.
     """
-    for parameter, values, known in (("names", names, DATASETS), ("languages", languages or (), LANGUAGES),
-                                     ("modes", [Task("", mode).plain_mode for mode in modes], MODES)):
-        if unknown := [value for value in values if value not in known]:
-            raise InputError(f"mubench.{parameter}: {', '.join(unknown)}: not one of {', '.join(known)}")
     datasets.disable_progress_bars()
     written = 0
-    for name in names:
-        for mode in modes:
-            for language in languages or LANGUAGES:
-                for split in splits:
-                    file = file_name(Task(name, mode), language, split)
-                    path = epath.Path(output) / file
-                    if path.exists():
-                        continue
-                    rows = _read(repository, file, revision)
-                    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-                    written += 1
-                    print(f"{path}: {len(rows):,} items", file=sys.stderr, flush=True)
-    print(f"{output}: {written} files written")
+    languages = config.languages or LANGUAGES
+    for name, mode, language, split in itertools.product(config.names, config.modes, languages, config.splits):
+        file = file_name(Task(name, mode), language, split)
+        path = epath.Path(config.output) / file
+        if path.exists():
+            continue
+        rows = _read(config.repository, file, config.revision)
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        written += 1
+        print(f"{path}: {len(rows):,} items", file=sys.stderr, flush=True)
+    print(f"{config.output}: {written} files written")
     return written
 
 
@@ -84,4 +93,4 @@ def _read(repository: str, file: str, revision: str | None) -> datasets.Dataset:
 
 
 if __name__ == "__main__":
-    run(mubench, "evals.mubench")
+    run(main, MubenchConfig, "evals.mubench")

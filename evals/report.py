@@ -4,6 +4,7 @@ Reads the latest results_*.json of OUTPUT and its samples; writes report.html, a
 PNG. `evals.run` writes it at its end.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -193,7 +194,18 @@ def examples(folder: epath.Path, stamp: str, task: TaskSummary) -> list[dict[str
 
 
 @gin.configurable("evals_report")
-def report(folder: epath.PathLike = gin.REQUIRED) -> None:
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Settings of the report.
+
+    Attributes:
+      folder: output folder of `evals.run`.
+    """
+
+    folder: epath.PathLike = gin.REQUIRED
+
+
+def write_report(folder: epath.PathLike) -> None:
     """Writes FOLDER/report.html and FOLDER/figures.
 
     Args:
@@ -228,5 +240,10 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
     write_atomic(folder / "report.html", page)
 
 
+def main(config: ReportConfig) -> None:
+    """Writes the report of an evaluation."""
+    write_report(config.folder)
+
+
 if __name__ == "__main__":
-    run(report, "evals.report")
+    run(main, ReportConfig, "evals.report")

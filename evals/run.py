@@ -11,7 +11,7 @@ import gin
 from etils import epath
 from jax.sharding import Mesh
 
-from evals.report import report
+from evals.report import write_report
 from evals.scoring.measure import measure
 from evals.scoring.results import TaskResults, compute_results, format_results, write_results
 from evals.tasks.alignment import align_items, read_examples
@@ -20,34 +20,20 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
 from mlx_pretrain.configuration.gin_files import save_effective
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import described_model, load_language_model
+from mlx_pretrain.inference.language_model import load_language_model, read_model_config
 from mlx_pretrain.inference.scoring import Scorer
 from mlx_pretrain.parallel import cluster, hardware
 from mlx_pretrain.training.train_state import abstract_params
 
 
 @gin.configurable("evaluate")
-def run_tasks(
-    model: str = gin.REQUIRED,
-    tasks: Sequence[str] = gin.REQUIRED,
-    output: str = gin.REQUIRED,
-    languages: Sequence[str] | None = None,
-    few_shot: int = 0,
-    limit: int | None = None,
-    mutual_information: bool = False,
-    generate: bool = False,
-    template: str = "{prompt}",
-    max_new_tokens: int = 32,
-    step: int | None = None,
-    dtype: str | None = None,
-    max_length: int | None = None,
-    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla",
-) -> list[TaskResults]:
-    """Measures all items and writes item tables, results, samples and the report.
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation.
 
-    Args:
+    Attributes:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
-      tasks: globs of files named as MuBench's, see `tasks.task_files.find_tasks`.
+      tasks: globs of files named as MuBench's, e.g. ["mubench/*/lighteval_*_test.jsonl"].
       output: folder of the results; the same command resumes.
       languages: languages to evaluate; None: all.
       few_shot: number of solved examples before every prompt: the first items of the split "dev" beside the test file.
@@ -62,42 +48,68 @@ def run_tasks(
       dtype: compute dtype; None: that of the run, float32 for other models.
       max_length: tokens of prompt and option; None: the model's positions. Longer prompts are cut at their beginning.
       compilation_cache: folder of compiled programs, kept between runs; None: none.
+      overwrite: replaces item tables that were made from another model, other items or settings.
+    """
+
+    model: str = gin.REQUIRED
+    tasks: Sequence[str] = gin.REQUIRED
+    output: str = gin.REQUIRED
+    languages: Sequence[str] | None = None
+    few_shot: int = 0
+    limit: int | None = None
+    mutual_information: bool = False
+    generate: bool = False
+    template: str = "{prompt}"
+    max_new_tokens: int = 32
+    step: int | None = None
+    dtype: str | None = None
+    max_length: int | None = None
+    compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if self.few_shot < 0 or (self.limit is not None and self.limit < 1):
+            raise InputError(f"evaluate: few_shot = {self.few_shot} must not be negative, limit = {self.limit} must be "
+                             "positive")
+        if self.template.count("{prompt}") != 1:
+            raise InputError(f"evaluate.template = {self.template!r}: must have {{prompt}} in it once")
+
+
+def main(config: EvaluateConfig) -> list[TaskResults]:
+    """Evaluates a decoder and writes item tables, results, samples and the report.
 
     Returns:
       The results by task in process 0, nothing in other processes.
 
     Raises:
-      InputError: no model or files there, no item left to evaluate, or an option that is longer than the model.
+      InputError: no model or files there, no item left to evaluate, an option that is longer than the model, or tables
+        made from something else.
     """
-    if few_shot < 0 or (limit is not None and limit < 1):
-        raise InputError(f"evaluate: few_shot = {few_shot} must not be negative, limit = {limit} must be positive")
-    if template.count("{prompt}") != 1:
-        raise InputError(f"evaluate.template = {template!r}: must have {{prompt}} in it once")
-    files = find_tasks(tasks, languages)
-    aligned = {task: align_items(by_language, limit) for task, by_language in files.items()}
-    examples = {task: read_examples(by_language, few_shot) for task, by_language in files.items()}
-    hardware.keep_compiled(compilation_cache)
-    language_model = load_language_model(model, step=step, dtype=dtype)
-    scorer = Scorer(language_model.config, language_model.params, language_model.mesh, max_length=max_length)
-    folder = epath.Path(output)
+    files = find_tasks(config.tasks, config.languages)
+    aligned = {task: align_items(by_language, config.limit) for task, by_language in files.items()}
+    examples = {task: read_examples(by_language, config.few_shot) for task, by_language in files.items()}
+    hardware.keep_compiled(config.compilation_cache)
+    model = load_language_model(config.model, step=config.step, dtype=config.dtype)
+    scorer = Scorer(model.config, model.params, model.mesh, max_length=config.max_length)
+    folder = epath.Path(config.output)
     if cluster.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         save_effective(folder / "config.gin")
     settings = {
-        "model": "mlx_pretrain", "model_args": {"path": str(model), "step": language_model.step},
-        "fingerprint": language_model.fingerprint(), "dtype": language_model.config.dtype,
-        "max_length": scorer.max_length, "few_shot": few_shot, "limit": limit,
+        "model": "mlx_pretrain", "model_args": {"path": str(config.model), "step": model.step},
+        "fingerprint": model.fingerprint(), "dtype": model.config.dtype,
+        "max_length": scorer.max_length, "few_shot": config.few_shot, "limit": config.limit,
     }
-    if generate:
-        settings |= {"template": template, "max_new_tokens": max_new_tokens}
+    if config.generate:
+        settings |= {"template": config.template, "max_new_tokens": config.max_new_tokens}
     else:
-        settings |= {"mutual_information": mutual_information}
-    tables = measure(folder, language_model, scorer, aligned, examples, settings)
+        settings |= {"mutual_information": config.mutual_information}
+    tables = measure(folder, model, scorer, aligned, examples, settings, overwrite=config.overwrite)
     if not cluster.is_main():
         return []
     results = [compute_results(task, aligned[task], tables[task]) for task in files]
     path = write_results(folder, results, aligned, tables, settings)
-    report(folder)
+    write_report(folder)
     for line in format_results(results):
         print(line)
     print(f"{path}, {folder / 'report.html'}")
@@ -112,10 +124,10 @@ def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program
     """
     from mlx_pretrain.train import TrainConfig  # nothing else here needs it
 
-    settings = gin.get_bindings(run_tasks)
+    settings = gin.get_bindings(EvaluateConfig)
     if settings.get("generate"):
         return []
-    config = TrainConfig().model if programs.is_bound("train.steps") else described_model(settings["model"])
+    config = TrainConfig().model if programs.is_bound("train.steps") else read_model_config(settings["model"])
     config = dataclasses.replace(config, dtype=settings.get("dtype") or config.dtype)
     scorer = Scorer(config, abstract_params(config, mesh), mesh, max_length=length or settings.get("max_length"))
     (program, arguments, rows, length), prefix = scorer.largest_program(), scorer.max_length
@@ -133,4 +145,4 @@ def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program
 
 
 if __name__ == "__main__":
-    run(run_tasks, "evals.run", joins=True)
+    run(main, EvaluateConfig, "evals.run", joins=True)

@@ -1,7 +1,7 @@
 """Trains a linear classifier of hashed word n-grams, as the fastText filter of DCLM (arXiv 2406.11794):
 
-    python -m raters.ngrams --gin.train_ngrams.good=@good/Corpus() --gin.good/Corpus.files=GOOD.jsonl \
-        --gin.train_ngrams.bad=@bad/Corpus() --gin.bad/Corpus.files=BAD.jsonl --gin.train_ngrams.output=ngrams.npz
+    python -m raters.ngrams --gin.train_ngrams.good='@good/Corpus()' --gin.good/Corpus.files=GOOD.jsonl \
+        --gin.train_ngrams.bad='@bad/Corpus()' --gin.bad/Corpus.files=BAD.jsonl --gin.train_ngrams.output=ngrams.npz
 
 The features are scikit-learn's HashingVectorizer (MurmurHash3, signed, rows of unit length), the classifier its
 logistic regression. The file holds the weights and a JSON description, nothing that can be executed.

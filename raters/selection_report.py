@@ -1,11 +1,13 @@
-"""The calibration report of a selection: one self-contained HTML file, and each figure as a file of its own for papers.
+"""Writes the calibration report of a selection: one HTML file, and each figure as a file of its own for papers.
 
     python -m raters.selection_report --gin.selection_report.folder=runs/selected
 
-Made from selection.json, which `raters.select` writes: score distributions, what was kept of each language, source and
-length, how much of the score these explain, how far raters agree, and texts at quantiles of the scores to read.
+The report shows what selection.json holds, the output of `raters.select`: score distributions, the share kept of each
+language, source and length, how much of the score these explain, agreement of the raters, and texts at quantiles of the
+scores to read.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,18 +43,18 @@ from mlx_pretrain.reports.figures import (
 from raters.select import FORMAT, MANIFEST, VERSION
 
 _MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))
-_STRONGEST = 0.62  # opacity of a cell, so that its number stays readable
+_MAX_OPACITY = 0.62  # of a cell, so that its number stays readable
 
 
 def read_selection(path: epath.PathLike) -> dict[str, Any]:
-    """selection.json.
+    """Returns the content of selection.json.
 
     Raises:
       InputError: it is missing, malformed or of another version.
     """
     selection = read_json(path, "selection")
-    kind = (selection.get("format"), selection.get("version")) if isinstance(selection, dict) else None
-    if kind != (FORMAT, VERSION):
+    version = (selection.get("format"), selection.get("version")) if isinstance(selection, dict) else None
+    if version != (FORMAT, VERSION):
         raise InputError(f"{path}: not a selection of version {VERSION}, as raters.select writes it")
     if not selection["languages"]:
         raise InputError(f"{path}: no language in it")
@@ -60,13 +62,13 @@ def read_selection(path: epath.PathLike) -> dict[str, Any]:
 
 
 def totals(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Documents and tokens, of the input and kept, over all groups."""
+    """Returns the sums over all groups of documents and tokens, of the input and kept."""
     return {key: sum(group[key] for group in groups)
             for key in ("documents", "tokens", "kept_documents", "kept_tokens")}
 
 
 def shares(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The groups with `share` of the input's tokens, `kept_share` of the kept ones and `rate`, their own part kept."""
+    """Adds to each group its `share` of the input's tokens, its `kept_share` of the kept ones and its kept `rate`."""
     total = totals(groups)
     return [{**group, "share": group["tokens"] / max(total["tokens"], 1),
              "kept_share": group["kept_tokens"] / max(total["kept_tokens"], 1),
@@ -74,15 +76,15 @@ def shares(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Plots:
-    """The figures of one selection; None where there is nothing to show."""
+    """The figures of one selection; a figure without data is None."""
 
     def __init__(self, selection: Mapping[str, Any]):
         self._s = selection
         self._total = totals(selection["languages"])
-        self._sources = sorted(selection["sources"], key=lambda one: -one["tokens"])
+        self._sources = sorted(selection["sources"], key=lambda group: -group["tokens"])
 
     def all(self) -> Iterator[tuple[str, Figure, str]]:
-        """(name, figure, description for screen readers) of each figure that there is."""
+        """Yields (name, figure, description for screen readers) of each figure that has data."""
         for name, description in (
             ("languages", "Distribution of the scores in each language, all documents and those kept"),
             ("sources", "Distribution of the scores in each source, all documents and those kept"),
@@ -96,11 +98,11 @@ class Plots:
                 yield name, figure, description
 
     def languages(self) -> Figure:
-        """Ridges by language."""
+        """Draws the distribution of the scores in each language."""
         return self._ridges("Score by language", "language", self._s["languages"])
 
     def sources(self) -> Figure:
-        """Ridges by source."""
+        """Draws the distribution of the scores in each source."""
         return self._ridges("Score by source", "source", self._sources)
 
     def _ridges(self, title: str, key: str, groups: Sequence[Mapping[str, Any]]) -> Figure:
@@ -112,9 +114,9 @@ class Plots:
             every, kept = np.array(group["histogram"]), np.array(group["kept_histogram"])
             scale = 0.86 / max(every.max(), 1)
             low = row + 0.4
-            for counts, colour, what in ((every, to_rgba(MUTED, 0.28), "all"), (kept, to_rgba(ACCENT, 0.8), "kept")):
+            for counts, colour, label in ((every, to_rgba(MUTED, 0.28), "all"), (kept, to_rgba(ACCENT, 0.8), "kept")):
                 axes.stairs(low - scale * counts, edges, baseline=low, fill=True, color=colour, linewidth=0,
-                            label=what if row == 0 else None)
+                            label=label if row == 0 else None)
             median = group["quantiles"][self._s["quantiles"].index(0.5)]
             axes.plot([median] * 2, [low, low - 0.3], color=INK, linewidth=1.4, label="median" if row == 0 else None)
         axes.grid(visible=False, axis="x")
@@ -125,20 +127,20 @@ class Plots:
         return figure
 
     def kept(self) -> Figure:
-        """Heat map: rate of tokens kept, by source (row) and language (column)."""
-        languages = [one["language"] for one in self._s["languages"]]
-        sources = [one["source"] for one in self._sources]
+        """Draws a heat map: rate of tokens kept, by source (row) and language (column)."""
+        languages = [group["language"] for group in self._s["languages"]]
+        sources = [group["source"] for group in self._sources]
         rate = np.full((len(sources), len(languages)), np.nan)
         for cell in self._s["cells"]:
-            at = sources.index(cell["source"]), languages.index(cell["language"])
-            rate[at] = cell["kept_tokens"] / max(cell["tokens"], 1)
-        own = np.array([one["kept_tokens"] / max(one["tokens"], 1) for one in self._s["languages"]])
+            index = sources.index(cell["source"]), languages.index(cell["language"])
+            rate[index] = cell["kept_tokens"] / max(cell["tokens"], 1)
+        language_rate = np.array([group["kept_tokens"] / max(group["tokens"], 1) for group in self._s["languages"]])
         figure, axes, _ = matrix_panel("Tokens kept (%)", [short_label(name) for name in sources],
                                        [short_label(name, 6) for name in languages], widths=(20, 40), height=24)
         with np.errstate(divide="ignore", invalid="ignore"):
-            strength = np.nan_to_num(np.clip(np.log2(rate / own), -3, 3) / 3)
+            strength = np.nan_to_num(np.clip(np.log2(rate / language_rate), -3, 3) / 3)
         colours = np.where(strength[..., None] > 0, to_rgba(ACCENT), to_rgba(WARM))
-        colours[..., 3] = _STRONGEST * np.abs(strength)
+        colours[..., 3] = _MAX_OPACITY * np.abs(strength)
         fill_cells(axes, colours)
         for (row, column), value in np.ndenumerate(rate):
             if not np.isfinite(value):
@@ -148,7 +150,7 @@ class Plots:
         return figure
 
     def variance(self) -> Figure | None:
-        """Bars: what explains the score."""
+        """Draws bars: the share of the score's variance that language, source and length explain."""
         parts = [(f"{name}{suffix}", value, colour) for group, suffix, colour in (
             ("over_all", "", MUTED), ("within_languages", ", in language", ACCENT))
                  for name, value in self._s["variance"][group].items() if value is not None]
@@ -163,14 +165,14 @@ class Plots:
         return figure
 
     def lengths(self) -> Figure | None:
-        """Rate of tokens kept by tenths of the documents, shortest first."""
+        """Draws the rate of tokens kept by tenths of the documents, shortest first."""
         lengths = self._s["lengths"]
         tokens, kept = np.array(lengths["tokens"], float), np.array(lengths["kept_tokens"], float)
-        there = tokens > 0
-        if there.sum() < 2:
+        filled = tokens > 0
+        if filled.sum() < 2:
             return None
         figure, axes = panel("Tokens kept (%), by length", 236)
-        axes.bar(np.flatnonzero(there), 100 * kept[there] / tokens[there], 0.7, color=ACCENT, alpha=0.8)
+        axes.bar(np.flatnonzero(filled), 100 * kept[filled] / tokens[filled], 0.7, color=ACCENT, alpha=0.8)
         axes.axhline(100 * self._total["kept_tokens"] / max(self._total["tokens"], 1), color=INK, linewidth=1,
                      linestyle=(0, (4, 3)))
         axes.set_xticks(range(len(tokens)), [compact(round(upper)) for upper in lengths["upper"]])
@@ -179,9 +181,9 @@ class Plots:
         return figure
 
     def agreement(self) -> Figure | None:
-        """Rank correlation of the deciding rater with each other one, by language."""
+        """Draws the rank correlation of the deciding rater with each other one, by language."""
         pairs = [pair for pair in self._s["agreement"] if pair["raters"][0] == self._s["rater"]][: len(_MARKS)]
-        languages = [one["language"] for one in self._s["languages"]]
+        languages = [group["language"] for group in self._s["languages"]]
         if not pairs:
             return None
         figure, axes, rows = rows_panel(f"Rank correlation with {short_label(self._s['rater'], 24)}",
@@ -199,48 +201,57 @@ class Plots:
 
 
 def _second_line_legend(axes: Axes) -> None:
-    """The legend below the title, left, where names of raters have room."""
+    """Draws the legend on the left below the title, where names of raters have room."""
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.1, borderaxespad=0.1,
                 handletextpad=0.2, bbox_transform=axes.transAxes)
 
 
 def findings(selection: Mapping[str, Any]) -> dict[str, Any]:
-    """What the first lines say: how much of the score is no quality, and which sources gain and lose most."""
+    """Returns the facts of the first lines: variance explained by other things than quality, and changed shares."""
     within = selection["variance"]["within_languages"]
-    sources = [one for one in shares(selection["sources"]) if one["share"] >= 0.005 or one["kept_share"] >= 0.005]
-    moved = sorted(sources, key=lambda one: one["kept_share"] - one["share"])
+    gain = lambda source: source["kept_share"] - source["share"]  # noqa: E731
+    sources = sorted((source for source in shares(selection["sources"])
+                      if source["share"] >= 0.005 or source["kept_share"] >= 0.005), key=gain)
     return {
         "explained": within.get("source and length"), "by_source": within.get("source"),
         "by_length": within.get("length"), "by_language": selection["variance"]["over_all"].get("language"),
-        "more": [one for one in moved[::-1] if one["kept_share"] - one["share"] > 0.005][:3],
-        "less": [one for one in moved if one["share"] - one["kept_share"] > 0.005][:3],
-        "short": [one["language"] for one in selection["languages"] if one["kept_tokens"] < one["quota"]],
+        "more": [source for source in sources[::-1] if gain(source) > 0.005][:3],
+        "less": [source for source in sources if gain(source) < -0.005][:3],
+        "short": [group["language"] for group in selection["languages"] if group["kept_tokens"] < group["quota"]],
     }
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in per cent with a space before the sign; a dash for None."""
+    """Returns a share in per cent with a space before the sign; a dash for None."""
     return "–" if value is None else f"{100 * value:.{digits}f}\u202f%"
 
 
 def _settings(selection: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that were set, as texts."""
+    """Returns the settings that are set, as texts."""
     return {name: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
             else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             for name, value in selection["provenance"]["settings"].items() if value not in (None, [], {})}
 
 
 @gin.configurable("selection_report")
-def report(folder: epath.PathLike = gin.REQUIRED) -> None:
-    """Writes FOLDER/report.html, and FOLDER/figures with each figure as SVG and PNG.
+@dataclasses.dataclass(frozen=True)
+class SelectionReportConfig:
+    """Settings of the report.
 
-    Args:
-      folder: the output of raters.select.
+    Attributes:
+      folder: output folder of `raters.select`.
+    """
+
+    folder: epath.PathLike = gin.REQUIRED
+
+
+def main(config: SelectionReportConfig) -> None:
+    """Writes the report of a selection to FOLDER/report.html, and FOLDER/figures with each figure as SVG and PNG.
 
     Raises:
       InputError: selection.json is missing or malformed; nothing is written then.
     """
-    folder = epath.Path(folder)
+    folder = epath.Path(config.folder)
     selection = read_selection(folder / MANIFEST)
     with plot_style():
         figures = save_figures(Plots(selection).all(), folder / "figures")
@@ -250,10 +261,10 @@ def report(folder: epath.PathLike = gin.REQUIRED) -> None:
     page = render_page(
         epath.Path(__file__).parent / "selection_report.html.j2", name=folder.absolute().name, s=selection,
         figures=figures, total=totals(selection["languages"]), by_language=shares(selection["languages"]),
-        by_source=sorted(shares(selection["sources"]), key=lambda one: -one["tokens"]), found=findings(selection),
-        examples=examples, settings=_settings(selection), percent=percent)
+        by_source=sorted(shares(selection["sources"]), key=lambda group: -group["tokens"]),
+        findings=findings(selection), examples=examples, settings=_settings(selection), percent=percent)
     write_atomic(folder / "report.html", page)
 
 
 if __name__ == "__main__":
-    run(report, "raters.selection_report")
+    run(main, SelectionReportConfig, "raters.selection_report")

@@ -20,7 +20,8 @@ from etils import epath
 
 from evals.scoring.metrics import EXACT_MATCH, Options, choose_options, match_answer
 from evals.tasks.task_files import Item, Task
-from mlx_pretrain.errors import InputError
+from mlx_pretrain import artifacts
+from mlx_pretrain.errors import InputError, first_line
 from mlx_pretrain.files import atomic_writer
 from mlx_pretrain.inference.scoring import Score
 
@@ -90,25 +91,42 @@ def save(path: epath.Path, table: pa.Table, made_from: Mapping[str, Any]) -> Non
         pq.write_table(table.replace_schema_metadata(metadata), file)
 
 
-def load(path: epath.Path, made_from: Mapping[str, Any] | None = None) -> pa.Table | None:
-    """Returns a table; None where the file is missing or made from something other than `made_from`.
+def load(path: epath.Path) -> pa.Table:
+    """Returns a table.
 
     Raises:
       InputError: the file is not such a table.
     """
+    try:
+        return _read(path)[0]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file ({first_line(error)})") from None
+
+
+def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: bool) -> pa.Table | None:
+    """Returns a table that was made from the same; None where it is missing, damaged or to be replaced.
+
+    Raises:
+      InputError: the table was made from something else, without `overwrite`; or the file is not such a table.
+    """
     if not path.exists():
         return None
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file)
+        table, recorded = _read(path)
+        cause = None
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file ({error}); delete it to compute it again") from None
+        table, recorded, cause = None, made_from, f"not a parquet file: {first_line(error)}"
+    current = artifacts.is_current(path, recorded, made_from, overwrite=overwrite, damage=lambda: cause, quiet=True)
+    return table if current else None
+
+
+def _read(path: epath.Path) -> tuple[pa.Table, dict[str, Any]]:
+    with path.open("rb") as file:
+        table = pq.read_table(file)
     metadata = (table.schema.metadata or {}).get(_METADATA)
     if metadata is None or table.schema.names not in [schema.names for schema in FOLDERS.values()]:
-        raise InputError(f"{path}: not written by evals.run; delete it to compute it again")
-    if made_from is not None and json.loads(metadata) != json.loads(json.dumps(made_from)):
-        return None
-    return table
+        raise InputError(f"{path}: exists and was not made by evals.run; name another output")
+    return table, json.loads(metadata)
 
 
 def ids_and_labels(table: pa.Table) -> tuple[list[str], np.ndarray]:

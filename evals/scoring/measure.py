@@ -57,6 +57,8 @@ def measure(
     aligned: Mapping[Task, AlignedItems],
     examples: Mapping[Task, Mapping[str, Sequence[Item]]],
     settings: Mapping[str, Any],
+    *,
+    overwrite: bool,
 ) -> dict[Task, dict[str, pa.Table]]:
     """Returns the item tables by task and language, computing those that FOLDER lacks; complete in process 0 only.
 
@@ -67,6 +69,10 @@ def measure(
       aligned: items by task.
       examples: solved examples by task and language.
       settings: what the tables depend on besides items and examples; with "template", answers are generated.
+      overwrite: replaces tables that were made from something else.
+
+    Raises:
+      InputError: a table was made from something else, or an option is longer than the model.
     """
     generates = "template" in settings
     tables: dict[Task, dict[str, pa.Table]] = {task: {} for task in aligned}
@@ -76,7 +82,7 @@ def measure(
             shown = examples[task][language]
             made_from = settings | {"language": language, "items": _digest(items), "examples": _digest(shown)}
             path = item_tables.table_path(folder, "answers" if generates else "log_likelihoods", task, language)
-            table = item_tables.load(path, made_from) if cluster.is_main() else None
+            table = item_tables.load_current(path, made_from, overwrite=overwrite) if cluster.is_main() else None
             if table is not None:
                 tables[task][language] = table
             jobs.append(_Job(task, language, path, made_from, items, shown))

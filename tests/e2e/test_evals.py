@@ -14,9 +14,9 @@ import scipy.stats
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from evals.compare import compare
-from evals.report import report
-from evals.run import run_tasks
+from evals import compare
+from evals.report import write_report
+from evals.run import EvaluateConfig, main
 from evals.tasks.task_files import Item, Task, write_items
 from mlx_pretrain.convert.decoders import load_decoder, save_decoder
 from mlx_pretrain.errors import InputError
@@ -125,11 +125,15 @@ def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path, caps
     assert "1 of 2 files were done before" in again.err
     assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
     settings = {"model": str(model), "tasks": [f"{tasks}/*/*_test.jsonl"], "output": str(out)}
-    run_tasks(**settings, mutual_information=True)
+    main(EvaluateConfig(**settings, mutual_information=True))
     said = capsys.readouterr()
     assert "2 of 2 files were done before" in said.err and "items/s" not in said.err
     assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
-    run_tasks(**settings, limit=10)
+    with pytest.raises(InputError, match=r"\.parquet: exists, made with .*set overwrite=True to replace it"):
+        main(EvaluateConfig(**settings, limit=10))
+    assert {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")} == files
+    capsys.readouterr()
+    main(EvaluateConfig(**settings, limit=10, overwrite=True))
     said = capsys.readouterr()
     assert "done before" not in said.err and "10 items" in said.out
 
@@ -143,7 +147,7 @@ def test_a_language_more_leaves_the_tables_of_the_others(model, tasks, tmp_path,
                 "few_shot": 1, "limit": 4}
 
     def done_before(**more):
-        run_tasks(**settings | more)
+        main(EvaluateConfig(**settings, **more))
         found = re.search(r"(\d) of (\d) files were done before", capsys.readouterr().err)
         return found.groups() if found else None
 
@@ -154,16 +158,22 @@ def test_a_language_more_leaves_the_tables_of_the_others(model, tasks, tmp_path,
         rows = [json.loads(line) for line in changed.read_text().splitlines()]
         rows[0]["prompt"] += " anders"
         changed.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert done_before() == ("1", "2")
+        words = {"dev": "examples", "test": "items"}[name]
+        with pytest.raises(InputError, match=rf"de\.parquet: exists, made with other {words}; set overwrite=True"):
+            done_before()
+        assert done_before(overwrite=True) == ("1", "2")
+    # A damaged table is computed again.
+    (tmp_path / "out/log_likelihoods/StoryClozeDataset_lighteval/de.parquet").write_bytes(b"PAR1 cut")
+    assert done_before() == ("1", "2")
     # Another model, in the same folder: its layers are swapped.
     shutil.copytree(model, tmp_path / "model")
     config, params = load_decoder(model)
     save_decoder(tmp_path / "model", config, params | {"layers": jax.tree.map(lambda x: x[::-1], params["layers"])},
                  bos_id=0, eos_id=0)
     settings["model"] = str(tmp_path / "model")
-    assert done_before() is None and done_before() == ("2", "2")
-    save_decoder(tmp_path / "model", config, params, bos_id=0, eos_id=0)
-    assert done_before() is None
+    with pytest.raises(InputError, match=r"made with model_args path = .*, other fingerprint"):
+        done_before()
+    assert done_before(overwrite=True) is None and done_before() == ("2", "2")
 
 
 def test_two_processes_find_the_same_and_share_the_work(model, tasks, runs, tmp_path):
@@ -305,9 +315,9 @@ def test_two_runs_are_compared_item_by_item(tmp_path, runs):
     by_item = [np.sum(right[k], axis=0) for k in (0, 1)]
     assert compared[-1]["paired"]["p_value"] == pytest.approx(_permuted(by_item[1] - by_item[0]), abs=0.02)
     with pytest.raises(InputError, match=r"not the output of evals\.run"):
-        compare(str(none), str(tmp_path))
+        compare.main(compare.CompareConfig(str(none), str(tmp_path)))
     with pytest.raises(InputError, match="no results_"):
-        report(tmp_path)
+        write_report(tmp_path)
 
 
 def test_generated_answers_are_matched_with_the_options(tmp_path, model, tasks):
@@ -341,7 +351,7 @@ def test_generated_answers_are_matched_with_the_options(tmp_path, model, tasks):
     assert sample["resps"] == [[table["answer"][0]]] and sample["chosen"]["exact_match"] == table["chosen"][0]
     again = evaluate(tmp_path, model, tmp_path / "own", *flags)
     assert again.code == 0 and "2 of 2 files were done before" in again.err
-    same = compare(str(tmp_path / "out"), str(tmp_path / "out"))
+    same = compare.main(compare.CompareConfig(str(tmp_path / "out"), str(tmp_path / "out")))
     assert [row.metric for row in same] == ["exact_match"] * 3 and same[0].first == accuracy["en"]
 
 
@@ -364,5 +374,5 @@ def test_a_mistake_ends_with_one_line(tmp_path, model, tasks):
 def test_impossible_settings_are_refused(tmp_path, model, tasks, change, message):
     settings = {"model": str(model), "tasks": [f"{tasks}/*/*_test.jsonl"], "output": str(tmp_path / "out")}
     with pytest.raises(InputError) as error:
-        run_tasks(**settings | change)
+        main(EvaluateConfig(**settings | change))
     assert message in str(error.value) and not (tmp_path / "out").exists()

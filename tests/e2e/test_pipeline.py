@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from evals.run import run_tasks
+from evals.run import EvaluateConfig, main
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.data.tokenizers import Tokenizer
@@ -96,8 +96,8 @@ def test_tasks_give_the_same_figures_while_it_trains_afterwards_and_exported(fol
     assert (ended.code, ended.err) == (0, "") and "step 6" in ended.out
     found = {}
     for name, model in {"run": folder / "own/run", "exported": tmp_path / "hf"}.items():
-        (task,) = run_tasks(str(model), [f"{REPOSITORY}/samples/tasks/*/*_test.jsonl"], str(tmp_path / name),
-                            languages=["fr", "en"], limit=5, compilation_cache=None)
+        (task,) = main(EvaluateConfig(str(model), [f"{REPOSITORY}/samples/tasks/*/*_test.jsonl"], str(tmp_path / name),
+                                      languages=["fr", "en"], limit=5, compilation_cache=None))
         assert dict(zip(task.languages, task.accuracy)) == {
             language: during[-1][f"{task.task.name}/acc_norm/{language}"] for language in ("en", "fr")}
         assert task.consistency.mlc[0, 1] == during[-1][f"{task.task.name}/mlc"]

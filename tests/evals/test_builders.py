@@ -7,11 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from evals.bmlama import bmlama
-from evals.code_switch import code_switch
-from evals.completion import completion
+from evals import bmlama, code_switch, completion
 from evals.tasks.alignment import align_items
 from evals.tasks.task_files import Item, Task, find_tasks, write_items
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 
 TABLE = """Prompt\tAns\tCandidate Ans\tSubject\r
@@ -35,10 +34,14 @@ def read(folder):
     return task, align_items(files)
 
 
+def convert(source, output, **settings):
+    return bmlama.main(bmlama.BmlamaConfig(source, output, **settings))
+
+
 def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    assert bmlama(tables(source), str(tmp_path / "out"), seed=1) == {"en": 2, "zh": 2}
+    assert convert(tables(source), str(tmp_path / "out"), seed=1) == {"en": 2, "zh": 2}
     task, aligned = read(tmp_path / "out")
     assert task == Task("BMLAMADataset", "lighteval") and task.main_metric == "acc" and not aligned.dropped
     for en, zh in zip(aligned.items["en"], aligned.items["zh"]):
@@ -51,7 +54,7 @@ def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
     assert aligned.items["zh"][0].delimiter == ""
     orders = set()
     for seed in range(8):
-        bmlama(str(source), str(tmp_path / str(seed)), seed=seed)
+        convert(str(source), str(tmp_path / str(seed)), seed=seed)
         orders.add(read(tmp_path / str(seed))[1].items["en"][0].choices)
     assert len(orders) > 2
 
@@ -64,10 +67,14 @@ def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
 ])
 def test_malformed_tables_are_refused(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
-        bmlama(tables(tmp_path, en=text), str(tmp_path / "out"))
+        convert(tables(tmp_path, en=text), str(tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("*.jsonl"))
     with pytest.raises(InputError, match="no <language>"):
-        bmlama(str(tmp_path / "absent"), str(tmp_path / "out"))
+        convert(str(tmp_path / "absent"), str(tmp_path / "out"))
+
+
+def make_completion(documents, output, **settings):
+    return completion.main(completion.CompletionConfig(Corpus(files=documents), str(output), **settings))
 
 
 def corpus(folder, lines_of):
@@ -83,7 +90,7 @@ def test_completion_takes_the_same_lines_in_all_languages(tmp_path):
     lines_of = {language: [[text(language, n, m) for m in range(3)] for n in range(6)] for language in ("en", "fr")}
     lines_of["fr"][4].append("one line more")
     lines_of["fr"][5][1] = "short"
-    assert completion(corpus(tmp_path, lines_of), str(tmp_path / "out"), prompt_characters=30) == 9
+    assert make_completion(corpus(tmp_path, lines_of), tmp_path / "out", prompt_characters=30) == 9
     task, aligned = read(tmp_path / "out")
     assert task.main_metric == "acc_norm"
     for language, items in aligned.items.items():
@@ -101,16 +108,26 @@ def test_completion_takes_the_same_lines_in_all_languages(tmp_path):
 def test_completion_without_aligned_lines_is_refused(tmp_path):
     documents = corpus(tmp_path, {"en": [["a line of text", "another line of text"]], "fr": [["one line of text"]]})
     with pytest.raises(InputError, match="no line is left that is aligned in en, fr"):
-        completion(documents, str(tmp_path / "out"))
-    with pytest.raises(InputError, match="no file for sw; there is en, fr"):
-        completion(documents, str(tmp_path / "out"), languages=["en", "sw"])
+        make_completion(documents, tmp_path / "out")
+    with pytest.raises(InputError, match="no documents in sw; there is en, fr"):
+        make_completion(documents, tmp_path / "out", languages=["en", "sw"])
 
 
-def test_completion_with_two_files_of_a_language_is_refused(tmp_path):
-    for name in ("en.00.jsonl", "en.01.jsonl"):
-        (tmp_path / name).write_text('{"text": "x"}')
-    with pytest.raises(InputError, match=r"en\.01\.jsonl: its language has en\.00\.jsonl, too"):
-        completion(str(tmp_path / "*.jsonl"), str(tmp_path / "out"))
+def test_completion_reads_all_files_of_a_language(tmp_path):
+    lines_of = {language: [[f"{language} document {n}, line {m}" for m in range(3)] for n in range(6)]
+                for language in ("en", "fr")}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+        corpus(folder, lines_of)
+    lines = (parts / "en.jsonl").read_text().splitlines(keepends=True)
+    (parts / "en.jsonl").unlink()
+    for number, part in enumerate((lines[:2], lines[2:])):
+        (parts / f"en.{number}.jsonl").write_text("".join(part))
+    for folder in (whole, parts):
+        assert make_completion(f"{folder}/*.jsonl", folder / "out") == 12
+    written = [{path.name: path.read_bytes() for path in folder.rglob("*_test.jsonl")} for folder in (whole, parts)]
+    assert written[0] == written[1] and len(written[0]) == 2
 
 
 @pytest.fixture
@@ -123,10 +140,14 @@ def cloze(tmp_path):
     return tmp_path
 
 
+def mix(patterns, output, **settings):
+    return code_switch.main(code_switch.CodeSwitchConfig(patterns, output, **settings))
+
+
 def test_half_of_the_parts_are_in_another_language(cloze):
     glob = [str(cloze / "plain/*/*.jsonl")]
     for most in (1, 2):
-        counts = code_switch(glob, str(cloze / "mixed"), max_languages=most, seed=3)
+        counts = mix(glob, str(cloze / "mixed"), max_languages=most, seed=3)
         assert counts == {f"ARCEasyDataset_mix_lighteval_{most}": 400}
         aligned = align_items(find_tasks([str(cloze / "mixed/*/*")])[Task("ARCEasyDataset", f"mix_lighteval_{most}")])
         shares = []
@@ -138,25 +159,25 @@ def test_half_of_the_parts_are_in_another_language(cloze):
             shares.append(np.mean([part != "de" for part in parts]))
         assert np.mean(shares) == pytest.approx(0.5, abs=0.04) and {0.0, 1.0} <= set(shares)
     before = {path: path.read_bytes() for path in cloze.glob("mixed/*/*")}
-    code_switch(glob, str(cloze / "mixed"), max_languages=2, seed=3)
+    mix(glob, str(cloze / "mixed"), max_languages=2, seed=3)
     assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} == before
-    code_switch(glob, str(cloze / "mixed"), max_languages=2, seed=4)
+    mix(glob, str(cloze / "mixed"), max_languages=2, seed=4)
     assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} != before
 
 
 def test_what_cannot_be_mixed_is_refused(cloze):
     glob = [str(cloze / "plain/*/*.jsonl")]
     with pytest.raises(InputError, match="less than the 3 languages"):
-        code_switch(glob, str(cloze / "mixed"), max_languages=3)
-    code_switch(glob, str(cloze / "mixed"), max_languages=1)
+        mix(glob, str(cloze / "mixed"), max_languages=3)
+    mix(glob, str(cloze / "mixed"), max_languages=1)
     with pytest.raises(InputError, match="only modes that are not mixed yet can be"):
-        code_switch([str(cloze / "mixed/*/*")], str(cloze / "again"), max_languages=1)
+        mix([str(cloze / "mixed/*/*")], str(cloze / "again"), max_languages=1)
 
 
 def test_the_shipped_tasks_are_those_of_the_sample_text(tmp_path):
     """samples/tasks/README.md says how they were made."""
     shipped = pathlib.Path(__file__).parents[2] / "samples"
-    completion(str(shipped / "text/heldout/*.jsonl.xz"), str(tmp_path),
-               languages=["en", "de", "nl", "fr", "es", "it", "pt", "pl", "cs", "id"])
+    make_completion(f"{shipped}/text/heldout/*.jsonl.xz", tmp_path,
+                    languages=["en", "de", "nl", "fr", "es", "it", "pt", "pl", "cs", "id"])
     made = {path.name: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     assert made == {path.name: path.read_bytes() for path in (shipped / "tasks").rglob("*.jsonl")}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evals.mubench import mubench
+from evals.mubench import MubenchConfig, main
 from evals.tasks.alignment import align_items
 from evals.tasks.task_files import Item, Task, find_tasks, write_items
 from mlx_pretrain.errors import InputError
@@ -25,7 +25,7 @@ def test_files_are_the_same_afterwards(repository, tmp_path):
     out = tmp_path / "out"
     settings = {"output": str(out), "repository": repository, "names": ["SNLIDataset"], "modes": ["lighteval", "mix_2"],
                 "languages": ["de", "sw"]}
-    assert mubench(**settings) == 4
+    assert main(MubenchConfig(**settings)) == 4
     for path in out.rglob("*.jsonl"):
         source = tmp_path / "hub" / path.relative_to(out)
         assert [json.loads(line) for line in path.read_text().splitlines()] == [
@@ -33,7 +33,7 @@ def test_files_are_the_same_afterwards(repository, tmp_path):
     assert {task.mode: align_items(files).languages for task, files in find_tasks([f"{out}/*/*.jsonl"]).items()} == {
         "lighteval": ("de", "sw"), "mix_2": ("de", "sw")}
     (out / "SNLIDataset/mix_sw_2_test.jsonl").unlink()
-    assert mubench(**settings) == 1
+    assert main(MubenchConfig(**settings)) == 1
 
 
 @pytest.mark.parametrize("change, message", [
@@ -46,5 +46,5 @@ def test_what_is_not_there_is_named(repository, tmp_path, change, message):
     settings = {"output": str(tmp_path / "out"), "repository": repository, "names": ["SNLIDataset"],
                 "languages": ["de"]}
     with pytest.raises(InputError, match=message):
-        mubench(**settings | change)
+        main(MubenchConfig(**settings | change))
     assert not (tmp_path / "out").exists()

@@ -16,8 +16,8 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
+from raters import selection_report
 from raters.select import SelectConfig, main
-from raters.selection_report import report
 from tests.raters.rated import write_documents, write_scores
 
 RECORDS = {
@@ -226,7 +226,7 @@ def reported(tmp_path_factory) -> pathlib.Path:
     lines = [json.dumps(json.loads(line) | {"text": nasty + "x" * 1000}) for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines) + "\n")
     main(config)
-    report(config.output)
+    selection_report.main(selection_report.SelectionReportConfig(config.output))
     return folder / "kept"
 
 
@@ -257,5 +257,5 @@ def test_the_report_says_what_the_manifest_says(reported):
 def test_a_file_that_is_no_selection_is_refused(tmp_path):
     (tmp_path / "selection.json").write_text("[]")
     with pytest.raises(InputError, match="not a selection of version 1"):
-        report(tmp_path)
+        selection_report.main(selection_report.SelectionReportConfig(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["selection.json"]

@@ -1,4 +1,4 @@
-"""A run that goes on with other training data: what changes is told and recorded, or refused."""
+"""A run that goes on with other training data: changes are told and recorded, or refused."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ OTHER_RATES = {"cc": 0.6, "bb": 0.2, "aa": 0.2}
 
 @pytest.fixture(scope="module")
 def stopped(tiny_config, store_dir, tmp_path_factory) -> TrainConfig:
-    """A run of two steps of 8 sequences."""
+    """Settings of a run of two steps of 8 sequences that was trained."""
     folder = tmp_path_factory.mktemp("stopped")
     save_rates(folder / "rates.json", RATES, {})
     save_rates(folder / "other.json", OTHER_RATES, {})
@@ -35,7 +35,7 @@ def stopped(tiny_config, store_dir, tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture
 def config(stopped, tmp_path) -> TrainConfig:
-    """Goes on, in a copy of the folder."""
+    """Settings with which a copy of that run goes on."""
     shutil.copytree(stopped.run_dir, tmp_path / "run")
     return dataclasses.replace(stopped, run_dir=str(tmp_path / "run"), steps=4)
 
@@ -68,7 +68,7 @@ def test_changes_are_told_and_recorded(config, capsys):
 
 
 def other_store(store_dir, folder):
-    """A copy in which one language has two sequences less."""
+    """Copies a token store, without two sequences of one language."""
     shutil.copytree(store_dir, folder)
     manifest = token_store.read_manifest(store_dir)
     rows = token_store.TokenStore(store_dir).read("train", "bb")[2:]
