@@ -1,7 +1,6 @@
-"""Pretraining: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
+"""Pretrains a decoder: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The run goes on where its folder's last checkpoint is: the same command starts and resumes it, and says so when all
-steps are done.
+The same command starts and resumes a run: it goes on after the last checkpoint in the run's folder.
 """
 
 import collections
@@ -164,7 +163,7 @@ class Pretraining(DecoderComputation, TrainModule):
     def _init_from(self) -> dict[str, Any] | None:
         """Returns the origin of the initial weights, from run.json when this process has resumed the run."""
         if self._weights:
-            return self._weights.description()
+            return self._weights.metadata()
         path = epath.Path(self._config.run_dir) / RUN
         return read_json(path, "description of a run").get("init_from") if path.exists() else None
 

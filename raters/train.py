@@ -6,9 +6,8 @@ scores of parallel documents together, L = L_pair + lambda L_par with, s the sco
     L_pair = E[-p log sigma(s_B - s_A) - (1 - p) log sigma(s_A - s_B)],  p = P(B>A)
     L_par  = E[-log sigma(s_m - s_m') - log sigma(s_m' - s_m)]
 
-It is a run of the one trainer (`mlx_pretrain.training.trainer`): checkpoints, resuming, sharding and metrics are
-those of
-pretraining. For comparison it also trains pointwise: sigma(s) is fitted to the share of its pairs a document wins.
+`mlx_pretrain.training.trainer` trains it, with the checkpoints, restarts, meshes and metrics of pretraining. For
+comparison it can be trained pointwise: sigma(s) is then fitted to the share of its pairs that a document wins.
 """
 
 import collections
@@ -49,19 +48,20 @@ OBJECTIVES = ("pairwise", "pointwise")
 @gin.configurable("train_rater")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainRaterConfig(TrainerConfig):
-    """One training run of a rater; see `TrainerConfig` for the rest of its attributes. A sequence is a pair.
+    """Settings of the training of a quality model; a sequence is a pair.
 
     Attributes:
-      pairs: file of `raters.pairs`.
-      validation: such a file, whose documents are in no training pair.
-      encoder: folder of a Hugging Face encoder to start from, with its tokenizer.json; or `model` and `tokenizer`.
-      model: @QualityConfig(), to train from scratch.
-      tokenizer: tokenizer.model or tokenizer.json, with `model`.
+      pairs: file of training pairs, made by `raters.pairs`.
+      validation: file of validation pairs, whose documents are in no training pair.
+      encoder: folder of a Hugging Face encoder to start from, with its tokenizer.json; None: `model` and `tokenizer`
+        are given.
+      model: @QualityConfig(), a model to train from random weights.
+      tokenizer: tokenizer.model or tokenizer.json of `model`.
       dtype: compute dtype with `encoder`, "float32" or "bfloat16".
-      length: tokens of a document that are used: the first; None: what the encoder takes.
+      length: number of a document's first tokens that the model reads; None: the encoder's greatest length.
       objective: "pairwise" or "pointwise".
       parallel_weight: lambda; 0 leaves parallel pairs out.
-      cross_lingual: whether to use the pairs across languages.
+      cross_lingual: whether to use pairs across languages.
       eval_batch_size: documents per evaluation step.
     """
 
@@ -95,10 +95,15 @@ class RaterComputation(Computation):
     """A quality model and its loss on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig, model: QualityConfig, row_weights: tuple[float, float] = (1.0, 1.0)):
-        """`row_weights`: of a pair of two documents and of a parallel pair in the loss.
+        """Describes the model's training.
+
+        Args:
+          config: settings of the training.
+          model: the model.
+          row_weights: weights in the loss of a pair of two documents, and of a parallel pair.
 
         Raises:
-          InputError: the encoder does not take the configured length.
+          InputError: the configured length exceeds the encoder's.
         """
         self.model = model
         self._config, self._row_weights = config, row_weights
@@ -128,9 +133,9 @@ class RaterComputation(Computation):
             fit = -(rate * jax.nn.log_sigmoid(scores) + (1 - rate) * jax.nn.log_sigmoid(-scores)).mean(axis=1)
             total = fit.sum()
         else:
-            pair, together = -(p * win + (1 - p) * lose), -(win + lose)
-            of_pair, of_parallel = self._row_weights
-            total = (of_pair * single * pair + of_parallel * parallel * together).sum()
+            pair_loss, parallel_loss = -(p * win + (1 - p) * lose), -(win + lose)
+            pair_weight, parallel_weight = self._row_weights
+            total = (pair_weight * single * pair_loss + parallel_weight * parallel * parallel_loss).sum()
         decided = single * (p != 0.5)
         right = decided * (jnp.sign(margin) == jnp.sign(p - 0.5))
         means = {
@@ -166,22 +171,22 @@ class RaterTraining(RaterComputation, TrainModule):
         check_vocabulary(self.tokenizer_path, self._tokenizer, model.vocab_size)
         self._train = read_pairs(config.pairs, self._tokenizer, self._length)
         self._validation = read_pairs(config.validation, self._tokenizer, self._length)
-        kinds = self._used_kinds()
-        self.mixture = pair_mixture(self._train, kinds, config.batch_size, config.seed)
-        share = (self._train.pair_type[np.isin(self._train.pair_type, kinds)] == PARALLEL).mean()
-        # So that the mean over a batch, in which kinds stand in these shares, is L_pair + lambda L_par.
+        pair_types = self._used_pair_types()
+        self.mixture = pair_mixture(self._train, pair_types, config.batch_size, config.seed)
+        share = (self._train.pair_type[np.isin(self._train.pair_type, pair_types)] == PARALLEL).mean()
+        # A batch has the pair types in the same shares, so its mean with these weights is L_pair + lambda L_par.
         self._row_weights = 1 / (1 - share), config.parallel_weight / share if share else 0.0
 
-    def _used_kinds(self) -> list[int]:
+    def _used_pair_types(self) -> list[int]:
         config, unwanted = self._config, set()
         if config.objective == "pointwise" or not config.parallel_weight:
             unwanted.add(PARALLEL)
         if not config.cross_lingual:
             unwanted.add(PAIR_TYPES.index("cross-lingual"))
-        kinds = [kind for kind in np.unique(self._train.pair_type).tolist() if kind not in unwanted]
-        if not set(kinds) - {PARALLEL}:
+        pair_types = [number for number in np.unique(self._train.pair_type).tolist() if number not in unwanted]
+        if not set(pair_types) - {PARALLEL}:
             raise InputError(f"{config.pairs}: no pairs to learn a preference from")
-        return kinds
+        return pair_types
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> PairSource:
         return PairSource(self._train, mixture, length=self._length, pad_id=self.model.pad_id, rows=rows)
@@ -211,9 +216,9 @@ class RaterTraining(RaterComputation, TrainModule):
 
     def metadata(self) -> dict[str, Any]:
         config = self._config
-        kinds = {name: int((self._train.pair_type == kind).sum()) for kind, name in enumerate(PAIR_TYPES)}
+        counts = {name: int((self._train.pair_type == number).sum()) for number, name in enumerate(PAIR_TYPES)}
         return {
-            "pairs": {"path": str(config.pairs), "sha256": sha256(config.pairs), **kinds},
+            "pairs": {"path": str(config.pairs), "sha256": sha256(config.pairs), **counts},
             "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
             "languages": self._train.languages,
             "tokenizer_sha256": self._tokenizer.sha256,
@@ -223,7 +228,7 @@ class RaterTraining(RaterComputation, TrainModule):
 
 
 def score_step(model: QualityConfig) -> Any:
-    """Jitted `step(params, tokens [documents, length]) -> scores [documents]`, a copy on every device of the mesh."""
+    """Returns the jitted `step(params, tokens [documents, length]) -> scores [documents]`, replicated on the mesh."""
     segments = lambda tokens: (tokens != model.pad_id).astype(jnp.int32)  # noqa: E731
     return jax.jit(lambda params, tokens: partitioning.constrain_replicated(
         quality(model, params, tokens, segments(tokens))))
@@ -233,7 +238,7 @@ class PairEvaluator:
     """Compares the scores of validation documents with the preferences of their pairs."""
 
     def __init__(self, table: PairTable, model: QualityConfig, mesh: Mesh, length: int, batch_size: int):
-        """`batch_size`: documents per step, over all devices."""
+        """Prepares the evaluation; `batch_size` counts documents per step, over all devices."""
         self.table, self._model, self._length = table, model, length
         self._sharding = partitioning.batch_sharding(mesh)
         self._batch_size = batch_size
@@ -241,14 +246,14 @@ class PairEvaluator:
 
     def scores(self, params: Any, check: Callable[[], None] = lambda: None) -> np.ndarray:
         """Returns the scores of the table's documents, float32 `[documents]`; calls `check` before each batch."""
-        n, found = len(self.table.language), []
+        n, scores = len(self.table.language), []
         for start in range(0, n, self._batch_size):
             check()
             # The last batch repeats a document to keep its shape.
             documents = np.minimum(np.arange(start, start + self._batch_size), n - 1)
             rows = self.table.rows(documents, self._length, self._model.pad_id)
-            found.append(self._step(params, partitioning.put(rows, self._sharding)))
-        return np.concatenate(jax.device_get(found))[:n]
+            scores.append(self._step(params, partitioning.put(rows, self._sharding)))
+        return np.concatenate(jax.device_get(scores))[:n]
 
     def __call__(self, params: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Returns the scalars of `agreement`; calls `check` before each batch."""
@@ -264,7 +269,7 @@ def train(config: TrainRaterConfig) -> dict[str, float]:
 
 
 def configured_model(config: TrainRaterConfig) -> QualityConfig:
-    """The model that a run trains, without its parameters; of an encoder only the config.json is read."""
+    """Returns the model that a run trains, without its parameters; an encoder's config.json alone is read."""
     if config.encoder is None:
         return config.model
     return QualityConfig(**dataclasses.asdict(read_config(config.encoder, config.dtype)))

@@ -1,8 +1,7 @@
 """Trains a Video-LLM on questions about videos: `python -m video.train --gin_file=gin/video/train.gin`.
 
-It is a run of the one trainer (`mlx_pretrain.training.trainer`): checkpoints, resuming, sharding and metrics are
-those of
-pretraining. All parameters start from scratch.
+`mlx_pretrain.training.trainer` trains it, with the checkpoints, restarts, meshes and metrics of pretraining. All
+parameters start from random values.
 """
 
 import collections
@@ -40,20 +39,20 @@ from video.questions import Question, read_questions
 @gin.configurable("train_video")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainVideoConfig(TrainerConfig):
-    """One training run of a Video-LLM; see `TrainerConfig` for the rest of its attributes. A sequence is a video.
+    """Settings of the training of a Video-LLM; a sequence is a video.
 
     Attributes:
       model: @VideoLLMConfig().
       tokenizer: tokenizer.model, a SentencePiece model of this framework.
       frame_store: folder that `video.decode` made.
-      questions: files of `video.questions` to learn from.
-      validation: such a file on other videos.
-      frames: of each video in a batch.
-      questions_per_video: of each video in a batch, each on a random subset of the frames.
+      questions: files of questions to learn from, see `video.questions`.
+      validation: file of questions about other videos.
+      frames: frames of each video in a batch.
+      questions_per_video: questions about each video in a batch, each with a random subset of the frames.
       evidence_prob: probability that such a subset contains the evidence of its question.
-      length: of a sequence: question, frames and answer.
-      eval_frames: that held-out questions are answered with, spread evenly.
-      eval_questions: of the validation file are used, spread evenly; None: all.
+      length: tokens of a sequence: question, frames and answer.
+      eval_frames: frames, evenly spread, that validation questions are answered with.
+      eval_questions: validation questions to use, evenly spread over the file; None: all.
     """
 
     name: ClassVar[str] = "train_video"
@@ -125,9 +124,9 @@ class VideoTraining(TrainModule):
         tokens = batch["tokens"].reshape(rows * per_row, -1)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         first, stop = jnp.split(batch["answers"].reshape(-1, 2), 2, axis=1)
-        places = jnp.arange(1, tokens.shape[1])
-        weights = ((places >= first) & (places < stop)).astype(jnp.float32)
-        # Frames are never predicted; their ids are beyond the vocabulary.
+        indices = jnp.arange(1, tokens.shape[1])
+        weights = ((indices >= first) & (indices < stop)).astype(jnp.float32)
+        # Frames, whose ids are beyond the vocabulary, are never predicted.
         targets = jnp.where(weights > 0, targets, 0)
         hidden = hidden_states(self.model, params, features, inputs)
         total, sums = losses.cross_entropy(hidden, output_kernel(params["decoder"]), targets, weights)
@@ -173,11 +172,11 @@ class VideoTraining(TrainModule):
 
 
 class QuestionEvaluator:
-    """Answers held-out questions with evenly spread frames, and, where evidence is known, with frames that show it."""
+    """Answers validation questions with evenly spread frames and, where evidence is known, with frames of it."""
 
     def __init__(self, model, mesh, store: FrameStore, prompts: Prompts, questions: list[Question], frames: int):
-        self._answering: AnswerScorer | None = None
-        self._make = lambda params: AnswerScorer(model, params, mesh, prompts)
+        self._scorer: AnswerScorer | None = None
+        self._make_scorer = lambda params: AnswerScorer(model, params, mesh, prompts)
         self._store, self._questions = store, questions
         rows = [store.row(question.video) for question in questions]
         self._even, self._informed = [], []
@@ -185,33 +184,34 @@ class QuestionEvaluator:
             times = store.times[row]
             even = np.unique([np.argmin(np.abs(times - t)) for t in even_timestamps(store.durations[row], frames)])
             self._even.append(even)
-            shown = [int(places[len(places) // 2]) for places in evidence_frames(question, times)][:frames]
-            rest = [place for place in even if place not in shown][: frames - len(set(shown))]
+            shown = [int(indices[len(indices) // 2]) for indices in evidence_frames(question, times)][:frames]
+            rest = [index for index in even if index not in shown][: frames - len(set(shown))]
             self._informed.append(np.unique([*shown, *rest]))
         self._has_evidence = any(question.evidence for question in questions)
 
     def _features(self, video: str) -> jax.Array:
-        return self._answering.features(self._store.frames([self._store.row(video)])[0])
+        return self._scorer.features(self._store.frames([self._store.row(video)])[0])
 
     def __call__(self, params: Any, check: Callable[[], None]) -> dict[str, float]:
-        if self._answering is None:
-            self._answering = self._make(params)
-        self._answering.update(params)
-        found = {}
+        if self._scorer is None:
+            self._scorer = self._make_scorer(params)
+        self._scorer.update(params)
+        metrics = {}
         for name, choice in {"": self._even, "informed_": self._informed if self._has_evidence else None}.items():
             if choice is None:
                 continue
-            choices = [[places] for places in choice]
-            answers = list(checked(self._answering(self._features, self._questions, choices), check))
-            found[f"{name}loss"] = float(np.mean([answer.losses[0] for answer in answers]))
+            choices = [[frames] for frames in choice]
+            answers = list(checked(self._scorer(self._features, self._questions, choices), check))
+            metrics[f"{name}loss"] = float(np.mean([answer.losses[0] for answer in answers]))
             right = {}
             for question, answer in zip(self._questions, answers):
                 if question.options:
                     right.setdefault(question.type, []).append(answer.right[0])
             if right:
-                found[f"{name}accuracy"] = float(np.mean(np.concatenate(list(right.values()))))
-                found |= {f"{name}accuracy/{kind}": float(np.mean(x)) for kind, x in sorted(right.items()) if kind}
-        return found
+                metrics[f"{name}accuracy"] = float(np.mean(np.concatenate(list(right.values()))))
+                metrics |= {f"{name}accuracy/{question_type}": float(np.mean(x))
+                            for question_type, x in sorted(right.items()) if question_type}
+        return metrics
 
 
 def train(config: TrainVideoConfig) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """Trains frame and text towers on captions: `python -m video.train_towers --gin_file=gin/video/train_towers.gin`.
 
-It is a run of the one trainer (`mlx_pretrain.training.trainer`). A pair is a frame of a captioned part of a video,
-and the
-caption; where texts are few, as here, some of the caption's words among words of questions stand for all the ways in
-which people say things.
+`mlx_pretrain.training.trainer` trains them. A pair is a frame of a captioned part of a video and the caption. Where
+captions are few, a random part of the caption's words is mixed with words of questions, so that the text tower learns
+which words matter.
 """
 
 import collections
@@ -38,15 +37,16 @@ from video.questions import Question, read_questions
 @gin.configurable("train_towers")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainTowersConfig(TrainerConfig):
-    """One training run of towers; see `TrainerConfig` for the rest of its attributes. A sequence is a pair.
+    """Settings of the training of towers; a sequence is a pair.
 
     Attributes:
       model: @TowersConfig().
       tokenizer: tokenizer.model, a SentencePiece model of this framework.
       frame_store: folder that `video.decode` made.
-      captions: file of `video.questions` with clips: their answers are the captions.
-      validation: such a file on other videos.
-      questions: file of `video.questions`; words of it that are in no caption stand among the caption's. Or None.
+      captions: file of `video.questions` with clips; the answers are the captions.
+      validation: file of captions of other videos.
+      questions: file of `video.questions` whose words, but for those of captions, are mixed with the captions'; None:
+        captions are used unchanged.
     """
 
     name: ClassVar[str] = "train_towers"
@@ -82,14 +82,15 @@ class TowersTraining(TrainModule):
         self._captions, self._validation = (
             [caption for caption in read_questions(path) if caption.clip and caption.video in self._store]
             for path in (config.captions, config.validation))
-        for path, found in ((config.captions, self._captions), (config.validation, self._validation)):
-            if not found:
+        for path, captions in ((config.captions, self._captions), (config.validation, self._validation)):
+            if not captions:
                 raise InputError(f"{path}: no captions: answers with a clip, of a video in {config.frame_store}")
         data = f"{sha256(config.captions)} {self._store.fingerprint()}"
         self.mixture = Mixture.of_one("captions", len(self._captions), data, config.seed, config.batch_size)
-        said = {word for caption in self._captions for word in caption.answer.split()}
-        asked = read_questions(config.questions) if config.questions else []
-        self._others = sorted({word for question in asked for word in question.question.split()} - said)
+        caption_words = {word for caption in self._captions for word in caption.answer.split()}
+        questions = read_questions(config.questions) if config.questions else []
+        self._other_words = sorted({word for question in questions for word in question.question.split()}
+                                   - caption_words)
         size, length = self._store.size, config.model.max_length
         self.batch_row = {
             "frame": jax.ShapeDtypeStruct((size, size, 3), np.uint8),
@@ -109,7 +110,7 @@ class TowersTraining(TrainModule):
                                                  "retrieval_accuracy": (right * weight, weight)})
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> "CaptionSource":
-        return CaptionSource(self._store, self._captions, self._tokenizer, self._others, self.model.max_length,
+        return CaptionSource(self._store, self._captions, self._tokenizer, self._other_words, self.model.max_length,
                              mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
@@ -150,13 +151,13 @@ class TowersTraining(TrainModule):
 
 
 class CaptionSource:
-    """Batches by number: a random-access data source for Grain."""
+    """Batches by number, a random-access data source for Grain."""
 
-    def __init__(self, store: FrameStore, captions: Sequence[Question], tokenizer: Tokenizer, others: Sequence[str],
-                 length: int, mixture: Mixture, rows: np.ndarray | None = None):
-        """`others`: words to stand among those of captions; none: captions as they are. See `loader.BatchSource`."""
+    def __init__(self, store: FrameStore, captions: Sequence[Question], tokenizer: Tokenizer,
+                 other_words: Sequence[str], length: int, mixture: Mixture, rows: np.ndarray | None = None):
+        """Opens the source; `other_words` are mixed with those of captions. See `loader.BatchSource` for the rest."""
         self._store, self._captions, self._tokenizer = store, list(captions), tokenizer
-        self._others, self._length = list(others), length
+        self._other_words, self._length = list(other_words), length
         numbers = {answer: n for n, answer in enumerate(dict.fromkeys(caption.answer for caption in captions))}
         self._numbers = [numbers[caption.answer] for caption in captions]
         self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
@@ -169,17 +170,17 @@ class CaptionSource:
         return f"CaptionSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
-        """This host's rows of a batch: see `TowersTraining.batch_row`; equal captions have one number."""
+        """Returns this host's rows of a batch, see `TowersTraining.batch_row`; equal captions have one number."""
         _, rows, epochs = self._stream.locate(batch, self._rows)
-        videos, places, texts = [], [], []
+        videos, indices, texts = [], [], []
         for row, epoch in zip(rows, epochs):
             caption, rng = self._captions[row], np.random.default_rng([self._mixture.seed, int(row), int(epoch)])
             video = self._store.row(caption.video)
             (inside,) = evidence_frames(dataclasses.replace(caption, evidence=()), self._store.times[video])
             videos.append(video)
-            places.append(int(rng.choice(inside)))
+            indices.append(int(rng.choice(inside)))
             texts.append(self._text(caption.answer, rng))
-        frames = self._store.frames(videos)[np.arange(len(rows)), places]
+        frames = self._store.frames(videos)[np.arange(len(rows)), indices]
         tokens = np.full((len(rows), self._length), PAD_ID, np.int32)
         for row, ids in zip(tokens, self._tokenizer.encode_batch(texts)):
             row[: min(len(ids), self._length)] = ids[: self._length]
@@ -187,13 +188,13 @@ class CaptionSource:
 
     def _text(self, caption: str, rng: np.random.Generator) -> str:
         words = caption.split()
-        if not self._others:
+        if not self._other_words:
             return caption
         kept = rng.permutation(words)[: rng.integers(1, len(words) + 1)].tolist()
-        return " ".join(rng.permutation(kept + rng.choice(self._others, rng.integers(0, 7)).tolist()))
+        return " ".join(rng.permutation(kept + rng.choice(self._other_words, rng.integers(0, 7)).tolist()))
 
     def provenance(self, batch: int) -> list[ClipProvenance]:
-        """Where every row of the global batch comes from, for error reports."""
+        """Returns where every row of the global batch comes from, for error reports."""
         _, rows, epochs = self._stream.locate(batch)
         return [ClipProvenance(self._captions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 

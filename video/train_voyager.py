@@ -1,7 +1,7 @@
 """Trains Frame-Voyager on stored losses: `python -m video.train_voyager --gin_file=gin/video/train_voyager.gin`.
 
-It is a run of the one trainer (`mlx_pretrain.training.trainer`), on the two stores that `video.label` made; of the
-Video-LLM only the parameters to start from are read.
+`mlx_pretrain.training.trainer` trains it, on the two stores that `video.label` made. The Video-LLM gives the parameters
+to start from, and is not needed otherwise.
 """
 
 import collections
@@ -35,19 +35,21 @@ from video.voyager.ranking_metrics import ranking_metrics
 @gin.configurable("train_voyager")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainVoyagerConfig(TrainerConfig):
-    """One training run of Frame-Voyager; see `TrainerConfig` for the rest of its attributes. A sequence is a question.
+    """Settings of the training of Frame-Voyager; a sequence is a question.
 
     Attributes:
       labels: folder that `video.label` made.
       questions: file of `video.questions` that was labelled.
-      validation: such a folder of other videos, from the same Video-LLM.
-      validation_questions: what was labelled in it.
-      video_llm: the Video-LLM, whose bottom layers are reused.
-      layers: how many of them.
-      frame_tokens, head_dim: see `VoyagerConfig`; frame_tokens None: as many as the Video-LLM has.
-      tune_layers: whether the layers are trained too, or the head alone.
-      combinations: of a question in a batch, drawn from those that were labelled; None: all.
-      max_mean_loss, min_deviation: which questions are left out of training, see `read_labels`.
+      validation: folder of labels for other videos, from the same Video-LLM.
+      validation_questions: file of `video.questions` that was labelled there.
+      video_llm: the Video-LLM whose bottom layers are reused.
+      layers: number of these layers.
+      frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
+      head_dim: width of the head, see `VoyagerConfig`.
+      tune_layers: whether to train the layers too, or the head alone.
+      combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
+      max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
+      min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.
       eval_batch_size: questions per evaluation step.
     """
 
@@ -103,7 +105,7 @@ class VoyagerTraining(TrainModule):
         self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
             question.question for labels in (self._train, self._validation) for question in labels.questions])
         candidates = self._train.features.shape[1]
-        self._chosen = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
+        self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
         length = self._prompts.length(candidates)
         if length > decoder.max_length:
             raise InputError(f"{config.labels}: {length} tokens with {candidates} candidates, the decoder has "
@@ -112,9 +114,9 @@ class VoyagerTraining(TrainModule):
         self.batch_row = {
             "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
             "tokens": jax.ShapeDtypeStruct((length,), int32),
-            "places": jax.ShapeDtypeStruct((candidates, tokens), int32),
-            "combinations": jax.ShapeDtypeStruct((self._chosen, self._train.combinations.shape[2]), int32),
-            "losses": jax.ShapeDtypeStruct((self._chosen,), float32),
+            "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
+            "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
+            "losses": jax.ShapeDtypeStruct((self._row_combinations,), float32),
         }
         self.tokens_per_sequence = length
         self.flops_per_token = decoder.flops_per_token(length)
@@ -122,14 +124,14 @@ class VoyagerTraining(TrainModule):
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         if not self._config.tune_layers:
             params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
-        of_frames = rewards(self.model, params, batch["features"], batch["tokens"], batch["places"])
-        losses, right, usable = ranking_loss(combination_rewards(of_frames, batch["combinations"]), batch["losses"])
+        frame_rewards = rewards(self.model, params, batch["features"], batch["tokens"], batch["indices"])
+        losses, right, usable = ranking_loss(combination_rewards(frame_rewards, batch["combinations"]), batch["losses"])
         total, weight = (losses * usable).sum(), usable.sum()
         means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
         return total, LossParts(weight, means)
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> "LabelSource":
-        return LabelSource(self._train, self._prompts, self._chosen, mixture, rows)
+        return LabelSource(self._train, self._prompts, self._row_combinations, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"questions": len(batch["tokens"])})
@@ -140,8 +142,8 @@ class VoyagerTraining(TrainModule):
 
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
-            of_frames = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
-            return ranking_metrics(of_frames, labels)
+            frame_rewards = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
+            return ranking_metrics(frame_rewards, labels)
 
         return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 
@@ -151,8 +153,8 @@ class VoyagerTraining(TrainModule):
     def describe_data(self) -> str:
         labels, config = self._train, self._config
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
-        chosen, candidates = labels.combinations.shape[2], labels.features.shape[1]
-        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {chosen} out of "
+        size, candidates = labels.combinations.shape[2], labels.features.shape[1]
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {size} out of "
                 f"{candidates} frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
@@ -167,21 +169,21 @@ class VoyagerTraining(TrainModule):
 
 @dataclasses.dataclass(frozen=True)
 class LabelProvenance:
-    """Where a row comes from."""
+    """The question and the epoch that a row comes from."""
 
     question: str
     epoch: int
 
 
 class LabelSource:
-    """Batches by number: a random-access data source for Grain."""
+    """Batches by number, a random-access data source for Grain."""
 
-    def __init__(self, labels: Labels, prompts: PaddedPrompts, chosen: int, mixture: Mixture,
+    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, mixture: Mixture,
                  rows: np.ndarray | None = None):
-        """`chosen`: combinations of a row; the rest as in `loader.BatchSource`."""
-        self._labels, self._chosen = labels, chosen
+        """Opens the source; `combinations` counts those of a row. See `loader.BatchSource` for the rest."""
+        self._labels, self._row_combinations = labels, combinations
         self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
-        self._tokens, self._places = prompts([question.question for question in labels.questions],
+        self._tokens, self._indices = prompts([question.question for question in labels.questions],
                                              labels.features.shape[1])
 
     def __len__(self) -> int:
@@ -192,45 +194,52 @@ class LabelSource:
         return f"LabelSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
-        """This host's rows of a batch: see `VoyagerTraining.batch_row`."""
+        """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
         labels = self._labels
         _, rows, epochs = self._stream.locate(batch, self._rows)
         drawn = np.stack([np.random.default_rng([self._mixture.seed, int(row), int(epoch)]).permutation(
-            labels.losses.shape[1])[: self._chosen] for row, epoch in zip(rows, epochs)])
+            labels.losses.shape[1])[: self._row_combinations] for row, epoch in zip(rows, epochs)])
         return {
             "features": labels.features[labels.video[rows]],
             "tokens": self._tokens[rows],
-            "places": self._places[rows],
+            "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
             "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
         }
 
     def provenance(self, batch: int) -> list[LabelProvenance]:
-        """Where every row of the global batch comes from, for error reports."""
+        """Returns where every row of the global batch comes from, for error reports."""
         _, rows, epochs = self._stream.locate(batch)
         return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
 class RewardPredictor:
-    """Rewards of the candidates of many questions, a batch at a time."""
+    """Computes the rewards of the candidates of many questions, a batch at a time."""
 
     def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
-        """`batch_size`: questions, over all devices."""
+        """Compiles nothing yet; `batch_size` counts questions, over all devices."""
         self._prompts, self._batch_size = prompts, batch_size
         self._sharding = partitioning.batch_sharding(mesh)
         self._step = jax.jit(lambda *arguments: rewards(config, *arguments),
                              out_shardings=partitioning.replicated(mesh))
 
     def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
-        """float32 `[questions, candidates]`; features `[videos, candidates, tokens, embed]`, video `[questions]`."""
-        found = []
-        tokens, places = self._prompts(questions, features.shape[1])
+        """Returns rewards, float32 `[questions, candidates]`.
+
+        Args:
+          params: parameters of Frame-Voyager.
+          features: float32 `[videos, candidates, tokens, embed]`.
+          video: int `[questions]`, the row of each question's video in `features`.
+          questions: their texts.
+        """
+        batches = []
+        tokens, indices = self._prompts(questions, features.shape[1])
         for start in range(0, len(questions), self._batch_size):
             # The last batch repeats a question to keep its shape.
             rows = np.minimum(np.arange(start, start + self._batch_size), len(questions) - 1)
-            given = [partitioning.put(x, self._sharding) for x in (features[video[rows]], tokens[rows], places[rows])]
-            found.append(self._step(params, *given))
-        return np.concatenate(jax.device_get(found))[: len(questions)]
+            arrays = features[video[rows]], tokens[rows], indices[rows]
+            batches.append(self._step(params, *(partitioning.put(x, self._sharding) for x in arrays)))
+        return np.concatenate(jax.device_get(batches))[: len(questions)]
 
 
 def format_ranking(metrics: Mapping[str, float]) -> str:

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 import jax
 
-# Orbax and TensorStore raise bare exceptions of a few types, whose messages hold absl's status codes. These say nothing
-# about a file's contents; OS error 2 is a missing file.
+# Orbax and TensorStore raise bare exceptions of a few types, with absl's status codes in their messages. These codes do
+# not mean damaged contents; OS error 2 is a missing file.
 _PASSING = re.compile(r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|CANCELLED"
                       r"|ABORTED|INTERNAL|os_error_code='(?!2')")
-# Seen with missing, truncated and changed files.
+# Codes that missing, truncated and changed files have been seen to cause.
 _DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|Error decoding")
 
 
 def is_damage(error: BaseException) -> bool:
-    """True if an error of a restore means that files are damaged; false if it may be the network's, memory's or a bug.
+    """Returns whether an error of a restore means damaged files, and not trouble with network or memory, or a bug.
 
-    A test of the bytes themselves is better where there is one: this is for checkpoints without digests of files.
+    Comparing the bytes is better where that is possible: this is for checkpoints without digests of their files.
     """
     errors = list(_chain(error))
     passing = MemoryError | OSError | jax.errors.JaxRuntimeError
@@ -30,7 +30,7 @@ def is_damage(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of an error's cause, which says more than the bare exception that Orbax raises."""
+    """Returns the first line of the message of an error's cause; Orbax's own exception does not say what happened."""
     cause = list(_chain(error))[-1]
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
 

@@ -1,14 +1,13 @@
-"""Checkpoints: Orbax underneath, with what else a resumed or borrowed run must know.
+"""Saves and restores checkpoints, by Orbax, with all that other commands and a restart need beside the arrays.
 
     RUN/checkpoints/<step>/state/       TrainState (Orbax, ocdbt)
-    RUN/checkpoints/<step>/meta/        JSON: sequences consumed, tokens delivered per language, metrics, checksums of
-                                        the arrays
+    RUN/checkpoints/<step>/meta/        JSON: the data's state (`DataState`), metrics, checksums of the arrays
     RUN/checkpoints/<step>/files.json   sizes and CRC-32s of these files
     RUN/model.json                      the model's configuration, and the tokenizer's fingerprint
     RUN/tokenizer.model                 the tokenizer itself (tokenizer.json where it is one of Hugging Face's)
 
-Every restore compares arrays and files with what was saved; `Checkpoints.restore` passes over a damaged checkpoint.
-Errors that say nothing about the files (network, memory, permissions) are raised as they come.
+Every restore compares arrays and files with what was saved, and `Checkpoints.restore` skips damaged checkpoints.
+Errors that do not mean damage (network, memory, permissions) are raised unchanged.
 """
 
 import dataclasses
@@ -46,8 +45,8 @@ _log = logging.getLogger(__name__)
 
 MODEL = "model.json"
 _CHECKPOINTS = "checkpoints"
-# Of larger files, in bytes, only the sizes are compared on object stores, which check their contents themselves, and
-# where parameters alone are restored; arrays are compared with their checksums everywhere.
+# Files of more bytes are compared by their size alone on object stores, which check contents themselves, and where
+# parameters alone are restored; arrays are compared by their checksums everywhere.
 _SMALL = 1 << 20
 # Files that Orbax writes when all others of a checkpoint are complete.
 _LAST_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -55,13 +54,13 @@ _LAST_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 @dataclasses.dataclass(frozen=True)
 class DataState:
-    """What a run must know besides its TrainState.
+    """The data's state after a step.
 
     Attributes:
-      sequences: consumed from the training stream: the loader's state.
-      tokens: language -> tokens delivered, padding not counted.
-      unfinished: kinds of the evaluations that were due after this step and that a stop cut short.
-      mixture: from which the next batch follows; None: of an earlier version, which did not save it.
+      sequences: sequences read from the training stream.
+      tokens: language -> tokens read, without padding.
+      unfinished: names of the evaluators that were due after this step and that a stop cut short.
+      mixture: mixture that the next batch is taken from; None: an earlier version, which did not save it, wrote this.
     """
 
     sequences: int
@@ -77,7 +76,7 @@ class DataState:
 
 @dataclasses.dataclass
 class _Best(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the `n` checkpoints of the lowest `values`, by step; of equal ones the later."""
+    """Keeps the `n` checkpoints with the lowest of `values` (step -> value), the later one of equals."""
 
     n: int
     values: dict[int, float]
@@ -90,7 +89,11 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
 
 @gin.configurable(denylist=["run_dir"])
 class Checkpoints:
-    """The checkpoints of one run: asynchronous saves, the latest and the best kept, damaged ones passed over.
+    """The checkpoints of a run: saved asynchronously, the latest and the best kept, damaged ones skipped.
+
+        with contextlib.closing(Checkpoints("runs/demo")) as checkpoints:
+            checkpoints.save(100, state, DataState(sequences=800, tokens={"en": 51200}), {"eval/loss": 3.2})
+            state, data_state = checkpoints.restore(abstract_state(model, optimizer, mesh))
 
     All processes of a job make the same calls in the same order.
     """
@@ -102,14 +105,14 @@ class Checkpoints:
         keep_best: int = 1,
         best_metric: str = "eval/loss",
     ):
-        """Opens (creating it) RUN/checkpoints.
+        """Opens RUN/checkpoints, or makes it.
 
         Args:
           run_dir: the run's folder.
-          keep: how many of the latest checkpoints stay.
-          keep_best: how many of the best by `best_metric` (lowest) stay besides; only checkpoints of steps that were
-            evaluated count, so let train.checkpoint_every be a multiple of train.eval_every.
-          best_metric: key of the metrics given to `save`.
+          keep: number of the latest checkpoints to keep.
+          keep_best: number of the best checkpoints (lowest `best_metric`) to keep besides. Only steps with an
+            evaluation count, so let train.checkpoint_every be a multiple of train.eval_every.
+          best_metric: one of the metrics given to `save`.
         """
         self._folder = absolute(run_dir) / _CHECKPOINTS
         self._whole = _SMALL if gcs.is_gs(self._folder) else None
@@ -129,34 +132,34 @@ class Checkpoints:
         )
         self._values |= {step: value for step in self.steps() if (value := self._metric(step)) is not None}
 
-    def save(self, step: int, state: TrainState, progress: DataState, metrics: Mapping[str, float]) -> None:
-        """Starts a save of the state after `step` steps; blocks only while the arrays are copied to the host."""
-        self.wait()  # an earlier save may still need the step's number
+    def save(self, step: int, state: TrainState, data_state: DataState, metrics: Mapping[str, float]) -> None:
+        """Starts to save the state after `step` steps; blocks only while the arrays are copied to the host."""
+        self.wait()  # `_write_digests` of an earlier save may still read self._step
         self._step = step
         known = {name: value for name, value in metrics.items() if name == self._best_metric and math.isfinite(value)}
         self._values.pop(step, None)  # of a damaged checkpoint of this step
         if known:
             self._values[step] = known[self._best_metric]
-        meta = dataclasses.asdict(progress) | {"metrics": known, "checksums": checksums(state)}
+        meta = dataclasses.asdict(data_state) | {"metrics": known, "checksums": checksums(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         )
 
     def _write_digests(self) -> None:
-        """Called in Orbax's thread in process 0 when the files are written, just before the checkpoint is named so."""
+        """Writes digests of a checkpoint's files, in Orbax's thread in process 0, before the folder gets its name."""
         name, scratch = str(self._step), f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}"
         for folder in self._folder.iterdir():
             if folder.name == name or folder.name.startswith(scratch):  # object stores have no scratch folders
                 self._digests = write_digests(folder, self._whole, leave_out=_LAST_FILES)
 
     def _complete_digests(self) -> None:
-        """Adds the last files of a checkpoint that has become complete."""
+        """Adds the files to the digests that Orbax wrote after `_write_digests`."""
         digests, self._digests = self._digests, None
         if digests is not None and (folder := self._folder / str(self._step)).exists():
             write_digests(folder, self._whole, known=digests)
 
     def _metric(self, step: int) -> float | None:
-        """The best metric of a checkpoint of an earlier process; None: it has none, or cannot be read."""
+        """Returns the best metric of a checkpoint; None: it has none, or cannot be read."""
         try:
             meta = ocp.handlers.JsonCheckpointHandler().restore(self._folder / str(step) / "meta")
             return float(meta["metrics"][self._best_metric])
@@ -164,18 +167,24 @@ class Checkpoints:
             return None
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Returns the steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, DataState] | None:
-        """The latest checkpoint that is whole, laid out as `abstract`; None when there is none at all.
+        """Restores the latest checkpoint that is not damaged.
 
-        Later ones, which are damaged, are moved to RUN/damaged_checkpoints, so that their steps can be saved again.
-        All processes take the same one: what one of them finds damaged, no one uses.
+        Damaged later ones are moved to RUN/damaged_checkpoints, so that their steps can be saved again. All processes
+        restore the same one: a checkpoint is damaged when one of them finds it so.
+
+        Args:
+          abstract: shapes and layout of the state, see `train_state.abstract_state`.
+
+        Returns:
+          The state and the data's state; None when there are no checkpoints.
 
         Raises:
-          InputError: there are checkpoints, but none is whole; the latest whole one is of another model or optimizer.
-          Exception: of Orbax, TensorStore or the file system, which does not mean damage; nothing is moved.
+          InputError: all checkpoints are damaged, or the latest other one is of another model or optimizer.
+          Exception: an error of Orbax, TensorStore or the file system that does not mean damage; nothing is moved.
         """
         self.wait()
         steps, damaged = cluster.share(self.steps()), []
@@ -193,9 +202,9 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, DataState] | None, str | None]:
-        """The checkpoint, and None; or None, and the damage that one of the processes found."""
+        """Returns the checkpoint and None, or None and the damage that one of the processes found."""
         folder = self._folder / str(step)
-        # Before the processes restore together: one that failed there would leave the others waiting.
+        # Compared before the processes restore together: one that failed there would leave the others waiting.
         damage = _agree(changed_files(folder, None, cluster.process(), cluster.size()))
         if damage is not None:
             return None, damage
@@ -233,19 +242,19 @@ class Checkpoints:
         move_folder(self._folder / str(step), aside)
 
     def wait(self) -> None:
-        """Blocks until saves under way are complete."""
+        """Waits until all saves are complete."""
         self._manager.wait_until_finished()
         self._complete_digests()
 
     def close(self) -> None:
-        """Completes saves under way and releases Orbax's threads."""
+        """Waits until all saves are complete, and releases Orbax's threads."""
         self.wait()
         self._manager.close()
 
 
 def _agree(damage: str | None) -> str | None:
-    """The first damage that a process found; None: no process found any."""
-    return next((found for found in cluster.gather(damage) if found is not None), None)
+    """Returns the first damage that a process found; None: no process found any."""
+    return next((text for text in cluster.gather(damage) if text is not None), None)
 
 
 def check_fits(folder: epath.Path, abstract: Any, path: Sequence[str] = ()) -> None:
@@ -298,21 +307,20 @@ def save_model(run_dir: epath.PathLike, config: Any, tokenizer: epath.PathLike |
     write_json(path, content)
 
 
-# Fields that change how a model is computed, not what its parameters are: free to differ between restarts.
+# Fields that change how a model is computed, and not its parameters; they may change at a restart.
 COMPUTE_FIELDS = ("dtype", "remat", "unroll", "attention", "max_length", "segment_attention")
-# Fields that configurations no longer have -> the value that all models have now. A new field needs no entry: models
-# that were saved before have its default.
+# Removed field -> the value that all models have now. A new field needs no entry: older models get its default.
 RETIRED_FIELDS: Mapping[str, Any] = {}
 
 
-def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str) -> None:
+def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str | None) -> None:
     """Raises InputError, naming a field, unless a run's model has the parameters of `config` and that tokenizer."""
     path = epath.Path(run_dir) / MODEL
-    found = read_json(path, "model description").get("tokenizer_sha256")
-    if found != tokenizer_sha256:
+    run_tokenizer = read_json(path, "model description").get("tokenizer_sha256")
+    if run_tokenizer != tokenizer_sha256:
         raise InputError(
-            f"{path}: this run was trained with another vocabulary (tokenizer {str(found)[:12]}, "
-            f"the token store has {tokenizer_sha256[:12]}); use its token store or a new run folder"
+            f"{path}: this run was trained with another vocabulary (tokenizer {str(run_tokenizer)[:12]}, "
+            f"the token store has {str(tokenizer_sha256)[:12]}); use its token store or a new run folder"
         )
     difference = different_field(load_model(run_dir, type(config)), config)
     if difference:
@@ -322,8 +330,11 @@ def check_same_model(run_dir: epath.PathLike, config: Any, tokenizer_sha256: str
 
 
 def different_field(old: Any, new: Any) -> tuple[str, Any, Any] | None:
-    """(name, value in `old`, in `new`) of the first field in which the parameters of two configurations of one class
-    differ; None: in none."""
+    """Compares the fields that shape a model's parameters, in two configurations of one class.
+
+    Returns:
+      (name, old value, new value) of the first field that differs; None: none does.
+    """
     for field in dataclasses.fields(new):
         values = getattr(old, field.name), getattr(new, field.name)
         if dataclasses.is_dataclass(values[1]) and type(values[0]) is type(values[1]):
@@ -337,33 +348,33 @@ def different_field(old: Any, new: Any) -> tuple[str, Any, Any] | None:
 Config = TypeVar("Config")
 
 
-def load_model(run_dir: epath.PathLike, kind: type[Config] = DecoderConfig) -> Config:
-    """The configuration of a run's model. Raises InputError when `run_dir` holds no run of a model of that kind."""
+def load_model(run_dir: epath.PathLike, model_type: type[Config] = DecoderConfig) -> Config:
+    """Reads the configuration of a run's model; raises InputError when there is no run with a model of that type."""
     path = epath.Path(run_dir) / MODEL
     content = read_json(path, "model description: not the folder of a training run")
     try:
-        if (found := content["kind"]) != kind.__name__:
-            raise InputError(f"{path}: the model is of the kind {found}, not {kind.__name__}")
-        return kind(**_without_retired(content["model"]))
+        if content["kind"] != model_type.__name__:
+            raise InputError(f"{path}: the model is a {content['kind']}, not a {model_type.__name__}")
+        return model_type(**_without_retired(content["model"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: malformed: {error}") from None
 
 
 def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's fields, without those that a later version retired and that have the value all models have now."""
+    """Returns a model's fields without removed ones that have the value of `RETIRED_FIELDS`."""
     kept = {name: value for name, value in model.items()
             if name not in RETIRED_FIELDS or value != RETIRED_FIELDS[name]}
     return {name: _without_retired(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def saved_steps(run_dir: epath.PathLike) -> list[int]:
-    """Steps of a run's complete checkpoints, ascending, whether they are damaged or not."""
+    """Returns the steps of a run's complete checkpoints, damaged ones included, ascending."""
     directory = absolute(run_dir) / _CHECKPOINTS
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
 
 
 def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
-    """The step of a run's checkpoint: the latest for None. Raises InputError when there is none, or not that one."""
+    """Returns `step`, or the latest step for None; raises InputError when the run has no such checkpoint."""
     directory, steps = absolute(run_dir) / _CHECKPOINTS, saved_steps(run_dir)
     if not directory.exists():
         raise InputError(f"{directory}: no checkpoints")

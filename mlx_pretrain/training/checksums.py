@@ -1,9 +1,8 @@
-"""Checksums of what a checkpoint holds: of arrays, wherever their parts lie, and of the files on disk.
+"""Checksums of a checkpoint's arrays, on any number of devices, and digests of its files.
 
 The two notice different damage. Checksums of arrays are computed on the devices before anything is copied, so they
-cover the whole way from one device's memory to another's, on any number of devices and hosts. Digests of files cover
-the bytes that no array is made of, which a restore might not read, or read differently: without them 162 of 1,000
-flipped bits of a small checkpoint went unnoticed.
+cover the whole way from one device's memory to another's. Digests of files cover all other bytes, which a restore might
+not read, or read differently: without them 162 of 1,000 flipped bits of a small checkpoint went unnoticed.
 """
 
 import concurrent.futures
@@ -28,7 +27,7 @@ _THREADS = 8  # that read files
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their path, e.g. "params/layers/mlp/up"."""
+    """Returns path -> leaf of a tree, e.g. "params/layers/mlp/up"."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -36,13 +35,13 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def checksums(tree: Any) -> dict[str, str]:
     """Returns the checksum of every leaf of a tree of arrays, by the leaf's path.
 
-    The checksum depends on the bits and places of the elements, not on the sharding. It is the sum, modulo 2^32, of
+    The checksum depends on the bits and indices of the elements, not on the sharding. It is the sum, modulo 2^32, of
     a bijection of [the element's bits, xored with a hash of its index], and a second such sum. Sums are the same in
     any order; a change in one element always changes both, other damage goes unnoticed with probability 2^-64.
     All processes that hold a part of the arrays must call it.
 
     Args:
-      tree: of arrays of booleans, integers, floats (real ones of up to 64 bits) or PRNG keys.
+      tree: arrays of booleans, integers, floats (real, of up to 64 bits) or PRNG keys.
 
     Returns:
       Path -> 16 hexadecimal digits, in every process.
@@ -57,12 +56,12 @@ def checksums(tree: Any) -> dict[str, str]:
 
 @functools.cache
 def _compiled(out_sharding: Sharding | None):
-    """The jitted function: a list of arrays -> uint32 `[arrays, 2]`."""
+    """Returns the jitted function of a list of arrays; its result is uint32 `[arrays, 2]`."""
     return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=out_sharding)
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """uint32 `[2]`."""
+    """Returns the two sums of an array, uint32 `[2]`."""
     words = _words(x)
     index, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
@@ -82,7 +81,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of the elements as uint32; elements of 64 bits give two, along a last axis."""
+    """Returns the bits of the elements as uint32; elements of 64 bits give two, along a last axis."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -91,12 +90,12 @@ def _words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def changed_arrays(saved: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """Says which of the arrays found are not those saved; None: all of them are."""
-    changed = [name for name, checksum in found.items() if saved.get(name) != checksum]
+def changed_arrays(saved: Mapping[str, str], restored: Mapping[str, str]) -> str | None:
+    """Returns in words which restored arrays differ from the saved ones, by their checksums; None: none does."""
+    changed = [name for name, checksum in restored.items() if saved.get(name) != checksum]
     if not changed:
         return None
-    return f"{len(changed)} of {len(found)} arrays are not those that were saved, the first is {changed[0]}"
+    return f"{len(changed)} of {len(restored)} arrays are not those that were saved, the first is {changed[0]}"
 
 
 Digests = dict[str, tuple[int, int | None]]  # file, relative to a folder -> size, CRC-32
@@ -108,9 +107,9 @@ def write_digests(
     """Writes sizes and CRC-32s of all files below `folder` into a file there, and returns them.
 
     Args:
-      folder: of a checkpoint.
-      whole: of files of more bytes the size alone is taken, without reading them; None: of no file.
-      known: digests that were taken before.
+      folder: folder of a checkpoint.
+      whole: bytes up to which a file is read; larger ones have a size alone. None: all files are read.
+      known: digests that were computed before.
       leave_out: files that are still to change.
     """
     known = known or {}
@@ -119,24 +118,24 @@ def write_digests(
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         crcs = pool.map(lambda name: None if whole is not None and sizes[name] > whole else _crc(folder / name), sizes)
         digests = known | {name: (size, crc) for (name, size), crc in zip(sizes.items(), crcs, strict=True)}
-    # Without spaces, so that every byte means something.
+    # Without spaces, so that a change of any byte is noticed.
     write_atomic(folder / DIGESTS, json.dumps(digests, separators=(",", ":")))
     return digests
 
 
 def changed_files(folder: epath.Path, whole: int | None = None, shard: int = 0, shards: int = 1) -> str | None:
-    """Says which file below `folder` is not as its digest says, if there are digests.
+    """Compares the files below `folder` with their digests.
 
     Args:
-      folder: of a checkpoint.
-      whole: files of more bytes are compared by their size alone; None: no file is.
-      shard, shards: looks at every `shards`-th file, from number `shard` on.
+      folder: folder of a checkpoint.
+      whole: bytes up to which a file is read; larger ones are compared by their size alone. None: all files are read.
+      shard, shards: number of the first file to compare, and the distance to the next.
 
     Returns:
-      One line that names a file and what is wrong with it; None: nothing is, or there are no digests.
+      One line that names a file and its damage; None: there is no damage, or there are no digests.
 
     Raises:
-      OSError: a file is there and cannot be read.
+      OSError: a file exists and cannot be read.
     """
     path = folder / DIGESTS
     if not path.exists():
@@ -167,7 +166,7 @@ def _changed(
 
 
 def _crc(path: epath.Path) -> int:
-    """CRC-32 of a file, 2.4 GB/s on one core."""
+    """Returns the CRC-32 of a file, at 2.4 GB/s on one core."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

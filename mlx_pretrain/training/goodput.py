@@ -1,7 +1,7 @@
-"""Where the hours of a run went, over all the processes that worked on it.
+"""Records where the time of a run went, over all processes that worked on it.
 
 Process 0 of a job keeps a clock: at any moment exactly one part of the work is under way, so the parts of a process sum
-to its wall time. It appends the sums to a file, so that a killed process loses only what came after its last line.
+to its wall time. It appends the sums to a file, so that a killed process loses only the time after its last line.
 
     RUN/goodput.jsonl   one object a line: process (start time in Unix seconds, which names it), time (Unix seconds),
                         step (steps done), first_step (where it resumed), seconds {part: since the process started}
@@ -39,7 +39,7 @@ PARTS = {
 
 
 class Clock:
-    """Wall time of this process by part.
+    """Measures the wall time of this process by part.
 
     Attributes:
       started: when the process started, Unix seconds.
@@ -47,7 +47,7 @@ class Clock:
     """
 
     def __init__(self):
-        # The system's clock may be set while the process runs.
+        # The system's clock may be changed while the process runs.
         self._offset = time.time() - time.perf_counter()
         self.started = self._time() - next(_ages, lambda: 0.0)()
         self.seconds: collections.Counter[str] = collections.Counter()
@@ -57,7 +57,7 @@ class Clock:
         return self._offset + time.perf_counter()
 
     def switch(self, part: str) -> str:
-        """Ends the part under way and begins `part`; returns the one that ended."""
+        """Ends the part under way and begins `part`; returns the part that ended."""
         now = self._time()
         before = self._part
         self.seconds[before] += now - self._since
@@ -66,7 +66,7 @@ class Clock:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Counts the block as `part`, and goes on with the part before."""
+        """Counts the block as `part`, then returns to the part before."""
         before = self.switch(part)
         try:
             yield
@@ -74,12 +74,12 @@ class Clock:
             self.switch(before)
 
     def now(self) -> dict[str, float]:
-        """Seconds by part up to this moment."""
+        """Returns seconds by part up to this moment."""
         self.switch(self._part)
         return dict(self.seconds)
 
     def record(self, file: Any, step: int, first_step: int) -> None:
-        """Adds a line that describes the process so far to a file of `open_record`."""
+        """Adds a line about the process so far to a file that `open_record` opened."""
         seconds = {part: round(value, 3) for part, value in self.now().items()}
         line = {"process": round(self.started, 3), "time": round(self._since, 3), "step": step,
                 "first_step": first_step, "seconds": seconds}
@@ -87,7 +87,7 @@ class Clock:
 
 
 def open_record(path: epath.PathLike) -> Any:
-    """Opens goodput.jsonl to append to, see `files.open_to_append`; half a line of a killed process is removed."""
+    """Opens goodput.jsonl to append to, see `files.open_to_append`; removes half a line that a killed process left."""
     path = epath.Path(path)
     content = path.read_bytes() if path.exists() else b""
     if not content.endswith(b"\n"):
@@ -96,7 +96,7 @@ def open_record(path: epath.PathLike) -> Any:
 
 
 def _process_age() -> float:
-    """Seconds since the operating system started this process."""
+    """Returns seconds since the operating system started this process."""
     try:
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(pathlib.Path("/proc/uptime").read_text().split()[0])
@@ -105,7 +105,7 @@ def _process_age() -> float:
         return time.process_time()  # a lower bound where there is no /proc
 
 
-# A program that trains several times started once.
+# Only the first run of a process counts the time since the process started.
 _ages = iter([_process_age])
 
 
@@ -116,7 +116,7 @@ class Goodput:
     Attributes:
       seconds: part -> seconds; they sum to `wall_s`.
       wall_s: seconds in all.
-      processes: how many processes (jobs, where several hosts worked) it took.
+      processes: number of processes (of jobs, where several hosts worked).
       repeated_steps: steps that were done, lost in a crash and done again.
     """
 
@@ -127,18 +127,18 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Share of the wall time that went into training steps that count."""
+        """Share of the wall time spent in training steps that were not lost."""
         return self.seconds["step"] / self.wall_s if self.wall_s else 0.0
 
     def text(self) -> str:
-        """The record in one line."""
+        """Returns the record in one line."""
         parts = sorted(((s, part) for part, s in self.seconds.items() if part != "step"), reverse=True)
         named = ", ".join(f"{part} {s / self.wall_s:.1%}" for s, part in parts if s > 0.001 * self.wall_s)
         return f"goodput {self.share:.1%} of {duration(self.wall_s)}" + (f" (besides: {named})" if named else "")
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03 or 2:03."""
+    """Returns hours, minutes and seconds, as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -172,7 +172,7 @@ def _sum(processes: Sequence[Sequence[Mapping[str, Any]]]) -> Goodput:
         if number + 1 < len(processes):
             following = processes[number + 1]
             seconds["between"] += max(following[0]["process"] - lines[-1]["time"], 0.0)
-            # What later processes resumed before did not count, in this process.
+            # Steps after the first step of a later process were lost.
             kept = min(after[0]["first_step"] for after in processes[number + 1 :])
             lost, wasted = _after_step(lines, kept)
             repeated_steps += lost
@@ -184,7 +184,8 @@ def _sum(processes: Sequence[Sequence[Mapping[str, Any]]]) -> Goodput:
 
 
 def _after_step(lines: Sequence[Mapping[str, Any]], kept: int) -> tuple[int, dict[str, float]]:
-    """Steps of a process beyond step `kept`, and the seconds of steps and data that they took, interpolated."""
+    """Returns the number of a process's steps after step `kept`, and the seconds by part that they took, interpolated
+    between lines."""
     last = lines[-1]
     kept = max(kept, lines[0]["first_step"])
     if last["step"] <= kept:

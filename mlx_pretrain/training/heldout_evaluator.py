@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte of every language, with the compiled step the trainer and others share."""
+"""Evaluates a decoder on held-out text: loss and bits per byte of every language."""
 
 import collections
 import math
@@ -21,7 +21,11 @@ _IN_FLIGHT = 4  # batches
 
 
 class HeldOutEvaluator:
-    """Evaluates parameters on a split of a token store."""
+    """Evaluates parameters on a split of a token store.
+
+        evaluate = HeldOutEvaluator(TokenStore("tokens"), config, mesh)
+        evaluate(params)  # {"loss": 3.2, "bits_per_byte": 1.1, "loss/en": 3.0, ...}
+    """
 
     def __init__(
         self,
@@ -39,17 +43,20 @@ class HeldOutEvaluator:
 
         Args:
           store: the token store.
-          config: of the model to evaluate.
-          mesh: the mesh its parameters live on.
-          split: of the store.
-          batch_size: sequences per step, over all devices; rounded up to a multiple of what splits the batch.
-          max_sequences: so many of each language, evenly spaced; None: all.
+          config: configuration of the model to evaluate.
+          mesh: mesh of the parameters.
+          split: split of the store.
+          batch_size: sequences per step, over all devices; rounded up to a multiple of the devices that split it.
+          max_sequences: sequences of each language, evenly spaced; None: all.
           chunk_tokens: see `losses.cross_entropy`.
-          languages: to evaluate; None: all of the split.
+          languages: languages to evaluate; None: all of the split.
+
+        Raises:
+          InputError: there is nothing to evaluate.
         """
         parts = store.parts(split)
-        chosen = parts if languages is None else languages
-        self.languages = sorted(language for language in chosen if parts[language].sequences)
+        languages = parts if languages is None else languages
+        self.languages = sorted(language for language in languages if parts[language].sequences)
         if not self.languages:
             raise InputError(f"{store.path}: split {split!r} is empty")
         rows = [_spread_rows(array, max_sequences) for array in store.arrays(split, self.languages)]
@@ -67,8 +74,11 @@ class HeldOutEvaluator:
         self._step = jax.jit(make_eval_step(config, len(self.languages), chunk_tokens))
 
     def __call__(self, params: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Scalars: `loss` (nats per token, all languages' tokens together), `bits_per_byte` (mean over languages),
-        and both per language as `loss/<language>`, `bits_per_byte/<language>`.
+        """Evaluates parameters; calls `check` before each batch.
+
+        Returns:
+          `loss` (nats per token, over the tokens of all languages), `bits_per_byte` (mean over languages), and both
+          for each language as `loss/<language>`, `bits_per_byte/<language>`.
 
         Bits per byte are exact for all rows; with `max_sequences` they use the split's mean bytes per token.
         """
@@ -79,7 +89,7 @@ class HeldOutEvaluator:
             batch = {"tokens": self._tokens[rows], "language_id": self._language_id[rows]}
             batch = to_devices(batch, self._sharding, self._batch_size, self._rows)
             started.append(self._step(params, batch["tokens"], batch["language_id"]))
-            # Devices go on while sums travel; nor do batches pile up on them.
+            # Some batches stay under way, so that devices need not wait; not all, for they take memory.
             if len(started) > _IN_FLIGHT:
                 totals += np.array(jax.device_get(started.popleft()))
         for sums in jax.device_get(list(started)):
@@ -96,6 +106,6 @@ class HeldOutEvaluator:
 
 
 def _spread_rows(array: ts.TensorStore, n: int | None) -> np.ndarray:
-    """`n` evenly spaced rows, or all when there are fewer or `n` is None."""
+    """Reads `n` evenly spaced rows, or all when there are fewer or `n` is None."""
     rows = array.shape[0]
     return array[np.arange(rows) if n is None or n >= rows else np.arange(n) * rows // n].read().result()

@@ -1,9 +1,9 @@
-"""Weights to start a new run from: those of another run, or of a Hugging Face folder (continued pretraining).
+"""Reads the weights that a new run starts from: another run's or a Hugging Face model's (continued pretraining).
 
     weights = InitialWeights("runs/demo", config, "tokens/tokenizer.model")   # or runs/demo/checkpoints/2000, hf/demo
     params = weights.load(mesh)
 
-The optimizer starts afresh, and so does the data stream.
+The optimizer and the data start from their beginning.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ from mlx_pretrain.training.train_state import abstract_params
 
 
 class InitialWeights:
-    """The weights of a folder, checked to be those of a model and a tokenizer."""
+    """The weights in a folder, checked to fit a model and a tokenizer."""
 
     def __init__(self, path: epath.PathLike, config: DecoderConfig, tokenizer: epath.PathLike):
         """Reads the folder's descriptions; the weights are read by `load`.
 
         Args:
-          path: folder of a training run, for its latest checkpoint; RUN/checkpoints/<step> for that one; or a local
-            folder with config.json, safetensors and tokenizer.json.
-          config: of the model that is to start from them; may differ in `checkpoints.COMPUTE_FIELDS`.
+          path: folder of a training run, for its latest checkpoint, or RUN/checkpoints/<step>; or a local folder with
+            config.json, safetensors and tokenizer.json.
+          config: configuration of the model to train; may differ from the folder's in `checkpoints.COMPUTE_FIELDS`.
           tokenizer: the SentencePiece model of the token store.
 
         Raises:
-          InputError: the folder is none of these, or holds another model or was trained with another tokenizer.
+          InputError: the folder is none of these, or its model or tokenizer is another.
         """
         self._path, self._config, self._step = epath.Path(path), config, None
         if self._path.parent.name == "checkpoints" and self._path.name.isdigit():
@@ -50,28 +50,28 @@ class InitialWeights:
         self._is_run = (self._path / checkpoints.MODEL).exists()
         if self._is_run:
             described = self._path / checkpoints.MODEL
-            found = checkpoints.load_model(self._path, DecoderConfig)
+            saved = checkpoints.load_model(self._path, DecoderConfig)
             self._check_run_tokenizer(described, tokenizer)
             self._step = checkpoints.find_step(self._path, self._step)
         elif (self._path / CONFIG).exists():
-            described, found = self._path / CONFIG, read_config(self._path, config.dtype)
-            self._check_foreign_tokenizer(Tokenizer(tokenizer))
+            described, saved = self._path / CONFIG, read_config(self._path, config.dtype)
+            self._check_pretrained_tokenizer(Tokenizer(tokenizer))
         else:
             raise InputError(f"{self._path}: neither a training run (no {checkpoints.MODEL}) nor a Hugging Face folder "
                              f"(no {CONFIG}): there are no weights to start from")
-        if different := checkpoints.different_field(found, config):
+        if different := checkpoints.different_field(saved, config):
             name, old, new = different
             raise InputError(f"{described}: these weights are of a model with {name}={old}, the configuration has "
                              f"{new}; a run starts from weights of its own architecture")
 
     def _check_run_tokenizer(self, described: epath.Path, tokenizer: epath.PathLike) -> None:
-        found, wanted = read_json(described, "model description").get("tokenizer_sha256"), sha256(tokenizer)
-        if found != wanted:
-            raise InputError(f"{described}: trained with another tokenizer (sha256 {str(found)[:12]}) than that of the "
-                             f"token store ({tokenizer}, {wanted[:12]})")
+        trained_with = read_json(described, "model description").get("tokenizer_sha256")
+        if trained_with != (configured := sha256(tokenizer)):
+            raise InputError(f"{described}: trained with another tokenizer (sha256 {str(trained_with)[:12]}) than that "
+                             f"of the token store ({tokenizer}, {configured[:12]})")
 
-    def _check_foreign_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """A folder has the tokenizer itself, or a tokenizer.json with the same pieces and ids."""
+    def _check_pretrained_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Checks that the folder has the tokenizer itself, or a tokenizer.json with the same pieces and ids."""
         own, converted = self._path / TOKENIZER, self._path / HF_TOKENIZER
         if own.exists() and sha256(own) == tokenizer.sha256:
             return
@@ -101,10 +101,10 @@ class InitialWeights:
         self._checksum = hashlib.sha256(json.dumps(checksums(params), sort_keys=True).encode()).hexdigest()
         return params
 
-    def description(self) -> dict[str, Any]:
-        """Returns what run.json says of the weights that were loaded; `checksum` is of the parameters' values."""
-        kind = "run" if self._is_run else "hugging_face"
-        return {"path": str(self._path), "kind": kind, "step": self._step, "checksum": self._checksum}
+    def metadata(self) -> dict[str, Any]:
+        """Returns what run.json says of the weights that were loaded; `checksum` is that of the parameters' values."""
+        source = "run" if self._is_run else "hugging_face"
+        return {"path": str(self._path), "kind": source, "step": self._step, "checksum": self._checksum}
 
 
 def _put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

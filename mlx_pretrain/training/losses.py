@@ -1,4 +1,4 @@
-"""Cross entropy of a decoder's hidden states, without ever holding the logits of a whole batch.
+"""Cross entropy of a decoder's hidden states, computed without holding the logits of a whole batch.
 
 `cross_entropy` walks over chunks of tokens: logits of a chunk, log-sum-exp, and, when a gradient is asked for, the
 chunk's part of the gradient at once, so that nothing is computed twice and only gradients (of the size of hidden
@@ -17,12 +17,12 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Integer
 from mlx_pretrain.parallel import collectives, partitioning
 
 # Tokens whose logits are held at once, by platform. Each chunk reads and writes the whole float32 gradient of the
-# kernel: with 1,024 tokens of a bfloat16 model as much traffic as the logits themselves. On a CPU they stay in cache.
+# kernel; with 1,024 tokens of a bfloat16 model that is as much traffic as the logits. On a CPU they stay in cache.
 CHUNK_TOKENS = {"cpu": 1024, "tpu": 2048, "gpu": 4096}
 
 
 class LossSums(NamedTuple):
-    """Sums over tokens, float32 scalars; divide by `weight` for means.
+    """Sums over tokens; divided by `weight` they are means.
 
     Attributes:
       nll: weighted negative log-likelihood, nats.
@@ -36,7 +36,7 @@ class LossSums(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Static part of the computation."""
+    """Static arguments of the computation."""
 
     chunk_tokens: int
     z_coefficient: float
@@ -52,7 +52,7 @@ def cross_entropy(
     z_coefficient: float = 0.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Float32[Array, ""], LossSums]:
-    """Weighted sum of softmax cross entropy (plus z-loss) over all tokens of the global batch.
+    """Returns the weighted sum of softmax cross entropy (plus z-loss) over all tokens of the global batch.
 
     Differentiable in `hidden` and `kernel`.
 
@@ -62,8 +62,8 @@ def cross_entropy(
       targets: int `[batch, length]`.
       weights: float `[batch, length]`, 0 for tokens that don't count.
       z_coefficient: weight of the z-loss.
-      chunk_tokens: at most so many tokens' logits are held at once on a device, one position of all its rows at least;
-        None: CHUNK_TOKENS of the platform.
+      chunk_tokens: greatest number of tokens whose logits are held at once on a device, but at least one position of
+        all its rows; None: CHUNK_TOKENS of the platform.
 
     Returns:
       total: float32 scalar, nll + z_coefficient * z_loss, the one to differentiate.
@@ -78,7 +78,7 @@ def token_nll(
     targets: Integer[ArrayLike, "batch length"],
     chunk_tokens: int | None = None,
 ) -> Float32[Array, "batch length"]:
-    """Negative log-likelihood of every target, nats: float32 `[batch, length]`; arguments as in `cross_entropy`."""
+    """Returns the negative log-likelihood of every target in nats; arguments as in `cross_entropy`."""
     plan = _plan(chunk_tokens, 0.0)
     return _run(plan, False, hidden, kernel, targets, jnp.zeros(targets.shape, jnp.float32))[0]
 
@@ -124,8 +124,8 @@ def _sums(plan: _Plan, nll, log_partition, weights) -> tuple[jax.Array, LossSums
 
 
 def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
-    """Per token nll and log-partition, and, if wanted, the total's gradients; on a mesh, over all devices."""
-    # Cast before it is gathered, so that half the bytes travel.
+    """Returns nll and log-partition of every token and, if `gradients`, the total's gradients; over all devices."""
+    # Cast before it is gathered, which halves the traffic.
     kernel = kernel.astype(hidden.dtype)
     if not _many_devices():
         return _local(plan, gradients, hidden, kernel, targets, weights)
@@ -151,7 +151,8 @@ def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
 
 
 def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
-    """One device's tokens against its slice of the vocabulary; the gradient to `hidden` is that slice's part."""
+    """Computes `_run` for a device's tokens and slice of the vocabulary; the gradient to `hidden` is that slice's
+    part."""
     dtype, axes = hidden.dtype, plan.vocab_axes
     batch, length = targets.shape
     n_chunks = _chunks(batch, length, plan.chunk_tokens)
@@ -194,8 +195,8 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
 
 
 def _whole_vocabulary(axes: tuple[str, ...], peak, partition, of_target):
-    """The largest score, the sum of exponentials over it and the target's score in the whole vocabulary, from those in
-    a device's slice (a target that is not in it: 0); float32 `[batch, length]` each."""
+    """Combines the results of all slices of the vocabulary: the largest score, the sum of exponentials relative to it,
+    and the target's score (0 in slices without the target); float32 `[batch, length]` each."""
     if not axes:
         return peak, partition, of_target
     peaks, partitions, of_targets = jax.lax.all_gather(jnp.stack([peak, partition, of_target]), axes, axis=1)
@@ -204,6 +205,7 @@ def _whole_vocabulary(axes: tuple[str, ...], peak, partition, of_target):
 
 
 def _chunks(batch: int, length: int, chunk_tokens: int) -> int:
-    """The fewest equal slices of the length that hold at most `chunk_tokens` tokens each (one position at least)."""
+    """Returns the smallest number of equal slices of the length with at most `chunk_tokens` tokens each, or with one
+    position each."""
     fits = (n for n in range(1, length + 1) if length % n == 0 and batch * length // n <= chunk_tokens)
     return next(fits, length)

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from optax, with the choices a pretraining run needs."""
+"""Optimizers and learning-rate schedules for gin, made from optax's."""
 
 import collections
 import math
@@ -18,7 +18,7 @@ Schedule = Callable[[Any], Any]
 
 @gin.configurable
 def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
-    """Linear warm-up from 0 to `peak`, then a cosine down to `final_fraction * peak` at `total_steps`."""
+    """Returns a linear warm-up from 0 to `peak`, then a cosine down to `final_fraction * peak` at `total_steps`."""
     _check_steps("warmup_cosine", warmup_steps, 0, total_steps)
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)
     if warmup_steps == total_steps:  # optax refuses a cosine of no steps
@@ -29,7 +29,7 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fr
 
 @gin.configurable("constant_schedule")  # gin has a "constant" of its own
 def constant(value: float) -> Schedule:
-    """The same learning rate at every step."""
+    """Returns the same learning rate for every step."""
     return optax.constant_schedule(value)
 
 
@@ -37,11 +37,11 @@ def constant(value: float) -> Schedule:
 def warmup_stable_decay(
     peak: float, total_steps: int, warmup_steps: int, decay_steps: int, final_fraction: float = 0.0
 ) -> Schedule:
-    """WSD (arXiv 2404.06395): linear warm-up, constant `peak`, linear decay over the last `decay_steps`."""
+    """Returns WSD (arXiv 2404.06395): linear warm-up, constant `peak`, linear decay over the last `decay_steps`."""
     _check_steps("warmup_stable_decay", warmup_steps, decay_steps, total_steps)
     phases = [optax.linear_schedule(0.0, peak, warmup_steps), optax.constant_schedule(peak)]
     ends = [warmup_steps]
-    if decay_steps:  # optax takes a decay of no steps for a rate that stays
+    if decay_steps:  # optax takes a decay of no steps for a constant
         phases.append(optax.linear_schedule(peak, peak * final_fraction, decay_steps))
         ends.append(total_steps - decay_steps)
     return optax.join_schedules(phases, ends)
@@ -53,9 +53,10 @@ def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters weight decay applies to: all but the scales of norms, biases and single vectors.
+    """Returns a tree of bools, True for parameters that weight decay applies to: all but scales of norms, biases and
+    vectors.
 
-    By name: those of all layers are stacked, so that the rank does not tell a bias from a matrix.
+    Names decide, not ranks alone: the layers are stacked, so a bias has the rank of a matrix.
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
@@ -74,7 +75,7 @@ def adamw(
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind clipping by the global norm; decay on matrices only."""
+    """Returns AdamW (arXiv 1711.05101) after clipping by the global norm, with weight decay for matrices only."""
     update = optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=weight_decay, mask=decay_mask)
     return _clipped(clip_norm, update)
 
@@ -87,7 +88,7 @@ def muon(
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Muon (optax.contrib) for the layers' matrices, AdamW for embedding, output projection and norms.
+    """Returns Muon (optax.contrib) for the layers' matrices, and AdamW for embedding, output projection and norms.
 
     The update of an m x n matrix is scaled by sqrt(max(1, n / m)) (optax's default); AdamW's rate is `adam_fraction`
     times Muon's.
@@ -137,9 +138,9 @@ def _scale_by_shape(updates: optax.Updates, _: Any) -> optax.Updates:
 
 
 def _scale_by_muon(beta: float) -> optax.GradientTransformation:
-    """Momentum, orthogonalised; on a mesh every device does so for matrices of its own."""
+    """Returns orthogonalised momentum; on a mesh, the matrices are divided among the devices."""
     alone = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=_muon_dimensions)
-    # Without iterations it normalises the momentum and leaves it where it is.
+    # Without iterations it only normalises the momentum, without communication.
     normalised = optax.contrib.scale_by_muon(ns_steps=0, beta=beta, weight_dimension_numbers=_muon_dimensions)
 
     def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
@@ -153,9 +154,9 @@ def _scale_by_muon(beta: float) -> optax.GradientTransformation:
 
 
 def _orthogonalise(updates: optax.Updates, coefficients: jax.Array, mesh: jax.sharding.AbstractMesh) -> optax.Updates:
-    """Newton-Schulz iterations on matrices of Frobenius norm 1, those of one shape together.
+    """Applies Newton-Schulz iterations to matrices of Frobenius norm 1, all of one shape together.
 
-    Left where parameters are, over rows, every iteration would gather all matrices on every device.
+    Matrices with rows spread over devices, as those of parameters, would be gathered everywhere in every iteration.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
     stacks: dict[tuple[int, int], list[jax.Array]] = collections.defaultdict(list)
@@ -170,14 +171,14 @@ def _orthogonalise(updates: optax.Updates, coefficients: jax.Array, mesh: jax.sh
 
 
 def _matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], int, int]:
-    """The axes of a weight, those that number its matrices first, then inputs and outputs; how many of these two."""
+    """Returns a weight's axes in the order (matrices, inputs, outputs), and the numbers of input and output axes."""
     inputs, outputs = _MUON_AXES[name]
     numbering = tuple(axis for axis in range(ndim) if axis not in inputs + outputs)
     return numbering + inputs + outputs, len(inputs), len(outputs)
 
 
 def _as_matrices(name: str, leaf: jax.Array) -> jax.Array:
-    """`[matrices, rows, columns]` of a weight, with at most as many rows as columns."""
+    """Returns a weight as `[matrices, rows, columns]`, with at most as many rows as columns."""
     axes, inputs, outputs = _matrix_axes(name, leaf.ndim)
     moved = leaf.transpose(axes)
     rows, columns = math.prod(moved.shape[-inputs - outputs : -outputs]), math.prod(moved.shape[-outputs:])
@@ -186,7 +187,7 @@ def _as_matrices(name: str, leaf: jax.Array) -> jax.Array:
 
 
 def _from_matrices(name: str, stack: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of `_as_matrices`, in the shape of `like`."""
+    """Inverts `_as_matrices`; returns the shape of `like`."""
     axes, inputs, outputs = _matrix_axes(name, like.ndim)
     moved = tuple(like.shape[axis] for axis in axes)
     transposed = math.prod(moved[-inputs - outputs : -outputs]) > math.prod(moved[-outputs:])

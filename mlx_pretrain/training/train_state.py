@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state of the model and its optimizer, which a training step updates."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -14,13 +14,13 @@ from mlx_pretrain.parallel import partitioning
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a step reads and writes; saved and restored as one.
+    """The state that a step reads and writes, and that a checkpoint holds.
 
     Attributes:
       step: int32 scalar, steps done.
       skipped: int32 scalar, steps whose update was left out for being non-finite.
       params: float32 tree.
-      opt_state: of the optax optimizer.
+      opt_state: state of the optax optimizer.
     """
 
     step: jax.Array
@@ -30,10 +30,19 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class ModelConfig(Protocol):
-    """What the functions below ask of a model: a `DecoderConfig`, for one."""
+    """The configuration of a model, for example a `DecoderConfig`; a frozen dataclass.
+
+    Attributes:
+      dtype: compute dtype, "float32" or "bfloat16".
+    """
+
+    dtype: str
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters in boxes that carry their logical axis names."""
+        """Returns random parameters in boxes (`nn.Partitioned`) with the names of their logical axes."""
+
+    def parameters(self) -> int:
+        """Returns the number of parameters."""
 
 
 def _state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
@@ -42,8 +51,8 @@ def _state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: i
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the parameters."""
-    with partitioning.use(mesh):  # what is picked by platform is picked for these devices
+    """Returns shapes, dtypes and shardings of the parameters."""
+    with partitioning.use(mesh):  # some choices depend on the mesh's platform
         boxed = jax.eval_shape(lambda: config.init(jax.random.key(0)))
     # Not nn.unbox: it would apply the sharding to a shape that holds no array.
     values = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
@@ -51,21 +60,23 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without computing anything; `mesh` may be of absent devices, and may be
-    current (`partitioning.use`) or not."""
+    """Returns shapes, dtypes and shardings of a state, without computing anything.
+
+    The devices of `mesh` may be absent; it need not be the current mesh.
+    """
     params = abstract_params(config, mesh)
     with partitioning.use(mesh):
         state = jax.eval_shape(lambda: _state(config, optimizer, 0))
     replicated = NamedSharding(mesh, PartitionSpec())
     # Moments are laid out as their parameters, everything else (counts) is replicated.
     opt_shardings = optax.tree.map_params(
-        # Nothing may be computed, not even a counter's zero: the current mesh may be of absent devices.
+        # Even a counter's zero must not be computed: the devices of the current mesh may be absent.
         lambda placeholder: jax.eval_shape(optimizer.init, placeholder),
         lambda moment, param: moment if isinstance(moment, optax.MaskedNode) else param.sharding,
         state.opt_state,
         params,
         transform_non_params=lambda _: replicated,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # in the place of parameters another rule updates
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # stands for parameters of another transformation
     )
     return TrainState(
         step=_with_shardings(state.step, replicated),
@@ -82,12 +93,12 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 def make_initial_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> Callable[[int], TrainState]:
-    """Builds `state(seed)`: a fresh state, laid out as `abstract` says, compiled once for all seeds.
+    """Builds `state(seed)`, which returns a random state laid out as `abstract`; compiled once for all seeds.
 
     Every device makes its own part; the values are the same on any mesh.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs seldom: on a CPU, optimising the random generators takes seconds and saves milliseconds.
+    # It runs once: on a CPU, optimising the random generators takes seconds and saves milliseconds.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     state = lambda seed: _state(config, optimizer, seed)  # noqa: E731
     return jax.jit(state, out_shardings=shardings, compiler_options=options)
@@ -96,5 +107,5 @@ def make_initial_state(
 def initial_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
 ) -> TrainState:
-    """The state of `make_initial_state` for one seed."""
+    """Returns the state of `make_initial_state` for one seed."""
     return make_initial_state(config, optimizer, abstract)(seed)

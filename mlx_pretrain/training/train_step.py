@@ -1,5 +1,4 @@
-"""The compiled steps: one training step with gradient accumulation, of any model and loss; the decoder's loss and
-evaluation step."""
+"""The compiled steps: a training step with gradient accumulation for any model, the decoder's loss and evaluation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,11 +17,11 @@ Metrics = dict[str, jax.Array]
 
 
 class LossParts(NamedTuple):
-    """What a loss returns beside the sum to differentiate; parts of the slices of a batch are added up.
+    """Results of a loss beside the sum to differentiate; those of microbatches are added up.
 
     Attributes:
-      weight: float32 scalar, what the sum, and so the gradient, is divided by for the mean.
-      means: name -> (sum, weight), float32 scalars: what to log. One of them is "loss".
+      weight: float32 scalar that the sum, and so the gradient, is divided by.
+      means: name -> (sum, weight), float32 scalars to log as sum / weight. One of them is "loss".
     """
 
     weight: jax.Array
@@ -33,14 +32,15 @@ Loss = Callable[[Any, Any], tuple[jax.Array, LossParts]]
 
 
 def _hidden(config: DecoderConfig, params: Any, tokens: jax.Array) -> tuple[jax.Array, DecoderBatch]:
-    """Final hidden states `[batch, length, embed]` of packed sequences `[batch, length]`, and how they were split."""
+    """Returns the final hidden states `[batch, length, embed]` of packed sequences `[batch, length]`, and their split
+    into inputs and targets."""
     batch = decoder_batch(tokens)
     hidden, _ = Decoder(config).apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
     return hidden, batch
 
 
 def make_decoder_loss(config: DecoderConfig, *, z_coefficient: float = 0.0, chunk_tokens: int | None = None) -> Loss:
-    """Builds `loss(params, tokens [batch, length])`: cross entropy of packed sequences, nats, plus the z-loss."""
+    """Builds `loss(params, tokens [batch, length])`, the cross entropy of packed sequences in nats plus the z-loss."""
 
     def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, LossParts]:
         hidden, batch = _hidden(config, params, tokens)
@@ -68,8 +68,8 @@ def make_train_step(
     """Builds `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     A batch is an array or a tree of them, each `[batch, ...]`. Gradients are summed over `microbatches` slices of the
-    batch and divided by the total weight of the loss once, so the result is that of the whole batch however unevenly
-    padding falls. A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
+    batch and divided once by the total weight of the loss, so the result is that of the whole batch, however unevenly
+    its padding is spread. A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
     `state.skipped`; metrics carry `finite`.
     """
     gradient = jax.grad(loss, has_aux=True)
@@ -79,7 +79,7 @@ def make_train_step(
             grads, parts = gradient(params, batch)
             return parts, grads
 
-        # Every device keeps its own rows: consecutive microbatches take every k-th row.
+        # A microbatch takes every k-th row, so that every device keeps its own rows.
         slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(carry, part):
@@ -132,7 +132,7 @@ def make_eval_step(
     def step(params: Any, tokens: jax.Array, language_id: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden, batch = _hidden(config, params, tokens)
         nll = losses.token_nll(hidden, output_kernel(params), batch.targets, chunk_tokens) * batch.weights
-        # Not a product with one-hot rows: TPUs would round the sums of rows to bfloat16.
+        # A product with one-hot rows would round the sums to bfloat16 on TPUs.
         by_language = lambda sums: jax.ops.segment_sum(sums, language_id, n_languages)  # noqa: E731
         return by_language(nll.sum(axis=1)), by_language(batch.weights.sum(axis=1))
 

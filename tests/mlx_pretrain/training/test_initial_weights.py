@@ -65,14 +65,14 @@ def test_weights_are_those_of_the_folder_on_any_mesh(folders, tokenizers, name, 
     jax.tree.map(np.testing.assert_array_equal, found, params[step or 2])
     jax.tree.map(lambda x, like: (x.sharding, x.dtype) == (like.sharding, like.dtype) or pytest.fail(str(like)),
                  found, abstract)
-    description = weights.description()
+    metadata = weights.metadata()
     path = folder / name.split("/")[0]
-    assert description == {"path": str(path), "kind": kind, "step": step, "checksum": description["checksum"]}
+    assert metadata == {"path": str(path), "kind": kind, "step": step, "checksum": metadata["checksum"]}
     latest = InitialWeights(folder / "run", config, tokenizers / "one.model")
     with partitioning.use(mesh):
         latest.load(mesh)
-    assert (latest.description()["checksum"] == description["checksum"]) is (step != 1)  # says which weights they are
-    json.dumps(description)
+    assert (latest.metadata()["checksum"] == metadata["checksum"]) is (step != 1)  # says which weights they are
+    json.dumps(metadata)
 
 
 @pytest.mark.parametrize("name", ["run", "hf"])
