@@ -122,21 +122,21 @@ def compare_laws(fit_to: ProxyRuns, judge: ProxyRuns, families: bool) -> dict[st
     if families:
         laws |= {f"climb {name}{'' if shift else ', no shift'}": Climb(name, shift=shift)
                  for name in TRANSFER_FAMILIES for shift in (True, False)}
-    found, predicted = {}, {}
+    law_scores, predicted = {}, {}
     for name, law in laws.items():
         started = time.perf_counter()
         predicted[name] = law.fit(fit_to).predict(judge)
-        found[name] = {"seconds": time.perf_counter() - started}
+        law_scores[name] = {"seconds": time.perf_counter() - started}
     rng = np.random.default_rng(0)
     for name, losses in predicted.items():
-        found[name] |= scores(judge.losses, losses).mean
-        found[name]["error_above_climb"] = paired(judge, predicted["climb"], losses, rng)
-    return found
+        law_scores[name] |= scores(judge.losses, losses).mean
+        law_scores[name]["error_above_climb"] = paired(judge, predicted["climb"], losses, rng)
+    return law_scores
 
 
-def show_laws(title: str, found: dict[str, dict]) -> None:
+def show_laws(title: str, law_scores: dict[str, dict]) -> None:
     print(f"\n{title}\n{'law':<34} {'R2':>8} {'MAE':>8} {'Spearman':>9} {'error above Climb, nats':>32} {'seconds':>8}")
-    for name, law in found.items():
+    for name, law in law_scores.items():
         mean, low, high = law["error_above_climb"]
         print(f"{name:<34} {law['r2']:>8.4f} {law['mae']:>8.4f} {law['spearman']:>9.4f} "
               f"{mean:>12.4f} [{low:.4f}, {high:.4f}] {law['seconds']:>8.1f}")
@@ -175,10 +175,10 @@ def wider(work: pathlib.Path, proxies: ProxyRuns, tokens: list[int], arguments: 
                    planned_mixtures__mixtures=arguments.mixtures // 3)
     wide = train(work, "wide", tokens, arguments.threads, 2 * WIDTH, **few, planned_mixtures__monolingual=False,
                  planned_mixtures__mixtures=max(2, arguments.mixtures // 6))
-    found = compare_laws(joined([proxies, narrow]), wide, arguments.families)
+    law_scores = compare_laws(joined([proxies, narrow]), wide, arguments.families)
     show_laws(f"New mixtures at {wide.n_params[0] / 1e6:.2f}M parameters, from proxies of "
-              f"{narrow.n_params[0] / 1e6:.2f}M and {proxies.n_params[0] / 1e6:.2f}M", found)
-    return found
+              f"{narrow.n_params[0] / 1e6:.2f}M and {proxies.n_params[0] / 1e6:.2f}M", law_scores)
+    return law_scores
 
 
 def main() -> None:

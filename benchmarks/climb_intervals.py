@@ -88,13 +88,13 @@ def coverage(number: int, family: str, arguments: argparse.Namespace) -> dict[st
     figures = {name: (at(law, ratios), [at(each, ratios) for each in replicates], at(fitted, ratios))
                for name, ratios in mixtures.items()}
     figures["ratio"] = (best(law), [best(each) for each in replicates], recommended)
-    found = {}
+    outcomes = {}
     for name, (truth, draws, value) in figures.items():
         low, high = np.quantile(draws, (0.05, 0.95), axis=0)
-        found[name] = ((low <= truth) & (truth <= high)).tolist()
-        found[f"{name} half"] = ((high - low) / 2).tolist()
-        found[f"{name} error"] = np.abs(value - truth).tolist()
-    return found
+        outcomes[name] = ((low <= truth) & (truth <= high)).tolist()
+        outcomes[f"{name} half"] = ((high - low) / 2).tolist()
+        outcomes[f"{name} error"] = np.abs(value - truth).tolist()
+    return outcomes
 
 
 def main() -> None:
@@ -116,15 +116,15 @@ def main() -> None:
         parser.error(f"no family {unknown[0]!r}; there are {', '.join(TRANSFER_FAMILIES)}")
     start, results = time.perf_counter(), {}
     for family in families:
-        found = []
+        worlds = []
         for number in range(arguments.first, arguments.first + arguments.worlds):
-            found.append(coverage(number, family, arguments))
+            worlds.append(coverage(number, family, arguments))
             print(f"{family}, world {number}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         results[family] = summary = {}
-        for name in found[0]:
-            values = np.array([np.mean(each[name]) for each in found])
+        for name in worlds[0]:
+            values = np.array([np.mean(each[name]) for each in worlds])
             summary[name] = round(float(values.mean()), 4)
-            if " " not in name and len(found) > 1:
+            if " " not in name and len(worlds) > 1:
                 summary[f"{name} standard error"] = round(float(values.std(ddof=1) / len(values) ** 0.5), 4)
         print(f"{family:<22}" + " ".join(f"{name} {summary[name]:.3f}" for name in KINDS), file=sys.stderr)
     print(json.dumps({"law": arguments.law, "worlds": arguments.worlds, "languages": arguments.languages,

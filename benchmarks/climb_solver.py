@@ -60,14 +60,14 @@ def solve(languages: int, seed: int) -> dict:
     round_ = {}
     for case, bounds in (("constrained", constraints), ("free", Constraints()), ("compiled", constraints)):
         start, cpu_start = time.perf_counter(), time.process_time()
-        found = solve_two_step(law, N_PARAMS, TOKENS, None, bounds)
+        allocation = solve_two_step(law, N_PARAMS, TOKENS, None, bounds)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         round_[case] = {
             "seconds": seconds,
             "cpu_s": cpu,
-            "kkt": max(found.kkt, found.joint.kkt),
-            "joint_gap": found.joint_gap,
-            "binding": len(found.binding),
+            "kkt": max(allocation.kkt, allocation.joint.kkt),
+            "joint_gap": allocation.joint_gap,
+            "binding": len(allocation.binding),
             "load": os.getloadavg()[0],
         }
     return round_

@@ -20,7 +20,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.compilation import programs
 from mlx_pretrain.configuration.gin_files import save_effective
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import described_model, load_language_model
+from mlx_pretrain.inference.language_model import load_language_model, read_model_config
 from mlx_pretrain.inference.scoring import Scorer
 from mlx_pretrain.parallel import cluster, hardware
 from mlx_pretrain.training.train_state import abstract_params
@@ -127,7 +127,7 @@ def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program
     settings = gin.get_bindings(EvaluateConfig)
     if settings.get("generate"):
         return []
-    config = TrainConfig().model if programs.is_bound("train.steps") else described_model(settings["model"])
+    config = TrainConfig().model if programs.is_bound("train.steps") else read_model_config(settings["model"])
     config = dataclasses.replace(config, dtype=settings.get("dtype") or config.dtype)
     scorer = Scorer(config, abstract_params(config, mesh), mesh, max_length=length or settings.get("max_length"))
     (program, arguments, rows, length), prefix = scorer.largest_program(), scorer.max_length

@@ -42,10 +42,12 @@ PEER_SECONDS = 20  # a host that vanishes is noticed within this time
 
 @dataclasses.dataclass
 class Flags:
-    """A command line.
+    """Flags of a command line.
 
     Attributes:
-      files, bindings, search: gin files, gin bindings, folders in which relative gin files are looked for.
+      files: gin files.
+      bindings: gin statements.
+      search: folders in which relative gin files are looked for.
       coordinator, processes, process, join_timeout: see `parallel.cluster.find` and `parallel.cluster.join`.
       shard: "I/N", see `parallel.cluster.find_shard`.
     """
@@ -61,15 +63,15 @@ class Flags:
 
 
 def parse_flags(arguments: Sequence[str], *, joins: bool = False, shards: bool = False) -> Flags:
-    """Splits a command line.
+    """Parses a command line.
 
     Args:
-      arguments: without the command.
-      joins: allow the flags that make one job of several processes.
-      shards: allow --shard.
+      arguments: arguments after the command.
+      joins: allows the flags that make one job of several processes.
+      shards: allows --shard.
 
     Raises:
-      InputError: an argument is none of the known ones, or its value is malformed.
+      InputError: an argument is unknown, or its value is malformed.
     """
     flags = Flags()
     known = ["gin_file", "gin_search_path"]
@@ -117,9 +119,9 @@ def errors_as_one_line() -> Iterator[None]:
 
 
 def quiet_logging() -> None:
-    """Shows warnings, but for those of libraries about what is as it should be."""
+    """Shows warnings, but for those of libraries about things that are in order."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # gin says so of every place where it looks for a file, and then finds it in the next.
+    # gin warns of every folder without the file before it finds the file in the next one.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Path not found: "))
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
 
@@ -127,7 +129,7 @@ def quiet_logging() -> None:
 def run(
     main: Callable[..., object], config: Any, module: str | None = None, *, joins: bool = False, shards: bool = False
 ) -> None:
-    """Runs `main(config())` as the command `python -m module`, `config` filled by gin.
+    """Runs `main(config())` as the command `python -m module`, the parameters of `config` set by gin.
 
         @gin.configurable("count")
         @dataclasses.dataclass(frozen=True)
@@ -147,11 +149,12 @@ def run(
             run(main, CountConfig, "raters.count")
 
     Args:
-      main: the command; the first paragraph of its docstring is the beginning of its `--help`.
-      config: gin-configurable dataclass of its parameters, each described in its docstring.
-      module: its name.
-      joins: several processes started with it become one job, see `parallel.cluster`.
-      shards: it takes `parallel.cluster.shard` of its work. A command that neither joins nor shards runs in process 0.
+      main: function that does the work; the first paragraph of its docstring is the beginning of `--help`.
+      config: gin-configurable dataclass of the command's parameters, each described in its docstring.
+      module: name of the command.
+      joins: makes one job of several processes that are started with the command, see `parallel.cluster`.
+      shards: lets a process do only `parallel.cluster.shard` of the work. A command that neither joins nor shards runs
+        in process 0 alone.
     """
     if module is None:  # a main without parameters, whose second argument is the module
         main, config, module = (lambda _, main=main: main()), type("Config", (), {"__doc__": main.__doc__}), config
@@ -160,7 +163,7 @@ def run(
         flags = _FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})
         print(command_help(main, config, module, flags, shutil.get_terminal_size().columns))
         return
-    # Under its own name too, so that gin files that import it do not run, and register, a second copy.
+    # The module is known by its own name too, so that gin files that import it do not register a second copy.
     sys.modules[module] = sys.modules["__main__"]
     with errors_as_one_line():
         flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
@@ -170,7 +173,7 @@ def run(
             try:
                 main(config())
             except (RuntimeError, TypeError) as error:
-                # gin's words for a parameter that has no value.
+                # These are gin's words for a parameter without a value.
                 if not any(words in str(error) for words in ("Required bindings", "No values supplied by Gin")):
                     raise
                 raise InputError(first_line(error)) from None
@@ -178,9 +181,9 @@ def run(
 
 @contextlib.contextmanager
 def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
-    """Joins the job, or takes the shard, that the flags or the platform tell; a failure ends the whole job.
+    """Joins the job, or takes the shard, that the flags or the platform name; a failure ends the whole job.
 
-    Of a command that does neither, started several times by a launcher, process 0 alone goes on.
+    When a launcher starts a command that does neither in several processes, only process 0 goes on.
     """
     shard = cluster.find_shard(flags.shard) if shards else None
     if shard is not None and flags.coordinator is not None:
@@ -208,13 +211,14 @@ def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
 
 
 def _end_job(error: BaseException) -> None:
-    """Ends this process at once: the usual way out would wait for processes that are gone or wait for this one."""
+    """Ends this process at once, as an ordinary exit would wait for processes that are gone or wait for this one."""
     if isinstance(error, InputError):
         text, code = first_line(error), 1
     elif isinstance(error, KeyboardInterrupt):
         text, code = "interrupted", 130
     else:
-        # A collective operation fails when a peer dies; who it was is known a moment later, and ends this process.
+        # A collective operation fails when a peer dies. The coordinator reports which one a moment later, and ends
+        # this process.
         time.sleep(PEER_SECONDS)
         traceback.print_exc()
         text, code = f"{type(error).__name__}: {first_line(error)}", 1

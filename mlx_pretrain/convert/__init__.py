@@ -1,1 +1,1 @@
-"""Models of other formats: Hugging Face folders with safetensors."""
+"""Conversion of models and tokenizers from Hugging Face folders and GGUF files, and to Hugging Face folders."""

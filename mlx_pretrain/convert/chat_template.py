@@ -1,4 +1,4 @@
-"""Chat templates: Jinja that makes one text of a conversation. They are carried along as they stand, never run here."""
+"""Chat templates: Jinja that makes one text of a conversation. Exports carry them unchanged; they are never run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,24 +12,24 @@ _FIELD, _FILE, _MORE = "chat_template", "chat_template.jinja", "additional_chat_
 
 
 def template_setting(folder: epath.PathLike, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The templates among the settings of a folder's tokenizer_config.json: {"chat_template": ...}, or nothing.
+    """Returns the templates in the settings of a folder's tokenizer_config.json: {"chat_template": ...}, or {}.
 
     Raises:
-      InputError: they are neither a text nor a list of named ones.
+      InputError: they are neither a text nor a list of named templates.
     """
     template = settings.get(_FIELD)
     if template is None:
         return {}
     named = template if isinstance(template, list) else [{"name": "default", "template": template}]
-    if not all(isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("name", "template"))
-               for one in named):
+    if not all(isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
+               for entry in named):
         raise InputError(f"{epath.Path(folder) / TOKENIZER_CONFIG}: {_FIELD} is neither a text nor a list of objects "
                          "with a name and a template")
     return {_FIELD: template}
 
 
 def template_files(folder: epath.PathLike) -> dict[str, bytes]:
-    """Templates of a Hugging Face folder that have files of their own: path in the folder -> content."""
+    """Reads the templates of a Hugging Face folder that have files of their own: path in the folder -> content."""
     folder = epath.Path(folder)
     more = sorted((folder / _MORE).glob("*.jinja")) if (folder / _MORE).is_dir() else []
     paths = [folder / _FILE] * (folder / _FILE).exists() + more

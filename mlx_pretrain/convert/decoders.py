@@ -1,5 +1,4 @@
-"""LLaMA decoders from Hugging Face folders, and back: config.json and safetensors, SmolLM's and TinyLlama's among
-them."""
+"""LLaMA decoders, as SmolLM and TinyLlama, from Hugging Face folders and back: config.json and safetensors."""
 
 import contextlib
 import functools
@@ -19,17 +18,17 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 
-# Tables that follow from the configuration.
+# Tensors that follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 WEIGHTS = "model.safetensors"
 
-# Fields of config.json. Numbers, with what a configuration has that leaves one out (transformers' LlamaConfig).
+# Numbers in config.json, with the defaults of transformers' LlamaConfig.
 DEFAULTS = {"vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
             "intermediate_size": 11_008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
             "rope_theta": 10_000.0}  # fmt: skip
 READ = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "rope_scaling")
-# Those that change what is computed, with the values that stand for what `Decoder` does.
+# Fields that change the computation, with the values that describe `Decoder`.
 NEEDED = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
           "partial_rotary_factor": (1,), "rope_interleaved": (False,), "use_sliding_window": (False,)}  # fmt: skip
 STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # dtypes of weights
@@ -46,8 +45,8 @@ def load_decoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Decode
       The configuration, and the parameters of `Decoder` as numpy float32 arrays.
 
     Raises:
-      InputError: a file is missing or malformed; the model is of another kind, or has what ours has not (biases,
-        scaled positions); a tensor is missing, has another shape than config.json says, or is not used.
+      InputError: a file is missing or malformed; the model is of another type, or has parts that `Decoder` lacks
+        (biases, scaled positions); a tensor is missing, has another shape than config.json says, or is not used.
     """
     config = read_config(folder, dtype)
     with open_decoder(folder, config) as readers:
@@ -56,28 +55,28 @@ def load_decoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Decode
 
 @contextlib.contextmanager
 def open_decoder(folder: epath.PathLike, config: DecoderConfig) -> Iterator[dict[str, Any]]:
-    """Opens the weights of a decoder with the configuration that its folder describes; errors as in `load_decoder`.
+    """Opens the weights of a decoder whose folder describes `config`; errors as in `load_decoder`.
 
     Yields:
-      A tree like the parameters of `Decoder`, of functions that read one of them each as a numpy float32 array.
+      A tree like the parameters of `Decoder`, of functions that each read one parameter as a numpy float32 array.
     """
-    # A tied output projection may be stored all the same.
+    # Some folders store a tied output projection as well.
     ignored = re.compile(rf"{IGNORED.pattern}|lm_head\.weight") if config.tie_embeddings else IGNORED
     with open_weights(folder, lambda stored: stored, ignored) as read:
         yield decoder_readers(config, read)
 
 
 def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig:
-    """The configuration that a folder's config.json describes; errors as in `load_decoder`."""
+    """Reads the configuration that a folder's config.json describes; errors as in `load_decoder`."""
     path = epath.Path(folder) / CONFIG
     return decoder_config(path, read_object(path), dtype)
 
 
 def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
-    """The configuration that an object of the config.json at `path` describes; errors as in `load_decoder`."""
+    """Returns the configuration that an object of the config.json at `path` describes; errors as in `load_decoder`."""
     check_fields(path, raw, "a decoder", read=(*DEFAULTS, *READ), needed=NEEDED, harmless="is_decoder")
-    found = {**DEFAULTS, **raw, "rope_theta": _rope_theta(path, raw)}
-    get = functools.partial(get_number, path, found)
+    fields = {**DEFAULTS, **raw, "rope_theta": _rope_theta(path, raw)}
+    get = functools.partial(get_number, path, fields)
     heads, embed = get("num_attention_heads"), get("hidden_size")
     try:
         tied = raw.get("tie_word_embeddings") or False
@@ -88,8 +87,8 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
             embed_dim=embed,
             n_layers=get("num_hidden_layers"),
             n_heads=heads,
-            n_kv_heads=get("num_key_value_heads") if found.get("num_key_value_heads") is not None else heads,
-            head_dim=get("head_dim") if found.get("head_dim") is not None else embed // heads,
+            n_kv_heads=get("num_key_value_heads") if fields.get("num_key_value_heads") is not None else heads,
+            head_dim=get("head_dim") if fields.get("head_dim") is not None else embed // heads,
             mlp_dim=get("intermediate_size"),
             max_length=get("max_position_embeddings"),
             rope_theta=float(get("rope_theta", (int, float))),
@@ -102,16 +101,16 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
 
 
 def _rope_theta(path: epath.Path, raw: Mapping[str, Any]) -> Any:
-    """The base of the rotary frequencies; what else the rotary settings say must be what `Decoder` does."""
-    # Since transformers 5 they are an object of their own, which comes before the fields beside it.
+    """Returns the base of the rotary frequencies; raises InputError for other settings than those of `Decoder`."""
+    # Since transformers 5 the settings are an object of their own, which takes precedence over the field beside it.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope_parameters or rope_scaling is {rope!r}, not an object")
     rest = {key: value for key, value in rope.items() if value is not None and key != "rope_theta"}
     # The type comes first, for the others follow from it.
     needed = {"rope_type": "default", "partial_rotary_factor": 1}
-    asked = {"rope_type": rest.pop("rope_type", rest.pop("type", "default")), **rest}
-    for key, value in asked.items():
+    settings = {"rope_type": rest.pop("rope_type", rest.pop("type", "default")), **rest}
+    for key, value in settings.items():
         if key not in needed or value != needed[key]:
             known = repr(needed[key]) if key in needed else "no such rotary setting"
             raise InputError(f"{path}: {key} is {value!r}; a decoder here has {known}")
@@ -119,12 +118,12 @@ def _rope_theta(path: epath.Path, raw: Mapping[str, Any]) -> Any:
 
 
 def decoder_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
-    """Parameters of `Decoder` from tensors by Hugging Face's names; PyTorch's weights are `[out, in]`."""
+    """Reads the parameters of `Decoder` from tensors by Hugging Face's names; PyTorch's weights are `[out, in]`."""
     return _map(lambda reader: reader(), decoder_readers(config, read))
 
 
 def decoder_readers(config: DecoderConfig, read: Read) -> dict[str, Any]:
-    """A tree like the parameters of `Decoder`, of functions that read one of them each."""
+    """Returns a tree like the parameters of `Decoder`, of functions that read one parameter each."""
     embed, vocab = config.embed_dim, config.vocab_size
     names = [f"model.layers.{n}" for n in range(config.n_layers)]
     stack = lambda part: lambda: np.stack([part(name) for name in names])  # noqa: E731
@@ -139,7 +138,7 @@ def decoder_readers(config: DecoderConfig, read: Read) -> dict[str, Any]:
 
 
 def _layer_readers(config: DecoderConfig, read: Read) -> dict[str, Any]:
-    """The same of one layer; the functions take the layer's name."""
+    """Returns such a tree for one layer; the functions take the layer's name."""
     embed, mlp, head_dim = config.embed_dim, config.mlp_dim, config.head_dim
 
     def norm(part: str) -> Callable[[str], np.ndarray]:
@@ -171,7 +170,7 @@ def _layer_readers(config: DecoderConfig, read: Read) -> dict[str, Any]:
 
 
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """As `jax.tree.map`, but in the order of the dictionaries, which is that of the model."""
+    """Maps a function over a tree like `jax.tree.map`, but in the order of the dictionaries, which is the model's."""
     if isinstance(tree, dict):
         return {name: _map(function, part) for name, part in tree.items()}
     return function(tree)
@@ -190,10 +189,10 @@ def save_decoder(
     model.safetensors.
 
     Args:
-      folder: created if needed; files of these names are replaced.
-      config, params: of the decoder; numpy arrays or arrays of one process.
-      bos_id, eos_id: that begin and end a document; several may end one.
-      dtype: of the stored weights, "float32" or "bfloat16".
+      folder: folder, created if needed; files of these names are replaced.
+      config, params: configuration and parameters of the decoder; numpy arrays or arrays of one process.
+      bos_id, eos_id: ids that begin and end a document; several may end one.
+      dtype: dtype of the stored weights, "float32" or "bfloat16".
 
     Raises:
       InputError: another dtype.
@@ -204,7 +203,7 @@ def save_decoder(
     tensors = {name: np.ascontiguousarray(value, STORED[dtype]) for name, value in _tensors(config, params)}
     with atomic_writer(folder / WEIGHTS) as file:
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    # A single end is a number, as most readers expect it.
+    # A single id is stored as a number, as most readers expect it.
     if isinstance(eos_id, Sequence):
         eos_id = list(eos_id) if len(eos_id) > 1 else next(iter(eos_id), None)
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
@@ -231,7 +230,7 @@ def save_decoder(
 
 
 def _tensors(config: DecoderConfig, params: Any):
-    """(Hugging Face's name, array) of every weight: the inverse of `decoder_params`."""
+    """Yields (Hugging Face's name, array) of every weight: the inverse of `decoder_params`."""
     def array(x: Any) -> np.ndarray:
         return np.asarray(x, np.float32)
 

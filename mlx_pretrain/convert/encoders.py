@@ -15,24 +15,24 @@ from mlx_pretrain.models.encoder import EncoderConfig
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 PREFIXES = ("bert.", "roberta.")
 
-# Fields of config.json: numbers that are read, and those that change what is computed, with the values that stand for
-# what `Encoder` does.
+# Fields of config.json: numbers that are read, and fields that change the computation, with the values that describe
+# `Encoder`.
 READ = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
         "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id")  # fmt: skip
 NEEDED = {"model_type": MODEL_TYPES, "hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",),
           "is_decoder": (False,)}  # fmt: skip
-# Of heads, which are left out.
+# Fields of heads, which are not read.
 HARMLESS = r"tie_word_embeddings|pooler_\w+|directionality"
 
-# What a checkpoint may hold besides the encoder: heads for other purposes, and tables of the numbers 0, 1, 2, ...
+# Tensors that are not the encoder's: heads for other purposes, and tables of the numbers 0, 1, 2, ...
 IGNORED = re.compile(r"(pooler|lm_head|cls|classifier|qa_outputs)\..*|embeddings\.(position_ids|token_type_ids)")
 
 
 def load_encoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[EncoderConfig, dict[str, Any]]:
     """Reads an encoder with its weights.
 
-    Pooling is taken from sentence-transformers' `1_Pooling/config.json` where there is one, and is "first" elsewhere;
-    `dataclasses.replace` changes it, as it does the rest.
+    Pooling is read from sentence-transformers' `1_Pooling/config.json` where it exists, and is "first" elsewhere;
+    `dataclasses.replace` changes it, like all fields.
 
     Args:
       folder: local, with config.json and model.safetensors or model.safetensors.index.json with its files.
@@ -42,7 +42,7 @@ def load_encoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Encode
       The configuration, and the parameters of `Encoder` as numpy float32 arrays.
 
     Raises:
-      InputError: a file is missing or malformed; the model is of another kind; a tensor is missing, has another shape
+      InputError: a file is missing or malformed; the model is of another type; a tensor is missing, has another shape
         than config.json says, or is neither used nor among IGNORED.
     """
     config = read_config(folder, dtype)
@@ -51,9 +51,9 @@ def load_encoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Encode
 
 
 def _rename(stored: str) -> str:
-    """A tensor's name without model prefix."""
+    """Returns a tensor's name without the model's prefix."""
     name = next((stored.removeprefix(prefix) for prefix in PREFIXES if stored.startswith(prefix)), stored)
-    # The first BERT checkpoints, from TensorFlow, call a norm's scale and bias so.
+    # The first BERT checkpoints, from TensorFlow, call a norm's scale and bias gamma and beta.
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_NORM[m[1]]}", name)
 
 
@@ -61,7 +61,7 @@ _NORM = {"gamma": "weight", "beta": "bias"}
 
 
 def read_config(folder: epath.PathLike, dtype: str = "float32") -> EncoderConfig:
-    """The configuration that a folder's config.json describes; errors as in `load_encoder`."""
+    """Reads the configuration that a folder's config.json describes; errors as in `load_encoder`."""
     path = epath.Path(folder) / "config.json"
     raw = read_object(path)
     check_fields(path, raw, "an encoder", read=READ, needed=NEEDED, harmless=HARMLESS)
@@ -119,12 +119,12 @@ def _norm(config: EncoderConfig, read: Read, name: str) -> dict[str, np.ndarray]
 
 
 def _layers(config: EncoderConfig, read: Read) -> dict[str, Any]:
-    """The layers' parameters, each stacked to `[layers, ...]`."""
+    """Reads the layers' parameters, each stacked to `[layers, ...]`."""
     return stack_layers([_layer(config, read, f"encoder.layer.{n}") for n in range(config.n_layers)])
 
 
 def _layer(config: EncoderConfig, read: Read, name: str) -> dict[str, Any]:
-    """One layer; PyTorch's weights are `[out, in]`."""
+    """Reads the parameters of one layer; PyTorch's weights are `[out, in]`."""
     embed, mlp, heads = config.embed_dim, config.mlp_dim, (config.n_heads, config.embed_dim // config.n_heads)
     parts = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
     qkv = np.stack([read(f"{part}.weight", (embed, embed)).T for part in parts], axis=1)

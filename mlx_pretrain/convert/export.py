@@ -1,14 +1,16 @@
-"""A decoder as a Hugging Face folder, which transformers and our own commands read:
+"""Exports a decoder as a Hugging Face folder, which transformers and our own commands read:
 
     python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo --gin.export_model.output=hf/demo
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import gin
 from etils import epath
 
+from mlx_pretrain.artifacts import new_folder
 from mlx_pretrain.command_line import run
 from mlx_pretrain.convert.chat_template import template_files, template_setting
 from mlx_pretrain.convert.decoders import CONFIG, STORED, WEIGHTS, save_decoder
@@ -21,63 +23,78 @@ from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, load_language_model
 
 
-@gin.configurable
-def export_model(
-    model: str = gin.REQUIRED,
-    output: str = gin.REQUIRED,
-    step: int | None = None,
-    dtype: str = "float32",
-    weights: str = "last",
-) -> None:
-    """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, and the
-    chat templates that come with somebody else's tokenizer.
+@gin.configurable("export_model")
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Parameters of an export.
 
-    Args:
+    Attributes:
       model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file (its weights dequantised).
-      output: a new or empty folder.
-      step: which checkpoint of a run; None: the latest.
-      dtype: of the stored weights, "float32" or "bfloat16".
-      weights: weights of a run, "last" or "ema" for their moving average.
+      output: new or empty folder to write.
+      step: step of the checkpoint of a run; None: the latest.
+      weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.
+      dtype: dtype of the stored weights, "float32" or "bfloat16".
+    """
+
+    model: str = gin.REQUIRED
+    output: str = gin.REQUIRED
+    step: int | None = None
+    weights: str = "last"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in STORED:
+            raise InputError(f"export_model.dtype = {self.dtype!r}: not {' or '.join(STORED)}")
+
+
+def export_model(config: ExportConfig) -> None:
+    """Writes a decoder as a Hugging Face folder, which transformers and our own commands read.
+
+    The folder holds config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, and
+    the chat templates of a Hugging Face tokenizer.
 
     Raises:
-      InputError: no model there, something in `output`, or another dtype.
+      InputError: there is no model, or `output` holds something.
     """
-    if dtype not in STORED:
-        raise InputError(f"export_model.dtype = {dtype!r}: not {' or '.join(STORED)}")
-    folder = epath.Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there is something already; export_model.output must be a new folder")
-    found = load_language_model(model, step=step, weights=weights)
-    # config.json, which makes the folder a model, is written last.
-    if isinstance(found.tokenizer, Tokenizer):
-        tokenizer, settings = tokenizer_json(found.tokenizer)
+    output = epath.Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: there is something already; export_model.output must be a new folder")
+    model = load_language_model(config.model, step=config.step, weights=config.weights)
+    with new_folder(output, CONFIG) as folder:
+        _write(folder, model, config.dtype)
+    of_step = "" if model.step is None else f", step {model.step}"
+    print(f"{output}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {config.model}{of_step}, "
+          f"{model.config.parameters():,} parameters in {config.dtype}")
+
+
+def _write(folder: epath.Path, model: LanguageModel, dtype: str) -> None:
+    """Writes the files of a model."""
+    if isinstance(model.tokenizer, Tokenizer):
+        tokenizer, settings = tokenizer_json(model.tokenizer)
         templates = {}
     else:
-        tokenizer, settings = _foreign_tokenizer(found)
-        templates = template_files(model) if epath.Path(model).is_dir() else {}
-    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": found.config.max_length})
+        tokenizer, settings = _hf_tokenizer(model)
+        templates = template_files(model.path) if epath.Path(model.path).is_dir() else {}
+    write_json(folder / TOKENIZER_CONFIG, settings | {"model_max_length": model.config.max_length})
     write_atomic(folder / HF_TOKENIZER, tokenizer)
     for name, content in templates.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, content)
-    save_decoder(folder, found.config, found.params, bos_id=found.bos_id, eos_id=found.eos_ids, dtype=dtype)
-    where = f", step {found.step}" if found.step is not None else ""
-    print(f"{folder}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {model}{where}, {found.config.parameters():,} parameters "
-          f"in {dtype}")
+    save_decoder(folder, model.config, model.params, bos_id=model.bos_id, eos_id=model.eos_ids, dtype=dtype)
 
 
-def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
-    """The contents of tokenizer.json and tokenizer_config.json, which agree on what stands before a text.
+def _hf_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
+    """Returns the contents of tokenizer.json and tokenizer_config.json, which agree on the ids before a text.
 
-    Special tokens have the names that they had, for chat templates use these.
+    Special tokens keep their names, because chat templates use them.
     """
     vocabulary, path = model.tokenizer.vocabulary(), epath.Path(model.path)
     pieces = {token: piece for piece, token in vocabulary.items()}
     if path.suffix == ".gguf":
         named, template = {}, GGUF(path).chat_template()
     else:
-        found = read_tokenizer_settings(path)
-        named, template = _named_tokens(found, vocabulary), template_setting(path, found)
+        original = read_tokenizer_settings(path)
+        named, template = _named_tokens(original, vocabulary), template_setting(path, original)
     prefix_ids = model.prefix_ids
     same = prefix_ids == tuple(model.tokenizer.prefix_ids.tolist())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
@@ -88,11 +105,11 @@ def _foreign_tokenizer(model: LanguageModel) -> tuple[bytes, dict[str, Any]]:
 
 
 def _named_tokens(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, str]:
-    """The special tokens that settings name, as far as they are in the vocabulary: "pad_token" -> its text."""
+    """Returns the special tokens that settings name and the vocabulary holds: "pad_token" -> its text."""
     named = {name: token.get("content") if isinstance(token, dict) else token
              for name, token in settings.items() if name.endswith("_token")}
     return {name: token for name, token in named.items() if isinstance(token, str) and token in vocabulary}
 
 
 if __name__ == "__main__":
-    run(export_model, "mlx_pretrain.convert.export")
+    run(export_model, ExportConfig, "mlx_pretrain.convert.export")

@@ -13,7 +13,7 @@ from mlx_pretrain.convert.special_ids import SpecialIds
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 
-# Hugging Face's names in GGUF, without "model." and with the layer's number left out.
+# Hugging Face's names, without "model." and the layer's number -> names in GGUF.
 NAMES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",
@@ -30,7 +30,7 @@ NAMES = {
 }
 # Factors of the rotary frequencies' wave lengths (LLaMA-3's scaling): read only where all of them are one.
 ROPE_FACTORS = "rope_freqs.weight"
-# Settings of `llama.*` that are read, and others that change nothing.
+# Settings of `llama.*` that are read, and others that change no computation.
 FIELDS = ("embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
           "attention.value_length", "feed_forward_length", "context_length", "rope.dimension_count", "rope.freq_base",
           "rope.scaling.type", "attention.layer_norm_rms_epsilon")  # fmt: skip
@@ -39,7 +39,7 @@ PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()]),
     "gpt-2": lambda: _bytes(),
 }
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+CONTROL, USER_DEFINED = 3, 4  # token types
 
 
 def _bytes() -> pre_tokenizers.ByteLevel:
@@ -47,22 +47,22 @@ def _bytes() -> pre_tokenizers.ByteLevel:
 
 
 def _decimal(value: float) -> float:
-    """The shortest number that is this one in the file's float32: 1e-5, not 9.99999975e-06."""
+    """Returns the shortest decimal of a number of the file's float32: 1e-5, not 9.99999975e-06."""
     return float(str(np.float32(value)))
 
 
 class GGUF:
-    """One file.
+    """A GGUF file.
 
     Attributes:
-      path: of it.
+      path: path of the file.
     """
 
     def __init__(self, path: epath.PathLike):
         """Maps the file.
 
         Raises:
-          InputError: no such file, no GGUF, or the `gguf` library is not installed.
+          InputError: the file is missing or no GGUF file, or the `gguf` library is not installed.
         """
         try:
             import gguf
@@ -73,16 +73,16 @@ class GGUF:
             raise InputError(f"{path}: no such file")
         try:
             self._reader = gguf.GGUFReader(str(path))
-        # The library raises what its parsing runs into.
+        # The library raises errors of any type.
         except Exception as error:
             raise InputError(f"{path}: not a GGUF file ({error})") from None
         self._dequantize = gguf.dequantize
 
     def load_decoder(self, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
-        """The configuration, and the parameters of `Decoder` as numpy float32 arrays.
+        """Reads the configuration, and the parameters of `Decoder` as numpy float32 arrays.
 
         Raises:
-          InputError: another architecture, or tensors that are missing, of another shape, or not used.
+          InputError: the architecture is another, or a tensor is missing, has another shape, or is not used.
         """
         config = self.decoder_config(dtype)
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
@@ -120,22 +120,22 @@ class GGUF:
         return config, params
 
     def tokenizer(self) -> bytes:
-        """A tokenizer.json that cuts text as the file's metadata say.
+        """Returns the tokenizer.json that the file's metadata describe.
 
         Raises:
-          InputError: a kind of tokenizer that is not known here.
+          InputError: the type of tokenizer is not known here.
         """
-        kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "gpt-2")
-        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-            raise InputError(f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r}; known is 'gpt2' with "
+        model, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "gpt-2")
+        if model != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise InputError(f"{self.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; known is 'gpt2' with "
                              f"{', '.join(PRE_TOKENIZERS)}")
         tokens = self._get("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self._get("tokenizer.ggml.merges")]
         tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
         tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[pre](), decoders.ByteLevel()
-        kinds = self._get("tokenizer.ggml.token_type", [])
-        special = [tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
-                   for token, kind in zip(tokens, kinds) if kind in (CONTROL, USER_DEFINED)]
+        token_types = self._get("tokenizer.ggml.token_type", [])
+        special = [tokenizers.AddedToken(token, special=token_type == CONTROL, normalized=False)
+                   for token, token_type in zip(tokens, token_types) if token_type in (CONTROL, USER_DEFINED)]
         tokenizer.add_special_tokens([token for token in special if token.special])
         tokenizer.add_tokens([token for token in special if not token.special])
         bos = self._get("tokenizer.ggml.bos_token_id", None)
@@ -145,7 +145,7 @@ class GGUF:
         return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()
 
     def chat_template(self) -> dict[str, Any]:
-        """The templates as tokenizer_config.json has them: {"chat_template": ...}, or nothing."""
+        """Returns the templates as tokenizer_config.json has them: {"chat_template": ...}, or {}."""
         named = {name: self._get(f"tokenizer.chat_template.{name}")
                  for name in self._get("tokenizer.chat_templates", [])}
         default = self._get("tokenizer.chat_template", None)
@@ -155,14 +155,14 @@ class GGUF:
         return {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
 
     def special_ids(self) -> SpecialIds:
-        """Ids of the tokens that begin and end a document; a turn or a message that ends is an end, as in llama.cpp."""
-        bos, *ends = (self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos", "eot", "eom"))
-        return SpecialIds(bos, tuple(dict.fromkeys(token for token in ends if token is not None)))
+        """Returns the ids that begin and end a document; ends of turns and messages end it too, as in llama.cpp."""
+        bos_id, *eos_ids = (self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos", "eot", "eom"))
+        return SpecialIds(bos_id, tuple(dict.fromkeys(token for token in eos_ids if token is not None)))
 
     def decoder_config(self, dtype: str = "float32") -> DecoderConfig:
-        """The configuration; raises InputError for another architecture."""
-        if (kind := self._get("general.architecture")) != "llama":
-            raise InputError(f"{self.path}: architecture {kind!r}; a decoder here has 'llama'")
+        """Returns the configuration; raises InputError for another architecture."""
+        if (architecture := self._get("general.architecture")) != "llama":
+            raise InputError(f"{self.path}: architecture {architecture!r}; a decoder here has 'llama'")
         if (scaling := self._get("llama.rope.scaling.type", "none")) != "none":
             raise InputError(f"{self.path}: llama.rope.scaling.type is {scaling!r}; a decoder here has 'none'")
         known = set(FIELDS + HARMLESS)
@@ -173,8 +173,8 @@ class GGUF:
         embed, heads = get("embedding_length"), get("attention.head_count")
         head_dim = get("attention.key_length", get("rope.dimension_count", embed // heads))
         for name in ("attention.value_length", "rope.dimension_count"):
-            if (found := get(name, head_dim)) != head_dim:
-                raise InputError(f"{self.path}: llama.{name} is {found}; a decoder here has its head's {head_dim}")
+            if (value := get(name, head_dim)) != head_dim:
+                raise InputError(f"{self.path}: llama.{name} is {value}; a decoder here has its head's {head_dim}")
         try:
             return DecoderConfig(
                 vocab_size=len(self._get("tokenizer.ggml.tokens")),

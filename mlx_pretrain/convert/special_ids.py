@@ -1,4 +1,4 @@
-"""Which ids begin and end a text, as the files of a Hugging Face folder say it."""
+"""The ids that begin and end a text, read from the files of a Hugging Face folder."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ _SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 
 
 class SpecialIds(NamedTuple):
-    """Ids of a model with somebody else's tokenizer.
+    """Special ids of a model with a Hugging Face tokenizer.
 
     Attributes:
-      bos_id: begins a document; None: not said.
-      eos_ids: each of them ends a document; empty: not said.
-      prefix_ids: put before every text; None: what the template of tokenizer.json puts there.
+      bos_id: id that begins a document; None: not stated.
+      eos_ids: ids that end a document; empty: not stated.
+      prefix_ids: ids put before every text; None: those of the template in tokenizer.json.
     """
 
     bos_id: int | None
@@ -30,16 +30,16 @@ class SpecialIds(NamedTuple):
 def read_special_ids(folder: epath.PathLike, raw: Mapping[str, Any], tokenizer: SubwordTokenizer) -> SpecialIds:
     """Reads the ids as transformers does.
 
-    generation_config.json comes before config.json, and both before the end that tokenizer_config.json names. Its
-    `add_bos_token` has the last word on what stands before a text.
+    generation_config.json takes precedence over config.json, and both over the eos_token of tokenizer_config.json.
+    Whether BOS is put before a text is decided by `add_bos_token` of tokenizer_config.json where it is set.
 
     Args:
-      folder: with config.json, and the other files where there are any.
+      folder: folder with config.json; the other files may be missing.
       raw: the object in config.json.
-      tokenizer: of the folder.
+      tokenizer: tokenizer of the folder.
 
     Raises:
-      InputError: a file is malformed, an id is no number, or a token that is named is not in the vocabulary.
+      InputError: a file is malformed, an id is no number, or a named token is not in the vocabulary.
     """
     folder = epath.Path(folder)
     described = [(folder / GENERATION_CONFIG, _optional(folder / GENERATION_CONFIG)), (folder / CONFIG, raw)]
@@ -53,7 +53,7 @@ def read_special_ids(folder: epath.PathLike, raw: Mapping[str, Any], tokenizer: 
 
 
 def read_tokenizer_settings(folder: epath.PathLike) -> dict[str, Any]:
-    """The settings in tokenizer_config.json, with the special tokens that are named beside it; may be empty.
+    """Reads the settings of tokenizer_config.json and of special_tokens_map.json beside it; may be empty.
 
     Raises:
       InputError: a file is malformed.
@@ -65,12 +65,12 @@ def read_tokenizer_settings(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _ids(path: epath.Path, content: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The ids in `<name>_token_id` of a file's object, a number or a list of them; empty where there are none."""
-    found = content.get(f"{name}_token_id")
-    numbers = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise InputError(f"{path}: {name}_token_id is {found!r}, neither a number nor a list of numbers")
-    return tuple(dict.fromkeys(numbers))
+    """Returns the ids in `<name>_token_id` of a file's object, a number or a list of numbers; () without the field."""
+    value = content.get(f"{name}_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise InputError(f"{path}: {name}_token_id is {value!r}, neither a number nor a list of numbers")
+    return tuple(dict.fromkeys(ids))
 
 
 def _prefix_ids(
@@ -94,16 +94,16 @@ def _prefix_ids(
 def _named_id(
     folder: epath.Path, settings: Mapping[str, Any], name: str, tokenizer: SubwordTokenizer
 ) -> int | None:
-    """The id of a token that is named by its text; None where none is."""
+    """Returns the id of the token whose text a setting names; None where the setting is missing."""
     token = settings.get(name)
     if isinstance(token, dict):
         token = token.get("content")
     if token is None:
         return None
-    found = tokenizer.vocabulary().get(token) if isinstance(token, str) else None
-    if found is None:
+    token_id = tokenizer.vocabulary().get(token) if isinstance(token, str) else None
+    if token_id is None:
         raise InputError(f"{folder / TOKENIZER_CONFIG}: {name} is {token!r}, which is no token of the tokenizer")
-    return found
+    return token_id
 
 
 def _optional(path: epath.Path) -> dict[str, Any]:

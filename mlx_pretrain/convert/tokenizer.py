@@ -1,7 +1,7 @@
-"""Our SentencePiece tokenizers as Hugging Face's tokenizer.json, with the same ids.
+"""Conversion of our own SentencePiece tokenizers to Hugging Face's tokenizer.json, with the same ids.
 
 Two exceptions: a special token spelt out in a text ("</s>") becomes that token; and in long texts SentencePiece, which
-adds up scores in float32, may take the second best of two segmentations that are equally likely to within 1e-3.
+adds up scores in float32, may take the second best of two segmentations whose likelihoods differ by less than 1e-3.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ _SPACE = "▁"
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
-    """The contents of tokenizer.json and tokenizer_config.json; BOS is put before texts, as in training."""
+    """Returns the contents of tokenizer.json and tokenizer_config.json; BOS is put before texts, as in training."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     scores = {piece.piece: piece.score for piece in proto.pieces}
     if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
@@ -26,24 +26,24 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
                            byte_fallback=True)
     else:
         model = models.Unigram(list(scores.items()), UNK_ID, byte_fallback=True)
-    found = tokenizers.Tokenizer(model)
-    found.normalizer = normalizers.Replace(" ", _SPACE)
-    found.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    converted = tokenizers.Tokenizer(model)
+    converted.normalizer = normalizers.Replace(" ", _SPACE)
+    converted.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     names = {name: proto.pieces[i].piece
              for name, i in (("pad", PAD_ID), ("eos", EOS_ID), ("unk", UNK_ID), ("bos", BOS_ID))}
-    found.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+    converted.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
     # SentencePiece cuts a text at user-defined pieces before anything else.
-    found.add_tokens([AddedToken(piece.piece, normalized=False) for piece in proto.pieces
-                      if piece.type == piece.USER_DEFINED])
-    found.post_processor = processors.TemplateProcessing(
+    converted.add_tokens([AddedToken(piece.piece, normalized=False) for piece in proto.pieces
+                          if piece.type == piece.USER_DEFINED])
+    converted.post_processor = processors.TemplateProcessing(
         single=f"{names['bos']} $A", pair=f"{names['bos']} $A $B", special_tokens=[(names["bos"], BOS_ID)])
-    return found.to_str(), {
+    return converted.to_str(), {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         **{f"{name}_token": piece for name, piece in names.items()}}
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """All ways to make a piece of two others, in the order in which SentencePiece would: by the piece's score."""
+    """Returns all pairs of pieces that make another, in the order in which SentencePiece merges: by its score."""
     ids = {piece: i for i, piece in enumerate(scores)}
     merges = []
     for piece, score in scores.items():

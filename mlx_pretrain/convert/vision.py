@@ -12,31 +12,30 @@ from mlx_pretrain.convert.weights import Read, get_number, stack_layers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.vision import VisionConfig
 
-# Fields of a `vision_config`: numbers, with what is meant where one is left out (google/siglip-base-patch16-224).
+# Numbers in a `vision_config`, with the defaults of google/siglip-base-patch16-224.
 DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
             "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}  # fmt: skip
-# Those that change what is computed, with the values that stand for what `VisionTransformer` does.
+# Fields that change the computation, with the values that describe `VisionTransformer`.
 NEEDED = {"model_type": ("siglip_vision_model",), "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
           "num_channels": (3,), "is_decoder": (False,)}  # fmt: skip
-# Of the pooling head, and of the text's side.
+# Fields of the pooling head and of the text tower.
 HARMLESS = r"vision_use_head|projection_(dim|size)|vocab_size|tie_word_embeddings"
 
 
 def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None = None, **more: Any) -> VisionConfig:
-    """The configuration that the `vision_config` of a config.json describes.
+    """Returns the configuration that the `vision_config` of a config.json describes.
 
     Args:
-      path: of config.json, for errors.
-      raw: the object in it; what it leaves out has the values of google/siglip-base-patch16-224.
-      n_layers: layers to use, the first; None: all.
-      more: of `VisionConfig`.
+      path: path of config.json, for errors.
+      raw: the object in it; fields left out have the values of google/siglip-base-patch16-224.
+      n_layers: number of layers to use, from the first; None: all.
+      more: further fields of `VisionConfig`.
 
     Raises:
-      InputError: it is no SigLIP tower, asks for what ours does not do, or has no numbers where they belong.
+      InputError: it is no SigLIP tower, has a setting that `VisionTransformer` lacks, or a field is no number.
     """
     check_fields(path, raw, "a tower", read=DEFAULTS, needed=NEEDED, harmless=HARMLESS, whose=" of the vision tower")
-    found = {**DEFAULTS, **raw}
-    get = functools.partial(get_number, path, found)
+    get = functools.partial(get_number, path, {**DEFAULTS, **raw})
     try:
         return VisionConfig(
             image_size=get("image_size"), patch_size=get("patch_size"), embed_dim=get("hidden_size"),
@@ -47,7 +46,7 @@ def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None
 
 
 def vision_params(config: VisionConfig, read: Read, prefix: str) -> dict[str, Any]:
-    """Parameters of `VisionTransformer` from tensors by Hugging Face's names behind `prefix`."""
+    """Reads the parameters of `VisionTransformer` from tensors by Hugging Face's names, each after `prefix`."""
     embed, patch = config.embed_dim, config.patch_size
     kernel = read(f"{prefix}embeddings.patch_embedding.weight", (embed, 3, patch, patch))
     params = {

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, and tensors out of model.safetensors or the files of its index."""
+"""Reading of Hugging Face folders: config.json, and tensors of model.safetensors or of the files of its index."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from mlx_pretrain.files import read_json
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("F64", "F32", "F16", "BF16")  # of weights; smaller ones are quantised, with scales beside them
+DTYPES = ("F64", "F32", "F16", "BF16")  # smaller dtypes are quantised, with scales beside them
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
@@ -24,16 +24,16 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
     """Opens a folder's safetensors.
 
     Args:
-      folder: local, with model.safetensors or model.safetensors.index.json with its files.
-      rename: name in the file -> name to read it by.
-      ignored: names that need not be read.
+      folder: local folder with model.safetensors or model.safetensors.index.json with its files.
+      rename: function from a tensor's name in the file to the name it is read by.
+      ignored: pattern of names that need not be read.
 
     Yields:
-      `read(name, shape)`, a tensor as a numpy float32 array.
+      `read(name, shape)`, which returns a tensor as a numpy float32 array.
 
     Raises:
-      InputError: a file is missing or malformed; a tensor is missing, there twice, quantised, or of another
-        shape; at the end of the block, one that is not among `ignored` has not been read.
+      InputError: a file is missing or malformed; a tensor is missing, stored twice, quantised, or of another shape;
+        at the end of the block, a tensor that does not match `ignored` has not been read.
     """
     folder = epath.Path(folder)
     with contextlib.ExitStack() as stack:
@@ -48,9 +48,8 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
             part = file.get_slice(stored)
             if (dtype := part.get_dtype()) not in DTYPES:
                 raise InputError(f"{path}: tensor {stored} is stored as {dtype}; only {', '.join(DTYPES)} are read")
-            found = tuple(part.get_shape())
-            if found != shape:
-                raise InputError(f"{path}: tensor {stored} has shape {list(found)}, config.json says {list(shape)}")
+            if (stored_shape := part.get_shape()) != list(shape):
+                raise InputError(f"{path}: tensor {stored} has shape {stored_shape}, config.json says {list(shape)}")
             return np.asarray(file.get_tensor(stored), np.float32)
 
         yield read
@@ -64,21 +63,21 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
 
 
 def stack_layers(trees: list[Any]) -> Any:
-    """Trees of the layers' parameters -> one tree, each array stacked to `[layers, ...]`."""
+    """Stacks the trees of the layers' parameters to one tree of arrays `[layers, ...]`."""
     if isinstance(trees[0], dict):
         return {key: stack_layers([tree[key] for tree in trees]) for key in trees[0]}
     return np.stack(trees)
 
 
-def get_number(path: epath.Path, raw: Mapping[str, Any], key: str, kind: type | tuple[type, ...] = int) -> Any:
-    """A number of a config.json; raises InputError where there is none."""
-    if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), kind):
+def get_number(path: epath.Path, raw: Mapping[str, Any], key: str, types: type | tuple[type, ...] = int) -> Any:
+    """Returns a number of a config.json, of one of `types`; raises InputError where there is none."""
+    if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), types):
         raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a number")
     return raw[key]
 
 
 def read_object(path: epath.Path) -> dict[str, Any]:
-    """A JSON object; raises InputError where there is none."""
+    """Reads a JSON object; raises InputError where there is none."""
     raw = read_json(path, "configuration")
     if not isinstance(raw, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -88,7 +87,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
 def _open_tensors(
     folder: epath.Path, stack: contextlib.ExitStack, rename: Callable[[str], str]
 ) -> dict[str, tuple[epath.Path, str, Any]]:
-    """Each tensor by its new name: (file, name in the file, open file)."""
+    """Opens a folder's files: new name of a tensor -> (file, name in the file, open file)."""
     tensors = {}
     for path, names in _files(folder):
         try:
@@ -97,19 +96,19 @@ def _open_tensors(
             raise InputError(f"{path}: no such file") from None
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a safetensors file ({error})") from None
-        held = set(file.keys())
-        if names is not None and (missing := sorted(names - held)):
+        names_in_file = set(file.keys())
+        if names is not None and (missing := sorted(names - names_in_file)):
             raise InputError(f"{path}: no tensor {missing[0]}, which the index says is in it")
-        for stored in sorted(held):
+        for stored in sorted(names_in_file):
             name = rename(stored)
             if name in tensors:
-                raise InputError(f"{path}: tensor {stored} is there twice, also in {tensors[name][0].name}")
+                raise InputError(f"{path}: tensor {stored} is stored twice, also in {tensors[name][0].name}")
             tensors[name] = (path, stored, file)
     return tensors
 
 
 def _files(folder: epath.Path) -> Iterator[tuple[epath.Path, set[str] | None]]:
-    """(file, names the index expects in it; None without an index)."""
+    """Yields (file, names that the index expects in it; None without an index)."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         yield folder / "model.safetensors", None
@@ -119,7 +118,7 @@ def _files(folder: epath.Path) -> Iterator[tuple[epath.Path, set[str] | None]]:
         raise InputError(f"{index}: no weight_map")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        # A plain name: nothing outside the folder is ever opened.
+        # A plain name, so that nothing outside the folder is opened.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
             raise InputError(f"{index}: {name} is in {file!r}, which is no file name of this folder")
         files.setdefault(file, set()).add(name)

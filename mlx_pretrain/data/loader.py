@@ -28,6 +28,7 @@ from mlx_pretrain.errors import InputError
 Batch = dict[str, np.ndarray]
 
 _MAX_CACHED_INDEX_BYTES = 1 << 30
+_JSON_NAMES = {"read_before_change": "before", "read_since_change": "since"}  # of Mixture's fields in checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Mixture:
     """State of a training stream, from which all its further batches follow.
 
         mixture = store_mixture(TokenStore("runs/sample/tokens"), {"en": 0.8, "fi": 0.2}, batch_size=10, seed=0)
-        mixture.advanced(100).consumed()        # {"en": 80, "fi": 20}
+        mixture.advanced(100).sequences_read()        # {"en": 80, "fi": 20}
         BatchSource(store, mixture.advanced(100))[0]["tokens"]        # the eleventh batch: int32 [10, length]
 
-    After a change of the weights, `before` holds what was consumed until then, and the mixture order begins again with
-    the new weights.
+    After a change of the weights, `read_before_change` holds these numbers, and the mixture order begins again with the
+    new weights.
 
     Attributes:
       rates: source (a language, for instance) -> positive mixture weight, in any scale.
@@ -56,8 +57,9 @@ class Mixture:
       data: source -> fingerprint of its rows.
       seed: seed of the permutations.
       batch_size: sequences in a global batch.
-      before: source -> sequences read before the last change of the weights, sources without a weight now included.
-      since: sequences read since the last change of the weights.
+      read_before_change: source -> sequences read before the last change of the weights, sources without a weight now
+        included.
+      read_since_change: sequences read since the last change of the weights.
       changes: changes of the mixture during the run: `step`, after which the change took effect, and `change`, in
         words; for a change of the weights also the former ones, `rates`, and the sequences read until then,
         `sequences`.
@@ -68,14 +70,24 @@ class Mixture:
     data: Mapping[str, str] = dataclasses.field(repr=False)
     seed: int
     batch_size: int
-    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    since: int = 0
+    read_before_change: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    read_since_change: int = 0
     changes: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self):
         # Sorted by name, so that the order in a file makes no difference.
         object.__setattr__(self, "rates", dict(sorted(self.rates.items())))
         object.__setattr__(self, "changes", tuple(self.changes))  # JSON has no tuples
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as checkpoints hold them: "before" and "since" are names of theirs."""
+        return {_JSON_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Mixture":
+        """Returns the mixture of which `to_json` made these fields."""
+        names = {short: name for name, short in _JSON_NAMES.items()}
+        return cls(**{names.get(name, name): value for name, value in fields.items()})
 
     @classmethod
     def of_one(cls, name: str, rows: int, data: str, seed: int, batch_size: int) -> "Mixture":
@@ -86,14 +98,15 @@ class Mixture:
         """Returns the mixture weights, scaled to sum to 1."""
         return dict(zip(self.rates, MixtureOrder(list(self.rates.values())).rates.tolist()))
 
-    def consumed(self) -> dict[str, int]:
+    def sequences_read(self) -> dict[str, int]:
         """Returns source -> sequences read so far, sources without a weight now included."""
-        counts = MixtureOrder(list(self.rates.values())).counts(self.since).tolist()
-        return {**self.before, **{name: self.before.get(name, 0) + n for name, n in zip(self.rates, counts)}}
+        before, order = self.read_before_change, MixtureOrder(list(self.rates.values()))
+        counts = order.counts(self.read_since_change).tolist()
+        return {**before, **{name: before.get(name, 0) + count for name, count in zip(self.rates, counts)}}
 
     def advanced(self, sequences: int) -> "Mixture":
         """Returns the mixture after `sequences` more have been read."""
-        return dataclasses.replace(self, since=self.since + sequences)
+        return dataclasses.replace(self, read_since_change=self.read_since_change + sequences)
 
     def continued(self, configured: "Mixture", step: int, where: str) -> "Mixture":
         """Returns a mixture that takes over a configuration, each source where it was, with the changes noted.
@@ -106,16 +119,16 @@ class Mixture:
         Raises:
           InputError: the seed differs, or the rows of a source that has been read.
         """
-        consumed, changes = self.consumed(), []
+        sequences_read, changes = self.sequences_read(), []
         if configured.seed != self.seed:
             raise InputError(f"{where}: this run shuffles its data with seed={self.seed}, the configuration says "
                              f"{configured.seed}; set it back or use a new run folder")
         for name in configured.rates:
             old, new = ((m.rows.get(name), m.data.get(name)) for m in (self, configured))
-            if consumed.get(name, 0) and old != new:
-                raise InputError(f"{where}: {consumed[name]} training sequences of {name!r} have been read from other "
-                                 f"data ({old[0]} rows) than are configured now ({new[0]} rows); go on with those or "
-                                 "use a new run folder")
+            if sequences_read.get(name, 0) and old != new:
+                raise InputError(f"{where}: {sequences_read[name]} training sequences of {name!r} have been read from "
+                                 f"other data ({old[0]} rows) than are configured now ({new[0]} rows); go on with "
+                                 "those or use a new run folder")
             if name in self.rows and old != new:
                 changes.append({"change": f"other data of {name}, none of which had been read"})
         rows, data = {**self.rows, **configured.rows}, {**self.data, **configured.data}
@@ -127,8 +140,9 @@ class Mixture:
         if changed:
             words = ", ".join(f"{n} {old.get(n, 0):.4g} -> {new.get(n, 0):.4g}" for n in changed)
             changes.append({"change": f"rates {words}; each goes on where it was", "rates": old,
-                            "sequences": sum(consumed.values())})
-            mixture = dataclasses.replace(mixture, rates=configured.rates, before=consumed, since=0)
+                            "sequences": sum(sequences_read.values())})
+            mixture = dataclasses.replace(mixture, rates=configured.rates, read_before_change=sequences_read,
+                                          read_since_change=0)
         noted = tuple({"step": step, **change} for change in changes)
         return dataclasses.replace(mixture, changes=self.changes + noted)
 
@@ -146,7 +160,7 @@ class MixtureSampler:
         self._names, self._mixture = list(mixture.rates), mixture
         self._order = MixtureOrder(list(mixture.rates.values()))
         self._sizes = np.array([mixture.rows[name] for name in self._names])
-        self._before = np.array([mixture.before.get(name, 0) for name in self._names])
+        self._read_before = np.array([mixture.read_before_change.get(name, 0) for name in self._names])
 
     def locate(self, batch: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the source, its row and its epoch for rows of a batch, int64 `[rows]` each.
@@ -159,11 +173,11 @@ class MixtureSampler:
           Sources are numbered in the order of their names.
         """
         size = self._mixture.batch_size
-        start = self._mixture.since + int(batch) * size
+        start = self._mixture.read_since_change + int(batch) * size
         source, index = self._order(start, start + size)
         rows = np.arange(size) if rows is None else rows
         source, index = source[rows], index[rows]
-        epoch, index = np.divmod(self._before[source] + index, self._sizes[source])
+        epoch, index = np.divmod(self._read_before[source] + index, self._sizes[source])
         seeds = [_permutation_seed(self._mixture.seed, self._names[s], int(e)) for s, e in zip(source, epoch)]
         row = [index_shuffle(int(i), int(self._sizes[s]) - 1, seed, 4) for s, seed, i in zip(source, seeds, index)]
         return source, np.array(row, np.int64), epoch

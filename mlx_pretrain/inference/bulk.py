@@ -1,12 +1,11 @@
-"""Many sequences of unlike length through one model: static shapes, full batches, a device that never waits.
+"""Bulk inference: many sequences of unlike length through one model, in full batches of few shapes.
 
 Every batch has one of a few lengths (buckets) and a fixed token budget, so exactly one program is compiled per bucket.
-Within a window the sequences are sorted by length and cut into batches from the longest on; what is left over at the
-end of a bucket fills up with the next shorter ones. As every batch costs about the same, this is the fewest batches
-that hold the window.
+Within a window the sequences are sorted by length and cut into batches from the longest on; the last batch of a bucket
+is filled up with the next shorter sequences. As every batch costs about the same, this is the fewest batches that hold
+the window.
 """
 
-import collections
 import concurrent.futures
 import os
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.inference.windows import run_windows
 from mlx_pretrain.parallel import partitioning
 
 Key = TypeVar("Key")
@@ -28,16 +28,32 @@ class Batch(NamedTuple):
     """Sequences that are computed together.
 
     Attributes:
-      length: the bucket.
-      rows: int `[sequences]`, their places in the window; at most as many as the bucket's batch has rows.
+      length: length of the bucket.
+      rows: int `[sequences]`, indices of the sequences in their window; no more than a batch of the bucket has rows.
     """
 
     length: int
     rows: np.ndarray
 
 
+class _Started(NamedTuple):
+    """A batch on the devices.
+
+    Attributes:
+      batch: indices of its sequences.
+      sequences: all sequences of the window.
+      outputs: `[sequences, ...]` of the window, to be filled.
+      result: `[batch, ...]`.
+    """
+
+    batch: Batch
+    sequences: Sequence[np.ndarray]
+    outputs: np.ndarray
+    result: jax.Array
+
+
 def default_buckets(max_length: int) -> list[int]:
-    """Lengths up to `max_length`, an eighth apart but no less than 32: 16 of them for 512, 48 for 8192."""
+    """Returns lengths up to `max_length`, an eighth apart but at least 32: 16 lengths for 512, 48 for 8192."""
     buckets = [0]
     while buckets[-1] < max_length:
         step = max(32, 1 << buckets[-1].bit_length() >> 4)
@@ -49,11 +65,11 @@ def pack(lengths: Sequence[int], rows: dict[int, int]) -> list[Batch]:
     """Puts every sequence of a window into a batch.
 
     Args:
-      lengths: of the sequences.
-      rows: bucket -> sequences in one of its batches, buckets ascending.
+      lengths: lengths of the sequences.
+      rows: bucket -> rows of one of its batches, buckets ascending.
 
     Returns:
-      The batches, longest first; which sequence is where depends on nothing but the arguments.
+      The batches, longest first, determined by the arguments.
 
     Raises:
       ValueError: a sequence is longer than the largest bucket.
@@ -74,16 +90,24 @@ def pack(lengths: Sequence[int], rows: dict[int, int]) -> list[Batch]:
 class BulkInference:
     """Applies a function of token batches to streams of sequences.
 
-    The output of a sequence depends on its window alone, not on what ran before: a program is run on the same batch of
-    the same shape whenever the window is the same.
+    def embed(params, tokens, segment_ids):
+        return Encoder(config).apply({"params": params}, tokens, segment_ids, pooled=True)
+
+    bulk = BulkInference(embed, params, partitioning.make_mesh(), buckets=[128, 512], tokens_per_batch=8192)
+    for key, vectors in bulk([("first", sequences), ("second", more)]):    # sequences: int32 [length] each
+        np.save(key, vectors)                                               # [sequences, embed], in order
+
+    The output of a sequence depends on its window alone, not on earlier windows: the same window gives the same
+    batches of the same shapes.
 
     Attributes:
-      mesh, tokens_per_batch: as given.
+      mesh: mesh of the devices.
+      tokens_per_batch: token budget of a batch, padding included.
       rows: length of a bucket -> rows of its batches.
-      compilations: programs compiled so far.
-      received: tokens given so far.
-      sequences, tokens: those whose outputs have arrived.
-      computed_tokens: the same with all padding.
+      compilations: number of programs compiled so far.
+      received: tokens received so far.
+      sequences, tokens: sequences whose outputs have arrived, and their tokens.
+      computed_tokens: `tokens` and all padding.
       busy_seconds: wall time in which the devices had work.
     """
 
@@ -104,11 +128,12 @@ class BulkInference:
           function: (params, tokens `[batch, length]` int32, segment_ids likewise, 0 for padding) -> `[batch, ...]`,
             row by row.
           params: first argument of `function`, on the devices of `mesh`.
-          mesh: of devices of this process; rows are sharded over its data and fsdp axes.
+          mesh: devices of this process; rows are sharded over its data and fsdp axes.
           buckets: lengths of the batches.
-          tokens_per_batch: of all devices together, padding included; a batch has at least one row per shard.
-          pad_id: fills the batches.
-          in_flight: batches given to the devices before the first one's result is waited for.
+          tokens_per_batch: tokens of a batch on all devices together, padding included; a batch has at least one row
+            per shard.
+          pad_id: token that fills the batches up.
+          in_flight: batches on the devices before the first one's result is waited for.
 
         Raises:
           InputError: no buckets, or sizes that are not positive.
@@ -137,6 +162,7 @@ class BulkInference:
 
     @property
     def compilations(self) -> int:
+        """Number of programs compiled so far."""
         return len(self._programs)
 
     @property
@@ -145,7 +171,7 @@ class BulkInference:
         return self.tokens / self.computed_tokens if self.computed_tokens else float("nan")
 
     def warm_up(self) -> None:
-        """Compiles the programs of all buckets, side by side; none is compiled afterwards."""
+        """Compiles the programs of all buckets in parallel, so that none is compiled afterwards."""
         with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             list(pool.map(self._program, self.rows))
 
@@ -155,7 +181,7 @@ class BulkInference:
                 jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self._sharding))
 
     def program(self, length: int) -> tuple[Any, tuple[Any, ...]]:
-        """The jitted program of a bucket, and its arguments; where `params` are abstract, the devices may be absent."""
+        """Returns a bucket's jitted program and its arguments; with abstract `params` the devices may be absent."""
         return self._jitted, (self._params, *self._shapes(length))
 
     def _program(self, length: int) -> Callable:
@@ -173,22 +199,25 @@ class BulkInference:
           windows: (key, int32 `[length]` each) pairs; the next is asked for while batches of the last are computed.
 
         Yields:
-          key, outputs `[sequences, ...]`, once all of the window are there.
+          key, outputs `[sequences, ...]`, once all outputs of the window are there.
         """
-        waiting: collections.deque[tuple] = collections.deque()
-        for key, sequences in windows:
-            outputs = np.empty((len(sequences), *self._output.shape[1:]), self._output.dtype)
+
+        def batches(sequences: Sequence[np.ndarray], outputs: np.ndarray) -> Iterator[_Started]:
             lengths = [len(sequence) for sequence in sequences]
             self.received += sum(lengths)
             for batch in pack(lengths, self.rows):
-                waiting.append((batch, sequences, outputs, self._dispatch(batch, sequences)))
-                yield from self._collect(waiting, self._in_flight)
-            waiting.append((None, key, outputs, None))
-            yield from self._collect(waiting, self._in_flight)
-        yield from self._collect(waiting, 0)
+                yield _Started(batch, sequences, outputs, self._dispatch(batch, sequences))
+
+        def started_windows() -> Iterator[tuple[Iterator[_Started], tuple[Key, np.ndarray]]]:
+            for key, sequences in windows:
+                outputs = np.empty((len(sequences), *self._output.shape[1:]), self._output.dtype)
+                yield batches(sequences, outputs), (key, outputs)
+
+        return run_windows(started_windows(), finish=self._finish, is_ready=lambda started: started.result.is_ready(),
+                           in_flight=self._in_flight)
 
     def _dispatch(self, batch: Batch, sequences: Sequence[np.ndarray]) -> jax.Array:
-        """Starts one batch; the result is on its way."""
+        """Starts one batch, and returns its result, which may not be computed yet."""
         shape = (self.rows[batch.length], batch.length)
         # Rows without a sequence hold one token of padding, for a softmax over nothing is no number.
         tokens, lengths = np.full(shape, self._pad_id, np.int32), np.ones(shape[0], np.int32)
@@ -207,18 +236,10 @@ class BulkInference:
         self.busy_seconds += now - max(started, self._idle_since)
         self._idle_since = now
 
-    def _collect(self, waiting: collections.deque[tuple], allowed: int) -> Iterator[tuple[Any, np.ndarray]]:
-        """Takes results off the queue until at most `allowed` batches wait there; yields windows that are whole."""
-        while waiting:
-            batch, what, outputs, result = waiting[0]
-            if batch is None:
-                waiting.popleft()
-                yield what, outputs
-                continue
-            if sum(entry[0] is not None for entry in waiting) <= allowed and not result.is_ready():
-                return
-            waiting.popleft()
-            outputs[batch.rows] = np.asarray(result)[: len(batch.rows)]
-            self.sequences += len(batch.rows)
-            self.tokens += sum(len(what[row]) for row in batch.rows)
-            self.computed_tokens += self.rows[batch.length] * batch.length
+    def _finish(self, started: _Started) -> None:
+        """Waits for a batch's result, and stores and counts it."""
+        batch, sequences, outputs, result = started
+        outputs[batch.rows] = np.asarray(result)[: len(batch.rows)]
+        self.sequences += len(batch.rows)
+        self.tokens += sum(len(sequences[row]) for row in batch.rows)
+        self.computed_tokens += self.rows[batch.length] * batch.length

@@ -1,4 +1,4 @@
-"""Sampling from a decoder with a key-value cache: prompts of unlike length in one batch, static shapes."""
+"""Sampling from a decoder with a key-value cache: prompts of unlike length in one batch of a fixed shape."""
 
 import functools
 import itertools
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
@@ -31,17 +32,23 @@ def generate(
 ) -> list[list[int]]:
     """Continues prompts (token ids) until one of `eos_ids` or `max_new_tokens`.
 
+    new = generate(config, params, [[17, 42], [5]], max_new_tokens=20, temperature=0.8, top_p=0.95, seed=1)
+    texts = [tokenizer.decode(ids) for ids in new]
+
+    `LanguageModel.generate` does this for texts.
+
     Args:
-      config, params: the decoder.
-      prompts: may be empty lists, unless `prefix_ids` is empty as well.
-      max_new_tokens: at most so many per prompt.
-      temperature: 0 takes the most likely token.
-      top_p: samples from the smallest set of tokens that holds this probability (arXiv 1904.09751).
-      seed: of the sampling; row i of a batch draws from a stream of its own.
-      vocab_size: of the tokenizer; ids from there on, rows that pad the model's vocabulary, are never taken.
-      prefix_ids: put before every prompt; these and the next are those of our own tokenizer by default.
-      eos_ids: each of them ends a text; at least one.
-      suppressed_ids: never taken.
+      config, params: configuration and parameters of the decoder.
+      prompts: token ids `[tokens]` each; may be empty lists, unless `prefix_ids` is empty as well.
+      max_new_tokens: largest number of new tokens of a prompt.
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_p: probability that the smallest set of tokens to sample from holds (arXiv 1904.09751).
+      seed: seed of the sampling; row i of a batch draws from a stream of its own.
+      vocab_size: size of the tokenizer's vocabulary; ids from there on, which pad the model's vocabulary, are never
+        taken. None: the model's.
+      prefix_ids: put before every prompt. These and the next two are by default those of our own tokenizers.
+      eos_ids: ids that end a text; at least one.
+      suppressed_ids: ids that are never taken.
 
     Returns:
       The new tokens of each prompt, without the id that ended it.
@@ -56,7 +63,7 @@ def generate(
         )
     lengths = np.array([len(prefix_ids) + len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
-        raise InputError("generate: an empty prompt, and nothing that is put before it")
+        raise InputError("generate: an empty prompt, and no prefix_ids to put before it")
     if (longest := int(lengths.max())) + max_new_tokens > config.max_length:
         raise InputError(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
@@ -72,13 +79,13 @@ def generate(
     new = _generate(
         config, max_new_tokens, temperature == 0, params, tokens, lengths, temperature, top_p, suppressed, key
     )
-    ends = frozenset(eos_ids)
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in np.asarray(new).tolist()]
+    eos_ids = frozenset(eos_ids)
+    return [list(itertools.takewhile(lambda token: token not in eos_ids, row)) for row in np.asarray(new).tolist()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperature, top_p, suppressed, key):
-    """New tokens `[batch, max_new_tokens]`, whatever ends a text among them."""
+    """Returns new tokens `[batch, max_new_tokens]`, including those that end a text and all after them."""
     batch, width = tokens.shape
     model = Decoder(config)
     rows = jnp.arange(batch)
@@ -111,10 +118,10 @@ def _generate(config, max_new_tokens, greedy, params, tokens, lengths, temperatu
     return partitioning.constrain_replicated(new)
 
 
-def keep_top_p(scores: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """Sets all but the nucleus of `[batch, vocab]` scores to -inf; the most likely token always stays."""
+def keep_top_p(scores: Float[Array, "batch vocab"], top_p: jax.Array | float) -> Float[Array, "batch vocab"]:
+    """Sets all but the nucleus of scores `[batch, vocab]` to -inf; the most likely token is always kept."""
     ordered = jnp.sort(scores, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    threshold = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    more_likely = jnp.cumsum(probabilities, axis=-1) - probabilities
+    threshold = jnp.min(jnp.where(more_likely < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scores >= threshold, scores, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Decoders ready to use, wherever they come from: a run of ours, a Hugging Face folder, a GGUF file."""
+"""Decoders with their tokenizers, read from a training run, a Hugging Face folder or a GGUF file."""
 
 import dataclasses
 import hashlib
@@ -34,16 +34,20 @@ HF_TOKENIZER = "tokenizer.json"
 class LanguageModel:
     """A decoder with its tokenizer.
 
+    model = load_language_model("runs/demo")
+    model.generate(["Once upon a time"], max_new_tokens=50, temperature=0.8, seed=1)    # list of str
+    Scorer(model.config, model.params, model.mesh)                                      # log-likelihoods
+
     Attributes:
-      path: where it was read from.
-      step: of the checkpoint; None for models that are no run of ours.
-      config, params: of the decoder; `params` on `mesh`.
-      mesh: its devices.
-      tokenizer: ours or Hugging Face's.
-      prefix_ids: put before every text, BOS where the model was trained with one.
-      bos_id: to predict the first token from where nothing is before it: BOS, or else what ends documents.
-      eos_ids: each of them ends a document.
-      suppressed_ids: in no text.
+      path: file or folder that the model was read from.
+      step: step of the checkpoint; None for models that are no training run of ours.
+      config, params: configuration and parameters of the decoder; `params` on `mesh`.
+      mesh: devices of the parameters.
+      tokenizer: our own or Hugging Face's.
+      prefix_ids: ids put before every text: BOS where the model was trained with one.
+      bos_id: id from which the first token is predicted where no other precedes it: BOS, or else an id of `eos_ids`.
+      eos_ids: ids that end a document.
+      suppressed_ids: ids that occur in no text.
     """
 
     path: str
@@ -58,13 +62,13 @@ class LanguageModel:
     suppressed_ids: tuple[int, ...] = ()
 
     def fingerprint(self) -> str:
-        """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
+        """Returns a digest of configuration, tokenizer, special ids and parameters, the same on any mesh."""
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
         ids = [self.prefix_ids, self.bos_id, self.eos_ids, self.suppressed_ids]
         return fingerprint(self.params, config, self.tokenizer.sha256, ids)
 
     def generate(self, prompts: Sequence[str], until: Sequence[str] = (), **settings: Any) -> list[str]:
-        """Continuations of texts, see `generate_tokens`."""
+        """Continues texts, see `generate_tokens`."""
         return self.generate_tokens(self.tokenizer.encode_batch(list(prompts)), until, **settings)
 
     def generate_tokens(
@@ -74,11 +78,11 @@ class LanguageModel:
 
         Args:
           prompts: int `[tokens]` each; `prefix_ids` are put before those that do not begin with them.
-          until: texts that end a continuation and are left out; special tokens spelt out among them.
-          settings: of `generation.generate`, which does it.
+          until: texts that end a continuation and are left out; may be special tokens spelt out.
+          settings: further arguments of `generation.generate`.
 
         Returns:
-          What each continuation adds to its prompt's text, without special tokens.
+          The text that each continuation adds to its prompt, without special tokens.
         """
         prompts = [with_prefix(self.prefix_ids, ids) for ids in prompts]
         prompts = [ids if len(ids) else np.array([self.bos_id], np.int32) for ids in prompts]
@@ -91,7 +95,7 @@ class LanguageModel:
 
 
 def with_prefix(prefix_ids: Sequence[int], ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Ids int32 `[tokens]` with `prefix_ids` before them; once, where a text begins with these tokens spelt out."""
+    """Returns ids int32 `[tokens]` that begin with `prefix_ids`, put before them unless they begin so already."""
     prefix, ids = np.asarray(prefix_ids, np.int32), np.asarray(ids, np.int32)
     return ids if np.array_equal(ids[: len(prefix)], prefix) else np.concatenate([prefix, ids])
 
@@ -100,18 +104,21 @@ def continuation(
     tokenizer: Tokenizer | SubwordTokenizer, prompt: Sequence[int] | np.ndarray, new: Sequence[int],
     until: Sequence[str] = (),
 ) -> str:
-    """What new ids add to the text of a prompt: decoders of many models drop the space that a text begins with.
+    """Returns the text that new ids add to the text of a prompt.
+
+    It is not the text of the new ids alone: many tokenizers drop the space that a text begins with.
 
     Args:
-      tokenizer: of both.
-      prompt, new: ids.
-      until: texts of which the first ends the continuation; special tokens spelt out among them.
+      tokenizer: tokenizer of both.
+      prompt: ids `[tokens]` of the prompt.
+      new: ids `[tokens]` that follow.
+      until: texts that end the continuation, the first to occur; may be special tokens spelt out.
 
     Returns:
-      The text before that, without special tokens.
+      The text before the first of `until`, without special tokens.
     """
     special, ids, text = tokenizer.special_tokens, list(prompt), tokenizer.decode(prompt)
-    # Pieces of the text: (as `until` sees it, as it is returned).
+    # Pieces of the text: (as `until` is looked for, as it is returned).
     pieces: list[tuple[str, str]] = []
     for is_special, run in itertools.groupby(new, special.__contains__):
         run = list(run)
@@ -120,14 +127,14 @@ def continuation(
             pieces += [(special[token], "") for token in run]
             continue
         longer = tokenizer.decode(ids)
-        # Half a character, at the end of what is written, may garble what is before it.
+        # Half a character at the end of the new text may garble the text before it.
         added = longer.removeprefix(text) if longer.startswith(text) else tokenizer.decode(run)
         pieces.append((added, added))
         text = longer
-    seen = "".join(piece for piece, _ in pieces)
+    searched = "".join(piece for piece, _ in pieces)
     for stop in filter(None, until):
-        seen = seen.split(stop)[0]
-    left, kept = len(seen), []
+        searched = searched.split(stop)[0]
+    left, kept = len(searched), []
     for piece, plain in pieces:
         kept.append(plain[: max(left, 0)])
         left -= len(piece)
@@ -135,7 +142,7 @@ def continuation(
 
 
 def fingerprint(params: Any, *facts: Any) -> str:
-    """Digest of the parameters' bytes and of facts in JSON, the same on any mesh."""
+    """Returns a digest of the parameters' bytes and of facts in JSON, the same on any mesh."""
     return hashlib.sha256(json.dumps([*facts, checksums(params)], sort_keys=True).encode()).hexdigest()
 
 
@@ -144,20 +151,20 @@ def load_language_model(
     mesh: Mesh | None = None,
     *,
     step: int | None = None,
-    dtype: str | None = None,
     weights: str = "last",
+    dtype: str | None = None,
 ) -> LanguageModel:
-    """Reads a decoder.
+    """Reads a decoder with its tokenizer.
 
     Args:
       path: folder of a training run; or local folder with config.json, safetensors and tokenizer.json; or a .gguf file.
-      mesh: where to put the parameters; None: all devices, replicated.
-      step: which checkpoint of a run; None: the latest.
+      mesh: devices for the parameters; None: all devices, replicated.
+      step: step of a run's checkpoint; None: the latest.
+      weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.
       dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for other models.
-      weights: weights of a run, "last" or "ema" for their moving average.
 
     Raises:
-      InputError: none of these is there, or it cannot be read, or the tokenizer's ids exceed the vocabulary.
+      InputError: there is no model at `path`, it cannot be read, or the tokenizer's ids exceed the vocabulary.
     """
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
     if path.suffix != ".gguf" and not (path / CONFIG).exists():
@@ -167,10 +174,8 @@ def load_language_model(
         with partitioning.use(mesh):
             params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step, weights)
         return from_run(path, step, config, params, mesh, tokenizer)
-    if step is not None:
-        raise InputError(f"{path}: step = {step}, but this is no training run")
-    if weights != "last":
-        raise InputError(f"{path}: weights = {weights!r}, but this is no training run")
+    if step is not None or weights != "last":
+        raise InputError(f"{path}: step = {step}, weights = {weights!r}, but this is no training run")
     if path.suffix == ".gguf":
         file = GGUF(path)
         config, params = file.load_decoder(dtype or "float32")
@@ -182,11 +187,11 @@ def load_language_model(
     return from_pretrained(path, config, params, mesh, tokenizer, ids)
 
 
-def described_model(path: epath.PathLike) -> DecoderConfig:
-    """The decoder that `load_language_model` would read, without its parameters.
+def read_model_config(path: epath.PathLike) -> DecoderConfig:
+    """Reads the configuration of the decoder that `load_language_model` reads.
 
     Raises:
-      InputError: there is none, or it cannot be read.
+      InputError: there is no model, or it cannot be read.
     """
     path = epath.Path(path)
     if path.suffix == ".gguf":
@@ -202,10 +207,11 @@ def from_pretrained(
     tokenizer: SubwordTokenizer,
     ids: SpecialIds,
 ) -> LanguageModel:
-    """A model with somebody else's tokenizer; `params`, where in host memory, are put on `mesh`.
+    """Returns a model with a Hugging Face tokenizer; parameters in host memory are put on `mesh`.
 
     Raises:
-      InputError: the tokenizer's ids, or those that begin or end a document, exceed the vocabulary, or nothing does.
+      InputError: the tokenizer's ids, or those that begin or end a document, exceed the vocabulary, or no id begins or
+        ends one.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
@@ -213,8 +219,8 @@ def from_pretrained(
     if not bos + ids.eos_ids:
         raise InputError(f"{path}: neither a bos_token_id nor an eos_token_id")
     prefix_ids = tuple(tokenizer.prefix_ids.tolist()) if ids.prefix_ids is None else ids.prefix_ids
-    for name, found in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
-        if beyond := [token for token in found if not 0 <= token < config.vocab_size]:
+    for name, tokens in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
+        if beyond := [token for token in tokens if not 0 <= token < config.vocab_size]:
             raise InputError(f"{path}: {name} {beyond[0]} is none of the model's {config.vocab_size} ids")
     with partitioning.use(mesh):
         params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put(x, like.sharding),
@@ -226,6 +232,6 @@ def from_pretrained(
 def from_run(
     path: epath.PathLike, step: int | None, config: DecoderConfig, params: Any, mesh: Mesh, tokenizer: Tokenizer
 ) -> LanguageModel:
-    """A model with one of our own tokenizers; `params` may be None where only texts are encoded."""
+    """Returns a model with one of our own tokenizers; `params` may be None where only texts are encoded."""
     return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, (EOS_ID,),
                          (PAD_ID, UNK_ID, BOS_ID))

@@ -1,8 +1,9 @@
-"""Sequences that begin alike as trees, and the trees as rows of a batch: every shared token is there once.
+"""Packs sequences that begin alike as trees into the rows of batches, so that shared tokens are computed once.
 
-Sorted, sequences that begin alike stand side by side. A range of them is one tree; a tree that is too large for a row
-is cut where its branches part, and when much precedes that place, it becomes a prefix of its own, whose keys and
-values are computed once for all the rows behind it.
+Sorted sequences that begin alike stand side by side. A range of them is one tree; a tree that is too large for a row
+is cut where its branches part. If they part after many tokens, these become a prefix of its own, whose keys and values
+are computed once for all the rows behind it. The sequences "abcd", "abce" and "ax", for example, make one tree of the
+tokens a b c x: the last token of a sequence is only ever predicted.
 """
 
 import bisect
@@ -11,45 +12,47 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int32
 
-# A shared beginning of so many tokens is worth a prefix of its own.
+# Fewest shared tokens at the beginning that are worth a prefix of their own.
 MIN_PREFIX = 32
 
 
-class Row(NamedTuple):
-    """Trees side by side, their tokens depth first.
+class PackedRow(NamedTuple):
+    """Trees side by side in one row, their tokens depth first.
 
     Attributes:
-      tokens, positions, ends: int32 `[tokens]`; see `models.tree_attention.TreeMask` for `ends`.
-      nodes: int32 `[nodes]`, the tokens from which others are predicted.
-      places: int32 `[pairs]`, of each pair of a node and a token to score, the node's place in `nodes`.
+      tokens, positions: int32 `[tokens]`.
+      subtree_ends: int32 `[tokens]`, see `models.tree_attention.TreeMask`.
+      nodes: int32 `[nodes]`, indices of the tokens from which others are predicted.
+      node_indices: int32 `[pairs]`, for each pair of a node and a token to score: the node's index in `nodes`.
       targets: int32 `[pairs]`, the token to score.
-      members: (number of the sequence, its pairs in order) of each sequence in the row.
+      members: (number of the sequence, indices of its pairs in order) of each sequence in the row.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    ends: np.ndarray
-    nodes: np.ndarray
-    places: np.ndarray
-    targets: np.ndarray
-    members: list[tuple[int, np.ndarray]]
+    tokens: Int32[np.ndarray, " tokens"]
+    positions: Int32[np.ndarray, " tokens"]
+    subtree_ends: Int32[np.ndarray, " tokens"]
+    nodes: Int32[np.ndarray, " nodes"]
+    node_indices: Int32[np.ndarray, " pairs"]
+    targets: Int32[np.ndarray, " pairs"]
+    members: list[tuple[int, Int[np.ndarray, " pairs_of_sequence"]]]
 
 
-class Group(NamedTuple):
-    """Rows behind one prefix.
+class TreeGroup(NamedTuple):
+    """Rows of trees behind one prefix.
 
     Attributes:
       prefix: int32 `[tokens]`, may be empty.
-      rows: (length the row is to be filled up to, row) each.
+      rows: (length to fill the row up to, row) of each row.
     """
 
-    prefix: np.ndarray
-    rows: list[tuple[int, Row]]
+    prefix: Int32[np.ndarray, " prefix"]
+    rows: list[tuple[int, PackedRow]]
 
 
-class _Unit(NamedTuple):
-    """A tree: sorted sequences first, ..., last - 1 without their first `base` tokens."""
+class _Tree(NamedTuple):
+    """A tree of the sorted sequences first, ..., last - 1 without their first `base` tokens."""
 
     first: int
     last: int
@@ -58,7 +61,7 @@ class _Unit(NamedTuple):
 
 
 def row_lengths(shortest: int, longest: int) -> list[int]:
-    """Lengths of rows, each a half or a third longer than the one before: 256, 384, 512, 768, 1024, ..."""
+    """Returns lengths of rows, each a half or a third longer than the last: 256, 384, 512, 768, 1024, ..."""
     lengths = [shortest]
     while lengths[-1] < longest:
         step = lengths[-1] // 2 if len(lengths) % 2 else lengths[-1] // 3
@@ -67,24 +70,24 @@ def row_lengths(shortest: int, longest: int) -> list[int]:
 
 
 def pack_prefix_trees(
-    sequences: Sequence[np.ndarray], first_targets: Sequence[int], lengths: Sequence[int]
-) -> list[Group]:
-    """Puts sequences into rows.
+    sequences: Sequence[Int[np.ndarray, " _"]], first_targets: Sequence[int], lengths: Sequence[int]
+) -> list[TreeGroup]:
+    """Packs sequences into rows of prefix trees.
 
-    A sequence's tokens from its first target on are scored; its last one is never fed.
+    A sequence's tokens from its first target on are scored; its last token is never fed to the model.
 
     Args:
       sequences: int32 `[length]` each.
-      first_targets: where the scored part of each begins, at least 1.
-      lengths: that rows may have, ascending; the longest holds any sequence.
+      first_targets: index of the first token to score of each sequence, at least 1.
+      lengths: lengths that rows may have, ascending; the longest holds any sequence.
 
     Returns:
-      Groups of rows. A row has at most its length of tokens and of nodes, and twice as many pairs.
+      Groups of rows. A row has no more tokens and nodes than its length, and at most twice as many pairs.
     """
-    return list(_Planting(sequences, first_targets, lengths).groups())
+    return list(_Packer(sequences, first_targets, lengths).groups())
 
 
-class _Planting:
+class _Packer:
     """One call of `pack_prefix_trees`, on its sequences in sorted order."""
 
     def __init__(self, sequences, first_targets, lengths):
@@ -103,45 +106,45 @@ class _Planting:
         new_tokens = np.maximum(fed[1:] - np.minimum(common, fed[:-1]), 0)
         known = np.maximum(common - np.maximum(self._starts[1:], self._starts[:-1]), 0)
         new_pairs = fed[1:] + 1 - self._starts[1:] - known
-        # Sums up to a sequence, of what it adds to its predecessor.
+        # Cumulative sums of the tokens and pairs that a sequence adds to its predecessor's.
         self._token_sum, self._pair_sum = (np.concatenate([[0, 0], np.cumsum(x)]) for x in (new_tokens, new_pairs))
 
     def _size(self, first: int, last: int, base: int) -> int:
-        """Tokens of a tree, or half of its pairs where those are more."""
+        """Returns the tokens of a tree, or half of its pairs if those are more."""
         tokens = self._tokens(first, last, base)
         pairs = self._fed[first] + 1 - self._starts[first] + self._pair_sum[last] - self._pair_sum[first + 1]
         return int(max(tokens, -(-pairs // 2)))
 
-    def groups(self) -> Iterator[Group]:
-        """Every sequence in a row of a group."""
-        waiting = [(0, len(self._sequences), 0)] if self._sequences else []
-        plain: list[_Unit] = []
-        while waiting:
-            first, last, base = waiting.pop()
-            units, inner = self._cut(first, last, base)
-            waiting += inner
+    def groups(self) -> Iterator[TreeGroup]:
+        """Yields groups of rows that together hold every sequence once."""
+        ranges = [(0, len(self._sequences), 0)] if self._sequences else []
+        without_prefix: list[_Tree] = []
+        while ranges:
+            first, last, base = ranges.pop()
+            trees, prefixed = self._cut(first, last, base)
+            ranges += prefixed
             if base:
-                yield Group(self._sequences[first][:base], self._fill(units))
+                yield TreeGroup(self._sequences[first][:base], self._fill(trees))
             else:
-                plain += units
-        if plain:
-            yield Group(np.zeros(0, np.int32), self._fill(plain))
+                without_prefix += trees
+        if without_prefix:
+            yield TreeGroup(np.zeros(0, np.int32), self._fill(without_prefix))
 
-    def _cut(self, first: int, last: int, base: int) -> tuple[list[_Unit], list[tuple[int, int, int]]]:
-        """Cuts a range into trees that fit into rows, and ranges that get a prefix of their own."""
-        units, prefixed, waiting = [], [], [(first, last)]
+    def _cut(self, first: int, last: int, base: int) -> tuple[list[_Tree], list[tuple[int, int, int]]]:
+        """Cuts a range of sequences into trees that fit into rows, and ranges that get a prefix of their own."""
+        trees, prefixed, ranges = [], [], [(first, last)]
         row, longest = self._lengths[0], self._lengths[-1]
-        while waiting:
-            first, last = waiting.pop()
+        while ranges:
+            first, last = ranges.pop()
             size = self._size(first, last, base)
             if last - first == 1:
-                units.append(_Unit(first, last, base, size))
+                trees.append(_Tree(first, last, base, size))
                 continue
             common = self._common[first + 1 : last]
             depth = int(common.min())
             parts = [first, *(first + 1 + np.flatnonzero(common == depth)).tolist(), last]
-            again = (len(parts) - 2) * max(depth - base, 0)  # tokens computed again if it is cut here
-            if 16 * again > size:
+            repeated = (len(parts) - 2) * max(depth - base, 0)  # tokens computed again if the tree is cut at `depth`
+            if 16 * repeated > size:
                 # A prefix has batches of its own, so enough has to follow it to fill them.
                 small = size <= row or (size <= longest and size - (depth - base) < 4 * row)
                 prefix = int(min(depth, self._starts[first:last].min() - 1))
@@ -149,58 +152,61 @@ class _Planting:
                     prefixed.append((first, last, prefix))
                     continue
                 if small or (size <= longest and depth - base >= MIN_PREFIX):
-                    units.append(_Unit(first, last, base, size))
+                    trees.append(_Tree(first, last, base, size))
                     continue
-            waiting += itertools.pairwise(parts)
-        return units, prefixed
+            ranges += itertools.pairwise(parts)
+        return trees, prefixed
 
-    def _fill(self, units: list[_Unit]) -> list[tuple[int, Row]]:
-        """Best fit, largest first: a tree goes to the fullest row that has room."""
-        rows: list[list[_Unit]] = []
+    def _fill(self, trees: list[_Tree]) -> list[tuple[int, PackedRow]]:
+        """Packs trees into rows by best fit, largest first: a tree goes to the fullest row that has room."""
+        rows: list[list[_Tree]] = []
         lengths: list[int] = []
         room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-        for unit in sorted(units, key=lambda unit: (-unit.size, unit.first)):
-            place = bisect.bisect_left(room, (unit.size, -1))
-            if place < len(room):
-                free, row = room.pop(place)
+        for tree in sorted(trees, key=lambda tree: (-tree.size, tree.first)):
+            fullest = bisect.bisect_left(room, (tree.size, -1))
+            if fullest < len(room):
+                free, row = room.pop(fullest)
             else:
                 row = len(rows)
                 rows.append([])
-                lengths.append(self._lengths[bisect.bisect_left(self._lengths, unit.size)])
+                lengths.append(self._lengths[bisect.bisect_left(self._lengths, tree.size)])
                 free = lengths[row]
-            rows[row].append(unit)
-            bisect.insort(room, (free - unit.size, row))
+            rows[row].append(tree)
+            bisect.insort(room, (free - tree.size, row))
         return [(length, self._row(row)) for length, row in zip(lengths, rows)]
 
-    def _row(self, units: list[_Unit]) -> Row:
-        tokens, positions, ends, keys, members = [], [], [], [], []
-        at = 0
-        for unit in units:
-            path = np.zeros(int(self._fed[unit.first : unit.last].max()), np.int64)
-            start, closed = at, np.zeros(self._tokens(unit.first, unit.last, unit.base), np.int32)
-            depth = unit.base
-            for i in range(unit.first, unit.last):
+    def _row(self, trees: list[_Tree]) -> PackedRow:
+        tokens, positions, subtree_ends, pairs, members = [], [], [], [], []
+        stop = 0  # of the row's tokens so far
+        for tree in trees:
+            path = np.zeros(int(self._fed[tree.first : tree.last].max()), np.int64)  # indices of a sequence's tokens
+            start, ends = stop, np.zeros(self._tokens(tree.first, tree.last, tree.base), np.int32)
+            depth = tree.base
+            for i in range(tree.first, tree.last):
                 sequence, fed = self._sequences[i], int(self._fed[i])
-                shared = depth if i == unit.first else max(unit.base, min(depth, int(self._common[i])))
-                closed[path[shared:depth] - start] = at
-                path[shared:fed] = np.arange(at, at + fed - shared)
+                shared = depth if i == tree.first else max(tree.base, min(depth, int(self._common[i])))
+                ends[path[shared:depth] - start] = stop
+                path[shared:fed] = np.arange(stop, stop + fed - shared)
                 tokens.append(sequence[shared:fed])
                 positions.append(np.arange(shared, fed))
-                at += max(fed - shared, 0)
+                stop += max(fed - shared, 0)
                 depth = max(fed, shared)
                 scored = int(self._starts[i])
-                keys.append(path[scored - 1 : fed] << 32 | sequence[scored:])
+                pairs.append(path[scored - 1 : fed] << 32 | sequence[scored:])
                 members.append(self._order[i])
-            closed[path[unit.base : depth] - start] = at
-            ends.append(closed)
-        unique, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-        nodes, places = np.unique(unique >> 32, return_inverse=True)
-        parts = np.split(inverse, np.cumsum([len(key) for key in keys])[:-1])
-        return Row(*(np.concatenate(x).astype(np.int32) for x in (tokens, positions, ends)), nodes.astype(np.int32),
-                   places.astype(np.int32), (unique & 0xFFFFFFFF).astype(np.int32), list(zip(members, parts)))
+            ends[path[tree.base : depth] - start] = stop
+            subtree_ends.append(ends)
+        unique, inverse = np.unique(np.concatenate(pairs), return_inverse=True)
+        nodes, node_indices = np.unique(unique >> 32, return_inverse=True)
+        pairs_of_members = np.split(inverse, np.cumsum([len(pair) for pair in pairs])[:-1])
+        return PackedRow(
+            *(np.concatenate(x).astype(np.int32) for x in (tokens, positions, subtree_ends)),
+            nodes=nodes.astype(np.int32), node_indices=node_indices.astype(np.int32),
+            targets=(unique & 0xFFFFFFFF).astype(np.int32), members=list(zip(members, pairs_of_members)),
+        )  # fmt: skip
 
     def _tokens(self, first: int, last: int, base: int) -> int:
-        """Of a tree."""
+        """Returns the number of a tree's tokens."""
         return int(self._fed[first] - base + self._token_sum[last] - self._token_sum[first + 1])
 
 

@@ -248,7 +248,7 @@ def write_cache(
     cache: Cache,
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
-    positions: Int[Array, "batch length"],
+    positions: Int[ArrayLike, "batch length"],
 ) -> Cache:
     """Writes keys and values `[batch, length, kv_heads, head_dim]` into the slots `positions` of each row."""
     rows = jnp.arange(key.shape[0])[:, None]
@@ -278,8 +278,8 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch length embed"],
         angles: Angles,
-        positions: Int[Array, "batch length"],
-        segment_ids: Int[Array, "batch length"] | None,
+        positions: Int[ArrayLike, "batch length"],
+        segment_ids: Int[ArrayLike, "batch length"] | None,
         tree_mask: TreeMask | None,
         cache: Cache | None,
     ) -> tuple[Float[Array, "batch length embed"], Cache | None]:

@@ -122,8 +122,8 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch length embed"],
         angles: Angles,
-        positions: Int[Array, "batch length"],
-        segment_ids: Int[Array, "batch length"] | None,
+        positions: Int[ArrayLike, "batch length"],
+        segment_ids: Int[ArrayLike, "batch length"] | None,
         tree_mask: TreeMask | None,
         cache: Cache | None,
     ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
@@ -221,12 +221,12 @@ class _Output(nn.Module):
     embed_dim: int
 
     @nn.compact
-    def __call__(self) -> Float32[Array, "embed vocab"]:
+    def __call__(self) -> Float32[ArrayLike, "embed vocab"]:
         init = nn.with_logical_partitioning(fan_in_init(self.embed_dim), ("embed", "vocab"))
         return self.param("kernel", init, (self.embed_dim, self.vocab_size), jnp.float32)
 
 
-def output_kernel(params: Any) -> Float32[Array, "embed vocab"]:
+def output_kernel(params: Any) -> Float32[ArrayLike, "embed vocab"]:
     """Returns the output projection `[embed, vocab]` of a decoder's (unboxed) parameters, tied or not."""
     return params["output"]["kernel"] if "output" in params else params["embedding"].T
 
@@ -238,7 +238,7 @@ def logits(params: Any, hidden: Float[ArrayLike, "*tokens embed"]) -> Float32[Ar
 
 
 def token_logits(
-    params: Any, hidden: Float[Array, "*tokens embed"], tokens: Int[Array, "*tokens"]
+    params: Any, hidden: Float[Array, "*tokens embed"], tokens: Int[ArrayLike, "*tokens"]
 ) -> Float32[Array, "*tokens"]:
     """Returns the float32 logit `[...]` of one token, int `[...]`, for each of the hidden states `[..., embed]`."""
     if "output" in params:

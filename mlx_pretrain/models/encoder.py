@@ -97,7 +97,7 @@ class LayerNorm(nn.Module):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale + bias
 
 
-def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float32[Array, "..."]:
+def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float32[ArrayLike, "..."]:
     """Declares a float32 bias or scale `name` of `shape` with logical `axes`, and returns it."""
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"], queries: int
+        self, x: Float[Array, "batch length embed"], segment_ids: Int[ArrayLike, "batch length"], queries: int
     ) -> Float[Array, "batch {queries} embed"]:
         """Returns `[batch, queries, embed]` for x `[batch, length, embed]`."""
         embed, n_heads = x.shape[-1], self.n_heads
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"]
+        self, x: Float[Array, "batch length embed"], segment_ids: Int[ArrayLike, "batch length"]
     ) -> Float[Array, "batch {self.queries} embed"]:
         config, dtype, embed = self.config, x.dtype, x.shape[-1]
         attended = SelfAttention(config.n_heads, config.attention, name="attention")(x, segment_ids, self.queries)

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.models.projections import project
 from mlx_pretrain.parallel.partitioning import constrain
@@ -24,7 +24,7 @@ def fan_in_init(fan_in: int, gain: float = 1.0) -> Callable[..., jax.Array]:
 def matrix(
     module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], fan_in: int,
     gain: float = 1.0,
-) -> Float32[Array, "..."]:  # fmt: skip
+) -> Float32[ArrayLike, "..."]:  # fmt: skip
     """Declares a float32 weight `name` of `shape` with logical `axes`, and returns it."""
     init = nn.with_logical_partitioning(fan_in_init(fan_in, gain), tuple(axes))
     return module.param(name, init, tuple(shape), jnp.float32)
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         return (x32 * scale).astype(self.dtype)
 
 
-def rotary_angles(positions: Int[Array, "batch length"], head_dim: int, theta: float) -> Angles:
+def rotary_angles(positions: Int[ArrayLike, "batch length"], head_dim: int, theta: float) -> Angles:
     """Returns cosines and sines of the rotary embedding (arXiv 2104.09864), frequencies theta^(-2i/head_dim).
 
     Args:

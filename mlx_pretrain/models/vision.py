@@ -2,6 +2,7 @@
 token."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -46,8 +47,8 @@ class VisionConfig:
     mlp_dim: int = gin.REQUIRED
     final_norm: bool = True
     norm_epsilon: float = 1e-6
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
     dtype: str = "float32"
     unroll: int = 1
     attention: str | None = None
@@ -96,7 +97,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch patches embed"], segment_ids: Int[Array, "batch patches"]
+        self, x: Float[Array, "batch patches embed"], segment_ids: Int[ArrayLike, "batch patches"]
     ) -> tuple[Float[Array, "batch patches embed"], None]:
         config, dtype, embed = self.config, x.dtype, x.shape[-1]
 

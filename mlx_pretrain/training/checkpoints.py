@@ -71,7 +71,7 @@ class DataState:
     def __post_init__(self):
         object.__setattr__(self, "unfinished", tuple(self.unfinished))  # JSON has no tuples
         if isinstance(self.mixture, dict):  # nor classes
-            object.__setattr__(self, "mixture", Mixture(**self.mixture))
+            object.__setattr__(self, "mixture", Mixture.from_json(self.mixture))
 
 
 @dataclasses.dataclass
@@ -141,6 +141,8 @@ class Checkpoints:
         if known:
             self._values[step] = known[self._best_metric]
         meta = dataclasses.asdict(data_state) | {"metrics": known, "checksums": checksums(state)}
+        if data_state.mixture is not None:
+            meta["mixture"] = data_state.mixture.to_json()
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         )

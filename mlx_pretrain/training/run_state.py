@@ -83,6 +83,6 @@ def continued_mixture(configured: Mixture, restored: DataState, step: int, run_d
         mixture = saved.continued(configured, step, run_dir)
         return mixture, [change["change"] for change in mixture.changes[len(saved.changes):]]
     mixture, changes = configured.advanced(restored.sequences), []
-    if mixture.since:
+    if mixture.read_since_change:
         changes = ["the checkpoint is of an earlier version, which read the data in another order"]
     return dataclasses.replace(mixture, changes=[{"step": step, "change": change} for change in changes]), changes

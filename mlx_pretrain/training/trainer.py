@@ -244,7 +244,7 @@ class _Loop:
         self._evaluate()
         self._leave_if_stopped(saved=state.step > 0)
         while state.step < config.steps and not state.stop_reason:
-            self._train_step()
+            self._step()
             last = state.step == config.steps
             if last or is_due(state.step, config.log_every):
                 self._log_metrics()
@@ -260,7 +260,7 @@ class _Loop:
         self.log.print(f"{how}; {self.log.goodput()}")
         return state.evaluation
 
-    def _train_step(self) -> None:
+    def _step(self) -> None:
         state = self.state
         with self.clock.timed("data"):
             batch, arrays = next(self.batches)
@@ -281,12 +281,14 @@ class _Loop:
         self.log.write_train(state.step, metrics, state.total_tokens())
 
     def _evaluate(self) -> None:
-        """Makes the evaluations that are due, and asks the stop rules; the evaluations that a signal cuts short, or
-        forestalls, stay due."""
+        """Makes the evaluations that are due, and asks the stop rules.
+
+        Evaluations that a signal cuts short or prevents stay due.
+        """
         state = self.state
         if not state.unfinished or self.requests.stop:
             return
-        asked = set(state.unfinished)
+        due = set(state.unfinished)
         self.finite.wait()
         with contextlib.suppress(Stopped), self.clock.timed("evaluation"):
             for evaluator in self.evaluators:
@@ -301,9 +303,10 @@ class _Loop:
         if not state.stop_reason and not self.requests.stop and (reason := self.stop_rules.reason()):
             state.stop_reason = reason
             self.log.record_stop(state.step, reason)
-            # The run ends with all evaluations, as after its last step.
-            state.unfinished += [evaluator.name for evaluator in self.evaluators if evaluator.name not in asked]
-            self._evaluate()
+            # The run ends with all evaluations; after a restart, an earlier process has made those that are not due.
+            if state.step > state.first_step:
+                state.unfinished += [evaluator.name for evaluator in self.evaluators if evaluator.name not in due]
+                self._evaluate()
 
     def _save(self) -> None:
         """Saves the state, after all steps under way have been checked to be finite."""

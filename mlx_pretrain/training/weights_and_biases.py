@@ -20,7 +20,7 @@ _ID = "wandb.json"
 
 @gin.configurable(denylist=["run_dir", "step"])
 class WeightsAndBiases:
-    """Sends metrics to Weights & Biases, named as in TensorBoard: `train/loss`, `eval/loss/en`.
+    """Sends metrics to Weights & Biases, with the names that TensorBoard shows: `train/loss`, `eval/loss/en`.
 
         train.sinks = [@WeightsAndBiases]
         WeightsAndBiases.project = 'pretraining'
@@ -43,11 +43,13 @@ class WeightsAndBiases:
           step: step after which the run goes on; Weights & Biases ignores steps that it has had before.
           project, entity: project and account there.
           name: name of the run there; None: that of the folder.
-          mode: "online", "offline" (files only) or "shared", see `wandb.init`.
+          mode: "online", or "offline" to write files only.
 
         Raises:
           InputError: wandb is not installed, or cannot start.
         """
+        if mode not in ("online", "offline"):
+            raise InputError(f"WeightsAndBiases.mode = {mode!r}: must be 'online' or 'offline'")
         try:
             import wandb
         except ImportError:

@@ -1,4 +1,4 @@
-"""A small made-up corpus in three scripts, a tokenizer trained on it and its token store, shared by these tests."""
+"""Fixtures: a small made-up corpus in three scripts, a tokenizer trained on it, and its token store."""
 
 import json
 import lzma
@@ -17,7 +17,7 @@ ALPHABETS = {
 
 
 def _made_up_text(language: str, n_words: int, seed: int) -> str:
-    """Words of a small vocabulary, in lines, with digits, tabs, double spaces and blank lines."""
+    """Returns words of a small vocabulary, in lines, with digits, tabs, double spaces and blank lines."""
     draw = random.Random(f"{language} {seed}")
     letters = ALPHABETS[language]
     words = ["".join(random.Random(f"{language}{i}").choices(letters, k=2 + i % 6)) for i in range(80)]

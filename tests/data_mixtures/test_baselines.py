@@ -1,4 +1,4 @@
-"""Baseline rates: the formulas, and no language repeated more often than allowed."""
+"""Baseline mixtures: the formulas, and no language repeated more often than allowed."""
 
 import math
 

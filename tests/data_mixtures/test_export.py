@@ -1,4 +1,4 @@
-"""The exporter: the rows are the documents, the bytes are always the same, and half an export is no store."""
+"""The exporter: rows hold the documents, bytes are reproducible, and an interrupted export leaves no store."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ def contents(folder):
 
 
 def plain_rows(corpus, split, language, model, length):
-    """The format of the store, spelled out: [EOS after each document], joined, cut, padded with 0."""
+    """Returns the rows that the format demands, [EOS after each document], joined, cut, padded with 0, and tokens."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     stream = []
     for document in corpus.documents(split, language):
@@ -42,7 +42,7 @@ def plain_rows(corpus, split, language, model, length):
 
 @pytest.mark.parametrize("length", [1, 32, 33, 100_000])
 def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length, monkeypatch):
-    monkeypatch.setattr("data_mixtures.export._BATCH_BYTES", 1000)  # a few documents; what is over goes into the next
+    monkeypatch.setattr("data_mixtures.export._BATCH_BYTES", 1000)  # a few documents a batch
     export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", length))
     store = TokenStore(tmp_path / "store")
     for split in ("train", "heldout"):
@@ -58,7 +58,7 @@ def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length, monkey
 def test_texts_are_tokenised_a_mebibyte_of_utf8_at_a_time():
     texts = ["a" * 500_000, "ä" * 200_000, "b" * 148_575, "c", "d", "ก" * 400_000, "e"]
     documents = [Document(str(number), text, "en", "") for number, text in enumerate(texts)]
-    # 2**20 - 1 bytes are too few; so many and one more are enough.
+    # A batch is complete with 2**20 bytes, not with one byte less.
     assert list(export._batches(documents)) == [
         (texts[:4], 1_048_576), (texts[4:6], 1_200_001), (texts[6:], 1)]
     assert list(export._batches(documents[:3])) == [(texts[:3], 1_048_575)] and not list(export._batches([]))
@@ -97,7 +97,7 @@ def test_provenance_names_tokenizer_and_documents(corpus, corpus_folder, tokeniz
         "train/en.jsonl.xz": sha256(corpus_folder / "train/en.jsonl.xz")}
 
 
-def test_made_before_is_kept_and_made_otherwise_needs_overwrite(tmp_path, tokenizer_path, capsys, write_corpus):
+def test_a_store_made_before_is_kept_and_another_needs_overwrite(tmp_path, tokenizer_path, capsys, write_corpus):
     corpus, store = Corpus(write_corpus(tmp_path / "corpus", {"en": 4, "el": 4})), tmp_path / "store"
     export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
     before, stamp = contents(store), (store / "manifest.json").stat().st_mtime_ns
@@ -116,7 +116,7 @@ def test_made_before_is_kept_and_made_otherwise_needs_overwrite(tmp_path, tokeni
     assert not (store / "train/el").exists()
 
 
-def test_notes_that_a_killed_process_left_in_a_whole_store_are_removed(corpus, tokenizer_path, store_path, tmp_path):
+def test_records_that_a_killed_process_left_in_a_whole_store_are_removed(corpus, tokenizer_path, store_path, tmp_path):
     shutil.copytree(store_path, tmp_path / "store")
     (tmp_path / "store/.export/train").mkdir(parents=True)
     (tmp_path / "store/.export/train/en.json").write_text("{}")
@@ -145,7 +145,7 @@ def test_a_damaged_store_is_made_again(corpus, tokenizer_path, tmp_path, capsys)
 
 @pytest.fixture
 def shard():
-    """Gives this process a shard until the end of the test."""
+    """Returns a function that gives this process a shard until the end of the test."""
     yield cluster.take_shard
     cluster.take_shard(None)
 
@@ -185,8 +185,8 @@ def test_without_shards_the_command_does_what_is_left(corpus, tokenizer_path, st
 def test_shards_over_a_store_of_other_documents(tmp_path, tokenizer_path, write_corpus, shard):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    write_corpus(folder, {"en": 5})  # one part of four is another
-    (folder / "train/el.jsonl.xz").unlink()  # and one is gone
+    write_corpus(folder, {"en": 5})  # changes one part of four
+    (folder / "train/el.jsonl.xz").unlink()  # removes another
     corpus = Corpus(folder)
     for number in range(3):
         shard((number, 3))
@@ -217,12 +217,12 @@ def test_documents_that_change_between_shards_make_no_store(tmp_path, tokenizer_
 
 
 @pytest.mark.parametrize("change", ["size", "time"])
-def test_what_another_shard_made_of_documents_that_have_changed_is_not_taken(
+def test_another_shards_part_is_not_taken_when_its_documents_have_changed(
         tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text, shard, capsys, change):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
     shard((0, 2))
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    changed = folder / "train/el.jsonl.xz"  # the largest, before and afterwards: the others are dealt out as before
+    changed = folder / "train/el.jsonl.xz"  # the largest before and after, so that shards stay
     before = changed.stat()
     assert (store / "train/el").exists()
     if change == "size":
@@ -285,7 +285,7 @@ def test_nonsense_lengths_are_named(corpus, tokenizer_path, tmp_path):
 
 
 def started(tokenizer, documents, store, *arguments):
-    """The real command, with the real gin files."""
+    """Starts the real command with the real gin files."""
     macros = {"TOKENIZER": tokenizer, "TOKEN_STORE": store, "SEQUENCE_LENGTH": 16, "DOCUMENTS": documents}.items()
     return subprocess.Popen(
         [sys.executable, "-m", "data_mixtures.export", "--gin_file=gin/mixtures/sample.gin",

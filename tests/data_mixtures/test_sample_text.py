@@ -1,4 +1,4 @@
-"""The text that ships in samples/text: what its README promises, checked on the files themselves."""
+"""The sample text: the files in samples/text are as their README says."""
 
 import json
 import lzma

@@ -1,4 +1,4 @@
-"""SeqIO path: the store's rows, the rates' shares, a position that can be saved. Also the TFDS builder below it."""
+"""SeqIO tasks and mixtures: the store's rows, exact shares, saved positions; and the TFDS builder beneath."""
 
 import pathlib
 import re
@@ -35,7 +35,7 @@ def tfds_folder(corpus, tmp_path_factory):
 
 @pytest.fixture
 def rates_path(tmp_path):
-    save_rates(tmp_path / "rates.json", dict(reversed(RATES.items())), {})  # names put them in order, not the file
+    save_rates(tmp_path / "rates.json", dict(reversed(RATES.items())), {})  # in another order than that of the names
     return tmp_path / "rates.json"
 
 
@@ -92,7 +92,7 @@ def test_shares_are_the_rates_at_every_moment(sources, tokenizer_path, rates_pat
     delivered = np.cumsum(source[:, None] == np.arange(3), axis=0)
     wanted = np.arange(1, 5001)[:, None] * np.array(list(RATES.values()))
     assert np.abs(delivered - wanted).max() < 2
-    # By tokens, too: the stream has next to no padding.
+    # Shares of tokens are exact too, as the stream has hardly any padding.
     tokens = np.concatenate([batch["tokens"] for batch in taken])
     shares = [np.count_nonzero(tokens[source == i]) / np.count_nonzero(tokens) for i in range(3)]
     assert shares == pytest.approx(list(RATES.values()), abs=2e-3)
@@ -191,7 +191,7 @@ def test_datasets_are_kept_unless_the_files_changed(tmp_path, capsys, write_corp
 
 @pytest.mark.slow
 def test_the_page_on_training_without_an_export_works(corpus_folder, tokenizer_path, rates_path, capsys):
-    """docs/on_the_fly.md, with this test's corpus in the place of the sample."""
+    """Runs the code of docs/on_the_fly.md on this test's corpus instead of the sample text."""
     page = (pathlib.Path(__file__).parents[2] / "docs" / "on_the_fly.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     places = {"samples/text": corpus_folder, "runs/sample/tokenizer.model": tokenizer_path,

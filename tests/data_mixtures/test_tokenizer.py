@@ -73,7 +73,7 @@ def test_the_record_says_what_it_was_made_of(corpus, tokenizer_path):
 
 @pytest.fixture
 def uneven(tmp_path, made_up_text, write_jsonl):
-    """90 times as much English as Greek, the English in two halves that differ."""
+    """Corpus with 90 times as much English as Greek, the English in two different halves."""
     write_jsonl(tmp_path / "train/el.jsonl", [{"text": made_up_text("el", 60, 0)}])
     write_jsonl(tmp_path / "train/en.jsonl", [{"text": ("first " if i < 45 else "second ") + made_up_text("en", 70, i)}
                                               for i in range(90)])
@@ -118,7 +118,7 @@ def test_low_resource_script_gets_vocabulary(uneven, tmp_path):
     assert greek_pieces(100.0) > 1.5 * greek_pieces(1.0)
 
 
-def test_made_before_is_kept_and_made_otherwise_is_not_replaced(tmp_path, capsys, write_corpus):
+def test_a_tokenizer_made_before_is_kept_and_another_is_not_replaced(tmp_path, capsys, write_corpus):
     path = tmp_path / "tokenizer.model"
     corpus = Corpus(write_corpus(tmp_path, {"en": 12}))
     train_tokenizer(TokenizerConfig(corpus, path, 300))

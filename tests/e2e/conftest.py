@@ -78,7 +78,10 @@ class Process:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Of a command on simulated CPU devices; programs that run for moments are not worth LLVM's optimisations."""
+    """Returns the environment of a command on simulated CPU devices.
+
+    LLVM's optimisations are off: they take longer than these programs run.
+    """
     return {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_PLATFORMS": "cpu",
@@ -91,7 +94,7 @@ _forker: Forker | None = None
 
 @pytest.fixture(scope="session", autouse=True)
 def forker() -> Iterator[None]:
-    """From which the commands of all tests of a worker are forked."""
+    """Starts the process that the commands of all tests of a worker are forked from."""
     global _forker
     with Forker() as _forker:
         yield
@@ -99,7 +102,7 @@ def forker() -> Iterator[None]:
 
 @contextlib.contextmanager
 def started(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Iterator[Process]:
-    """`python -m module flags` in `folder`, with simulated CPU devices; killed at the end of the block if need be."""
+    """Starts `python -m module flags` in `folder`, with simulated CPU devices; kills it at the end of the block."""
     with _forker.start([module, *flags], cwd=folder, env=os.environ | environment(devices)) as forked:
         yield Process(forked)
 
@@ -111,7 +114,7 @@ def run(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> End
 
 
 def assert_refused(message: str, folder: pathlib.Path, *flags: str, devices: int = 1) -> None:
-    """Training is refused with one line, `message` (a regular expression), and `folder` is as it was before."""
+    """Checks that training is refused with one line, `message` (a regular expression), and `folder` is unchanged."""
     before = sorted(folder.rglob("*"))
     ended = run("mlx_pretrain.train", *flags, folder=folder, devices=devices)
     assert ended.code == 1
@@ -119,27 +122,27 @@ def assert_refused(message: str, folder: pathlib.Path, *flags: str, devices: int
     assert sorted(folder.rglob("*")) == before
 
 
-def lines(run_dir: pathlib.Path, kind: str) -> list[dict]:
-    """Lines of one kind in metrics.jsonl, without one that is still being written."""
+def lines(run_dir: pathlib.Path, event: str) -> list[dict]:
+    """Returns the lines of one event in metrics.jsonl, without one that is still being written."""
     path = run_dir / "metrics.jsonl"
     whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in map(json.loads, (l for l in whole if l.endswith("\n"))) if line["kind"] == kind]
+    return [line for line in map(json.loads, (l for l in whole if l.endswith("\n"))) if line["kind"] == event]
 
 
 def last_step(run_dir: pathlib.Path, since: float = 0.0) -> int:
-    """Of the training lines in metrics.jsonl written after `since` (Unix seconds); 0 when there is none."""
+    """Returns the step of the last training line written after `since` (Unix seconds); 0 when there is none."""
     return max((line["step"] for line in lines(run_dir, "train") if line["time"] >= since), default=0)
 
 
 def saved_steps(run_dir: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints: Orbax renames a folder to its step when all is in it."""
+    """Returns the steps of the complete checkpoints, whose folders Orbax has renamed to their steps."""
     folder = run_dir / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 @pytest.fixture(scope="session")
 def tiny_gin(store_dir, tmp_path_factory) -> str:
-    """Gin file of a run of STEPS steps in the folder run/, relative to where it is started."""
+    """Returns the flag for a gin file of a run of STEPS steps in the folder run/ of the current folder."""
     folder = tmp_path_factory.mktemp("tiny")
     path = folder / "tiny.gin"
     path.write_text(TINY.format(store=store_dir, steps=STEPS, compiled=os.environ["JAX_COMPILATION_CACHE_DIR"]))

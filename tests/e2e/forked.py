@@ -49,7 +49,7 @@ class Forked:
             file.close()
 
     def poll(self, timeout: float = 0.0) -> int | None:
-        """The return code if there is one within so many seconds."""
+        """Returns the return code, or None when the command still runs after `timeout` seconds."""
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             self.returncode = os.waitstatus_to_exitcode(int(self._status.readline()))
         return self.returncode
@@ -59,7 +59,7 @@ class Forked:
             os.kill(self.pid, number)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """What it wrote until its end."""
+        """Waits for the end, and returns stdout and stderr."""
         if self.poll(timeout) is None:
             raise TimeoutError(f"process {self.pid} runs after {timeout} s")
         for file in (self._out, self._err):
@@ -68,7 +68,7 @@ class Forked:
 
 
 class Forker:
-    """The process from which commands are forked."""
+    """The process that commands are forked from."""
 
     def __enter__(self) -> "Forker":
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

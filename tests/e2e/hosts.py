@@ -11,7 +11,7 @@ from tests.e2e.conftest import Ended, Process, started
 
 
 def free_port() -> int:
-    """A port that no connection takes by chance: those are given numbers from 32,768 on."""
+    """Returns a free port below 32,768, from where outgoing connections take theirs."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with contextlib.suppress(OSError), socket.create_server(("localhost", port)):

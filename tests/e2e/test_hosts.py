@@ -1,4 +1,4 @@
-"""Training as one job of two processes, each with a device of its own: what it computes, and what befalls it."""
+"""Training as one job of two processes, each with a device of its own: results, stops, crashes and restarts."""
 
 import dataclasses
 import json
@@ -21,16 +21,16 @@ COMPUTED = re.compile(r"step|loss(/.*)?|grad_norm|learning_rate|skipped|bits_per
 
 
 def computed(run_dir: pathlib.Path, kind: str) -> list[dict]:
-    """What a run computes, and not how fast."""
+    """Returns the lines of one event without their measurements of speed."""
     return [{k: v for k, v in line.items() if COMPUTED.fullmatch(k)} for line in lines(run_dir, kind)]
 
 
 def assert_close(run_dir: pathlib.Path, reference: pathlib.Path) -> None:
-    """The same lines; numbers differ by the order of float32 sums alone."""
+    """Checks that both runs have the same lines; numbers may differ by the order of float32 sums."""
     for kind in ("train", "eval"):
-        found, wanted = computed(run_dir, kind), computed(reference, kind)
-        assert [line["step"] for line in found] == [line["step"] for line in wanted]
-        for a, b in zip(found, wanted):
+        compared, expected = computed(run_dir, kind), computed(reference, kind)
+        assert [line["step"] for line in compared] == [line["step"] for line in expected]
+        for a, b in zip(compared, expected):
             assert a == pytest.approx(b, rel=2e-5)
             assert {k: a[k] for k in a if k.startswith("tokens/")} == {k: b[k] for k in b if k.startswith("tokens/")}
 
@@ -40,7 +40,7 @@ def codes(ended: list[Ended]) -> list[int]:
 
 
 def without_waiting(err: str) -> str:
-    """What a process said on stderr, but for the line with which it waited for the others."""
+    """Returns stderr without the line that says that a process waits for the others."""
     return re.sub(r"^process \d of 2: waiting up to [\d.]+ s for the others at \S+\n", "", err)
 
 
@@ -54,7 +54,7 @@ def reference(tiny_gin, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def pair(tiny_gin, tmp_path_factory) -> pathlib.Path:
-    """The run in two processes that nothing interrupted."""
+    """The uninterrupted run in two processes."""
     folder = tmp_path_factory.mktemp("pair")
     ended = run_job(TRAIN, tiny_gin, folder=folder)
     assert codes(ended) == [0, 0]
@@ -65,10 +65,28 @@ def pair(tiny_gin, tmp_path_factory) -> pathlib.Path:
 
 
 def test_two_processes_compute_what_one_does(pair, reference):
-    """Losses, evaluations and counts of tokens, each written once."""
+    """Compares losses, evaluations and counts of tokens, each of which is written once."""
     assert_close(pair, reference)
     facts = json.loads((pair / "run.json").read_text())
     assert (facts["processes"], facts["mesh"]["data"]) == (2, 2)
+
+
+def test_two_processes_stop_by_a_rule_and_write_each_metric_once(tiny_gin, tmp_path):
+    """The learning rate is 0, so that no evaluation is better than the first."""
+    pytest.importorskip("wandb")
+    flags = ("--gin.train.learning_rate=@constant_schedule()", "--gin.constant_schedule.value=0.0",
+             "--gin.train.stop_rules=[@EarlyStopping()]", "--gin.EarlyStopping.patience=2",
+             "--gin.train.average=@WeightAverage()", "--gin.train.sinks=[@WeightsAndBiases]",
+             "--gin.WeightsAndBiases.mode=offline")
+    ended = run_job(TRAIN, tiny_gin, *flags, folder=tmp_path)
+    assert codes(ended) == [0, 0], ended
+    assert "stopped by a rule after step 16" in ended[0].out
+    for event in ("eval", "eval_ema"):
+        assert [line["step"] for line in lines(tmp_path / "run", event)] == [0, 8, 16]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped"]["step"] == 16
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    ended = run_job(TRAIN, tiny_gin, *flags, folder=tmp_path)
+    assert codes(ended) == [0, 0] and "nothing left to do, stopped after step 16: eval/loss has not" in ended[0].out
 
 
 def stopped(job: list[Process], run_dir: pathlib.Path, number: int, since: int) -> list[Ended]:
@@ -179,7 +197,7 @@ def test_a_process_that_does_not_come_is_named(tiny_gin, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_before_the_first_step(tiny_gin, tmp_path, processes):
-    """Nothing is to be saved, so a stop does not wait for what takes long."""
+    """There is nothing to save, so a stop does not wait for the end of a compilation."""
     flags = (tiny_gin, "--gin.train.compilation_cache=None", "--gin.DecoderConfig.n_layers=64",
              "--gin.DecoderConfig.unroll=64")  # compiles for minutes
     run_dir = tmp_path / "run"

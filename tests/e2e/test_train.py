@@ -1,4 +1,4 @@
-"""Training as a user starts it, stopped in every way there is: what a run computes never depends on what befell it."""
+"""Training as a user starts it, and stopped in every way: a restarted run computes what an uninterrupted one does."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ from tests.e2e.conftest import STEPS, assert_refused, last_step, lines, run, sav
 
 TRAIN = "mlx_pretrain.train"
 EXPLODING = ("--gin.train.learning_rate=@constant_schedule()", "--gin.constant_schedule.value=1e30")
-# What a run computes, and not how fast.
+# Names of results; all others are of speed.
 COMPUTED = re.compile(r"step|loss(/.*)?|grad_norm|learning_rate|skipped|z_loss|bits_per_byte(/.*)?|tokens/.*")
 
 
@@ -49,7 +49,7 @@ def assert_same_run(run_dir: pathlib.Path, reference: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tiny_gin, tmp_path_factory) -> pathlib.Path:
-    """Folder of a run that nothing interrupted."""
+    """Folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     ended = run(TRAIN, tiny_gin, folder=folder)
     assert (ended.code, ended.err) == (0, "")
@@ -62,7 +62,7 @@ def reference(tiny_gin, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def terminated(tiny_gin, tmp_path_factory) -> pathlib.Path:
-    """Folder of a run that SIGTERM ended on its way."""
+    """Folder of a run that SIGTERM ended before its last step."""
     folder = tmp_path_factory.mktemp("terminated")
     with started(TRAIN, tiny_gin, folder=folder) as process:
         process.wait_for(lambda: last_step(folder / "run") >= 3)
@@ -76,12 +76,12 @@ def terminated(tiny_gin, tmp_path_factory) -> pathlib.Path:
 
 
 def continued(run_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A copy of a stopped run, to go on with."""
+    """Copies a stopped run into `folder`."""
     return pathlib.Path(shutil.copytree(run_dir, folder / "run"))
 
 
 def writing(run_dir: pathlib.Path) -> list[pathlib.Path]:
-    """Checkpoints that are not complete."""
+    """Returns the checkpoints that are not complete."""
     return list((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
 
@@ -156,10 +156,10 @@ def test_goes_on_with_the_same_losses_on_another_mesh(tiny_gin, reference, termi
     assert (ended.code, ended.err) == (0, "")
     assert json.loads((run_dir / "run.json").read_text())["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     for kind in ("train", "eval"):
-        found, wanted = computed(run_dir, kind), computed(reference, kind)
-        assert [line["step"] for line in found] == [line["step"] for line in wanted]
-        for here, there in zip(found, wanted):
-            assert here == pytest.approx(there, rel=1e-5, abs=1e-9)
+        resumed, expected = computed(run_dir, kind), computed(reference, kind)
+        assert [line["step"] for line in resumed] == [line["step"] for line in expected]
+        for a, b in zip(resumed, expected):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-9)
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_rows(tiny_gin, store_dir, terminated, tmp_path):
@@ -227,7 +227,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_gin, reference):
 
 @pytest.mark.slow
 def test_starts_from_another_run_s_weights(tiny_gin, reference, tmp_path):
-    """Continued pretraining: those weights, a fresh optimizer, the first step of the schedule, also after a restart."""
+    """Continued pretraining takes the weights alone; optimizer and schedule begin anew, a restart needs no source."""
     source = shutil.copytree(reference, tmp_path / "source")
     flags = (tiny_gin, f"--gin.train.init_from={source}")
     ended = run(TRAIN, *flags, "--gin.train.steps=4", folder=tmp_path)
@@ -253,7 +253,7 @@ def test_a_checkpoint_every_so_many_minutes(tiny_gin, tmp_path):
 
 
 def test_speed_and_mfu_follow_from_the_time_of_a_step(tiny_gin, reference):
-    """tokens/s and MFU against sums by hand: 8 x 32 tokens, 2 layers of width 32, 3 products of 48, 96 ids."""
+    """Compares tokens/s and MFU with sums by hand: 8 x 32 tokens, 2 layers of width 32, 3 products of 48, 96 ids."""
     facts = json.loads((reference / "run.json").read_text())
     weights = 2 * (32 * 4 * 8 * 2 + 32 * 2 * 8 * 2 + 3 * 32 * 48) + 96 * 32
     flops = 6 * weights + 2 * 6 * 4 * 8 * 32  # of one token of a sequence of 32, causal

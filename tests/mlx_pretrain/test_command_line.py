@@ -1,4 +1,4 @@
-"""The command line: what is wrong is said in one line that names the place."""
+"""Command lines: flags, shards and processes, and errors in one line that names the place."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ PLACE = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "3", "JA
 
 
 def test_a_command_for_one_process_runs_in_process_0_alone(tmp_path):
-    """Nothing is written by the others, and process 0 waits for nobody."""
+    """Other processes write nothing, and process 0 does not wait for them."""
     (tmp_path / "en.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog near the river bank."}\n')
     command = [sys.executable, "-m", "raters.duplicates", "--gin.Corpus.files=en.jsonl",
                "--gin.duplicates.corpus=@Corpus()", "--gin.duplicates.output=out"]

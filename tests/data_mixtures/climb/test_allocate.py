@@ -41,17 +41,17 @@ def run(folder, **settings) -> dict:
 
 def test_without_transfer_the_mixture_is_the_closed_form(runs, tmp_path):
     """Minimise sum_i w_i B_i r_i^-beta: r_i is proportional to (w_i B_i)^(1 / (1 + beta))."""
-    found = run(tmp_path, runs=runs, law=Isolated(starts=4), weights={"fi": 3, "sv": 2, "en": 1})
+    allocation = run(tmp_path, runs=runs, law=Isolated(starts=4), weights={"fi": 3, "sv": 2, "en": 1})
     expected = (np.array([3, 2, 1]) * B) ** (1 / (1 + BETA))
-    np.testing.assert_allclose(found["methods"]["isolated-joint"]["ratios"], expected / expected.sum(), atol=2e-3)
-    np.testing.assert_allclose(found["methods"]["isolated-two-step"]["ratios"], expected / expected.sum(), atol=2e-3)
-    natural = np.array(found["methods"]["natural"]["ratios"])
+    for name in ("isolated-joint", "isolated-two-step"):
+        np.testing.assert_allclose(allocation["methods"][name]["ratios"], expected / expected.sum(), atol=2e-3)
+    natural = np.array(allocation["methods"]["natural"]["ratios"])
     np.testing.assert_allclose(natural, [0.2, 0.3, 0.5])
-    np.testing.assert_allclose(found["methods"]["natural"]["losses"],
+    np.testing.assert_allclose(allocation["methods"]["natural"]["losses"],
                                isolated_losses(natural[None], np.array([TOKENS]))[0], atol=2e-3)
-    assert found["method"] == "isolated-joint"
+    assert allocation["method"] == "isolated-joint"
     assert load_rates(tmp_path / "rates.json") == pytest.approx(
-        dict(zip(LANGUAGES, found["methods"]["isolated-joint"]["ratios"])))
+        dict(zip(LANGUAGES, allocation["methods"]["isolated-joint"]["ratios"])))
 
 
 def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
@@ -73,15 +73,15 @@ def test_reference_weights_and_intervals_are_what_they_are_said_to_be(runs):
 @pytest.mark.parametrize("law", [StructuredGP(draws=2, warm_up=2), LightGBM()])
 def test_tables_of_ratios_alone(runs, law, tmp_path):
     alone = runs.rows(runs.tokens == TOKENS)
-    found = run(tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
+    allocation = run(tmp_path, runs=alone, law=law, floor=0.15, fixed={"en": 0.25}, max_epochs=0.3,
                 replicates=3, allow_poor_law=law.name == "lightgbm")  # too few runs for a leaf: it predicts the mean
-    best = found["methods"][found["method"]]
-    assert found["method"] == {"structured_gp": "structured_gp-joint", "lightgbm": "lightgbm-sampling"}[law.name]
+    best = allocation["methods"][allocation["method"]]
+    assert allocation["method"] == {"structured_gp": "structured_gp-joint", "lightgbm": "lightgbm-sampling"}[law.name]
     assert best["ratios"][2] == pytest.approx(0.25) and min(best["ratios"]) >= 0.15 - 1e-9
     assert max(best["epochs"]) <= 0.3 + 1e-9
     assert best["kkt"] is None if law.name == "lightgbm" else best["kkt"] < 1e-6
-    assert found["transfer"] is None and found["effective"] is None
-    assert found["interval"] == [0.05, 0.95]
+    assert allocation["transfer"] is None and allocation["effective"] is None
+    assert allocation["interval"] == [0.05, 0.95]
     intervals = [best[f"{figure}_{end}"] for figure in ("loss", "ratio") for end in ("low", "high")]
     if law.name == "lightgbm":
         assert intervals == [None] * 4
@@ -102,9 +102,9 @@ def test_a_law_worse_than_the_mean_recommends_nothing_unless_told_to(runs, tmp_p
     assert list(tmp_path.iterdir()) == []
     named = "run 'run3' at 1,000,000 tokens: the loss of 'sv' is 1.1e+04, far outside the others' range"
     assert named in capsys.readouterr().err
-    found = run(tmp_path, **settings, allow_poor_law=True)
+    allocation = run(tmp_path, **settings, allow_poor_law=True)
     assert "WARNING: isolated predicts held-out runs worse than their mean does" in capsys.readouterr().err
-    assert named in found["law"]["notes"][0] and "worse than their mean" in found["law"]["notes"][-1]
+    assert named in allocation["law"]["notes"][0] and "worse than their mean" in allocation["law"]["notes"][-1]
     assert (tmp_path / "rates.json").exists()
 
 
@@ -114,11 +114,11 @@ def test_a_language_of_one_run_only_is_allocated_with_a_note(runs, tmp_path, cap
     few = make_runs("made up", LANGUAGES, LANGUAGES, runs.run, runs.n_params, runs.tokens,
                     ratios / ratios.sum(axis=1, keepdims=True),
                     isolated_losses(np.maximum(ratios, 1e-3), runs.tokens))
-    found = run(tmp_path, runs=few, law=Isolated(starts=2), compared=("msl",))
+    allocation = run(tmp_path, runs=few, law=Isolated(starts=2), compared=("msl",))
     assert "the loss of sv, with fewer than 2 rows" in capsys.readouterr().err
-    assert found["validation"]["isolated"]["r2"][1] is None and found["validation"]["msl"]["r2"][0] > 0.5
-    assert found["predictions"]["predicted"][0][1] is None
-    assert any("3 rows with sv" in note for note in found["law"]["notes"])
+    assert allocation["validation"]["isolated"]["r2"][1] is None and allocation["validation"]["msl"]["r2"][0] > 0.5
+    assert allocation["predictions"]["predicted"][0][1] is None
+    assert any("3 rows with sv" in note for note in allocation["law"]["notes"])
 
 
 def test_bad_settings_and_tables_are_named(runs, tmp_path):

@@ -256,8 +256,8 @@ def test_relatives_stand_together_in_the_matrix_and_unidentified_pairs_have_no_c
     assert matplotlib.colors.to_hex(losses.get_facecolor()[0]) == WARM
     assert gains.get_facecolor()[0, 3] > 10 * losses.get_facecolor()[0, 3]
     assert matplotlib.colors.to_hex(unknown.get_facecolor()[0]) == RULE and hatched.get_hatch()
-    places = {(order[int(y)], order[int(x)]) for x, y in unknown.get_offsets()}
-    assert places == {("fi", "ru"), ("ru", "fi")}
+    pairs = {(order[int(y)], order[int(x)]) for x, y in unknown.get_offsets()}
+    assert pairs == {("fi", "ru"), ("ru", "fi")}
 
 
 def test_what_a_law_does_not_have_is_left_out(tmp_path):

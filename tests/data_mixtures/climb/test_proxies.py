@@ -72,10 +72,10 @@ def test_the_table_has_a_row_for_every_run_and_token_count(table, tiny_config):
 def test_epochs_of_the_most_repeated_language_are_in_the_table(table):
     """32 and 72 sequences, of 40, 24 and 9 that there are of aa, bb and cc."""
     rows = [line.split(",") for line in lines(table)]
-    found = {(row[0].split("-")[0], int(row[1])): float(row[4]) for row in rows}
+    epochs = {(row[0].split("-")[0], int(row[1])): float(row[4]) for row in rows}
     expected = {("half", 4): 16 / 24, ("half", 9): 36 / 24, ("all", 4): 16 / 9, ("all", 9): 4, ("only", 4): 32 / 9,
                 ("only", 9): 8}
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert epochs == pytest.approx(expected, rel=1e-3)
 
 
 def test_runs_end_before_they_repeat_text_too_often(table, settings, tmp_path, capsys):
@@ -258,9 +258,9 @@ def test_a_pack_of_other_members_starts_anew(half_done, table, tmp_path):
     """The checkpoint has the parameters of the members that it was made of."""
     plan = {name: MIXTURES[name] for name in ("half", "only")}
     train(**{**half_done, "plan": lambda counts: plan})
-    found, alone = proxy_runs(half_done["output"]), proxy_runs(table)
+    packed, alone = proxy_runs(half_done["output"]), proxy_runs(table)
     for name in plan:
-        rows, expected = (runs.losses[runs.run == f"{name}-0.0217M-seed0"] for runs in (found, alone))
+        rows, expected = (runs.losses[runs.run == f"{name}-0.0217M-seed0"] for runs in (packed, alone))
         np.testing.assert_allclose(rows, expected, rtol=2e-4)
 
 
@@ -309,8 +309,8 @@ def test_settings_that_cannot_work(settings, tmp_path, change, cause):
 
 
 def test_the_settings_stand_beside_the_tables(table):
-    found = json.loads((pathlib.Path(table) / "settings.json").read_text())
+    recorded = json.loads((pathlib.Path(table) / "settings.json").read_text())
     model = json.loads((pathlib.Path(table) / "model-0.0217M.json").read_text())
     assert model["rope_theta"] == 10_000 and "unroll" not in model
-    assert found["optimizer_settings"] == {} and found["batch_size"] == BATCH
-    assert found["learning_rate"] == pytest.approx([0.01] * 3)
+    assert recorded["optimizer_settings"] == {} and recorded["batch_size"] == BATCH
+    assert recorded["learning_rate"] == pytest.approx([0.01] * 3)

@@ -122,9 +122,9 @@ def test_rows_far_outside_the_others_are_named(row, column, loss):
     assert outliers(runs) == []
     losses[row, column] = loss
     losses[0] += 50 * (loss > 50)  # a second diverged run hides neither
-    found = outliers(make_runs("t", ("fi", "sv"), ("fi", "sv"), range(10), [1e6] * 10, [5e6] * 10, ratios, losses))
+    messages = outliers(make_runs("t", ("fi", "sv"), ("fi", "sv"), range(10), [1e6] * 10, [5e6] * 10, ratios, losses))
     start = f"run '{row}' at 5,000,000 tokens: the loss of '{('fi', 'sv')[column]}' is {loss:.4g}, far outside"
-    assert sum(line.startswith(start) for line in found) == 1 and len(found) == (3 if loss > 50 else 1)
+    assert sum(line.startswith(start) for line in messages) == 1 and len(messages) == (3 if loss > 50 else 1)
 
 
 def test_olmix_layout_is_joined_on_run(write):

@@ -59,9 +59,9 @@ class Synthetic(Tree, FittedEffectiveLaw):
 
     def effective_ratios(self, ratios, n_params, tokens):
         ratios = jnp.asarray(ratios)
-        given = (ratios / (1 + ratios / 0.3)) @ self.gift.T
-        given = given * jnp.exp(-ratios / 0.3) * (jnp.expand_dims(jnp.asarray(tokens), -1) / 1e9) ** -0.1
-        return (ratios + given + jnp.sqrt((ratios + given) ** 2 + 1e-10)) / 2
+        transferred = (ratios / (1 + ratios / 0.3)) @ self.gift.T
+        transferred = transferred * jnp.exp(-ratios / 0.3) * (jnp.expand_dims(jnp.asarray(tokens), -1) / 1e9) ** -0.1
+        return (ratios + transferred + jnp.sqrt((ratios + transferred) ** 2 + 1e-10)) / 2
 
     def isolated_losses(self, effective, n_params, tokens):
         n_params, tokens = (jnp.expand_dims(jnp.asarray(x, float), -1) for x in (n_params, tokens))
@@ -173,9 +173,9 @@ def test_joint_solution_is_where_an_exhaustive_grid_has_its_minimum(case):
     law, weights = LAWS[3], np.array([0.5, 0.2, 0.3])
     grid = simplex(*CASES[case].bounds(law.languages, D))
     best = grid[np.argmin(losses(law, grid) @ weights)]
-    found = solve_joint(law, N, D, weights, CASES[case])
-    np.testing.assert_allclose(found.ratios, best, atol=1e-3)
-    assert found.kkt < 1e-6
+    allocation = solve_joint(law, N, D, weights, CASES[case])
+    np.testing.assert_allclose(allocation.ratios, best, atol=1e-3)
+    assert allocation.kkt < 1e-6
 
 
 @pytest.mark.parametrize("case", ["free", "floor"])
@@ -187,9 +187,9 @@ def test_two_step_solution_is_the_furthest_along_the_curve_on_an_exhaustive_grid
     # rt(r) has reached the point of the curve that no language falls short of.
     benefits = weights * law.beta * law.b * D**-law.beta * effective ** (-law.beta - 1)
     best = grid[np.argmin(benefits.max(axis=1))]
-    found = solve_two_step(law, N, D, weights, CASES[case])
-    np.testing.assert_allclose(found.ratios, best, atol=1.5e-3)
-    assert found.kkt < 1e-6
+    allocation = solve_two_step(law, N, D, weights, CASES[case])
+    np.testing.assert_allclose(allocation.ratios, best, atol=1.5e-3)
+    assert allocation.kkt < 1e-6
 
 
 @pytest.mark.parametrize("n", LAWS)
@@ -201,13 +201,13 @@ def test_any_problem_is_solved_within_its_bounds(n, data):
     lower, upper = problem["constraints"].bounds(law.languages, tokens)
     two_step = solve_two_step(**problem)
     joint = two_step.joint
-    for found in (joint, two_step):
-        assert found.kkt < 1e-6
-        assert abs(found.ratios.sum() - 1) < 1e-12
-        assert (found.ratios >= lower).all() and (found.ratios <= upper).all()
-        assert found.weighted_loss == pytest.approx(weights @ losses(law, found.ratios, tokens), rel=1e-12)
-        at_bound = (found.ratios == lower) | (found.ratios == upper)
-        assert {language for language, _ in found.binding} == {law.languages[i] for i in np.flatnonzero(at_bound)}
+    for allocation in (joint, two_step):
+        assert allocation.kkt < 1e-6
+        assert abs(allocation.ratios.sum() - 1) < 1e-12
+        assert (allocation.ratios >= lower).all() and (allocation.ratios <= upper).all()
+        assert allocation.weighted_loss == pytest.approx(weights @ losses(law, allocation.ratios, tokens), rel=1e-12)
+        at_bound = (allocation.ratios == lower) | (allocation.ratios == upper)
+        assert {language for language, _ in allocation.binding} == {law.languages[i] for i in np.flatnonzero(at_bound)}
     assert two_step.joint_gap > -1e-12
 
     # Joint: no small move from one language to another lowers the loss.
@@ -228,9 +228,9 @@ def test_any_problem_is_solved_within_its_bounds(n, data):
 @settings(max_examples=10, deadline=None)
 @given(weights=st.lists(st.floats(0.1, 1), min_size=4, max_size=4), floor=st.sampled_from([0.0, 0.1, 0.2]))
 def test_without_transfer_both_solvers_agree(weights, floor):
-    found = solve_two_step(WITHOUT_TRANSFER, N, D, weights, Constraints(floor=floor), starts=2)
-    np.testing.assert_allclose(found.ratios, found.joint.ratios, atol=1e-9)
-    assert abs(found.joint_gap) < 1e-12
+    allocation = solve_two_step(WITHOUT_TRANSFER, N, D, weights, Constraints(floor=floor), starts=2)
+    np.testing.assert_allclose(allocation.ratios, allocation.joint.ratios, atol=1e-9)
+    assert abs(allocation.joint_gap) < 1e-12
 
 
 WITHOUT_TRANSFER = Synthetic(4, seed=1, transfer=0)
@@ -259,8 +259,8 @@ def test_the_order_of_the_languages_changes_nothing(constraints):
 def test_binding_constraints_are_named():
     unique = {"l00": 1e10, "l01": 1e8, "l02": 1e10, "l03": 1e10, "l04": 1e10}
     constraints = Constraints({"l02": 0.6}, max_epochs=2, unique_tokens=unique, fixed={"l04": 0.05})
-    found = solve_two_step(LAWS[5], N, D, None, constraints)
-    for each in (found, found.joint):
+    allocation = solve_two_step(LAWS[5], N, D, None, constraints)
+    for each in (allocation, allocation.joint):
         assert set(each.binding) == {("l02", "floor"), ("l01", "max_epochs"), ("l04", "fixed")}
         assert each.ratios[[1, 2, 4]].tolist() == [0.02, 0.6, 0.05]
 
@@ -275,37 +275,38 @@ def test_a_floor_that_is_just_what_the_text_allows_is_no_contradiction():
 
 
 def test_a_mixture_without_any_freedom_is_returned_as_it_is():
-    found = solve_two_step(LAWS[3], N, D, None, Constraints(fixed={"l00": 0.5, "l01": 0.2, "l02": 0.3}))
-    assert found.ratios.tolist() == [0.5, 0.2, 0.3]
-    assert (found.kkt, found.joint.kkt, found.joint_gap) == (0, 0, 0)
-    found = solve_joint(LAWS[12], N, D, None, Constraints(floor=1 / 12))
-    np.testing.assert_allclose(found.ratios, 1 / 12, atol=1e-12)
+    allocation = solve_two_step(LAWS[3], N, D, None, Constraints(fixed={"l00": 0.5, "l01": 0.2, "l02": 0.3}))
+    assert allocation.ratios.tolist() == [0.5, 0.2, 0.3]
+    assert (allocation.kkt, allocation.joint.kkt, allocation.joint_gap) == (0, 0, 0)
+    allocation = solve_joint(LAWS[12], N, D, None, Constraints(floor=1 / 12))
+    np.testing.assert_allclose(allocation.ratios, 1 / 12, atol=1e-12)
 
 
 def test_of_several_two_step_solutions_the_one_of_least_benefit_is_taken():
     """Transfer so strong that equal benefits are reached in two ways; the smaller lambda is further along the curve."""
     law = Synthetic(3, 15, 2.0)
-    found = solve_two_step(law, N, D, None, Constraints())
+    allocation = solve_two_step(law, N, D, None, Constraints())
     problem = MixtureProblem(law, N, D, None, Constraints())
     other = solve_complementarity(problem.two_step_field, np.array([0.5, 0.01, 0.49]), problem.lower, problem.upper)
-    assert problem.two_step_kkt(other) < 1e-8 and found.kkt < 1e-8
-    logs = [problem.two_step_field(ratios)[0][ratios > 0].max() for ratios in (found.ratios, other)]  # of 1 / lambda
+    assert problem.two_step_kkt(other) < 1e-8 and allocation.kkt < 1e-8
+    # Logarithms of 1 / lambda.
+    logs = [problem.two_step_field(ratios)[0][ratios > 0].max() for ratios in (allocation.ratios, other)]
     assert logs[0] > logs[1] + 0.1
 
 
 def test_the_joint_solution_goes_down_the_valley_that_the_two_step_one_found():
     law = Synthetic(3, 1, 2.0)
     alone = solve_joint(law, N, D, None, Constraints(), starts=1)
-    found = solve_two_step(law, N, D, None, Constraints(), starts=1)
-    assert found.weighted_loss < alone.weighted_loss - 1e-5
-    assert found.joint.weighted_loss <= found.weighted_loss and found.joint_gap >= 0
+    allocation = solve_two_step(law, N, D, None, Constraints(), starts=1)
+    assert allocation.weighted_loss < alone.weighted_loss - 1e-5
+    assert allocation.joint.weighted_loss <= allocation.weighted_loss and allocation.joint_gap >= 0
 
 
 def test_a_language_without_text_gets_nothing():
     unique = {"l00": 1e9, "l01": 0, "l02": 1e9}
-    found = solve_two_step(LAWS[3], N, D, None, Constraints(unique_tokens=unique))
-    assert found.ratios[1] == found.joint.ratios[1] == 0
-    assert ("l01", "max_epochs") in found.binding
+    allocation = solve_two_step(LAWS[3], N, D, None, Constraints(unique_tokens=unique))
+    assert allocation.ratios[1] == allocation.joint.ratios[1] == 0
+    assert ("l01", "max_epochs") in allocation.binding
 
 
 def test_a_law_without_a_finite_loss_within_the_constraints_is_an_error_that_names_the_language():
@@ -377,9 +378,9 @@ def test_default_weights_are_one_over_the_losses_of_the_reference_mixture():
 def test_targets_that_are_no_languages_leave_the_joint_solver_only():
     weights = {"web": 0.7, "books": 0.3}
     grid = simplex()
-    found = solve_joint(Mixing(), N, D, weights)
-    np.testing.assert_allclose(found.ratios, grid[np.argmin(losses(Mixing(), grid) @ [0.7, 0.3])], atol=1e-3)
-    assert found.kkt < 1e-6 and found.effective is None and found.joint_gap is None
+    allocation = solve_joint(Mixing(), N, D, weights)
+    np.testing.assert_allclose(allocation.ratios, grid[np.argmin(losses(Mixing(), grid) @ [0.7, 0.3])], atol=1e-3)
+    assert allocation.kkt < 1e-6 and allocation.effective is None and allocation.joint_gap is None
     with pytest.raises(InputError, match="Mixing has no effective ratios"):
         solve_two_step(Mixing(), N, D, weights)
 
@@ -401,8 +402,8 @@ def test_the_residual_of_a_mixture_that_is_no_solution(ratios, shrink, grow, bet
 def test_the_deeper_of_two_valleys_is_found():
     grid = simplex()
     best = grid[np.argmin(losses(TwoValleys(), grid)[:, 0])]
-    found = solve_joint(TwoValleys(), N, D, [1.0])
-    np.testing.assert_allclose(found.ratios, best, atol=1e-3)
+    allocation = solve_joint(TwoValleys(), N, D, [1.0])
+    np.testing.assert_allclose(allocation.ratios, best, atol=1e-3)
     assert best[2] > 0.8  # the starts at the uniform mixture end in the other one
     assert solve_joint(TwoValleys(), N, D, [1.0], starts=1).ratios[0] > 0.4
 
@@ -411,30 +412,31 @@ def test_the_deeper_of_two_valleys_is_found():
 def test_a_law_without_derivatives_is_solved_by_sampling_within_the_bounds(case):
     constraints, weights = CASES[case], [0.5, 0.2, 0.3]
     lower, upper = constraints.bounds(LAWS[3].languages, D)
-    found = solve_by_sampling(Sealed(LAWS[3]), N, D, weights, constraints, samples=20_000)
+    allocation = solve_by_sampling(Sealed(LAWS[3]), N, D, weights, constraints, samples=20_000)
     joint = solve_joint(LAWS[3], N, D, weights, constraints)
-    assert (found.ratios >= lower).all() and (found.ratios <= upper).all()
-    assert abs(found.ratios.sum() - 1) < 1e-12
-    assert joint.weighted_loss <= found.weighted_loss < joint.weighted_loss * (1 + 1e-4)
-    assert (found.method, found.kkt) == ("sampling", None)
+    assert (allocation.ratios >= lower).all() and (allocation.ratios <= upper).all()
+    assert abs(allocation.ratios.sum() - 1) < 1e-12
+    assert joint.weighted_loss <= allocation.weighted_loss < joint.weighted_loss * (1 + 1e-4)
+    assert (allocation.method, allocation.kkt) == ("sampling", None)
 
 
 @pytest.mark.parametrize("centre", [None, {"l00": 6.0, "l01": 3.0, "l02": 1.0}])
 def test_samples_are_dirichlet_around_the_centre_and_as_spiky_as_stated(centre):
     """Concentration 3 s times the mean m: a ratio's variance is m (1 - m) / (3 s + 1), s log-uniform from .1 to 10."""
     law, mean = Watched(LAWS[3]), np.array([0.6, 0.3, 0.1]) if centre else np.ones(3) / 3
-    found = solve_by_sampling(law, N, D, [0.5, 0.2, 0.3], centre=centre, samples=20_000)
+    allocation = solve_by_sampling(law, N, D, [0.5, 0.2, 0.3], centre=centre, samples=20_000)
     mixtures, values = np.concatenate(law.seen[:-1]), losses(LAWS[3], np.concatenate(law.seen[:-1])) @ [0.5, 0.2, 0.3]
     assert mixtures.shape == (20_000, 3) and len(np.unique(mixtures, axis=0)) > 19_000
     np.testing.assert_allclose(mixtures.mean(axis=0), mean, atol=0.01)
     spread = np.log(100 * (3 * 0.1 + 1) / (3 * 10 + 1)) / np.log(100)  # the mean of 1 / (3 s + 1)
     np.testing.assert_allclose(mixtures.var(axis=0), mean * (1 - mean) * spread, rtol=0.05)
-    np.testing.assert_allclose(found.ratios, mixtures[np.argsort(values)[:100]].mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(allocation.ratios, mixtures[np.argsort(values)[:100]].mean(axis=0), atol=1e-12)
 
 
 def test_a_language_that_the_centre_leaves_out_gets_next_to_nothing():
-    found = solve_by_sampling(Sealed(LAWS[3]), N, D, [1, 1, 1], centre={"l00": 2, "l02": 1}, samples=1000, best=1000)
-    np.testing.assert_allclose(found.ratios, [2 / 3, 0, 1 / 3], atol=0.03)
+    centre = {"l00": 2, "l02": 1}
+    allocation = solve_by_sampling(Sealed(LAWS[3]), N, D, [1, 1, 1], centre=centre, samples=1000, best=1000)
+    np.testing.assert_allclose(allocation.ratios, [2 / 3, 0, 1 / 3], atol=0.03)
 
 
 def test_a_centre_or_a_number_of_the_best_that_cannot_be_meant_is_named():
@@ -450,15 +452,15 @@ def test_a_centre_or_a_number_of_the_best_that_cannot_be_meant_is_named():
 @pytest.mark.parametrize("seed", [1, 2, 5, 6, 10])
 def test_transfer_so_strong_that_newtons_method_finds_nothing_is_left_to_homotopies(seed):
     law, tokens = Synthetic(12, seed, transfer=3.0), 1e9
-    found = solve_two_step(law, N, tokens, starts=1)
-    slopes = found.weights * law.beta * law.b * tokens**-law.beta * found.effective ** (-law.beta - 1)
-    above = found.ratios > 0
-    assert found.kkt < 1e-8 and above.sum() > 1
+    allocation = solve_two_step(law, N, tokens, starts=1)
+    slopes = allocation.weights * law.beta * law.b * tokens**-law.beta * allocation.effective ** (-law.beta - 1)
+    above = allocation.ratios > 0
+    assert allocation.kkt < 1e-8 and above.sum() > 1
     np.testing.assert_allclose(slopes[above], slopes[above][0], rtol=1e-6)
     assert (slopes[~above] <= slopes[above].max() * (1 + 1e-6)).all()
 
 
 def test_the_joint_solver_leaves_a_law_without_derivatives_to_sampling():
-    found = solve_joint(Sealed(LAWS[2]), N, D, None, seed=3)
-    assert found.method == "sampling"
-    np.testing.assert_array_equal(found.ratios, solve_by_sampling(Sealed(LAWS[2]), N, D, None, seed=3).ratios)
+    allocation = solve_joint(Sealed(LAWS[2]), N, D, None, seed=3)
+    assert allocation.method == "sampling"
+    np.testing.assert_array_equal(allocation.ratios, solve_by_sampling(Sealed(LAWS[2]), N, D, None, seed=3).ratios)

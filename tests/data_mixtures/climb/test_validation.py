@@ -64,18 +64,19 @@ def test_scores_are_scikit_learns():
     rng = np.random.default_rng(0)
     measured = rng.normal(size=(20, 3))
     predicted = measured + 0.3 * rng.normal(size=(20, 3))
-    found = scores(measured, predicted)
-    np.testing.assert_allclose(found.r2, metrics.r2_score(measured, predicted, multioutput="raw_values"))
-    np.testing.assert_allclose(found.mae, metrics.mean_absolute_error(measured, predicted, multioutput="raw_values"))
+    agreement = scores(measured, predicted)
+    np.testing.assert_allclose(agreement.r2, metrics.r2_score(measured, predicted, multioutput="raw_values"))
+    mae = metrics.mean_absolute_error(measured, predicted, multioutput="raw_values")
+    np.testing.assert_allclose(agreement.mae, mae)
     ranks = [np.argsort(np.argsort(x, axis=0), axis=0) for x in (measured, predicted)]
     correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(ranks[0].T, ranks[1].T)]
-    np.testing.assert_allclose(found.spearman, correlation)
-    assert found.mean["mae"] == pytest.approx(np.abs(measured - predicted).mean())
+    np.testing.assert_allclose(agreement.spearman, correlation)
+    assert agreement.mean["mae"] == pytest.approx(np.abs(measured - predicted).mean())
 
 
 def test_constant_losses_have_no_correlation():
-    found = scores(np.ones((4, 1)), np.array([[1.0], [2.0], [3.0], [4.0]]))
-    assert np.isnan(found.r2[0]) and np.isnan(found.spearman[0]) and found.mae[0] == 1.5
+    agreement = scores(np.ones((4, 1)), np.array([[1.0], [2.0], [3.0], [4.0]]))
+    assert np.isnan(agreement.r2[0]) and np.isnan(agreement.spearman[0]) and agreement.mae[0] == 1.5
 
 
 @pytest.mark.parametrize("measured, predicted", [((1, 2), (1, 2)), ((3, 2), (3, 1)), ((3,), (3,))])
@@ -86,8 +87,8 @@ def test_what_cannot_be_compared_is_refused(measured, predicted):
 
 def test_every_run_is_predicted_by_a_law_that_has_not_seen_it():
     runs, law = table(7), RememberingLaw()
-    found = cross_validate(law, runs, folds=3)
-    assert (found.predicted == 2.0).all()
+    validation = cross_validate(law, runs, folds=3)
+    assert (validation.predicted == 2.0).all()
     assert len(law.fitted) == 3 and set.union(*law.fitted) == set(runs.run)
     left_out = [set(runs.run) - fitted for fitted in law.fitted]
     assert sorted(len(names) for names in left_out) == [2, 2, 3]
@@ -96,9 +97,9 @@ def test_every_run_is_predicted_by_a_law_that_has_not_seen_it():
 def test_losses_on_languages_that_a_run_has_none_of_are_not_judged():
     runs = table(7)
     runs.ratios[:3] = [1, 0]  # of run0
-    found = cross_validate(RememberingLaw(), runs, folds=3)
-    assert np.isnan(found.predicted[:3, 1]).all() and np.isnan(found.predicted).sum() == 3
-    np.testing.assert_allclose(found.scores.mae[1], np.abs(runs.losses[3:, 1] - 2.0).mean())
+    validation = cross_validate(RememberingLaw(), runs, folds=3)
+    assert np.isnan(validation.predicted[:3, 1]).all() and np.isnan(validation.predicted).sum() == 3
+    np.testing.assert_allclose(validation.scores.mae[1], np.abs(runs.losses[3:, 1] - 2.0).mean())
 
 
 @pytest.mark.parametrize("folds", [1, 8])
@@ -128,13 +129,13 @@ def test_a_language_of_one_run_only_is_not_judged(n_rows):
     names = ("aa", "bb", "cc")
     runs = make_runs("table", names, names, runs.run, runs.n_params, runs.tokens, ratios,
                      np.tile(runs.losses, 2)[:, :3])
-    found = cross_validate(KnownLanguagesLaw(), runs, folds=3)
-    assert np.isnan(found.predicted[:, 2]).all()
-    assert np.isnan(found.predicted[:n_rows]).all() and (found.predicted[n_rows:, :2] == 2.0).all()
+    validation = cross_validate(KnownLanguagesLaw(), runs, folds=3)
+    assert np.isnan(validation.predicted[:, 2]).all()
+    assert np.isnan(validation.predicted[:n_rows]).all() and (validation.predicted[n_rows:, :2] == 2.0).all()
     late = scores(runs.losses[n_rows:, :2], np.full((21 - n_rows, 2), 2.0))
-    np.testing.assert_allclose(found.scores.r2, [*late.r2, np.nan])
-    assert found.scores.mean["mae"] == pytest.approx(late.mae.mean())
-    assert found.notes == (
+    np.testing.assert_allclose(validation.scores.r2, [*late.r2, np.nan])
+    assert validation.scores.mean["mae"] == pytest.approx(late.mae.mean())
+    assert validation.notes == (
         f"not judged by cross-validation: {n_rows} rows with cc, which no run of the other folds has",
         "not judged by cross-validation: the loss of cc, with fewer than 2 rows to compare")
 
@@ -142,22 +143,22 @@ def test_a_language_of_one_run_only_is_not_judged(n_rows):
 def test_pooled_r2_weighs_targets_by_their_variation():
     """Errors of squares 1 and 300 about means of squares 2 and 200."""
     measured = np.array([[1.0, 10.0], [3.0, 30.0]])
-    found = scores(measured, np.array([[1.0, 0.0], [2.0, 30 + np.sqrt(200)]]))
-    np.testing.assert_allclose(found.r2, [0.5, -0.5])
-    assert found.pooled_r2 == pytest.approx(1 - 301 / 202) and found.mean["r2"] == pytest.approx(0)
+    agreement = scores(measured, np.array([[1.0, 0.0], [2.0, 30 + np.sqrt(200)]]))
+    np.testing.assert_allclose(agreement.r2, [0.5, -0.5])
+    assert agreement.pooled_r2 == pytest.approx(1 - 301 / 202) and agreement.mean["r2"] == pytest.approx(0)
 
 
 def test_effective_ratios_are_those_that_explain_the_losses():
     runs = table(5)
     ratios = np.random.default_rng(1).uniform(1e-4, 3, runs.losses.shape)
     losses = 1 + (ratios * runs.tokens[:, None] / 1e6 + 0.01) ** -0.5
-    found = measured_effective_ratios(PowerLaw(), table(5, losses))
-    np.testing.assert_allclose(found, ratios, rtol=1e-9)
+    effective = measured_effective_ratios(PowerLaw(), table(5, losses))
+    np.testing.assert_allclose(effective, ratios, rtol=1e-9)
 
 
 def test_losses_out_of_the_isolated_laws_reach():
     losses = np.full((15, 2), 3.0)
     losses[0] = 0.9, 11.5  # the asymptote is 1, no tokens give 11
-    found = measured_effective_ratios(PowerLaw(), table(5, losses))
-    assert np.isinf(found[0, 0]) and found[0, 1] == 0
-    assert np.isfinite(found[1:]).all() and (found[1:] > 0).all()
+    effective = measured_effective_ratios(PowerLaw(), table(5, losses))
+    assert np.isinf(effective[0, 0]) and effective[0, 1] == 0
+    assert np.isfinite(effective[1:]).all() and (effective[1:] > 0).all()

@@ -30,7 +30,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """What all have.
+    """Parameters of all drawings.
 
     Attributes:
       output: folder that is written, with a description that is long enough to be wrapped into several lines where

@@ -1,4 +1,4 @@
-"""gin files: their values reach the constructors, and mistakes in them are one line that names the place."""
+"""Gin files: values reach the constructors, and a mistake is one line that names its place."""
 
 import glob
 
@@ -83,7 +83,7 @@ def test_values_that_fit_are_taken():
 
 @pytest.fixture
 def my_gin(tmp_path):
-    """A user's copy of the sample's macros, with one of the user's own that another file of the user reads."""
+    """Copy of the sample's macros by a user, with a macro that another file of the user reads."""
     file = tmp_path / "my.gin"
     file.write_text("include 'gin/mixtures/sample.gin'\nTOKENIZER = 'mine'\nTEMPERATURE = 2.0\nEXPERTS = 4\n")
     (tmp_path / "other.gin").write_text("train.steps = %EXPERTS\n")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlx_pretrain.convert.decoders import load_decoder, read_config, save_decoder
-from mlx_pretrain.convert.export import export_model
+from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
@@ -328,7 +328,7 @@ def test_chat_templates_of_gguf_are_exported(gguf_model, tmp_path, tokenizer):
     named = [{"name": "default", "template": "{{ bos_token }}é\n"}, {"name": "tools", "template": "t"}]
     for number, template in enumerate(("{{ messages }}\n", named)):
         write_gguf(tmp_path / f"{number}.gguf", config, params, tokenizer, chat_template=template)
-        export_model(str(tmp_path / f"{number}.gguf"), str(tmp_path / f"{number}"))
+        export_model(ExportConfig(str(tmp_path / f"{number}.gguf"), str(tmp_path / f"{number}")))
         found = json.loads((tmp_path / f"{number}/tokenizer_config.json").read_text())
         assert found["chat_template"] == template and found["bos_token"] == "<s>"
 

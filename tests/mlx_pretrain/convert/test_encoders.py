@@ -127,7 +127,7 @@ def test_index_that_names_the_wrong_file(folder):
         (lambda t: {k: v for k, v in t.items() if k != QUERY}, f"no tensor {QUERY}"),
         (lambda t: {**t, QUERY: t[QUERY][:-1]}, rf"tensor {QUERY} has shape \[15, 16\], config.json says \[16, 16\]"),
         (lambda t: {**t, "encoder.layer.2.output.dense.bias": np.ones(2)}, "tensor encoder.layer.2.* has no place"),
-        (lambda t: {**t, f"bert.{QUERY}": t[QUERY]}, f"tensor {QUERY} is there twice"),
+        (lambda t: {**t, f"bert.{QUERY}": t[QUERY]}, f"tensor {QUERY} is stored twice"),
     ],
 )
 def test_tensors_that_do_not_fit(folder, change, message):

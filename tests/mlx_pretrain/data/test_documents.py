@@ -1,4 +1,4 @@
-"""Readers of documents: every format gives the same documents, every kind of damage one clear line."""
+"""Readers of documents: every format gives the same documents, every damage one clear line."""
 
 import gzip
 import json

@@ -1,6 +1,5 @@
 """The loader: exact shares, the same global batch for any host count, resumption from one integer."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_pretrain.data import loader
-from mlx_pretrain.data import token_store as token_store
+from mlx_pretrain.data import loader, token_store
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
@@ -40,7 +38,8 @@ def test_delivered_shares_equal_the_rates(store):
     source = source_of(store, batch_size=10)
     counts = np.bincount(np.concatenate([source[b]["language_id"] for b in range(30)]))
     np.testing.assert_allclose(counts, [300 * RATES[l] for l in source.languages], atol=1.5)
-    assert dict(zip(source.languages, counts)) == loader.store_mixture(store, RATES, 10, 0).advanced(300).consumed()
+    mixture = loader.store_mixture(store, RATES, 10, 0).advanced(300)
+    assert dict(zip(source.languages, counts)) == mixture.sequences_read()
 
 
 def test_every_epoch_takes_every_row_once_in_its_own_order(store):
@@ -55,7 +54,7 @@ def test_every_epoch_takes_every_row_once_in_its_own_order(store):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_any_host_count_reads_the_same_global_batch(store, hosts):
-    """levanter#99, maxtext#1760."""
+    """Covers levanter#99, maxtext#1760."""
     whole = source_of(store, seed=3)[5]
     parts = [source_of(store, seed=3, rows=np.arange(16)[h::hosts])[5] for h in range(hosts)]
     for h, part in enumerate(parts):
@@ -63,7 +62,7 @@ def test_any_host_count_reads_the_same_global_batch(store, hosts):
 
 
 def test_resumes_anywhere_even_with_another_batch_size(store):
-    """t5x#421, seqio#224: seek after a crash, without replaying."""
+    """Covers t5x#421, seqio#224: seeks after a crash, without replaying."""
     whole = np.concatenate([source_of(store, batch_size=8)[b]["tokens"] for b in range(6)])
     resumed = loader.BatchSource(store, loader.store_mixture(store, RATES, 4, 0).advanced(20))
     np.testing.assert_array_equal(np.concatenate([resumed[b]["tokens"] for b in range(7)]), whole[20:])
@@ -97,7 +96,7 @@ def test_impossible_mixtures_are_refused(store):
 
 
 def rows_read(store, mixture, sequences):
-    """language -> rows in the order in which the next sequences of the mixture bring them."""
+    """Returns language -> rows of the next sequences of a mixture, in order."""
     source, read = loader.BatchSource(store, mixture), {}
     for batch in range(-(-sequences // mixture.batch_size)):
         for position in source.provenance(batch)[: sequences - batch * mixture.batch_size]:
@@ -105,8 +104,8 @@ def rows_read(store, mixture, sequences):
     return read
 
 
-def alone(store, language, sequences):
-    """The rows that a language brings when nothing changes and no other language is read."""
+def read_alone(store, language, sequences):
+    """Returns the first rows of a language that is read alone."""
     return rows_read(store, loader.store_mixture(store, {language: 1.0}, 16, 0), sequences).get(language, [])
 
 
@@ -127,10 +126,10 @@ def test_after_any_changes_every_language_goes_on_where_it_was(store, changes):
         for language, rows in rows_read(store, mixture, batches * batch_size).items():
             read[language] += rows
         mixture = mixture.advanced(batches * batch_size)
-        mixture = DataState(0, {}, (), json.loads(json.dumps(dataclasses.asdict(mixture)))).mixture
+        mixture = DataState(0, {}, (), json.loads(json.dumps(mixture.to_json()))).mixture
     for language, rows in read.items():
-        assert rows == alone(store, language, len(rows))  # in which each comes once an epoch
-        assert mixture.consumed().get(language, 0) == len(rows)
+        assert rows == read_alone(store, language, len(rows))  # in which each comes once an epoch
+        assert mixture.sequences_read().get(language, 0) == len(rows)
 
 
 def test_new_rates_repeat_and_skip_nothing(store):
@@ -138,7 +137,7 @@ def test_new_rates_repeat_and_skip_nothing(store):
     mixture = loader.store_mixture(store, {"aa": 0.8, "bb": 0.1, "cc": 0.1}, 8, 0).advanced(320)
     configured = loader.store_mixture(store, {"aa": 0.2, "bb": 0.2, "cc": 0.6}, 16, 0)
     mixture = mixture.continued(configured, 40, "run")
-    assert mixture.consumed() == {"aa": 256, "bb": 32, "cc": 32}
+    assert mixture.sequences_read() == {"aa": 256, "bb": 32, "cc": 32}
     assert mixture.changes == (
         {"step": 40, "change": "batch_size 8 -> 16"},
         {"step": 40, "change": "rates aa 0.8 -> 0.2, bb 0.1 -> 0.2, cc 0.1 -> 0.6; each goes on where it was",
@@ -147,9 +146,9 @@ def test_new_rates_repeat_and_skip_nothing(store):
     after = rows_read(store, mixture, 400)
     assert {language: len(rows) for language, rows in after.items()} == {"aa": 80, "bb": 80, "cc": 240}
     for language, rows in after.items():
-        before = mixture.consumed()[language]
-        assert rows == alone(store, language, before + len(rows))[before:]
-    # The same rates in another scale are no change; then they go back.
+        before = mixture.sequences_read()[language]
+        assert rows == read_alone(store, language, before + len(rows))[before:]
+    # The same weights in another scale are no change.
     again = mixture.advanced(100).continued(
         loader.store_mixture(store, {"cc": 6, "aa": 2, "bb": 2}, 16, 0), 47, "run")
     assert again == mixture.advanced(100)
@@ -161,13 +160,13 @@ def test_the_order_of_names_in_a_file_does_not_matter(store):
     for batch in range(3):
         assert one.provenance(batch) == other.provenance(batch)
         np.testing.assert_array_equal(one[batch]["tokens"], other[batch]["tokens"])
-    # Nor does which other languages there are.
+    # The other languages make no difference either.
     beside = rows_read(store, loader.store_mixture(store, {"bb": 0.5, "cc": 0.5}, 8, 0), 40)
-    assert beside["cc"] == alone(store, "cc", 20)
+    assert beside["cc"] == read_alone(store, "cc", 20)
 
 
 def changed_store(store_dir, folder, language):
-    """A copy of a store in which a language has as many rows and tokens, in another order."""
+    """Copies a store, with the rows of one language in another order."""
     shutil.copytree(store_dir, folder)
     rows = np.roll(TokenStore(store_dir).read("train", language), 1, axis=0)
     writer = token_store.PartWriter(folder / "train" / language, rows.shape[1], rows.dtype)
@@ -180,8 +179,9 @@ def test_other_data_of_a_language_that_was_read_are_refused(store, store_dir, tm
     other = changed_store(store_dir, tmp_path / "store", "cc")
     without = loader.store_mixture(store, {"aa": 0.5, "bb": 0.5}, 8, 0).advanced(16)
     read = without.continued(loader.store_mixture(store, RATES, 8, 0), 2, "run").advanced(40)
-    # Without a word where the language does not come, or its rows are the same.
-    assert read.continued(loader.store_mixture(other, {"aa": 0.5, "bb": 0.5}, 8, 0), 7, "run").consumed()["cc"] == 8
+    # Other data of a language that is not read any more make no difference.
+    unaffected = read.continued(loader.store_mixture(other, {"aa": 0.5, "bb": 0.5}, 8, 0), 7, "run")
+    assert unaffected.sequences_read()["cc"] == 8
     for mixture in (read, read.continued(loader.store_mixture(other, {"aa": 1.0}, 8, 0), 7, "run").advanced(80)):
         with pytest.raises(InputError, match=r"^runs/x: 8 training sequences of 'cc' have been read from other data"):
             mixture.continued(loader.store_mixture(other, RATES, 8, 0), 9, "runs/x")

@@ -51,7 +51,7 @@ def test_rates_that_are_no_positive_shares_are_refused(rates):
 
 @pytest.mark.parametrize("rates", [[6, 3, 1], [99] + [1] * 11])
 def test_the_order_is_that_of_webster(rates):
-    """Sequences are due at (k + 1/2) / rate, of several at once the first source's; whatever part is asked for."""
+    """Sequences are due at (k + 1/2) / rate, the first source's first among equals, in any window of the order."""
     order = MixtureOrder(rates)
     due = sorted(((k + 0.5) / rate, s, k) for s, rate in enumerate(order.rates) for k in range(60))[:60]
     for stop in range(1, 60):

@@ -1,4 +1,4 @@
-"""Rates files: what is accepted, and what the error says."""
+"""Rates files: accepted content, and messages for the rest."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The token store: what is written is read, and damage is noticed when it is opened."""
+"""The token store: rows are read as written, and damage is noticed when a store is opened."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def test_unknown_split_and_language_are_named(store_dir):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_a_store_with_a_language_without_text_is_refused(store_dir, tmp_path, split):
-    """Evaluated, it would have infinite bits per byte; in a mixture, a share of nothing."""
+    """A language without text would have infinite bits per byte and waste its share of a mixture."""
     shutil.copytree(store_dir, tmp_path / "store")
     manifest = token_store.read_manifest(tmp_path / "store")
     manifest.splits[split]["bb"] = dataclasses.replace(manifest.splits[split]["bb"], bytes=0, documents=1)

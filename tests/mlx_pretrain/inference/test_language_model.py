@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from evals.scoring.requests import encode_pairs
 from mlx_pretrain.convert.decoders import save_decoder
-from mlx_pretrain.convert.export import export_model
+from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.data.tokenizers import SubwordTokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import continuation, load_language_model, with_prefix
@@ -100,7 +100,7 @@ def test_all_ids_that_end_a_text_are_read_and_exported(tmp_path, folder, config,
         say(folder, "tokenizer_config.json", eos_token=named)
     model = load_language_model(folder)
     assert model.eos_ids == ends and written(model) == text
-    export_model(str(folder), str(tmp_path / "out"))
+    export_model(ExportConfig(str(folder), str(tmp_path / "out")))
     again = load_language_model(tmp_path / "out")
     assert again.eos_ids == ends and written(again) == text
     raw = json.loads((tmp_path / "out/generation_config.json").read_text())
@@ -141,7 +141,7 @@ def test_add_bos_token_has_the_last_word(tmp_path, template, settings, prefix):
     assert model.prefix_ids == prefix
     (request,) = encode_pairs(model, [("Hello", " world")])
     assert request.context.tolist() == [*prefix, HELLO] and request.continuation.tolist() == [WORLD]
-    export_model(str(folder), str(tmp_path / "out"))
+    export_model(ExportConfig(str(folder), str(tmp_path / "out")))
     again = load_language_model(tmp_path / "out")
     assert again.prefix_ids == prefix
     # Readers that know only tokenizer.json do the same.
@@ -165,7 +165,7 @@ def test_a_chat_template_and_the_tokens_it_names_are_exported(tmp_path, folder, 
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(text.encode())
-    export_model(str(folder), str(tmp_path / "out"))
+    export_model(ExportConfig(str(folder), str(tmp_path / "out")))
     found = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert found.get("chat_template") == setting
     assert {name: (tmp_path / "out" / name).read_bytes().decode() for name in files} == files
@@ -181,7 +181,7 @@ def test_transformers_has_the_same_chat_template_after_an_export(tmp_path, folde
     transformers = pytest.importorskip("transformers")
     say(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>",
         eos_token="<|im_end|>", pad_token="<unk>", chat_template=setting)
-    export_model(str(folder), str(tmp_path / "out"))
+    export_model(ExportConfig(str(folder), str(tmp_path / "out")))
     before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "out"))
     assert after.chat_template == before.chat_template
     messages = [{"role": "user", "content": "Hello"}]
@@ -193,7 +193,7 @@ def test_transformers_has_the_same_chat_template_after_an_export(tmp_path, folde
 def test_a_chat_template_that_is_none_is_named(tmp_path, folder, template):
     say(folder, "tokenizer_config.json", chat_template=template)
     with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template is neither a text nor a list"):
-        export_model(str(folder), str(tmp_path / "out"))
+        export_model(ExportConfig(str(folder), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

@@ -34,27 +34,27 @@ def sequences_with_targets(draw):
 
 @settings(deadline=None)
 @given(sequences_with_targets(), st.integers(12, 80))
-def test_a_forest_holds_every_sequence_and_scores_what_it_should(case, shortest):
+def test_packed_rows_hold_every_sequence_and_score_its_targets(case, shortest):
     sequences, starts = case
     lengths = row_lengths(shortest, 70)
-    found = {}
+    packed = set()
     for group in pack_prefix_trees(sequences, starts, lengths):
         for length, row in group.rows:
-            assert length in lengths and len(row.tokens) == len(row.ends) == len(row.positions) <= length
+            assert length in lengths and len(row.tokens) == len(row.subtree_ends) == len(row.positions) <= length
             assert len(np.unique(row.nodes)) == len(row.nodes)
-            assert len(row.places) <= 2 * length and len(row.nodes) <= length
+            assert len(row.node_indices) <= 2 * length and len(row.nodes) <= length
             for number, pairs in row.members:
                 sequence, start, before = sequences[number], starts[number], len(group.prefix)
-                nodes = row.nodes[row.places[pairs]]
-                # What the last scored token's predictor sees is the sequence without its end.
-                seen = [j for j in range(nodes[-1] + 1) if row.ends[j] > nodes[-1]]
-                np.testing.assert_array_equal([*group.prefix, *row.tokens[seen]], sequence[:-1])
-                np.testing.assert_array_equal(row.positions[seen], np.arange(before, len(sequence) - 1))
+                nodes = row.nodes[row.node_indices[pairs]]
+                # The predictor of the last scored token reads the sequence without its end.
+                read = [j for j in range(nodes[-1] + 1) if row.subtree_ends[j] > nodes[-1]]
+                np.testing.assert_array_equal([*group.prefix, *row.tokens[read]], sequence[:-1])
+                np.testing.assert_array_equal(row.positions[read], np.arange(before, len(sequence) - 1))
                 np.testing.assert_array_equal(row.targets[pairs], sequence[start:])
                 np.testing.assert_array_equal(row.positions[nodes], np.arange(start, len(sequence)) - 1)
-                assert number not in found
-                found[number] = True
-    assert len(found) == len(sequences)
+                assert number not in packed
+                packed.add(number)
+    assert len(packed) == len(sequences)
 
 
 def test_lengths_of_rows_grow_by_a_half_at_most():

@@ -23,7 +23,7 @@ SPECS = {"divided": ("x", None), "across": (None, "x"), "whole": ()}
 
 
 def state(step: int, devices: list[jax.Device]) -> TrainState:
-    """Arrays that follow from `step`, over all these devices."""
+    """Returns arrays that follow from `step`, spread over all devices."""
     mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
 
     def put(x: np.ndarray, *spec: str | None) -> jax.Array:
@@ -40,7 +40,7 @@ def layout(tree: Any) -> Any:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Bit for bit, on the devices of this process."""
+    """Compares two states bit for bit, on the devices of this process."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == b.sharding
         for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):

@@ -1,4 +1,4 @@
-"""A run that goes on with other training data: what changes is told and recorded, or refused."""
+"""A run that goes on with other training data: changes are told and recorded, or refused."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ OTHER_RATES = {"cc": 0.6, "bb": 0.2, "aa": 0.2}
 
 @pytest.fixture(scope="module")
 def stopped(tiny_config, store_dir, tmp_path_factory) -> TrainConfig:
-    """A run of two steps of 8 sequences."""
+    """Settings of a run of two steps of 8 sequences that was trained."""
     folder = tmp_path_factory.mktemp("stopped")
     save_rates(folder / "rates.json", RATES, {})
     save_rates(folder / "other.json", OTHER_RATES, {})
@@ -35,7 +35,7 @@ def stopped(tiny_config, store_dir, tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture
 def config(stopped, tmp_path) -> TrainConfig:
-    """Goes on, in a copy of the folder."""
+    """Settings with which a copy of that run goes on."""
     shutil.copytree(stopped.run_dir, tmp_path / "run")
     return dataclasses.replace(stopped, run_dir=str(tmp_path / "run"), steps=4)
 
@@ -62,13 +62,13 @@ def test_changes_are_told_and_recorded(config, capsys):
     assert changes(config) == expected and "changed after" not in capsys.readouterr().out
     [meta] = (pathlib.Path(config.run_dir) / "checkpoints" / "5" / "meta").glob("metadata")
     saved = DataState(0, {}, (), json.loads(meta.read_text())["mixture"]).mixture
-    assert (saved.before, saved.since) == ({"aa": 8, "bb": 5, "cc": 3}, 48)
+    assert (saved.read_before_change, saved.read_since_change) == ({"aa": 8, "bb": 5, "cc": 3}, 48)
     store = token_store.TokenStore(config.token_store)
     assert saved.rates == pytest.approx(OTHER_RATES) and saved.data == store.fingerprints("train", RATES)
 
 
 def other_store(store_dir, folder):
-    """A copy in which one language has two sequences less."""
+    """Copies a token store, without two sequences of one language."""
     shutil.copytree(store_dir, folder)
     manifest = token_store.read_manifest(store_dir)
     rows = token_store.TokenStore(store_dir).read("train", "bb")[2:]
@@ -102,4 +102,5 @@ def test_what_cannot_be_honoured_is_refused(config, tmp_path, what):
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_word(config):
     mixture, told = continued_mixture(Pretraining(config).mixture, DataState(16, {}), 2, config.run_dir)
     assert told == ["the checkpoint is of an earlier version, which read the data in another order"]
-    assert mixture.changes == ({"step": 2, "change": told[0]},) and mixture.consumed() == {"aa": 8, "bb": 5, "cc": 3}
+    assert mixture.changes == ({"step": 2, "change": told[0]},)
+    assert mixture.sequences_read() == {"aa": 8, "bb": 5, "cc": 3}

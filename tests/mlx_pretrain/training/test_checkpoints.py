@@ -52,7 +52,7 @@ def save_steps(run_dir, state, losses: dict[int, float | None], **options):
 
 
 def test_restores_bitwise_on_another_mesh(tmp_path, tiny_config, state):
-    """maxtext#1760; progress comes back with it."""
+    """Tests what failed in maxtext#1760; the data's state comes back too."""
     save_steps(tmp_path, state, {4: 1.0}).close()
     for shape in ((1, 1, 1), (1, 8, 1), (4, 1, 2)):
         saver = Checkpoints(tmp_path)
@@ -91,7 +91,7 @@ def layout(tree):
 
 
 def test_any_changed_byte_is_noticed(tmp_path, small_state, caplog):
-    """100 bytes, the choice of the file by chance and then that of the byte: small files are met as often."""
+    """Changes 100 bytes, each in a random file at a random place, so that small files are chosen as often."""
     save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()
     rng, whole = np.random.default_rng(0), tmp_path / "whole"
     (tmp_path / "checkpoints" / "2").rename(whole)
@@ -162,7 +162,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, tiny_config, state, caplog)
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unreadable metadata"])
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoints_of_older_versions(tmp_path, small_state, caplog, damage):
-    """Without digests and checksums: restored with a word about it, or passed over where Orbax cannot read them."""
+    """Checkpoints without digests and checksums are restored with a warning, or skipped if Orbax cannot read them."""
     save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()
     for step in ("1", "2"):
         (tmp_path / "checkpoints" / step / "files.json").unlink()
@@ -186,7 +186,7 @@ def test_checkpoints_of_older_versions(tmp_path, small_state, caplog, damage):
 
 
 def caused(error: Exception) -> Exception:
-    """As Orbax raises errors of TensorStore."""
+    """Raises an error of TensorStore as Orbax does."""
     outer = Exception("Encountered error while reading array index: (). See full TensorStore details")
     outer.__cause__ = error
     return outer
@@ -228,7 +228,7 @@ def test_other_errors_move_nothing(tmp_path, small_state, monkeypatch, error, ol
 
 
 def test_files_that_were_compared_are_not_damaged(tmp_path, small_state, monkeypatch):
-    """A restore that fails all the same, whatever its error says, fails for another reason."""
+    """A restore of undamaged files that fails has failed for another reason, whatever its error says."""
     save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()
 
     def fail(*args, **kwargs):
@@ -306,7 +306,7 @@ def test_another_model_or_vocabulary_is_refused(tmp_path, tiny_config):
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """A model with a decoder in it, as those of `video`."""
+    """A model that contains a decoder, as those of `video` do."""
 
     decoder: DecoderConfig
     frames: int = 4
@@ -318,7 +318,7 @@ class Nested:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_fields_come_and_go(tmp_path, tiny_config, monkeypatch, nested):
-    """Runs from before a field was there have its default; a retired field had to have the value all models have."""
+    """Older runs have the default of a new field; a removed field must have had the value that all models have."""
     (tokenizer := tmp_path / "tokenizer.model").write_bytes(b"one")
     config, run = Nested(tiny_config) if nested else tiny_config, tmp_path / "run"
     checkpoints.save_model(run, config, tokenizer)
@@ -342,7 +342,7 @@ def test_fields_come_and_go(tmp_path, tiny_config, monkeypatch, nested):
 
 
 def test_two_processes_save_restore_and_notice_together(tmp_path):
-    """1 -> 2 and 2 -> 1 processes bit for bit; both pass over what either finds damaged, and one moves it."""
+    """Restores 1 -> 2 and 2 -> 1 processes bit for bit; both skip what either finds damaged, and one moves it."""
     saver = Checkpoints(tmp_path / "single")
     single = checkpoint_job.state(3, jax.devices()[:4])
     saver.save(3, single, DataState(48, {"aa": 3}), {})

@@ -13,7 +13,7 @@ from mlx_pretrain.training.checksums import DIGESTS, _compiled, changed_arrays, 
 
 
 def reference(array: np.ndarray) -> str:
-    """The definition in `checksums.checksums`, in Python's integers, one word at a time."""
+    """Computes the definition in `checksums.checksums` with Python's integers, one word at a time."""
     raw = np.ascontiguousarray(array)
     words = raw.view(f"<u{min(raw.itemsize, 4)}").ravel().tolist()
     mask, first_sum, second_sum = 2**32 - 1, 0, 0

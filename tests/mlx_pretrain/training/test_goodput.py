@@ -1,4 +1,4 @@
-"""The record of where the hours of a run went sums to its wall time, whatever happened to its processes."""
+"""The parts of a run's time sum to its wall time, whatever happened to its processes."""
 
 import contextlib
 import json

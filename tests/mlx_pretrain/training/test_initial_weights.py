@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_mixtures.tokenizer import train_model
-from mlx_pretrain.convert.export import export_model
+from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
@@ -48,7 +48,7 @@ def folders(tmp_path_factory, tokenizers):
             saver.save(step, state, DataState(step, {}), {})
             params[step] = jax.device_get(state.params)
     saver.close()
-    export_model(str(folder / "run"), str(folder / "hf"))
+    export_model(ExportConfig(str(folder / "run"), str(folder / "hf")))
     return folder, config, params
 
 

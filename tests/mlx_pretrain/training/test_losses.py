@@ -46,7 +46,7 @@ def test_chunked_equals_direct(arrays, chunk_tokens, z):
 
 
 def test_half_precision_states_are_summed_in_float32(arrays):
-    """Against float64 arithmetic on the rounded numbers; the gradient of the scores is rounded as they are."""
+    """Compares with float64 arithmetic on the rounded numbers; the gradient of the scores is rounded too."""
     hidden, kernel, targets, weights = arrays
     half = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
     scores = half(hidden) @ half(kernel)
@@ -71,7 +71,7 @@ def test_without_a_gradient_only_the_scores_are_computed(arrays):
 
 
 def test_devices_exchange_no_more_than_the_mesh_asks_for(arrays):
-    """One device nothing; only where `tensor` splits the vocabulary a chunk gathers three numbers of each token."""
+    """One device exchanges nothing; where `tensor` splits the vocabulary a chunk gathers three numbers a token."""
     def program(devices, *mesh_shape):
         with partitioning.use(partitioning.make_mesh(*mesh_shape, devices=jax.devices()[:devices])):
             return str(jax.make_jaxpr(losses.token_nll)(*arrays[:3]))
@@ -85,7 +85,7 @@ def test_devices_exchange_no_more_than_the_mesh_asks_for(arrays):
 @pytest.mark.parametrize(("chunk_tokens", "chunks"), [
     (1000, 1), (96, 1), (95, 2), (48, 2), (47, 3), (32, 3), (31, 4), (16, 6), (15, 12), (8, 12), (1, 12)])
 def test_chunks_are_the_fewest_that_hold_no_more_tokens(chunk_tokens, chunks):
-    """Of 8 rows and 12 positions: in equal slices, of one position at least."""
+    """Cuts 8 rows and 12 positions into equal slices of one position at least."""
     assert losses._chunks(BATCH, LENGTH, chunk_tokens) == chunks
 
 

@@ -70,7 +70,7 @@ def test_decay_spares_stacked_biases_and_norms():
 
 
 def test_muon_decays_no_norms(tiny_params):
-    """Nor does AdamW for what Muon leaves to it."""
+    """AdamW, for the parameters that Muon leaves to it, does not decay them either."""
     optimizer = optimizers.muon(optimizers.constant(1.0), adam_fraction=1.0, weight_decay=0.5, clip_norm=None)
     zeros = jax.tree.map(jnp.zeros_like, tiny_params)
     updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(tiny_params), tiny_params)
@@ -80,14 +80,14 @@ def test_muon_decays_no_norms(tiny_params):
 
 
 def encoder_weights() -> dict[str, jax.Array]:
-    """Weights of three layers of the encoder's kind: queries, keys and values in one array."""
+    """Weights of three layers of an encoder, with queries, keys and values in one array."""
     shapes = {"qkv": (3, 24, 3, 2, 12), "out": (3, 2, 12, 24), "up": (3, 24, 40), "down": (3, 40, 24)}
     return {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
 @pytest.mark.parametrize("model", ["decoder", "encoder"])
 def test_muon_on_a_mesh_equals_one_device(tiny_params, model):
-    """Matrices that are shared out over eight devices get the update that one device computes."""
+    """Matrices divided among eight devices get the update that one device computes."""
     tiny_params = tiny_params if model == "decoder" else encoder_weights()
     rng = np.random.default_rng(0)
     optimizer = optimizers.muon(optimizers.constant(1.0))
@@ -109,7 +109,7 @@ def test_decay_is_for_matrices_only(tiny_params):
 
 
 def test_adamw_equals_its_definition(tiny_params):
-    """arXiv 1711.05101, algorithm 2, behind clipping by the global norm, in NumPy."""
+    """Compares with arXiv 1711.05101, algorithm 2, after clipping by the global norm, in NumPy."""
     rng = np.random.default_rng(0)
     optimizer = optimizers.adamw(optimizers.constant(0.01), clip_norm=1.0)
     params, state = tiny_params, optimizer.init(tiny_params)

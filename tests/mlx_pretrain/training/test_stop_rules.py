@@ -41,7 +41,7 @@ def test_a_metric_that_is_not_there_is_refused():
 
 
 class WithNorm(Pretraining):
-    """Evaluates something else before the first and after the last step, wherever that is."""
+    """Evaluates a norm before the first and after the last step."""
 
     def evaluators(self, mesh):
         norm = lambda params, check: {"embedding": float(jnp.linalg.norm(params["embedding"]))}  # noqa: E731

@@ -22,7 +22,7 @@ def tokens():
 
 
 def run(config, tokens, mesh_shape=(1, 1, 1), microbatches=1, steps=3, optimizer=optimizers.adamw):
-    """Losses and gradient norms [steps, 2], and the final parameters as NumPy arrays."""
+    """Returns losses and gradient norms [steps, 2], the final parameters as NumPy arrays, and the state."""
     mesh = partitioning.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
     with partitioning.use(mesh):
         transformation = optimizer(SCHEDULE)

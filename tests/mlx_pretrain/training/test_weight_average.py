@@ -9,7 +9,7 @@ import optax
 import pytest
 import sentencepiece
 
-from mlx_pretrain.convert.export import export_model
+from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
@@ -96,10 +96,10 @@ def test_the_average_is_exported(tiny_config, store_dir, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a few words of text"] * 9), model_prefix=str(run / "tokenizer"), vocab_size=24,
         hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=3, minloglevel=2)
-    export_model(str(run), str(tmp_path / "hf"), weights="ema")
+    export_model(ExportConfig(str(run), str(tmp_path / "hf"), weights="ema"))
     average, _ = restore_params(run, abstract_params(tiny_config, partitioning.make_mesh()), weights="ema")
     jax.tree.map(np.testing.assert_array_equal, load_language_model(tmp_path / "hf").params, average)
-    with pytest.raises(InputError, match="hf: weights = 'ema', but this is no training run"):
+    with pytest.raises(InputError, match="hf: step = None, weights = 'ema', but this is no training run"):
         load_language_model(tmp_path / "hf", weights="ema")
 
 

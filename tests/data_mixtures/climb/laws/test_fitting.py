@@ -53,8 +53,8 @@ def numpy_objective(problem, target, parameters, weights):
 
 
 def test_minimum_is_scipys(problem, starts):
-    found = fitting.fit(PowerLaw(), problem, starts)
-    assert found.converged.all()
+    result = fitting.fit(PowerLaw(), problem, starts)
+    assert result.converged.all()
     for target in range(2):
         with np.errstate(over="ignore", invalid="ignore"):  # SciPy strays far on its way
             attempts = [
@@ -62,10 +62,10 @@ def test_minimum_is_scipys(problem, starts):
                 for start in starts[:, target]
             ]
         scipys = min(attempts, key=lambda result: result.fun)
-        ours = numpy_objective(problem, target, found.parameters[0, target], 1)
-        assert ours == pytest.approx(found.objective[0, target], rel=1e-9)
+        ours = numpy_objective(problem, target, result.parameters[0, target], 1)
+        assert ours == pytest.approx(result.objective[0, target], rel=1e-9)
         assert ours <= scipys.fun + 1e-4
-        np.testing.assert_allclose(found.parameters[0, target], scipys.x, atol=0.02)
+        np.testing.assert_allclose(result.parameters[0, target], scipys.x, atol=0.02)
 
 
 def test_weights_count_rows(problem, starts):
@@ -92,8 +92,8 @@ def test_masked_rows_do_not_count(problem, starts):
 
 def test_one_hopeless_start_does_not_spoil_the_fit(problem, starts):
     hopeless = np.concatenate([np.full((1, 2, 4), 600.0), starts])
-    found = fitting.fit(PowerLaw(), problem, hopeless)
-    np.testing.assert_allclose(found.objective, fitting.fit(PowerLaw(), problem, starts).objective, rtol=1e-6)
+    result = fitting.fit(PowerLaw(), problem, hopeless)
+    np.testing.assert_allclose(result.objective, fitting.fit(PowerLaw(), problem, starts).objective, rtol=1e-6)
 
 
 def test_information_is_the_data_s_curvature(problem, starts):

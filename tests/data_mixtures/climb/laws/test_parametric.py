@@ -161,9 +161,9 @@ def test_replicates_repeat_by_seed(fitted, runs):
 
 def test_the_family_of_transfer_is_the_likeliest(runs, monkeypatch):
     monkeypatch.setattr(climb, "_CANDIDATES", ("linear", "saturating_fading"))
-    found = Climb(starts=1).fit(runs)
-    assert found.transfer_family == "saturating_fading"
-    assert any("transfer is of the family saturating_fading; linear is the next" in note for note in found.notes)
+    fitted = Climb(starts=1).fit(runs)
+    assert fitted.transfer_family == "saturating_fading"
+    assert any("transfer is of the family saturating_fading; linear is the next" in note for note in fitted.notes)
 
 
 @pytest.mark.slow
@@ -180,9 +180,9 @@ def test_the_family_of_transfer_is_the_one_the_table_was_made_with(monkeypatch):
         truth = FittedEffectiveFormula(formula, LANGUAGES, LANGUAGES, parameters, parameters, parameters, np.ones(3),
                                        1e6, D0, 1e-3, np.full(3, 1 / 3))
         runs = table(mixtures(13, 0), lambda r, d, _: truth.at(r, 1e6, d), noise=0.003)  # noqa: B023
-        found = Climb(starts=1).fit(runs)
-        assert found.transfer_family == family
-        assert any(f"transfer is of the family {family}; " in note for note in found.notes)
+        fitted = Climb(starts=1).fit(runs)
+        assert fitted.transfer_family == family
+        assert any(f"transfer is of the family {family}; " in note for note in fitted.notes)
 
 
 def test_strengths_of_a_language_that_was_never_mixed_in_are_said_to_be_open(law, runs, fitted):
