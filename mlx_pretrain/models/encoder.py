@@ -269,9 +269,11 @@ def positions(segment_ids: Int[ArrayLike, "batch length"]) -> Int32[Array, "batc
 
 
 def pool(
-    config: EncoderConfig, hidden: Float[ArrayLike, "batch length embed"], segment_ids: Int[ArrayLike, "batch length"]
+    config: EncoderConfig, hidden: Float[ArrayLike, "batch columns embed"], segment_ids: Int[ArrayLike, "batch length"]
 ) -> Float32[Array, "batch embed"]:
     """Returns one float32 vector `[batch, embed]` of each row's hidden states `[batch, length, embed]`.
+
+    Pooling "first" also takes `[batch, 1, embed]`, the only column that the encoder then computes.
 
     A row is one document. Pooling "first" takes the first column, where the document begins; "mean" the mean of the
     row's tokens without padding, zeros for a row that has none.
