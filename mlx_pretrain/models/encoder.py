@@ -273,10 +273,8 @@ def pool(
 ) -> Float32[Array, "batch embed"]:
     """Returns one float32 vector `[batch, embed]` of each row's hidden states `[batch, length, embed]`.
 
-    Pooling "first" also takes `[batch, 1, embed]`, the only column that the encoder then computes.
-
-    A row is one document. Pooling "first" takes the first column, where the document begins; "mean" the mean of the
-    row's tokens without padding, zeros for a row that has none.
+    A row is one document. Pooling "first" takes the first column, where the document begins, and needs no other; "mean"
+    the mean of the row's tokens without padding, zeros for a row that has none.
     """
     if config.pooling == "first":
         return hidden[:, 0].astype(jnp.float32)
