@@ -220,7 +220,8 @@ def sharing(corpus):
 
 
 def choose_training(documents, keys, budget, dropped):
-    """Takes up to `budget` bytes of documents in order of `keys`; sources over their share wait for a second round."""
+    """Takes up to `budget` bytes of documents in the order of `keys`; sources over their share wait for a second
+    round."""
     chosen, repeating, seen, taken = set(), set(), set(), Counter()
     for limited in (True, False):
         for key in keys:

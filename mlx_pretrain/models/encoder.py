@@ -172,10 +172,11 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Computes the final hidden states of tokens, or with `pooled` one vector a row.
 
-    config, params = load_encoder("minilm")                      # mlx_pretrain.convert.encoders
-    tokens = jnp.array([[101, 7592, 102, 0]])                    # [CLS] hello [SEP], one padding token
-    segment_ids = (tokens != config.pad_id).astype(jnp.int32)
-    vectors = Encoder(config).apply({"params": params}, tokens, segment_ids, pooled=True)    # float32 [batch, embed]
+    Example:
+      config, params = load_encoder("minilm")                      # mlx_pretrain.convert.encoders
+      tokens = jnp.array([[101, 7592, 102, 0]])                    # [CLS] hello [SEP], one padding token
+      segment_ids = (tokens != config.pad_id).astype(jnp.int32)
+      vectors = Encoder(config).apply({"params": params}, tokens, segment_ids, pooled=True)    # float32 [batch, embed]
     """
 
     config: EncoderConfig
