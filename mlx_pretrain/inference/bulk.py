@@ -90,12 +90,13 @@ def pack(lengths: Sequence[int], rows: dict[int, int]) -> list[Batch]:
 class BulkInference:
     """Applies a function of token batches to streams of sequences.
 
-    def embed(params, tokens, segment_ids):
-        return Encoder(config).apply({"params": params}, tokens, segment_ids, pooled=True)
+    Example:
+      def embed(params, tokens, segment_ids):
+          return Encoder(config).apply({"params": params}, tokens, segment_ids, pooled=True)
 
-    bulk = BulkInference(embed, params, partitioning.make_mesh(), buckets=[128, 512], tokens_per_batch=8192)
-    for key, vectors in bulk([("first", sequences), ("second", more)]):    # sequences: int32 [length] each
-        np.save(key, vectors)                                               # [sequences, embed], in order
+      bulk = BulkInference(embed, params, partitioning.make_mesh(), buckets=[128, 512], tokens_per_batch=8192)
+      for key, vectors in bulk([("first", sequences), ("second", more)]):    # sequences: int32 [length] each
+          np.save(key, vectors)                                               # [sequences, embed], in order
 
     The output of a sequence depends on its window alone, not on earlier windows: the same window gives the same
     batches of the same shapes.

@@ -32,8 +32,9 @@ def generate(
 ) -> list[list[int]]:
     """Continues prompts (token ids) until one of `eos_ids` or `max_new_tokens`.
 
-    new = generate(config, params, [[17, 42], [5]], max_new_tokens=20, temperature=0.8, top_p=0.95, seed=1)
-    texts = [tokenizer.decode(ids) for ids in new]
+    Example:
+      new = generate(config, params, [[17, 42], [5]], max_new_tokens=20, temperature=0.8, top_p=0.95, seed=1)
+      texts = [tokenizer.decode(ids) for ids in new]
 
     `LanguageModel.generate` does this for texts.
 

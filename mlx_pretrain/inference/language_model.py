@@ -34,9 +34,10 @@ HF_TOKENIZER = "tokenizer.json"
 class LanguageModel:
     """A decoder with its tokenizer.
 
-    model = load_language_model("runs/demo")
-    model.generate(["Once upon a time"], max_new_tokens=50, temperature=0.8, seed=1)    # list of str
-    Scorer(model.config, model.params, model.mesh)                                      # log-likelihoods
+    Example:
+      model = load_language_model("runs/demo")
+      model.generate(["Once upon a time"], max_new_tokens=50, temperature=0.8, seed=1)    # list of str
+      Scorer(model.config, model.params, model.mesh)                                      # log-likelihoods
 
     Attributes:
       path: file or folder that the model was read from.

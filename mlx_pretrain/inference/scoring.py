@@ -79,10 +79,11 @@ class _Batch(NamedTuple):
 class Scorer:
     """Scores windows of requests.
 
-    scorer = Scorer(model.config, model.params, model.mesh)        # model = load_language_model("runs/demo")
-    context, *options = (np.array(ids) for ids in ([BOS_ID, 17, 42], [99], [5, 8]))
-    scores = scorer.score([Request(context, option) for option in options])
-    best = max(range(len(options)), key=lambda i: scores[i].log_likelihood)
+    Example:
+      scorer = Scorer(model.config, model.params, model.mesh)        # model = load_language_model("runs/demo")
+      context, *options = (np.array(ids) for ids in ([BOS_ID, 17, 42], [99], [5, 8]))
+      scores = scorer.score([Request(context, option) for option in options])
+      best = max(range(len(options)), key=lambda i: scores[i].log_likelihood)
 
     Attributes:
       max_length: largest number of tokens of context and continuation, without the last, which is never fed.

@@ -72,9 +72,9 @@ def _probabilities(query, key, query_segments, key_segments):
 
 def _attended(query, key, value, segment_ids):
     grouped, dtype, outputs = _group(query, key.shape[2]), query.dtype, []
-    for block, seen in _blocks(query.shape[1]):
-        p, total = _probabilities(grouped[:, block], key[:, seen], segment_ids[:, block], segment_ids[:, seen])
-        out = jnp.einsum("BKGTS,BSKH->BTKGH", p.astype(dtype), value[:, seen], preferred_element_type=jnp.float32)
+    for block, keys in _blocks(query.shape[1]):
+        p, total = _probabilities(grouped[:, block], key[:, keys], segment_ids[:, block], segment_ids[:, keys])
+        out = jnp.einsum("BKGTS,BSKH->BTKGH", p.astype(dtype), value[:, keys], preferred_element_type=jnp.float32)
         outputs.append((out / jnp.moveaxis(total, -1, 1)[..., None]).astype(dtype))
     return jnp.concatenate(outputs, axis=1).reshape(query.shape)
 
@@ -94,16 +94,16 @@ def _backward(residuals, d_output):
     delta = jnp.moveaxis(delta, 1, -1)
     d_queries = []
     d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-    for block, seen in _blocks(query.shape[1]):
-        q, k, v, d_out = grouped[:, block], key[:, seen], value[:, seen], d_grouped[:, block]
-        p, total = _probabilities(q, k, segment_ids[:, block], segment_ids[:, seen])
+    for block, keys in _blocks(query.shape[1]):
+        q, k, v, d_out = grouped[:, block], key[:, keys], value[:, keys], d_grouped[:, block]
+        p, total = _probabilities(q, k, segment_ids[:, block], segment_ids[:, keys])
         p /= total[..., None]
         dp = jnp.einsum("BTKGH,BSKH->BKGTS", d_out, v, preferred_element_type=jnp.float32)
         ds = (p * (dp - delta[..., block, None]) * scale).astype(dtype)
         d_queries.append(jnp.einsum("BKGTS,BSKH->BTKGH", ds, k, preferred_element_type=jnp.float32).astype(dtype))
         # Without a preferred type: XLA's CPU backend cannot run these two on bfloat16 with float32 results.
-        d_key = d_key.at[:, seen].add(jnp.einsum("BKGTS,BTKGH->BSKH", ds, q))
-        d_value = d_value.at[:, seen].add(jnp.einsum("BKGTS,BTKGH->BSKH", p.astype(dtype), d_out))
+        d_key = d_key.at[:, keys].add(jnp.einsum("BKGTS,BTKGH->BSKH", ds, q))
+        d_value = d_value.at[:, keys].add(jnp.einsum("BKGTS,BTKGH->BSKH", p.astype(dtype), d_out))
     d_query = jnp.concatenate(d_queries, axis=1).reshape(query.shape)
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
 

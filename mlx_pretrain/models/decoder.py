@@ -34,10 +34,11 @@ REMAT_POLICIES = {
 class DecoderConfig:
     """Shape and numerics of a decoder.
 
-    config = DecoderConfig(vocab_size=32_000, embed_dim=512, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=64,
-                           mlp_dim=1408, max_length=2048, dtype="bfloat16")
-    params = flax.linen.unbox(config.init(jax.random.key(0)))
-    config.parameters()  # 56_107_520
+    Example:
+      config = DecoderConfig(vocab_size=32_000, embed_dim=512, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=64,
+                             mlp_dim=1408, max_length=2048, dtype="bfloat16")
+      params = flax.linen.unbox(config.init(jax.random.key(0)))
+      config.parameters()  # 56_369_664
 
     Attributes:
       vocab_size: rows of the embedding; pad it to a multiple of the tensor axis.
@@ -143,9 +144,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Computes the final hidden states of tokens; `logits` projects those to the vocabulary.
 
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)     # tokens: int [batch, length]
-    hidden, _ = Decoder(config).apply({"params": params}, tokens, positions)    # [batch, length, embed]
-    log_probs = jax.nn.log_softmax(logits(params, hidden))                      # [batch, length, vocab]
+    Example:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)     # tokens: int [batch, length]
+      hidden, _ = Decoder(config).apply({"params": params}, tokens, positions)    # [batch, length, embed]
+      log_probs = jax.nn.log_softmax(logits(params, hidden))                      # [batch, length, vocab]
 
     Training hands the hidden states to `losses.cross_entropy` with `output_kernel(params)`, so that float32 logits of
     a whole batch never exist.

@@ -297,8 +297,8 @@ def gguf_model(tmp_path_factory, tokenizer):
 def test_gguf_gives_the_weights_and_the_tokenizer(gguf_model, tokenizer):
     path, config, params = gguf_model
     file = GGUF(path)
-    found, weights = file.load_decoder()
-    assert found == config
+    loaded, weights = file.load_decoder()
+    assert loaded == config
     np.testing.assert_allclose(weights["layers"]["mlp"].pop("up"), params["layers"]["mlp"]["up"], atol=3e-3)
     expected = {**params, "layers": {**params["layers"], "mlp": {
         name: value for name, value in params["layers"]["mlp"].items() if name != "up"}}}
@@ -316,7 +316,7 @@ def test_models_from_gguf_and_hugging_face_are_used_alike(gguf_model, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(model.tokenizer.model)
     same = load_language_model(tmp_path)
     assert same.fingerprint() == model.fingerprint()
-    ids = [(one.bos_id, one.eos_ids, one.prefix_ids) for one in (same, model)]
+    ids = [(each.bos_id, each.eos_ids, each.prefix_ids) for each in (same, model)]
     assert ids == [(0, (1,), ())] * 2
     prompts = ["the cat", "", "1998 dogs ran"]
     settings = {"max_new_tokens": 5, "temperature": 0.0}
@@ -329,8 +329,8 @@ def test_chat_templates_of_gguf_are_exported(gguf_model, tmp_path, tokenizer):
     for number, template in enumerate(("{{ messages }}\n", named)):
         write_gguf(tmp_path / f"{number}.gguf", config, params, tokenizer, chat_template=template)
         export_model(ExportConfig(str(tmp_path / f"{number}.gguf"), str(tmp_path / f"{number}")))
-        found = json.loads((tmp_path / f"{number}/tokenizer_config.json").read_text())
-        assert found["chat_template"] == template and found["bos_token"] == "<s>"
+        settings = json.loads((tmp_path / f"{number}/tokenizer_config.json").read_text())
+        assert settings["chat_template"] == template and settings["bos_token"] == "<s>"
 
 
 def test_gguf_files_that_are_none(gguf_model, tmp_path, tokenizer):

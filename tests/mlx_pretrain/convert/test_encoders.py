@@ -209,10 +209,10 @@ def test_fields_that_ask_for_more(folder, golden, changes, message):
     assert message in str(error.value) and str(error.value).startswith(f"{folder}/config.json: ")
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta"])
-def test_configurations_that_transformers_writes(tmp_path, kind):
+@pytest.mark.parametrize("architecture", ["Bert", "Roberta", "XLMRoberta"])
+def test_configurations_that_transformers_writes(tmp_path, architecture):
     transformers = pytest.importorskip("transformers")
-    made = getattr(transformers, f"{kind}Config")()
+    made = getattr(transformers, f"{architecture}Config")()
     (tmp_path / "config.json").write_text(json.dumps(made.to_dict()))
     whole = read_config(tmp_path)
     made.save_pretrained(tmp_path)

@@ -104,9 +104,9 @@ def test_little_of_what_is_computed_is_padding():
 def test_outputs_come_back_in_order_and_are_those_of_each_sequence_alone(params, devices):
     bulk = make_bulk(params, devices, tokens=256)
     windows = make_windows(1, [0, 45, 1, 0, 0, 80])
-    found = list(bulk(iter(windows)))
-    assert [key for key, _ in found] == [key for key, _ in windows]
-    for (_, sequences), (_, outputs) in zip(windows, found):
+    finished = list(bulk(iter(windows)))
+    assert [key for key, _ in finished] == [key for key, _ in windows]
+    for (_, sequences), (_, outputs) in zip(windows, finished):
         assert outputs.shape == (len(sequences), 2)
         for sequence, output in zip(sequences, outputs):
             np.testing.assert_allclose(output, reference(params, sequence), rtol=1e-4, atol=1e-5)
@@ -130,16 +130,17 @@ def test_one_program_per_bucket_and_none_after_the_warm_up(params):
 
 
 def test_rows_are_spread_over_the_devices(params):
-    seen = []
+    shardings = []
 
     def watched(params, tokens, segment_ids):
-        jax.debug.inspect_array_sharding(tokens, callback=seen.append)
+        jax.debug.inspect_array_sharding(tokens, callback=shardings.append)
         return score(params, tokens, segment_ids)
 
     bulk = make_bulk(params, devices=8, tokens=100, function=watched)
     assert all(rows % 8 == 0 for rows in bulk.rows.values())
     list(bulk(make_windows(3, [20])))
-    assert seen and all(len(sharding.device_set) == 8 and not sharding.is_fully_replicated for sharding in seen)
+    assert shardings
+    assert all(len(sharding.device_set) == 8 and not sharding.is_fully_replicated for sharding in shardings)
 
 
 def test_a_window_gives_the_same_bits_whatever_ran_before(params):

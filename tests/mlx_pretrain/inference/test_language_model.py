@@ -166,11 +166,11 @@ def test_a_chat_template_and_the_tokens_it_names_are_exported(tmp_path, folder, 
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(text.encode())
     export_model(ExportConfig(str(folder), str(tmp_path / "out")))
-    found = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert found.get("chat_template") == setting
+    settings_written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert settings_written.get("chat_template") == setting
     assert {name: (tmp_path / "out" / name).read_bytes().decode() for name in files} == files
     assert len(list((tmp_path / "out").rglob("*.jinja"))) == len(files)
-    tokens = {name: found.get(name) for name in ("bos_token", "eos_token", "pad_token", "mask_token")}
+    tokens = {name: settings_written.get(name) for name in ("bos_token", "eos_token", "pad_token", "mask_token")}
     assert tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "mask_token": None}
     again, model = load_language_model(tmp_path / "out"), load_language_model(folder)
     assert (again.eos_ids, again.prefix_ids, again.bos_id) == (model.eos_ids, model.prefix_ids, model.bos_id)
@@ -185,7 +185,8 @@ def test_transformers_has_the_same_chat_template_after_an_export(tmp_path, folde
     before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "out"))
     assert after.chat_template == before.chat_template
     messages = [{"role": "user", "content": "Hello"}]
-    texts = [one.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for one in (before, after)]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+             for tokenizer in (before, after)]
     assert texts[0] == texts[1] and "<|im_end|>" in texts[1] and "é 日本<unk>" in texts[1]
 
 

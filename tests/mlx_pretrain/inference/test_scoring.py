@@ -151,8 +151,8 @@ def test_greedy_continuations_are_found(scorer, alone, tiny_config, tiny_params)
             {"params": tiny_params}, np.array([tokens]), np.arange(len(tokens))[None])
         tokens.append(int(logits(tiny_params, hidden[0, -1]).argmax()))
     other = [*tokens[:-1], (tokens[-1] + 1) % 96]
-    found = scorer.score([Request(np.array(t[:3]), np.array(t[3:])) for t in (tokens, other)])
-    assert [score.greedy for score in found] == [True, False]
+    scores = scorer.score([Request(np.array(t[:3]), np.array(t[3:])) for t in (tokens, other)])
+    assert [score.greedy for score in scores] == [True, False]
 
 
 def test_nothing_is_compiled_twice_and_prefixes_are_kept(scorer):
@@ -162,8 +162,8 @@ def test_nothing_is_compiled_twice_and_prefixes_are_kept(scorer):
     scorer.score(requests)
     assert scorer.compilations == before
     windows = [(key, requests[:60] if key else requests) for key in range(3)]
-    found = list(scorer(iter(windows)))
-    assert [key for key, _ in found] == [0, 1, 2] and [len(scores) for _, scores in found] == [120, 60, 60]
+    finished = list(scorer(iter(windows)))
+    assert [key for key, _ in finished] == [0, 1, 2] and [len(scores) for _, scores in finished] == [120, 60, 60]
     assert scorer.compilations == before
     first = scorer.fed_tokens
     scorer.score(requests)
@@ -175,8 +175,8 @@ def test_the_largest_program_is_one_that_scoring_uses(scorer):
     scorer.score(draw_requests(np.random.default_rng(1), *CASES["few-shot"]))
     program, arguments, rows, length = scorer.largest_program()
     assert (rows * length, length) == (128, 32)
-    used = [compiled.args_info[0] for (kind, *shape), compiled in scorer._programs.items()
-            if kind == "rows" and shape[1:3] == [32, 64]]
+    used = [compiled.args_info[0] for (program, *shape), compiled in scorer._programs.items()
+            if program == "rows" and shape[1:3] == [32, 64]]
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (arguments, *used)]
     assert shapes[0] in shapes[1:]
     assert program.lower(*arguments).out_info

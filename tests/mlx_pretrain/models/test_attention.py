@@ -70,8 +70,8 @@ def run(function, query, key, value, d_attended):
     return [np.asarray(x, np.float32) for x in outputs(query, key, value, d_attended)]
 
 
-def check(found, expected, tolerance):
-    for name, a, b in zip(("attended", "query", "key", "value"), found, expected, strict=True):
+def check(outputs, expected, tolerance):
+    for name, a, b in zip(("attended", "query", "key", "value"), outputs, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), err_msg=name)
 
 
@@ -99,8 +99,8 @@ def test_implementations_equal_numpy(name, causal, dtype, monkeypatch):
     arrays = [jnp.asarray(x, dtype) for x in operands(length)]
     ids = documents(length)
     expected = reference(*arrays[:3], allowed(ids, causal), arrays[3])
-    found = run(lambda q, k, v: function(q, k, v, jnp.asarray(ids), causal), *arrays)
-    check(found, expected, 2e-6 if dtype == "float32" else 2e-2)
+    outputs = run(lambda q, k, v: function(q, k, v, jnp.asarray(ids), causal), *arrays)
+    check(outputs, expected, 2e-6 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on GPUs only")
@@ -121,9 +121,9 @@ def test_kernels_under_a_mesh_take_each_device_s_rows_and_heads(name):
     ids = documents(length, batch=4)
     expected = reference(*arrays[:3], allowed(ids, True), arrays[3])
     with partitioning.use(partitioning.make_mesh(data=2, fsdp=2, tensor=2)):
-        found = run(lambda q, k, v: function(q, k, v, jnp.asarray(ids), True), *arrays)
+        outputs = run(lambda q, k, v: function(q, k, v, jnp.asarray(ids), True), *arrays)
         jaxpr = str(jax.make_jaxpr(lambda *a: function(*a, jnp.asarray(ids), True))(*arrays[:3]))
-    check(found, expected, 2e-6)
+    check(outputs, expected, 2e-6)
     assert "shard_map" in jaxpr and f"f32[1,{length},2,16]" in jaxpr and f"f32[1,{length},1,16]" in jaxpr
 
 
@@ -131,8 +131,8 @@ def test_one_row_on_eight_devices():
     length, function = implementation("triton")
     arrays, ids = operands(length, batch=1), documents(length, batch=1)
     with partitioning.use(partitioning.make_mesh(data=4, tensor=2)):
-        found = run(lambda q, k, v: function(q, k, v, jnp.asarray(ids), True), *arrays)
-    check(found, reference(*arrays[:3], allowed(ids, True), arrays[3]), 2e-6)
+        outputs = run(lambda q, k, v: function(q, k, v, jnp.asarray(ids), True), *arrays)
+    check(outputs, reference(*arrays[:3], allowed(ids, True), arrays[3]), 2e-6)
 
 
 def test_triton_kernel_reads_what_can_hold_a_common_document():
@@ -151,24 +151,24 @@ def test_segment_ids_need_not_be_in_order():
     arrays = operands(length)
     ids = np.random.default_rng(1).integers(0, 4, (2, length // 10)).repeat(10, axis=1).astype(np.int32)
     for causal in (True, False):
-        found = run(lambda q, k, v, c=causal: function(q, k, v, jnp.asarray(ids), c), *arrays)
-        check(found, reference(*arrays[:3], allowed(ids, causal), arrays[3]), 2e-6)
+        outputs = run(lambda q, k, v, c=causal: function(q, k, v, jnp.asarray(ids), c), *arrays)
+        check(outputs, reference(*arrays[:3], allowed(ids, causal), arrays[3]), 2e-6)
 
 
 @pytest.mark.parametrize("name", ["xla", "blockwise"])
 def test_first_queries_alone(name):
     arrays, ids = operands(24, queries=5), documents(24)
-    found = run(functools.partial(dot_product_attention, segment_ids=ids, causal=False, implementation=name), *arrays)
-    check(found, reference(*arrays[:3], allowed(ids, False, 5), arrays[3]), 2e-6)
+    outputs = run(functools.partial(dot_product_attention, segment_ids=ids, causal=False, implementation=name), *arrays)
+    check(outputs, reference(*arrays[:3], allowed(ids, False, 5), arrays[3]), 2e-6)
 
 
 def test_masks_and_segments_both_hold():
     arrays, ids = operands(12), documents(12, seed=3)
     mask = np.random.default_rng(2).random((2, 1, 12, 12)) < 0.6
     mask |= np.eye(12, dtype=bool)
-    found = run(functools.partial(dot_product_attention, segment_ids=ids, mask=jnp.asarray(mask)), *arrays)
+    outputs = run(functools.partial(dot_product_attention, segment_ids=ids, mask=jnp.asarray(mask)), *arrays)
     assert (mask & ~allowed(ids, False)).any() and (allowed(ids, False) & ~mask).any()
-    check(found, reference(*arrays[:3], mask & allowed(ids, False), arrays[3]), 2e-6)
+    check(outputs, reference(*arrays[:3], mask & allowed(ids, False), arrays[3]), 2e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": True, "segments": 24}, {"causal": False, "segments": 5}])
@@ -200,8 +200,8 @@ def test_trees_over_several_blocks_equal_numpy():
             real = np.broadcast_to(np.arange(12) < prefix_length, (2, 1, length, 12))
             visible = np.concatenate([real, visible], axis=3)
         expected = reference(query, keys, values, visible, query)[0]
-        found = jax.jit(tree_attention)(query, key, value, TreeMask(subtree_ends, np.int32(prefix_length)), prefix)
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        outputs = jax.jit(tree_attention)(query, key, value, TreeMask(subtree_ends, np.int32(prefix_length)), prefix)
+        np.testing.assert_allclose(outputs, expected, atol=2e-6)
 
 
 # What is chosen.

@@ -135,8 +135,8 @@ def test_bfloat16_gradients_with_remat_agree_with_float32(params, gradient):
         return jnp.sum(jnp.sin(Encoder(config).apply({"params": params}, *inputs, pooled=True)[0]))
 
     trees = [jax.tree.leaves(tree) for tree in (jax.jit(jax.grad(loss))(params), gradient(params, *inputs)[1])]
-    found, exact = (np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in trees)
-    assert found @ exact / (np.linalg.norm(found) * np.linalg.norm(exact)) > 0.999
+    gradient, exact = (np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in trees)
+    assert gradient @ exact / (np.linalg.norm(gradient) * np.linalg.norm(exact)) > 0.999
 
 
 def test_bfloat16_is_close_to_float32(params):
