@@ -127,7 +127,7 @@ def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program
 
     The model is that of the training run in the same gin files, or else `evaluate.model`.
     """
-    from mlx_pretrain.train import TrainConfig  # nothing else here needs it
+    from mlx_pretrain.train import TrainConfig  # imports the trainer, which an evaluation does not need
 
     settings = gin.get_bindings(EvaluateConfig)
     if settings.get("generate"):
