@@ -15,6 +15,7 @@ import functools
 import logging
 import math
 import operator
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -260,7 +261,7 @@ def _agree(damage: str | None) -> str | None:
 
 
 def check_fits(folder: epath.Path, abstract: Any, path: Sequence[str] = ()) -> None:
-    """Compares the arrays in a checkpoint with those that are wanted.
+    """Compares the arrays in a checkpoint with those that are expected.
 
     Args:
       folder: the checkpoint's folder.
@@ -275,9 +276,9 @@ def check_fits(folder: epath.Path, abstract: Any, path: Sequence[str] = ()) -> N
         ocp.handlers.StandardCheckpointHandler().metadata(folder / "state").tree).items() if name.startswith(prefix)}
     if path == AVERAGE_PATH and not saved:
         raise InputError(f"{folder}: holds no average of the weights; train.average of its run was None")
-    wanted = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
-    for name in sorted(saved.keys() | wanted.keys()):
-        old, new = _describe(saved.get(name)), _describe(wanted.get(name))
+    expected = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
+    for name in sorted(saved.keys() | expected.keys()):
+        old, new = _describe(saved.get(name)), _describe(expected.get(name))
         if old != new:
             raise InputError(f"{folder}: this checkpoint has {old} {name}, the configuration {new}; use the model and "
                              "the optimizer that it was trained with, or a new run folder")
@@ -357,9 +358,16 @@ def load_model(run_dir: epath.PathLike, model_type: type[Config] = DecoderConfig
     try:
         if content["kind"] != model_type.__name__:
             raise InputError(f"{path}: the model is a {content['kind']}, not a {model_type.__name__}")
-        return model_type(**_without_retired(content["model"]))
+        return _from_json(model_type, _without_retired(content["model"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: malformed: {error}") from None
+
+
+def _from_json(config_type: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Makes a dataclass, and those that are its fields, of JSON."""
+    hints = typing.get_type_hints(config_type)
+    return config_type(**{name: _from_json(hints[name], value) if dataclasses.is_dataclass(hints.get(name)) else value
+                          for name, value in fields.items()})
 
 
 def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -407,7 +415,7 @@ def restore_params(
 
     Raises:
       InputError: there are no such checkpoint or weights, or they do not fit `abstract` or are damaged.
-      Exception: of Orbax, TensorStore or the file system, which does not mean damage.
+      Exception: an error of Orbax, TensorStore or the file system that does not mean damage.
     """
     if weights not in _WEIGHTS:
         raise InputError(f"weights = {weights!r}: must be {' or '.join(map(repr, _WEIGHTS))}")

@@ -20,7 +20,7 @@ SELECT = ("raters.select", "--gin_file=gin/raters/select.gin", DOCUMENTS, "--gin
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> pathlib.Path:
-    """Sample text with two duplicates, a mislabelled document, a leaked item; and its compression ratio as a score."""
+    """Sample text with two duplicates, a mislabelled document and a leaked item, scored by its compression ratio."""
     folder = tmp_path_factory.mktemp("corpus")
     english = ""
     for language in LANGUAGES:
@@ -43,7 +43,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def finished(corpus) -> pathlib.Path:
-    """The folder after all stages."""
+    """The folder after all commands."""
     for module, *flags in (
         ("raters.duplicates", "--gin_file=gin/raters/duplicates.gin", "--gin.DUPLICATES=twins",
          "--gin.duplicates.scores=scores"),
@@ -88,7 +88,7 @@ def test_the_report_is_written(finished):
 
 
 def test_killed_while_it_writes_it_leaves_nothing_that_could_be_read(tmp_path):
-    """And the next run makes what an undisturbed one makes."""
+    """The next run writes the same as an undisturbed one."""
     records = [{"id": f"d{i}", "lang": "en", "text": f"{i} " * 40} for i in range(20_000)]
     write_documents(tmp_path / "corpus/en.jsonl", records)
     write_scores(tmp_path / "scores", "en.jsonl", records, [i % 977 for i in range(len(records))])

@@ -14,7 +14,7 @@ from raters.filtering.score_table import ScoreTable, document_key
 
 
 def write_documents(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """A .jsonl or .jsonl.gz file."""
+    """Writes a .jsonl or .jsonl.gz file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     content = text.encode(errors="backslashreplace")
@@ -25,7 +25,7 @@ def write_scores(
     folder: pathlib.Path, name: str, records: Sequence[Mapping[str, Any]], scores: Sequence[float],
     tokens: Sequence[int] | None = None, rater: str | Sequence[str] = "tested@1", **columns: Any,
 ) -> None:
-    """The score file of an input file; `columns` replaces columns."""
+    """Writes the score file of an input file; `columns` replaces columns."""
     tokens = [len(record["text"]) for record in records] if tokens is None else tokens
     table = {
         "number": pa.array(range(1, len(records) + 1), pa.int64()),

@@ -22,7 +22,7 @@ FILLER = "Plain sentences about nothing in particular stand before it and behind
 def run(
     folder: pathlib.Path, documents: list[str], items: list[dict] | str, **more
 ) -> tuple[list[dict], list[dict], dict]:
-    """(removal list, items found, report)."""
+    """Returns (removal list, items found, report)."""
     records = [{"id": f"d{i}", "lang": "en", "text": text} for i, text in enumerate(documents, 1)]
     write_documents(folder / "in/en.jsonl", records)
     name = "items.txt" if isinstance(items, str) else "items.jsonl"

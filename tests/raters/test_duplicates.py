@@ -25,14 +25,14 @@ def text(rng: random.Random, words: int = 120) -> list[str]:
 
 
 def changed(rng: random.Random, words: list[str], share: float) -> list[str]:
-    """With a share of the words, in one place, replaced."""
+    """Returns the words with a share of them, side by side, replaced."""
     size = round(share * len(words))
     start = rng.randrange(len(words) - size + 1)
     return words[:start] + text(rng, size) + words[start + size :]
 
 
 def run(folder: pathlib.Path, texts: list[str], **more) -> tuple[dict[int, dict], dict]:
-    """(number -> entry of the removal list, report) for documents numbered from 1."""
+    """Returns (number -> entry of the removal list, report) of documents numbered from 1."""
     write_documents(folder / "en.jsonl", [{"id": f"d{i}", "text": t, "lang": "en"} for i, t in enumerate(texts, 1)])
     main(DuplicatesConfig(Corpus(folder, "*.jsonl"), str(folder / "out"), **more))
     entries = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
@@ -40,7 +40,7 @@ def run(folder: pathlib.Path, texts: list[str], **more) -> tuple[dict[int, dict]
 
 
 def jaccard(a: str, b: str, n: int = 5) -> float:
-    """Of the sets of word n-grams, counted directly."""
+    """Returns the similarity of the sets of word n-grams, counted directly."""
     first, second = ({tuple(words[i : i + n]) for i in range(len(words) - n + 1)} for words in (a.split(), b.split()))
     return len(first & second) / len(first | second)
 
@@ -55,7 +55,7 @@ def test_case_punctuation_width_and_spaces_make_no_difference(tmp_path):
 
 
 def test_near_duplicates_against_counted_similarities(tmp_path):
-    """Pairs well above the threshold are found, pairs well below are not, and nobody else is touched."""
+    """Pairs well above the threshold are found, pairs well below are not, and no other document is."""
     rng = random.Random(0)
     texts, pairs = [], []
     for share in np.linspace(0, 0.5, 60):
@@ -84,7 +84,7 @@ def test_scripts_without_spaces(tmp_path):
 
 
 def test_chains_do_not_carry_away_unlike_texts(tmp_path):
-    """Each step is small, the ends have nothing in common: some of the chain stay, and what goes is like what stays."""
+    """Steps are small, the ends share nothing: parts of the chain stay, and each removed text is like one of them."""
     rng = random.Random(2)
     start, end = text(rng), text(rng)
     texts = [" ".join(end[:i] + start[i:]) for i in range(0, 121, 5)]

@@ -22,7 +22,7 @@ def sample(language: str, number: int = 4) -> list[dict]:
 
 
 def run(folder: pathlib.Path, **more) -> tuple[list[dict], dict]:
-    """(removal list, report)."""
+    """Returns (removal list, report)."""
     main(LanguagesConfig(Corpus(folder / "in", "*"), str(folder / "out"), **more))
     removed = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
     return removed, json.loads((folder / "out/report.json").read_text())
@@ -57,7 +57,7 @@ def test_a_wrong_label_and_a_half_translated_document_are_found(tmp_path):
 
 
 def test_indonesian_is_not_lost_to_malay(tmp_path):
-    """The trap: short Indonesian texts are identified as Malay, or as neither surely."""
+    """Short Indonesian texts are identified as Malay, or as neither surely."""
     with lzma.open(SAMPLES.parent / "train/id.jsonl.xz", "rt") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     documents = [{"id": str(i), "lang": "id", "text": text[:80]} for i, text in enumerate(texts[:60])]

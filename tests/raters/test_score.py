@@ -39,7 +39,7 @@ def text(rng: random.Random, words: int) -> str:
 
 
 def make_run(folder: pathlib.Path) -> pathlib.Path:
-    """A rater's run folder as training leaves it: a small encoder, two checkpoints, a head that is not zero."""
+    """Returns a rater's run folder as training leaves it: a small encoder, two checkpoints, a head that is not zero."""
     rng = random.Random(0)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text(rng, 12) for _ in range(300)), model_prefix=str(folder / "tokenizer"), vocab_size=90,
@@ -59,7 +59,7 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
 
 
 def records(seed: int, n: int) -> list[dict]:
-    """Of unlike length, from empty to several chunks."""
+    """Returns records from empty ones to those of several chunks."""
     rng = random.Random(seed)
     return [{"id": f"d{i}", "lang": "en", "source": f"s{i % 3}", "text": text(rng, rng.choice([0, 1, 3, 9, 20, 60])),
              "rank": i / 2} for i in range(n)]
@@ -130,11 +130,11 @@ def test_the_bytes_of_a_file_do_not_depend_on_what_is_scored_with_it(scorer, fil
     run_score(files, tmp_path / "alone", scorer, documents="a.jsonl.gz")
     run_score(files, tmp_path / "alone", scorer, documents="*/*.jsonl")
     alone = outputs(tmp_path / "alone")
-    found = outputs(tmp_path / "all")
-    del found["score.gin"], alone["score.gin"]
-    assert found["a.jsonl.gz.scores.parquet"] == alone["a.jsonl.gz.scores.parquet"]
-    assert found["de/b.jsonl.scores.parquet"] != found["a.jsonl.gz.scores.parquet"]
-    assert {k: v for k, v in outputs(tmp_path / "workers").items() if k != "score.gin"} == found
+    together = outputs(tmp_path / "all")
+    del together["score.gin"], alone["score.gin"]
+    assert together["a.jsonl.gz.scores.parquet"] == alone["a.jsonl.gz.scores.parquet"]
+    assert together["de/b.jsonl.scores.parquet"] != together["a.jsonl.gz.scores.parquet"]
+    assert {k: v for k, v in outputs(tmp_path / "workers").items() if k != "score.gin"} == together
 
 
 def test_nothing_is_compiled_after_the_warm_up(scorer, files, tmp_path):
@@ -167,18 +167,18 @@ def test_bad_records_and_files_are_rejected_with_their_reasons_and_the_rest_is_s
     (files / "cut.jsonl.gz").write_bytes((files / "a.jsonl.gz").read_bytes()[:-400])
     with pytest.raises(InputError, match=r"1 of 4 files could not be scored: cut\.jsonl\.gz; the reasons are in"):
         run_score(files, tmp_path / "out", scorer)
-    found = outputs(tmp_path / "out")
-    rejects = [json.loads(line) for line in found["bad.jsonl.rejects.jsonl"].splitlines()]
+    written = outputs(tmp_path / "out")
+    rejects = [json.loads(line) for line in written["bad.jsonl.rejects.jsonl"].splitlines()]
     assert [reject["number"] for reject in rejects] == [2, 4, 5]
     assert rejects[0]["reason"].startswith("malformed JSON") and "not valid Unicode" in rejects[2]["reason"]
     assert rejects[1]["reason"] == 'no "text" string in this record'
     numbers = pq.read_table(tmp_path / "out" / "bad.jsonl.scores.parquet")["number"].to_pylist()
     assert numbers == [1, 3, *range(6, 16)]
-    assert json.loads(found["bad.jsonl.done.json"])["rejected"] == 3
-    assert "cut.jsonl.gz.scores.parquet" not in found
-    (reject,) = [json.loads(line) for line in found["cut.jsonl.gz.rejects.jsonl"].splitlines()]
+    assert json.loads(written["bad.jsonl.done.json"])["rejected"] == 3
+    assert "cut.jsonl.gz.scores.parquet" not in written
+    (reject,) = [json.loads(line) for line in written["cut.jsonl.gz.rejects.jsonl"].splitlines()]
     assert reject["number"] is None and re.match(r"cannot be read near byte \d+ \(truncated", reject["reason"])
-    assert json.loads(found["cut.jsonl.gz.done.json"])["status"] == "failed"
+    assert json.loads(written["cut.jsonl.gz.done.json"])["status"] == "failed"
     # The file has been mended: only it is scored.
     write_jsonl(files / "cut.jsonl.gz", records(1, 60))
     summary = run_score(files, tmp_path / "out", scorer)
@@ -225,9 +225,9 @@ def test_scoring_goes_on_on_other_devices_with_other_batches(run_dir, scorer, fi
     assert layouts == [
         {"devices": 8, "platform": "cpu", "buckets": [8, 16, CHUNK], "tokens_per_batch": 768, "window_tokens": 1536},
         {"devices": 2, "platform": "cpu", "buckets": [CHUNK], "tokens_per_batch": 2048, "window_tokens": 500}]
-    found, expected = (pq.read_table(tmp_path / folder / "de/b.jsonl.scores.parquet")["quality_score"].to_numpy()
+    scores, expected = (pq.read_table(tmp_path / folder / "de/b.jsonl.scores.parquet")["quality_score"].to_numpy()
                        for folder in ("out", "all"))
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(scores, expected, atol=2e-5)
     with pytest.raises(InputError, match=r"made with chunk_length = 24 \(now 12\)"):
         run_score(files, tmp_path / "out", QualityScorer(run_dir, chunk_length=12))
 

@@ -29,7 +29,7 @@ RECORDS = {
 
 
 def make(folder: pathlib.Path, **more) -> SelectConfig:
-    """A rated corpus: German in two files of one name, Thai in one; and what to keep of it."""
+    """Makes a rated corpus, German in two files of one name, Thai in one; returns the parameters of a selection."""
     rng = np.random.default_rng(0)
     parts = {"one/de.jsonl.gz": RECORDS["de"][:25], "more/de.jsonl": RECORDS["de"][25:], "one/th.jsonl": RECORDS["th"]}
     for name, records in parts.items():
@@ -41,13 +41,13 @@ def make(folder: pathlib.Path, **more) -> SelectConfig:
 
 
 def scores_of(folder: pathlib.Path) -> dict[str, tuple[str, float, int]]:
-    """id -> language, score, tokens."""
+    """Returns id -> (language, score, tokens)."""
     table = pa.concat_tables([pa.parquet.read_table(path) for path in sorted((folder / "scores").rglob("*.parquet"))])
     return {row["id"]: (row["language"], row["quality_score"], row["n_tokens"]) for row in table.to_pylist()}
 
 
 def read(path: str | pathlib.Path) -> dict[str, dict]:
-    """Records by id."""
+    """Returns id -> record."""
     with gzip.open(path, "rt") as lines:
         return {record["id"]: record for record in map(json.loads, lines)}
 
@@ -57,7 +57,7 @@ def written(output: str | pathlib.Path) -> dict[str, dict]:
 
 
 def test_a_rated_record_that_cannot_be_read_is_named(tmp_path):
-    """Rated with Corpus.language_key = None, say."""
+    """It was rated with Corpus.language_key = None, for example."""
     config = make(tmp_path)
     records = [record | {"lang": ["de"]} if i == 3 else record for i, record in enumerate(RECORDS["de"][:25])]
     write_documents(tmp_path / "corpus/one/de.jsonl.gz", records)
@@ -73,16 +73,16 @@ def test_the_corpus_reader_takes_what_was_kept(tmp_path):
     assert corpus.all_splits == ["train"] and corpus.languages_of("train") == ["de", "th"]
     assert {path.name for path in corpus.files_of("train", "de").values()} == {"one-de.jsonl.gz", "more-de.jsonl.gz"}
     for language in ("de", "th"):
-        found = {document.id: document for document in corpus.documents("train", language)}
+        kept = {document.id: document for document in corpus.documents("train", language)}
         rated = {key: (score, tokens) for key, (code, score, tokens) in scores_of(tmp_path).items() if code == language}
         quota, expected = 0.3 * sum(tokens for _, tokens in rated.values()), set()
         for key in sorted(rated, key=lambda key: -rated[key][0]):
             if sum(rated[other][1] for other in expected) < quota:
                 expected.add(key)
-        assert set(found) == expected
+        assert set(kept) == expected
         originals = {record["id"]: record for record in RECORDS[language]}
-        assert all(found[key].text == originals[key]["text"] and found[key].source == originals[key]["source"]
-                   for key in found)
+        assert all(kept[key].text == originals[key]["text"] and kept[key].source == originals[key]["source"]
+                   for key in kept)
 
 
 def test_records_keep_their_fields_and_carry_their_score(tmp_path):
@@ -200,9 +200,9 @@ def test_parquet_documents(tmp_path):
     pa.parquet.write_table(pa.table(table), folder / "de.parquet", row_group_size=7)
     write_scores(tmp_path / "scores", "de.parquet", [r | {"source": ""} for r in RECORDS["de"]], range(40))
     main(SelectConfig(Corpus(folder, "*.parquet"), str(tmp_path / "scores"), str(tmp_path / "kept")))
-    found = list(read_documents(tmp_path / "kept/train/de/de.jsonl.gz", extra=("url", "date", "quality_score")))
-    assert [document.id for document in found] == ["de36", "de37", "de38", "de39"]
-    assert found[0].extra == {"url": "https://example.org/36", "date": "2026-01-01", "quality_score": 36.0}
+    documents = list(read_documents(tmp_path / "kept/train/de/de.jsonl.gz", extra=("url", "date", "quality_score")))
+    assert [document.id for document in documents] == ["de36", "de37", "de38", "de39"]
+    assert documents[0].extra == {"url": "https://example.org/36", "date": "2026-01-01", "quality_score": 36.0}
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -219,7 +219,7 @@ def test_settings_that_cannot_be_meant_are_refused(more, message):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> pathlib.Path:
-    """Folder of a selection with its report; a document holds what a page must not run, another's text is long."""
+    """A selection with its report, of documents with markup and long texts."""
     folder = tmp_path_factory.mktemp("reported")
     config = make(folder, others=(str(folder / "others"),))
     path = folder / "corpus/one/th.jsonl"

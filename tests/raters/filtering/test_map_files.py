@@ -23,7 +23,7 @@ def shard():
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Five files in which something is found, in two folders, one with lines that cannot be read."""
+    """Five files with documents to remove, in two folders, one with lines that cannot be read."""
     for number in range(5):
         documents = [{"id": f"{number}-{n}", "lang": "en", "text": f"{n}: {(TEXT, GERMAN)[(n + number) % 2]}"}
                      for n in range(4 + number)]

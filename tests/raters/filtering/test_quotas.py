@@ -83,7 +83,7 @@ def test_caps_let_the_next_best_source_in():
 
 
 def test_a_quota_for_each_source_keeps_the_mixture_of_sources():
-    """The complaint: raters sort by domain."""
+    """A rater that sorts by domain would keep one source only."""
     rng = np.random.default_rng(0)
     source = np.repeat([0, 1, 2], [700, 200, 100])
     scores = make_score_table(rng.normal(size=1000) + 10 * source, np.full(1000, 10), source=source)
@@ -94,7 +94,7 @@ def test_a_quota_for_each_source_keeps_the_mixture_of_sources():
 
 
 def test_quotas_of_sources_that_are_no_whole_numbers_add_up():
-    """10/3 tokens of each source: the first is given 4, for which the others owe it 2/3."""
+    """The quota of each source is 10/3 tokens: the first gets 4, so that the others get 2/3 less."""
     source = np.repeat([0, 1, 2], 5)
     scores = make_score_table(np.arange(15.0), [1] * 15, source=source)
     kept = quotas.choose(scores, scores.score, [10], per_source=True)
@@ -139,17 +139,17 @@ def test_sampling_follows_the_softmax_of_the_standardised_scores():
 
 
 def test_preferences_are_standardised_scores_with_gumbel_noise_from_the_key():
-    """Keys at both ends too: a document's noise is never infinite, which would leave it out."""
+    """The smallest and largest key, too: infinite noise would leave a document out."""
     scores = make_score_table([1, 3, 5, 7, 9, math.nan], [1] * 6, [0, 0, 0, 1, 1, 1])
     keys = [0, 1 << 63, (1 << 64) - 1, 1 << 62, 3 << 62, 5]
-    found = quotas.preferences(dataclasses.replace(scores, key=np.array(keys, np.uint64)), 0.5)
+    preference = quotas.preferences(dataclasses.replace(scores, key=np.array(keys, np.uint64)), 0.5)
     uniform = np.array([0.5**53, 0.5, 1 - 0.5**53, 0.25, 0.75])
     standardised = np.array([-math.sqrt(1.5), 0, math.sqrt(1.5), -1, 1])
-    assert found[:5] == pytest.approx(standardised / 0.5 - np.log(-np.log(uniform)), rel=1e-12)
-    assert np.isnan(found[5])
+    assert preference[:5] == pytest.approx(standardised / 0.5 - np.log(-np.log(uniform)), rel=1e-12)
+    assert np.isnan(preference[5])
 
 
 def test_equal_scores_of_a_language_are_drawn_by_noise_alone():
     scores = make_score_table([4.0, 4.0], [1, 1])
-    found = quotas.preferences(dataclasses.replace(scores, key=np.array([1 << 63, 1 << 62], np.uint64)), 1.0)
-    assert found == pytest.approx([-math.log(math.log(2)), -math.log(math.log(4))])
+    preference = quotas.preferences(dataclasses.replace(scores, key=np.array([1 << 63, 1 << 62], np.uint64)), 1.0)
+    assert preference == pytest.approx([-math.log(math.log(2)), -math.log(math.log(4))])

@@ -18,7 +18,7 @@ def total(scores: ScoreTable) -> np.ndarray:
 
 
 def adjusted_r2(values, *factors) -> float:
-    """Residual variance by least squares on indicator columns."""
+    """Returns the residual variance of least squares on indicator columns."""
     columns = [np.array([f == level for level in np.unique(f)], float).T for f in factors]
     design = np.concatenate(columns, axis=1)
     fitted = design @ np.linalg.lstsq(design, values, rcond=None)[0]
@@ -40,8 +40,8 @@ def test_explained_variance_is_that_of_a_linear_model():
 
 def test_many_groups_do_not_explain_noise():
     rng = np.random.default_rng(2)
-    found = [score_statistics.explained(rng.normal(size=400), rng.integers(0, 100, 400)) for _ in range(20)]
-    assert np.mean(found) < 0.06
+    shares = [score_statistics.explained(rng.normal(size=400), rng.integers(0, 100, 400)) for _ in range(20)]
+    assert np.mean(shares) < 0.06
     assert score_statistics.explained(np.ones(9), np.arange(9) % 3) is None
     assert score_statistics.explained(np.arange(3.0), np.arange(3)) is None
 
@@ -87,12 +87,12 @@ def test_distributions_count_the_rated_documents_and_the_ends_hold_the_rest():
     edges = score_statistics.score_bins(scores)
     np.testing.assert_allclose(edges, np.linspace(5, 995, 49))
     rows, kept = scores.language == 0, scores.score >= 900
-    found = score_statistics.distribution(scores, kept, rows, edges)
+    distribution = score_statistics.distribution(scores, kept, rows, edges)
     expected = [int(((values[:1000] >= low) & (values[:1000] < high)).sum()) for low, high in zip(
         [-1, *edges[1:-1]], [*edges[1:-1], 2000])]
-    assert found["histogram"] == expected and sum(expected) == 1000
-    assert sum(found["kept_histogram"]) == 100 and found["kept_histogram"][-1] == expected[-1]
-    assert found["quantiles"] == pytest.approx([999 * q for q in (0.05, 0.25, 0.5, 0.75, 0.95)])
+    assert distribution["histogram"] == expected and sum(expected) == 1000
+    assert sum(distribution["kept_histogram"]) == 100 and distribution["kept_histogram"][-1] == expected[-1]
+    assert distribution["quantiles"] == pytest.approx([999 * q for q in (0.05, 0.25, 0.5, 0.75, 0.95)])
 
 
 def test_distributions_of_no_scores_and_of_equal_ones():
@@ -107,11 +107,11 @@ def test_agreement_is_that_of_the_documents_that_both_have_rated():
     scores = make_score_table([1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60])
     raters = {"a": scores.score, "b": np.array([2, 1, 3, math.nan, 5, 4])}
     kept = {"a": np.arange(6) >= 3, "b": np.isin(np.arange(6), (2, 4))}
-    found, = score_statistics.agreement(scores, raters, kept)
-    assert found["raters"] == ["a", "b"] and found["documents"] == 5
+    pair, = score_statistics.agreement(scores, raters, kept)
+    assert pair["raters"] == ["a", "b"] and pair["documents"] == 5
     # Ranks 1 2 3 4 5 and 2 1 3 5 4: 1 - 6 * 4 / (5 * 24).
-    assert found["spearman"] == found["spearman_within"] == found["spearman_by_language"]["n0"] == pytest.approx(0.8)
-    assert found["overlap"] == pytest.approx(50 / 150) and found["chance"] == pytest.approx(80 / 210)
+    assert pair["spearman"] == pair["spearman_within"] == pair["spearman_by_language"]["n0"] == pytest.approx(0.8)
+    assert pair["overlap"] == pytest.approx(50 / 150) and pair["chance"] == pytest.approx(80 / 210)
     nothing, = score_statistics.agreement(scores, raters, dict.fromkeys(kept, np.zeros(6, bool)))
     assert nothing["overlap"] is None and nothing["chance"] is None
 
@@ -119,9 +119,9 @@ def test_agreement_is_that_of_the_documents_that_both_have_rated():
 def test_the_mean_over_languages_is_of_those_with_three_documents():
     scores = make_score_table([1, 2, 3, 4, 5, 6, 7, 8], [1] * 8, [0, 0, 0, 1, 1, 1, 2, 2])
     raters = {"a": scores.score, "b": np.array([1, 2, 3, 6, 5, 4, 7, 8.0])}
-    found, = score_statistics.agreement(scores, raters, dict.fromkeys(raters, np.ones(8, bool)))
-    assert found["spearman_by_language"] == {"n0": pytest.approx(1), "n1": pytest.approx(-1), "n2": None}
-    assert found["spearman_within"] == pytest.approx(0)
+    pair, = score_statistics.agreement(scores, raters, dict.fromkeys(raters, np.ones(8, bool)))
+    assert pair["spearman_by_language"] == {"n0": pytest.approx(1), "n1": pytest.approx(-1), "n2": None}
+    assert pair["spearman_within"] == pytest.approx(0)
 
 
 def test_agreement_of_raters():

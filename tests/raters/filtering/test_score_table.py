@@ -13,7 +13,7 @@ from tests.raters.rated import write_scores
 
 
 def test_half_a_surrogate_pair_has_a_key_of_its_own():
-    """An id of such a document, which JSON can spell, is compared with those that were rated."""
+    """JSON can spell such an id, which is compared with those of the score file."""
     assert document_key(0, "de", "s", "\ud800") != document_key(0, "de", "s", "?")
 
 
@@ -30,7 +30,7 @@ def test_scores_of_two_raters_are_joined_by_file_and_number(tmp_path):
 
 
 def test_rows_of_a_score_file(tmp_path):
-    """Keys are those of seed 0 unless another is given; a score may be missing, too."""
+    """Keys are those of seed 0 by default; a score may be missing."""
     records = [{"id": "d0", "lang": "", "source": "s", "text": "ab"}, {"id": "d1", "lang": "th", "text": "c"}]
     write_scores(tmp_path, "x.jsonl", records, pa.array([1.5, None], pa.float32()))
     scores = read_scores(tmp_path, ["x.jsonl"])
