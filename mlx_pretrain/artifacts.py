@@ -25,7 +25,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -146,7 +145,7 @@ def is_current(
         _log_damaged(output, cause)
         return False
     if not quiet:
-        _log(f"{output}: made before from the same inputs and settings, kept")
+        cluster.log(f"{output}: made before from the same inputs and settings, kept")
     return True
 
 
@@ -207,9 +206,4 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
 
 
 def _log_damaged(output: epath.PathLike, cause: str) -> None:
-    _log(f"{output}: damaged ({cause}), made again")
-
-
-def _log(text: str) -> None:
-    if cluster.is_main():
-        print(text, file=sys.stderr, flush=True)
+    cluster.log(f"{output}: damaged ({cause}), made again")

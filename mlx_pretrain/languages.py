@@ -43,7 +43,7 @@ _THREE_LETTERS = """
 
 
 def is_language(code: str) -> bool:
-    """True for a code of the languages above, also with script or region: "de", "zh-Hant", "fra_Latn", "pt_BR"."""
+    """Tells if `code` is one of the languages above, with or without script and region: "de", "zh-Hant", "pt_BR"."""
     language, *subtags = re.split("[-_]", code)
     return ((language.lower() in LANGUAGES or language.lower() in _THREE_LETTERS.split())
             and all(re.fullmatch("[A-Za-z]{2}|[A-Za-z]{4}|[0-9]{3}", subtag) for subtag in subtags))

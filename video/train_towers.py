@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
-from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSource
 from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.errors import InputError
@@ -150,31 +150,24 @@ class TowersTraining(TrainModule):
         }
 
 
-class CaptionSource:
-    """Batches by number, a random-access data source for Grain."""
+class CaptionSource(MixtureSource):
+    """Batches of pairs of a frame and a caption."""
 
     def __init__(self, store: FrameStore, captions: Sequence[Question], tokenizer: Tokenizer,
                  other_words: Sequence[str], length: int, mixture: Mixture, rows: np.ndarray | None = None):
-        """Opens the source; `other_words` are mixed with those of captions. See `loader.BatchSource` for the rest."""
+        """Opens the source; `other_words` are mixed with those of captions. See `MixtureSource` for the rest."""
         self._store, self._captions, self._tokenizer = store, list(captions), tokenizer
         self._other_words, self._length = list(other_words), length
         numbers = {answer: n for n, answer in enumerate(dict.fromkeys(caption.answer for caption in captions))}
         self._numbers = [numbers[caption.answer] for caption in captions]
-        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
-
-    def __len__(self) -> int:
-        # Grain wants a length; no run reads this many batches.
-        return 1 << 48
-
-    def __repr__(self) -> str:
-        return f"CaptionSource({self._mixture})"
+        super().__init__(mixture, rows)
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `TowersTraining.batch_row`; equal captions have one number."""
-        _, rows, epochs = self._stream.locate(batch, self._rows)
+        _, rows, epochs = self.sampler.locate(batch, self.rows)
         videos, indices, texts = [], [], []
         for row, epoch in zip(rows, epochs):
-            caption, rng = self._captions[row], np.random.default_rng([self._mixture.seed, int(row), int(epoch)])
+            caption, rng = self._captions[row], np.random.default_rng([self.mixture.seed, int(row), int(epoch)])
             video = self._store.row(caption.video)
             (inside,) = evidence_frames(dataclasses.replace(caption, evidence=()), self._store.times[video])
             videos.append(video)
@@ -195,7 +188,7 @@ class CaptionSource:
 
     def provenance(self, batch: int) -> list[ClipProvenance]:
         """Returns where every row of the global batch comes from, for error reports."""
-        _, rows, epochs = self._stream.locate(batch)
+        _, rows, epochs = self.sampler.locate(batch)
         return [ClipProvenance(self._captions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
-from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSource
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
@@ -175,29 +175,22 @@ class LabelProvenance:
     epoch: int
 
 
-class LabelSource:
-    """Batches by number, a random-access data source for Grain."""
+class LabelSource(MixtureSource):
+    """Batches of questions with some of their labels."""
 
     def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, mixture: Mixture,
                  rows: np.ndarray | None = None):
-        """Opens the source; `combinations` counts those of a row. See `loader.BatchSource` for the rest."""
+        """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
         self._labels, self._row_combinations = labels, combinations
-        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
+        super().__init__(mixture, rows)
         self._tokens, self._indices = prompts([question.question for question in labels.questions],
                                              labels.features.shape[1])
-
-    def __len__(self) -> int:
-        # Grain wants a length; no run reads this many batches.
-        return 1 << 48
-
-    def __repr__(self) -> str:
-        return f"LabelSource({self._mixture})"
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
         labels = self._labels
-        _, rows, epochs = self._stream.locate(batch, self._rows)
-        drawn = np.stack([np.random.default_rng([self._mixture.seed, int(row), int(epoch)]).permutation(
+        _, rows, epochs = self.sampler.locate(batch, self.rows)
+        drawn = np.stack([np.random.default_rng([self.mixture.seed, int(row), int(epoch)]).permutation(
             labels.losses.shape[1])[: self._row_combinations] for row, epoch in zip(rows, epochs)])
         return {
             "features": labels.features[labels.video[rows]],
@@ -209,7 +202,7 @@ class LabelSource:
 
     def provenance(self, batch: int) -> list[LabelProvenance]:
         """Returns where every row of the global batch comes from, for error reports."""
-        _, rows, epochs = self._stream.locate(batch)
+        _, rows, epochs = self.sampler.locate(batch)
         return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 

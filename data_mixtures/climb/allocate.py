@@ -10,7 +10,6 @@ All losses in them are predictions of the recommended law, so that methods can b
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
+from mlx_pretrain.parallel.cluster import log
 
 _WEIGHTS = ("reference", "natural", "uniform")
 
@@ -256,7 +256,7 @@ def _fit_compared(config: AllocateConfig, recommended: Law) -> dict[str, FittedL
         try:
             fitted[name] = LAWS[name]().fit(config.runs, config.seed)
         except InputError as error:
-            _log(f"note: left out of the comparison: {error}")
+            log(f"note: left out of the comparison: {error}")
     return fitted
 
 
@@ -269,10 +269,10 @@ def _validate(config: AllocateConfig, recommended: Law, compared: Sequence[str])
         except InputError as error:
             if law is recommended:
                 raise
-            _log(f"note: left out of the comparison: {error}")
+            log(f"note: left out of the comparison: {error}")
             continue
         mean = validations[name].scores.mean
-        _log(f"{name}: cross-validated R2 {mean['r2']:.4f}, MAE {mean['mae']:.4f}, Spearman {mean['spearman']:.4f}")
+        log(f"{name}: cross-validated R2 {mean['r2']:.4f}, MAE {mean['mae']:.4f}, Spearman {mean['spearman']:.4f}")
     return validations
 
 
@@ -318,33 +318,33 @@ def main(config: AllocateConfig) -> None:
     if is_current(config.output, former and former.get("provenance", {}), made_from, overwrite=config.overwrite,
                   damage=functools.partial(_damage, epath.Path(config.output), former)):
         return
-    _log(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
-         "losses")
+    log(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
+        "losses")
     allocator = Allocator(config)
     notes = [*outliers(runs), *allocator.fitted.notes]
     for note in notes:
-        _log(f"note: {note}")
+        log(f"note: {note}")
     compared = _fit_compared(config, allocator.law)
     validations = _validate(config, allocator.law, list(compared))
     validation = validations[allocator.law.name]
     for note in validation.notes:
-        _log(f"note: {note}")
+        log(f"note: {note}")
     notes += validation.notes
     if weakness := _weakness(allocator.law.name, validation, runs.targets):
         if not config.allow_poor_law:
             raise InputError(f"{config.output}: nothing is written: {weakness}; look at the rows named above, choose "
                              "another allocate.law, or set allocate.allow_poor_law = True")
-        _log(f"WARNING: {weakness}; its recommendation is written because allocate.allow_poor_law is True")
+        log(f"WARNING: {weakness}; its recommendation is written because allocate.allow_poor_law is True")
         notes.append(weakness)
     recommended, methods = allocator.recommended()
     methods |= allocator.baselines(compared)
     with new_folder(config.output, allocation_file.NAME) as folder:
         _write(folder, allocator, made_from, recommended, methods, validations, notes)
     best = methods[recommended]
-    _log(f"{config.output}/rates.json: {recommended} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT "
-         f"residual {best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {recommended}")
+    log(f"{config.output}/rates.json: {recommended} for N = {config.n_params:.3g}, D = {config.tokens:.3g}, KKT "
+        f"residual {best['kkt']:.1e}" if best["kkt"] is not None else f"{config.output}/rates.json: {recommended}")
     for i in np.argsort(best["ratios"])[::-1]:
-        _log(f"{runs.languages[i]:<8} {best['ratios'][i]:8.4%}")
+        log(f"{runs.languages[i]:<8} {best['ratios'][i]:8.4%}")
 
 
 def _write(
@@ -408,10 +408,6 @@ def _write(
 
 def _pairs(low: Sequence[float] | None, high: Sequence[float] | None) -> list[list[float]] | None:
     return None if low is None or high is None else [list(pair) for pair in zip(low, high)]
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

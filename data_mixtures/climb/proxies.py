@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,6 +39,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster, hardware
+from mlx_pretrain.parallel.cluster import log
 from mlx_pretrain.training import optimizers
 from mlx_pretrain.training.signals import STOP_CODES, StopRequest
 
@@ -174,8 +174,8 @@ def _runs(config: ProxiesConfig, store: TokenStore, mixtures: Mixtures) -> list[
                      for model in config.models for seed in config.seeds]
     for names, fate in ((cut, "end early"), (left_out, "are left out: too little text for the first evaluation")):
         if names:
-            _log(f"note: proxies.max_epochs = {config.max_epochs:g}: {len(names)} of {len(mixtures)} mixtures {fate}: "
-                 f"{', '.join(names)}")
+            log(f"note: proxies.max_epochs = {config.max_epochs:g}: {len(names)} of {len(mixtures)} mixtures {fate}: "
+                f"{', '.join(names)}")
     if not runs:
         raise InputError(f"proxies.max_epochs = {config.max_epochs:g}: no mixture has text for {config.tokens[0]:,} "
                          "tokens; lower proxies.tokens or raise the limit")
@@ -209,8 +209,8 @@ def main(config: ProxiesConfig) -> None:
     unfinished = cluster.share([not set(proxy.steps) <= results.done_steps(proxy) for proxy in runs])
     left = list(itertools.compress(runs, unfinished))
     part = f" in shard {shard} of {shards}" if shards > 1 else ""
-    _log(f"{config.output}: {len(runs)} runs{part} of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them "
-         f"done; {len(languages)} languages")
+    log(f"{config.output}: {len(runs)} runs{part} of {config.tokens[-1]:,} tokens, {len(runs) - len(left)} of them "
+        f"done; {len(languages)} languages")
     if left:
         _train_all(config, store, results, _packs(left, config.pack), len(runs) - len(left), len(runs))
 
@@ -251,10 +251,10 @@ def _train_all(
                 done += len(pack)
                 spent = time.monotonic() - started
                 seconds_left = spent / (done - done_before) * (total - done)
-                _log(f"[{done}/{total}] {', '.join(proxy.name for proxy in pack)}: mean held-out loss {loss:.4f}; "
-                     f"{spent:.1f} s, about {seconds_left:.0f} s left")
+                log(f"[{done}/{total}] {', '.join(proxy.name for proxy in pack)}: mean held-out loss {loss:.4f}; "
+                    f"{spent:.1f} s, about {seconds_left:.0f} s left")
         except Stopped:
-            _log(f"{stop.reason}: {done} of {total} runs are done; run again to go on")
+            log(f"{stop.reason}: {done} of {total} runs are done; run again to go on")
             raise SystemExit(STOP_CODES[stop.reason]) from None
         finally:
             stop.reason = stop.reason or "error"  # the other workers leave too
@@ -262,11 +262,6 @@ def _train_all(
     if cluster.is_main():
         with contextlib.suppress(OSError):  # other commands on the same output still have checkpoints there
             os.rmdir(work)
-
-
-def _log(line: str) -> None:
-    if cluster.is_main():
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

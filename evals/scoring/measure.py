@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from evals.tasks.task_files import Item, Task
 from mlx_pretrain.inference.language_model import LanguageModel
 from mlx_pretrain.inference.scoring import Scorer
 from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel.cluster import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure(
     missing = cluster.share([job.language not in tables[job.task] for job in jobs])
     n_jobs, jobs = len(jobs), list(itertools.compress(jobs, missing))
     if len(jobs) < n_jobs:
-        _log(f"{n_jobs - len(jobs)} of {n_jobs} files were done before")
+        log(f"{n_jobs - len(jobs)} of {n_jobs} files were done before")
     progress = _Progress(sum(len(job.items) for job in jobs))
     measured = _generate(model, scorer, jobs, progress) if generates else _score(model, scorer, jobs)
     for job, table in measured:
@@ -99,8 +99,8 @@ def measure(
         tables[job.task][job.language] = table
         progress.report(job.name, len(job.items))
     if scorer.scored:
-        _log(f"fed {scorer.fed_tokens:,} tokens on {model.mesh.size} devices ({scorer.naive_tokens:,} if nothing were "
-             f"shared; {scorer.computed_tokens:,} with padding)")
+        log(f"fed {scorer.fed_tokens:,} tokens on {model.mesh.size} devices ({scorer.naive_tokens:,} if nothing were "
+            f"shared; {scorer.computed_tokens:,} with padding)")
     return tables
 
 
@@ -155,15 +155,10 @@ class _Progress:
         if not finished and now - self._last < 10:
             return
         self._last, speed = now, done / (now - self._start)
-        _log(f"{name}: {done:,} of {self._total:,} items, {speed:,.1f} items/s, "
-             f"{_clock((self._total - done) / speed)} left")
+        log(f"{name}: {done:,} of {self._total:,} items, {speed:,.1f} items/s, "
+            f"{_clock((self._total - done) / speed)} left")
 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def _log(line: str) -> None:
-    if cluster.is_main():
-        print(line, file=sys.stderr, flush=True)

@@ -64,12 +64,12 @@ class Op:
         return [Shape(*match.groups()) for match in _SHAPE.finditer(self.type)]
 
     def attribute(self, name: str) -> str | None:
-        """The text of `name=...` up to the next comma, for values without commas."""
+        """Returns the text of `name=...` up to the next comma, for values without commas."""
         match = re.search(rf"\b{name}=([^,\s]+)", self.attributes)
         return match and match[1]
 
     def computation(self, role: str) -> str:
-        """The name of the computation in the attribute `role`, "body" or "condition" of a loop."""
+        """Returns the name of the computation in the attribute `role`, "body" or "condition" of a loop."""
         return re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)[1]
 
     @property

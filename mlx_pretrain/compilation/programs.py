@@ -55,12 +55,12 @@ class Program:
     remedies: Callable[[float], Sequence[str]]
 
     def lower(self) -> jax.stages.Lowered:
-        """Traces it for the devices of its mesh, which may be absent."""
+        """Traces the program for the devices of its mesh, which may be absent."""
         with partitioning.use(self.mesh):
             return self.function.lower(*self.arguments)
 
     def argument_bytes(self) -> int:
-        """Bytes of the arguments on one device."""
+        """Returns the bytes of the arguments on one device."""
         leaves = jax.tree.leaves(self.arguments)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 

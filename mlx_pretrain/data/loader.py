@@ -157,7 +157,7 @@ class MixtureSampler:
 
     def __init__(self, mixture: Mixture):
         """Prepares the stream of `mixture`, whose next batch is batch 0."""
-        self._names, self._mixture = list(mixture.rates), mixture
+        self._names, self.mixture = list(mixture.rates), mixture
         self._order = MixtureOrder(list(mixture.rates.values()))
         self._sizes = np.array([mixture.rows[name] for name in self._names])
         self._read_before = np.array([mixture.read_before_change.get(name, 0) for name in self._names])
@@ -172,13 +172,13 @@ class MixtureSampler:
         Returns:
           Sources are numbered in the order of their names.
         """
-        size = self._mixture.batch_size
-        start = self._mixture.read_since_change + int(batch) * size
+        size = self.mixture.batch_size
+        start = self.mixture.read_since_change + int(batch) * size
         source, index = self._order(start, start + size)
         rows = np.arange(size) if rows is None else rows
         source, index = source[rows], index[rows]
         epoch, index = np.divmod(self._read_before[source] + index, self._sizes[source])
-        seeds = [_permutation_seed(self._mixture.seed, self._names[s], int(e)) for s, e in zip(source, epoch)]
+        seeds = [_permutation_seed(self.mixture.seed, self._names[s], int(e)) for s, e in zip(source, epoch)]
         row = [index_shuffle(int(i), int(self._sizes[s]) - 1, seed, 4) for s, seed, i in zip(source, seeds, index)]
         return source, np.array(row, np.int64), epoch
 
@@ -199,8 +199,31 @@ def store_mixture(store: TokenStore, rates: Mapping[str, float], batch_size: int
     return Mixture(rates, rows, store.fingerprints("train", rows), seed, batch_size)
 
 
-class BatchSource:
-    """Batches of a mixture, by number: a random-access data source for Grain. Batch 0 is the mixture's next one."""
+class MixtureSource:
+    """Base of random-access data sources for Grain: batches of a mixture by number, 0 for the mixture's next one.
+
+    A subclass has `__getitem__(batch)`, which returns this host's rows of a batch (`self.sampler.locate(batch,
+    self.rows)` tells which ones), and `provenance(batch)`, the origins of all rows of a batch, for error reports.
+
+    Attributes:
+      mixture: see `Mixture`.
+      sampler: tells source, row and epoch of every sequence of the mixture.
+      rows: rows of the global batch that this host reads; None: all.
+    """
+
+    def __init__(self, mixture: Mixture, rows: Sequence[int] | None = None):
+        self.mixture, self.sampler, self.rows = mixture, MixtureSampler(mixture), rows
+
+    def __len__(self) -> int:
+        # Grain needs a length; no run reads as many batches.
+        return 1 << 48
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.mixture})"
+
+
+class BatchSource(MixtureSource):
+    """Batches of token sequences."""
 
     def __init__(self, store: TokenStore, mixture: Mixture, rows: Sequence[int] | None = None):
         """Opens the arrays of all languages.
@@ -208,7 +231,7 @@ class BatchSource:
         Args:
           store: token store.
           mixture: mixture of its training text, see `store_mixture`.
-          rows: rows of the global batch that this host reads; None: all.
+          rows: see `MixtureSource`.
 
         Raises:
           InputError: a language is missing, or its data are damaged.
@@ -218,14 +241,7 @@ class BatchSource:
         sizes = np.array([array.shape[0] for array in arrays])
         self._starts = np.cumsum(sizes) - sizes
         self._tokens = _joined(arrays)
-        self._mixture, self._sampler, self._rows = mixture, MixtureSampler(mixture), rows
-
-    def __len__(self) -> int:
-        # Grain needs a length; no run reads as many batches.
-        return 1 << 48
-
-    def __repr__(self) -> str:
-        return f"BatchSource({self._mixture})"
+        super().__init__(mixture, rows)
 
     def __getitem__(self, batch: int) -> Batch:
         """Reads this host's rows of a batch.
@@ -234,13 +250,13 @@ class BatchSource:
           tokens: int32 `[rows, length]`.
           language_id: int32 `[rows]`, index into `languages`.
         """
-        source, row, _ = self._sampler.locate(batch, self._rows)
+        source, row, _ = self.sampler.locate(batch, self.rows)
         tokens = self._tokens[self._starts[source] + row].read().result()
         return {"tokens": tokens.astype(np.int32), "language_id": source.astype(np.int32)}
 
     def provenance(self, batch: int) -> list[RowProvenance]:
         """Returns the provenance of every row of the global batch, for error reports."""
-        source, row, epoch = self._sampler.locate(batch)
+        source, row, epoch = self.sampler.locate(batch)
         return [RowProvenance(self.languages[s], int(r), int(e)) for s, r, e in zip(source, row, epoch)]
 
 
@@ -293,7 +309,7 @@ def counted_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 @gin.configurable(denylist=["source"])
-def batches(source: BatchSource, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
+def batches(source: MixtureSource, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
     """Iterates over a source's batches from batch 0, which Grain reads ahead.
 
     Args:

@@ -167,6 +167,12 @@ def is_main() -> bool:
     return _member.process == 0
 
 
+def log(text: str) -> None:
+    """Prints a line on stderr at once, in process 0 alone."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
 def gather(value: Any) -> list[Any]:
     """Returns the small JSON `value` of every process, in order of processes, to every process.
 

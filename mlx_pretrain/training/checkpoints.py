@@ -260,7 +260,7 @@ def _agree(damage: str | None) -> str | None:
 
 
 def check_fits(folder: epath.Path, abstract: Any, path: Sequence[str] = ()) -> None:
-    """Compares the arrays in a checkpoint with those that are wanted.
+    """Compares the arrays in a checkpoint with those that are expected.
 
     Args:
       folder: the checkpoint's folder.
@@ -275,9 +275,9 @@ def check_fits(folder: epath.Path, abstract: Any, path: Sequence[str] = ()) -> N
         ocp.handlers.StandardCheckpointHandler().metadata(folder / "state").tree).items() if name.startswith(prefix)}
     if path == AVERAGE_PATH and not saved:
         raise InputError(f"{folder}: holds no average of the weights; train.average of its run was None")
-    wanted = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
-    for name in sorted(saved.keys() | wanted.keys()):
-        old, new = _describe(saved.get(name)), _describe(wanted.get(name))
+    expected = {prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
+    for name in sorted(saved.keys() | expected.keys()):
+        old, new = _describe(saved.get(name)), _describe(expected.get(name))
         if old != new:
             raise InputError(f"{folder}: this checkpoint has {old} {name}, the configuration {new}; use the model and "
                              "the optimizer that it was trained with, or a new run folder")
@@ -407,7 +407,7 @@ def restore_params(
 
     Raises:
       InputError: there are no such checkpoint or weights, or they do not fit `abstract` or are damaged.
-      Exception: of Orbax, TensorStore or the file system, which does not mean damage.
+      Exception: an error of Orbax, TensorStore or the file system that does not mean damage.
     """
     if weights not in _WEIGHTS:
         raise InputError(f"weights = {weights!r}: must be {' or '.join(map(repr, _WEIGHTS))}")

@@ -129,15 +129,15 @@ def _run(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     kernel = kernel.astype(hidden.dtype)
     if not _many_devices():
         return _local(plan, gradients, hidden, kernel, targets, weights)
-    of_embed = partitioning.mesh_axes("embed")
-    others = tuple(axis for axis in partitioning.mesh_axes("batch") if axis not in of_embed)
+    embed_axes = partitioning.mesh_axes("embed")
+    others = tuple(axis for axis in partitioning.mesh_axes("batch") if axis not in embed_axes)
 
     def local(hidden, kernel, targets, weights):
-        kernel = collectives.gather(kernel, of_embed, 0)
+        kernel = collectives.gather(kernel, embed_axes, 0)
         *outputs, d_hidden, d_kernel = _local(plan, gradients, hidden, kernel, targets, weights)
         if gradients:
             # Scattered first: `data` may be a slow network between slices.
-            d_kernel = collectives.total(collectives.reduce_scatter(d_kernel, of_embed, 0), others)
+            d_kernel = collectives.total(collectives.reduce_scatter(d_kernel, embed_axes, 0), others)
             d_hidden = collectives.total(d_hidden, plan.vocab_axes)
         return *outputs, d_hidden, d_kernel
 
@@ -172,18 +172,18 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
         peak = jnp.max(scores, axis=-1)
         exponentials = jnp.exp(scores - peak[..., None])
         partition = jnp.sum(exponentials, axis=-1)
-        here = jnp.arange(scores.shape[-1]) == (target - offset)[..., None]
-        of_target = jnp.sum(jnp.where(here, scores, 0.0), axis=-1)
+        is_target = jnp.arange(scores.shape[-1]) == (target - offset)[..., None]
+        target_score = jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
         local_peak = peak
-        peak, partition, of_target = _whole_vocabulary(axes, peak, partition, of_target)
+        peak, partition, target_score = _whole_vocabulary(axes, peak, partition, target_score)
         log_partition = peak + jnp.log(partition)
-        nll = log_partition - of_target
+        nll = log_partition - target_score
         if not gradients:
             return d_kernel, (nll, log_partition, None)
         slope = weight * (1 + 2 * plan.z_coefficient * log_partition) / partition
         if axes:
             slope *= jnp.exp(local_peak - peak)
-        d_scores = (exponentials * slope[..., None] - jnp.where(here, weight[..., None], 0.0)).astype(dtype)
+        d_scores = (exponentials * slope[..., None] - jnp.where(is_target, weight[..., None], 0.0)).astype(dtype)
         d_h = jnp.einsum("BTV,DV->BTD", d_scores, kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("BTD,BTV->DV", h, d_scores, preferred_element_type=jnp.float32)
         return d_kernel, (nll, log_partition, d_h.astype(dtype))
@@ -194,14 +194,14 @@ def _local(plan: _Plan, gradients: bool, hidden, kernel, targets, weights):
     return join(nll), join(log_partition), join(d_hidden) if gradients else None, d_kernel
 
 
-def _whole_vocabulary(axes: tuple[str, ...], peak, partition, of_target):
+def _whole_vocabulary(axes: tuple[str, ...], peak, partition, target_score):
     """Combines the results of all slices of the vocabulary: the largest score, the sum of exponentials relative to it,
     and the target's score (0 in slices without the target); float32 `[batch, length]` each."""
     if not axes:
-        return peak, partition, of_target
-    peaks, partitions, of_targets = jax.lax.all_gather(jnp.stack([peak, partition, of_target]), axes, axis=1)
+        return peak, partition, target_score
+    peaks, partitions, target_scores = jax.lax.all_gather(jnp.stack([peak, partition, target_score]), axes, axis=1)
     peak = jnp.max(peaks, axis=0)
-    return peak, jnp.sum(partitions * jnp.exp(peaks - peak), axis=0), jnp.sum(of_targets, axis=0)
+    return peak, jnp.sum(partitions * jnp.exp(peaks - peak), axis=0), jnp.sum(target_scores, axis=0)
 
 
 def _chunks(batch: int, length: int, chunk_tokens: int) -> int:

@@ -73,7 +73,7 @@ def continued_mixture(configured: Mixture, restored: DataState, step: int, run_d
 
     Returns:
       mixture: the data from there on.
-      changes: what differs from the data so far, in words.
+      changes: differences from the data so far, in words.
 
     Raises:
       InputError: the configured data cannot continue those of the run.

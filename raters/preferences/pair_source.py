@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSource
 from mlx_pretrain.files import sha256
 from raters.preferences.pair_file import PAIR_TYPES, PARALLEL
 from raters.preferences.pair_table import PairTable
@@ -39,8 +39,8 @@ def pair_mixture(table: PairTable, pair_types: Sequence[int], batch_size: int, s
     return Mixture(rows, rows, dict.fromkeys(rows, sha256(table.path)), seed, batch_size)
 
 
-class PairSource:
-    """Batches of pairs by number: a random-access data source for Grain. Pair types come in exact shares."""
+class PairSource(MixtureSource):
+    """Batches of pairs, with exact shares of the pair types."""
 
     def __init__(
         self,
@@ -60,22 +60,15 @@ class PairSource:
           pad_id: id behind shorter documents.
           rows: rows of the global batch that this host reads; None: all.
         """
-        self._table, self._mixture, self._length, self._pad_id = table, mixture, length, pad_id
+        super().__init__(mixture, rows)
+        self._table, self._length, self._pad_id = table, length, pad_id
         self._pair_types = list(mixture.rates)
         self._members = [np.flatnonzero(table.pair_type == PAIR_TYPES.index(name)) for name in self._pair_types]
-        self._sampler, self._rows = MixtureSampler(mixture), rows
         self._win_rates = table.win_rates()
-
-    def __len__(self) -> int:
-        # Grain wants a length; no run reads this many batches.
-        return 1 << 48
-
-    def __repr__(self) -> str:
-        return f"PairSource({self._mixture})"
 
     def _pairs(self, batch: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns pair, type (index into the mixture) and epoch of each row."""
-        source, row, epoch = self._sampler.locate(batch, rows)
+        source, row, epoch = self.sampler.locate(batch, rows)
         return np.array([self._members[s][r] for s, r in zip(source, row)]), source, epoch
 
     def __getitem__(self, batch: int) -> Batch:
@@ -88,7 +81,7 @@ class PairSource:
           parallel: int32 `[rows]`, 1 for one document in two languages.
           language: int32 `[rows, 2]`, index into the table's languages.
         """
-        pairs, _, _ = self._pairs(batch, self._rows)
+        pairs, _, _ = self._pairs(batch, self.rows)
         return pair_batch(self._table, pairs, self._length, self._pad_id, self._win_rates)
 
     def provenance(self, batch: int) -> list[PairProvenance]:

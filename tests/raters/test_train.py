@@ -98,15 +98,15 @@ def test_the_loss_is_that_of_the_paper(settings, tmp_path, parallel_weight):
 def test_pairwise_training_learns_and_loads(settings, tmp_path):
     """The validation documents are in no training pair."""
     run_dir = str(tmp_path / "run")
-    found = rater_training.train(TrainRaterConfig(**settings, run_dir=run_dir))
-    assert found["accuracy"] > 0.9 and found["accuracy/aa"] > 0.9 and found["accuracy/cross-lingual"] > 0.9
-    assert found["agreement/parity"] == found["accuracy"]
-    assert found["parallel_correlation"] > 0.5
+    metrics = rater_training.train(TrainRaterConfig(**settings, run_dir=run_dir))
+    assert metrics["accuracy"] > 0.9 and metrics["accuracy/aa"] > 0.9 and metrics["accuracy/cross-lingual"] > 0.9
+    assert metrics["agreement/parity"] == metrics["accuracy"]
+    assert metrics["parallel_correlation"] > 0.5
     config, params, tokenizer = load_quality(run_dir)
     assert config == MODEL and isinstance(tokenizer, Tokenizer)
     task = RaterTraining(TrainRaterConfig(**settings, run_dir=run_dir))
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    assert PairEvaluator(task._validation, config, mesh, 24, 32)(params) == pytest.approx(found, abs=1e-4)
+    assert PairEvaluator(task._validation, config, mesh, 24, 32)(params) == pytest.approx(metrics, abs=1e-4)
     head = json.loads((tmp_path / "run" / "run.json").read_text())
     assert head["pairs"]["parallel"] == 40 and head["objective"] == "pairwise"
     # The same command again has nothing left to do.
@@ -115,8 +115,8 @@ def test_pairwise_training_learns_and_loads(settings, tmp_path):
 
 @pytest.mark.slow
 def test_pointwise_training_learns_too(settings, tmp_path):
-    found = rater_training.train(TrainRaterConfig(**settings, run_dir=str(tmp_path), objective="pointwise"))
-    assert found["accuracy"] > 0.9
+    metrics = rater_training.train(TrainRaterConfig(**settings, run_dir=str(tmp_path), objective="pointwise"))
+    assert metrics["accuracy"] > 0.9
 
 
 def test_kinds_can_be_left_out(settings, tmp_path):

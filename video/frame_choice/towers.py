@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float32, Int, Shaped, UInt8
 
 from mlx_pretrain.data.token_store import PAD_ID
-from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.config_checks import check_integers, check_nested
 from mlx_pretrain.models.encoder import LayerNorm, vector
 from mlx_pretrain.models.layers import fan_in_init, matrix
 from mlx_pretrain.models.vision import VisionConfig, VisionTransformer, layers
@@ -38,11 +38,8 @@ class TowersConfig:
     shared_dim: int = 64
 
     def __post_init__(self):
-        if isinstance(self.vision, dict):  # from JSON
-            object.__setattr__(self, "vision", VisionConfig(**self.vision))
-        for name in ("vocab_size", "max_length", "shared_dim"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"TowersConfig.{name} = {getattr(self, name)!r}: must be a positive integer")
+        check_nested(self, "vision", VisionConfig)
+        check_integers(self, "vocab_size", "max_length", "shared_dim")
 
     @property
     def dtype(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.config_checks import check_nested
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig
 from mlx_pretrain.models.encoder import gelu, vector
 from mlx_pretrain.models.layers import matrix, project
@@ -43,11 +44,8 @@ class VideoLLMConfig:
     prompt: str = PROMPT
 
     def __post_init__(self):
-        for name, config_type in (("vision", VisionConfig), ("decoder", DecoderConfig)):
-            if isinstance(value := getattr(self, name), dict):  # from JSON
-                object.__setattr__(self, name, config_type(**value))
-            elif not isinstance(value, config_type):
-                raise InputError(f"VideoLLMConfig.{name} = {value!r}: must be @{config_type.__name__}()")
+        check_nested(self, "vision", VisionConfig)
+        check_nested(self, "decoder", DecoderConfig)
         if self.pooled_side is not None and not 1 <= self.pooled_side <= self.vision.side:
             raise InputError(f"VideoLLMConfig.pooled_side = {self.pooled_side!r}: must be from 1 to the tower's "
                              f"{self.vision.side}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_pretrain.data.loader import Batch, Mixture, MixtureSampler
+from mlx_pretrain.data.loader import Batch, Mixture, MixtureSource
 from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.errors import InputError
 from video.frames.frame_store import FrameStore
@@ -38,8 +38,8 @@ def evidence_frames(question: Question, times: np.ndarray) -> list[np.ndarray]:
     return spans
 
 
-class ClipSource:
-    """Batches by number: a random-access data source for Grain.
+class ClipSource(MixtureSource):
+    """Batches of videos with questions.
 
     A row is a video: `frames` of its candidates in the order of time, and `questions_per_row` questions, each on a
     subset of these frames. So a frame goes through the vision tower once for all questions. With probability
@@ -69,7 +69,7 @@ class ClipSource:
           questions_per_row: number of questions of a row, drawn from those on the video.
           evidence_prob: probability that a question's subset contains its evidence.
           length: tokens of a sequence: question, frames and answer.
-          mixture, rows: see `loader.BatchSource`; the mixture has one source, the videos that have questions.
+          mixture, rows: see `MixtureSource`; the mixture has one source, the videos that have questions.
 
         Raises:
           InputError: a video is not in the store, a row has more frames than a video has candidates, or a question is
@@ -93,14 +93,7 @@ class ClipSource:
             self._by_video.setdefault(question.video, []).append((question, (before, behind), answer))
         self._videos = list(self._by_video)
         self._rows_of = [store.row(video) for video in self._videos]
-        self._mixture, self._stream, self._rows = mixture, MixtureSampler(mixture), rows
-
-    def __len__(self) -> int:
-        # Grain wants a length; no run reads this many batches.
-        return 1 << 48
-
-    def __repr__(self) -> str:
-        return f"ClipSource({self._mixture})"
+        super().__init__(mixture, rows)
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch.
@@ -110,10 +103,10 @@ class ClipSource:
           tokens: int32 `[rows, questions, length + 1]`; the ids of frames are those of `Prompts.frames`.
           answers: int32 `[rows, questions, 2]`: positions of the answer's first token and of the one behind its last.
         """
-        _, videos, epochs = self._stream.locate(batch, self._rows)
+        _, videos, epochs = self.sampler.locate(batch, self.rows)
         indices, tokens, answers = [], [], []
         for video, epoch in zip(videos, epochs):
-            rng = np.random.default_rng([self._mixture.seed, int(video), int(epoch)])
+            rng = np.random.default_rng([self.mixture.seed, int(video), int(epoch)])
             frame_indices, sequences, spans = self._row(self._videos[video], rng)
             indices.append(frame_indices)
             tokens.append(sequences)
@@ -154,5 +147,5 @@ class ClipSource:
 
     def provenance(self, batch: int) -> list[ClipProvenance]:
         """Returns the origins of the rows of a global batch, for error reports."""
-        _, videos, epochs = self._stream.locate(batch)
+        _, videos, epochs = self.sampler.locate(batch)
         return [ClipProvenance(self._videos[video], int(epoch)) for video, epoch in zip(videos, epochs)]

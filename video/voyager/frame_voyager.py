@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.config_checks import check_integers, check_nested
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig
 from mlx_pretrain.models.encoder import gelu, vector
 from mlx_pretrain.models.layers import matrix
@@ -40,11 +41,8 @@ class VoyagerConfig:
     prompt: str = PROMPT
 
     def __post_init__(self):
-        if isinstance(self.decoder, dict):  # from JSON
-            object.__setattr__(self, "decoder", DecoderConfig(**self.decoder))
-        for name in ("frame_tokens", "head_dim"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"VoyagerConfig.{name} = {getattr(self, name)!r}: must be a positive integer")
+        check_nested(self, "decoder", DecoderConfig)
+        check_integers(self, "frame_tokens", "head_dim")
 
     @property
     def dtype(self) -> str:

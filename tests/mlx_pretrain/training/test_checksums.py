@@ -40,10 +40,10 @@ def tree():
 
 
 def test_is_as_defined(tree):
-    found = checksums(tree | {"key": jax.random.key(3)})
+    sums = checksums(tree | {"key": jax.random.key(3)})
     expected = jax.tree.map(reference, jax.tree.map(np.asarray, tree))
-    assert found.pop("key") == reference(np.asarray(jax.random.key_data(jax.random.key(3))))
-    assert found == {**{name: x for name, x in expected.items() if name != "list"},
+    assert sums.pop("key") == reference(np.asarray(jax.random.key_data(jax.random.key(3))))
+    assert sums == {**{name: x for name, x in expected.items() if name != "list"},
                      "list/0": expected["list"][0], "list/1": expected["list"][1]}
 
 

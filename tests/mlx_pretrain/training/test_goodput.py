@@ -72,15 +72,15 @@ def test_parts_sum_to_wall_time_and_lost_steps_are_found(tmp_path_factory, proce
         kept_seconds = recorded  # the rest was never written down
         all_seconds += sum(lines[-1]["seconds"][part] for part in ("data", "step"))
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read_goodput(path)
-    assert found.processes == len(processes)
-    assert found.wall_s == pytest.approx(last_line - first)
-    assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=1e-6, abs=1e-6)
-    assert min(found.seconds.values()) >= -1e-6
-    assert found.seconds["between"] == pytest.approx(idle, abs=1e-5)
+    goodput = read_goodput(path)
+    assert goodput.processes == len(processes)
+    assert goodput.wall_s == pytest.approx(last_line - first)
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_s, rel=1e-6, abs=1e-6)
+    assert min(goodput.seconds.values()) >= -1e-6
+    assert goodput.seconds["between"] == pytest.approx(idle, abs=1e-5)
     kept = sum(kept_seconds.values())
-    assert found.seconds["step"] + found.seconds["data"] == pytest.approx(kept, abs=1e-5)
-    assert found.seconds["repeated"] == pytest.approx(all_seconds - kept, abs=1e-5)
+    assert goodput.seconds["step"] + goodput.seconds["data"] == pytest.approx(kept, abs=1e-5)
+    assert goodput.seconds["repeated"] == pytest.approx(all_seconds - kept, abs=1e-5)
 
 
 def test_half_a_line_of_a_killed_process_is_removed(tmp_path):

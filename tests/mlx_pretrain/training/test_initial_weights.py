@@ -61,10 +61,10 @@ def test_weights_are_those_of_the_folder_on_any_mesh(folders, tokenizers, name, 
     mesh = partitioning.make_mesh(2, 2, 2)
     weights = InitialWeights(folder / name, config, tokenizers / "one.model")
     with partitioning.use(mesh):
-        found, abstract = weights.load(mesh), abstract_params(config, mesh)
-    jax.tree.map(np.testing.assert_array_equal, found, params[step or 2])
+        loaded, abstract = weights.load(mesh), abstract_params(config, mesh)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params[step or 2])
     jax.tree.map(lambda x, like: (x.sharding, x.dtype) == (like.sharding, like.dtype) or pytest.fail(str(like)),
-                 found, abstract)
+                 loaded, abstract)
     metadata = weights.metadata()
     path = folder / name.split("/")[0]
     assert metadata == {"path": str(path), "kind": kind, "step": step, "checksum": metadata["checksum"]}

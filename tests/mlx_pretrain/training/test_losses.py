@@ -51,13 +51,13 @@ def test_half_precision_states_are_summed_in_float32(arrays):
     half = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
     scores = half(hidden) @ half(kernel)
     log_partition = np.log(np.exp(scores).sum(-1))
-    chosen = np.arange(VOCAB) == targets[..., None]
-    expected = log_partition - scores[chosen].reshape(targets.shape)
+    is_target = np.arange(VOCAB) == targets[..., None]
+    expected = log_partition - scores[is_target].reshape(targets.shape)
     hidden = jnp.asarray(hidden, jnp.bfloat16)
     np.testing.assert_allclose(losses.token_nll(hidden, kernel, targets), expected, atol=1e-4)
     gradient = jax.grad(lambda h, k: losses.cross_entropy(h, k, targets, weights)[0], argnums=(0, 1))
     d_hidden, d_kernel = gradient(hidden, jnp.asarray(kernel))
-    d_scores = half(weights[..., None] * (np.exp(scores - log_partition[..., None]) - chosen))
+    d_scores = half(weights[..., None] * (np.exp(scores - log_partition[..., None]) - is_target))
     assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
     d_kernel_expected = np.einsum("BTD,BTV->DV", half(hidden), d_scores)
     assert np.linalg.norm(d_kernel - d_kernel_expected) < 3e-4 * np.linalg.norm(d_kernel_expected)

@@ -20,20 +20,20 @@ from mlx_pretrain.training.weights_and_biases import WeightsAndBiases  # noqa: E
 
 
 def records(path: pathlib.Path) -> list[Record]:
-    """The records of a .wandb file: a LevelDB log after 7 bytes, in blocks of 32 KiB with a header for each part."""
-    content, found, parts, place = path.read_bytes(), [], b"", 7
-    while place + 7 <= len(content):
-        left = 32768 - place % 32768
+    """Reads a .wandb file: a LevelDB log after 7 bytes, in blocks of 32 KiB, with a header before each part."""
+    content, whole, parts, start = path.read_bytes(), [], b"", 7
+    while start + 7 <= len(content):
+        left = 32768 - start % 32768
         if left < 7:
-            place += left
+            start += left
             continue
-        size, part_type = struct.unpack("<HB", content[place + 4 : place + 7])
-        parts += content[place + 7 : place + 7 + size]
-        place += 7 + size
+        size, part_type = struct.unpack("<HB", content[start + 4 : start + 7])
+        parts += content[start + 7 : start + 7 + size]
+        start += 7 + size
         if part_type in (1, 4):  # a whole record, or its last part
-            found.append(Record.FromString(parts))
+            whole.append(Record.FromString(parts))
             parts = b""
-    return found
+    return whole
 
 
 def test_a_restart_goes_on_with_the_same_run(tmp_path):
@@ -50,11 +50,11 @@ def test_a_restart_goes_on_with_the_same_run(tmp_path):
     assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 2
     history = {}
     for path in files:
-        found = records(path)
-        [run] = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+        log = records(path)
+        [run] = [record.run for record in log if record.WhichOneof("record_type") == "run"]
         assert (run.run_id, run.project, run.display_name) == (run_id, "tests", tmp_path.name)
         assert {item.key: item.value_json for item in run.config.update}["seed"] == "3"
-        for record in found:
+        for record in log:
             if record.WhichOneof("record_type") == "history":
                 row = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
                        for item in record.history.item}
