@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mlx_pretrain.command_line import errors_as_one_line
 from mlx_pretrain.data import token_store as token_store
-from mlx_pretrain.data.documents import match_files, read_documents
+from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.loader import BatchSource, store_mixture
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import (
@@ -316,7 +316,7 @@ def test_documents(folder):
         file.write(gzip.compress(b"".join(json.dumps(record).encode() + b"\n" for record in records)))
     with atomic_writer(folder / "b.parquet") as file:
         pa.parquet.write_table(pa.Table.from_pylist(records), file)
-    files = match_files(folder / "*")
-    assert [path.name for path in files] == ["a.jsonl.gz", "b.parquet"]
-    for path in files:
-        assert [document.text for document in read_documents(path)] == ["text 0", "text 1", "text 2"]
+    for corpus in (Corpus(folder, "*"), Corpus(files=folder / "*"), Corpus(folder, ["{language}.jsonl.gz", "b.p*"])):
+        assert corpus.folder == folder and list(corpus.paths()) == ["a.jsonl.gz", "b.parquet"]
+        for name in corpus.paths():
+            assert [document.text for document in corpus.read(name)] == ["text 0", "text 1", "text 2"]

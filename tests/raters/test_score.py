@@ -14,6 +14,7 @@ import optax
 import pyarrow.parquet as pq
 import pytest
 import sentencepiece
+from etils import epath
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
@@ -337,6 +338,20 @@ def test_scores_of_two_roots_never_go_to_one_folder(tmp_path):
     for folder, rank in (("x", 1), ("y", 2)):
         table = pq.read_table(tmp_path / f"both/{folder}/a.jsonl.scores.parquet")
         assert table["quality_score"].to_pylist() == [rank]
+
+
+def test_documents_and_scores_on_an_object_store(gcs, files, tmp_path):
+    folder = epath.Path("gs://bucket/scored")
+    for name in ("a.jsonl.gz", "de/b.jsonl"):
+        (folder / "in" / name).write_bytes((files / name).read_bytes())
+    for _ in range(2):
+        summary = run_score(folder / "in", folder / "out", ExistingScores("rank"))
+    assert summary["skipped"] == 2
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
+    content = (folder / "out/de/b.jsonl.scores.parquet").read_bytes()
+    assert content == (tmp_path / "out/de/b.jsonl.scores.parquet").read_bytes()
+    with pytest.raises(InputError, match=r"set Corpus\.root to a folder above both"):
+        run_score(folder / "in/de", folder / "out", ExistingScores("rank"))
 
 
 def test_a_corpus_may_move(files, tmp_path):
