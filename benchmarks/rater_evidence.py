@@ -126,9 +126,10 @@ def make_pairs(work: pathlib.Path, count: int) -> None:
          "import raters.ngrams", "import raters.pairs", "import raters.preferences.translation",
          "train_ngrams.good = @clean/Corpus()", f"clean/Corpus.files = '{work}/clean/train/en.jsonl'",
          "pairs.corpus = @rated/Corpus()", f"rated/Corpus.files = '{work}/documents/en.jsonl'",
-         "pairs.raters = [@GivenScores(), @NgramClassifier(), @Heuristics()]", "pairs.translator = @AlignedDocuments()",
+         "pairs.raters = [@ExistingScores(), @NgramClassifier(), @Heuristics()]",
+         "pairs.translator = @AlignedDocuments()",
          f"pairs.languages = {there(work / 'documents', SEEN)}",
-         f"pairs.heldout_languages = {there(work / 'documents', UNSEEN)}", "GivenScores.field = 'intact'",
+         f"pairs.heldout_languages = {there(work / 'documents', UNSEEN)}", "ExistingScores.field = 'intact'",
          "AlignedDocuments.corpus = @translations/Corpus()", f"translations/Corpus.files = '{work}/documents/*.jsonl'",
          f"NgramClassifier.path = '{work}/ngrams.npz'"]))
     command("raters.ngrams", gin_file=work / "pairs.gin", train_ngrams__output=work / "ngrams.npz")

@@ -45,6 +45,7 @@ class EvaluateConfig:
         special tokens.
       max_new_tokens: greatest length of a generated answer.
       step: checkpoint of a run; None: the latest.
+      weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.
       dtype: compute dtype; None: that of the run, float32 for other models.
       max_length: tokens of prompt and option; None: the model's positions. Longer prompts are cut at their beginning.
       compilation_cache: folder of compiled programs, kept between runs; None: none.
@@ -62,6 +63,7 @@ class EvaluateConfig:
     template: str = "{prompt}"
     max_new_tokens: int = 32
     step: int | None = None
+    weights: str = "last"
     dtype: str | None = None
     max_length: int | None = None
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
@@ -89,14 +91,17 @@ def main(config: EvaluateConfig) -> list[TaskResults]:
     aligned = {task: align_items(by_language, config.limit) for task, by_language in files.items()}
     examples = {task: read_examples(by_language, config.few_shot) for task, by_language in files.items()}
     hardware.keep_compiled(config.compilation_cache)
-    model = load_language_model(config.model, step=config.step, dtype=config.dtype)
+    model = load_language_model(config.model, step=config.step, weights=config.weights, dtype=config.dtype)
     scorer = Scorer(model.config, model.params, model.mesh, max_length=config.max_length)
     folder = epath.Path(config.output)
     if cluster.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         save_effective(folder / "config.gin")
+    model_args = {"path": str(config.model), "step": model.step}
+    if config.weights != "last":  # tables of earlier versions have no such key
+        model_args["weights"] = config.weights
     settings = {
-        "model": "mlx_pretrain", "model_args": {"path": str(config.model), "step": model.step},
+        "model": "mlx_pretrain", "model_args": model_args,
         "fingerprint": model.fingerprint(), "dtype": model.config.dtype,
         "max_length": scorer.max_length, "few_shot": config.few_shot, "limit": config.limit,
     }
@@ -122,7 +127,7 @@ def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program
 
     The model is that of the training run in the same gin files, or else `evaluate.model`.
     """
-    from mlx_pretrain.train import TrainConfig  # nothing else here needs it
+    from mlx_pretrain.train import TrainConfig  # imports the trainer, which an evaluation does not need
 
     settings = gin.get_bindings(EvaluateConfig)
     if settings.get("generate"):

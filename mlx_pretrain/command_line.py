@@ -127,7 +127,7 @@ def quiet_logging() -> None:
 
 
 def run(
-    main: Callable[..., object], config: Any, module: str | None = None, *, joins: bool = False, shards: bool = False
+    main: Callable[[Any], object], config: type, module: str, *, joins: bool = False, shards: bool = False
 ) -> None:
     """Runs `main(config())` as the command `python -m module`, the parameters of `config` set by gin.
 
@@ -156,8 +156,6 @@ def run(
       shards: lets a process do only `parallel.cluster.shard` of the work. A command that neither joins nor shards runs
         in process 0 alone.
     """
-    if module is None:  # a main without parameters, whose second argument is the module
-        main, config, module = (lambda _, main=main: main()), type("Config", (), {"__doc__": main.__doc__}), config
     quiet_logging()
     if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
         flags = _FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})

@@ -28,7 +28,7 @@ class GenerateConfig:
       languages: languages of the prompts, noted in the output file.
       step: step of the checkpoint of a run; None: the latest.
       weights: weights of a run, "last" or "ema" for their moving average.
-      max_new_tokens: most tokens to generate after each prompt.
+      max_new_tokens: limit of the tokens generated after each prompt.
       temperature: divisor of the logits; 0 takes the most likely token.
       top_p: least probability mass of the most likely tokens to sample from.
       seed: seed of the sampling.

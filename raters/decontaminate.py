@@ -59,7 +59,7 @@ class DecontaminateConfig(RemovalConfig):
     least_words: int = 8
 
     def __post_init__(self):
-        longest = shingles.MOST_WORDS // UNITS_PER_WORD
+        longest = shingles.MAX_WORDS // UNITS_PER_WORD
         if not (isinstance(self.ngram, int) and 1 <= self.ngram <= longest):
             raise InputError(f"decontaminate.ngram = {self.ngram!r}: must be a whole number from 1 to {longest}")
         if not (isinstance(self.least_words, int) and 1 <= self.least_words <= self.ngram):

@@ -55,9 +55,9 @@ class DuplicatesConfig(RemovalConfig):
     def __post_init__(self):
         for name in ("ngram", "bands", "rows"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and 1 <= value <= shingles.MOST_WORDS):
+            if not (isinstance(value, int) and 1 <= value <= shingles.MAX_WORDS):
                 raise InputError(f"duplicates.{name} = {value!r}: must be a whole number from 1 to "
-                                 f"{shingles.MOST_WORDS}")
+                                 f"{shingles.MAX_WORDS}")
         if not 0 < self.similarity <= 1:
             raise InputError(f"duplicates.similarity = {self.similarity!r}: must be above 0 and at most 1")
 

@@ -81,8 +81,8 @@ class NgramClassifier(Rater):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Name, and the file's SHA-256."""
-        return {"name": self.name, "sha256": self._sha256}
+        """The file's SHA-256."""
+        return {"sha256": self._sha256}
 
     def score(self, documents: Sequence[Document]) -> np.ndarray:
         """Returns natural log-odds, float64 `[documents]`; nan for a document without words."""

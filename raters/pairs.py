@@ -245,8 +245,8 @@ def write_pairs(
     """Writes the header and the pairs, translating the documents that need it."""
     names = [rater.name for rater in config.raters]
     pair_file.write_line(file, pair_file.header({
-        **made_from, "raters": names, "documents": len(documents), "left_out": documents.left_out,
-        "repeated": documents.repeated, "counts": pairs.counts, "configuration": gin.operative_config_str()}))
+        **made_from, "documents": len(documents), "left_out": documents.left_out, "repeated": documents.repeated,
+        "counts": pairs.counts, "configuration": gin.operative_config_str()}))
     for i, language in enumerate(documents.languages):
         sides = ((pairs.a, pairs.language_a), (pairs.b, pairs.language_b))
         documents.translate(np.concatenate([numbers[languages == i] for numbers, languages in sides]), language)
@@ -267,7 +267,7 @@ def _made_from(config: PairsConfig) -> dict[str, Any]:
         inputs["heldout_ids"] = sha256(config.heldout_ids)
     made_from = artifacts.provenance("raters.pairs", config, inputs)
     del made_from["settings"]["validation_output"]
-    return made_from
+    return {**made_from, "raters": [rater.name for rater in config.raters]}
 
 
 def main(config: PairsConfig) -> None:

@@ -58,7 +58,7 @@ class ScoreConfig:
     Attributes:
       corpus: the documents.
       output: folder of the scores, local or gs://; one folder per rater and root of the corpus.
-      rater: @QualityScorer(), or a plug-in such as @GivenScores().
+      rater: @QualityScorer(), or a plug-in such as @ExistingScores().
       detect_language: identifies the language (py3langid) where neither record nor path tells it.
       tokenizer: a tokenizer.model or .json that counts tokens when a plug-in rates; None: `n_tokens` stays empty.
       workers: processes that tokenise; 0: the main process does; None: one per core, at most 8, if there is work.
@@ -132,7 +132,7 @@ def main(config: ScoreConfig) -> dict[str, Any]:
     settings = {
         "rater": rater.name, "text_unit": corpus.text_unit, "fields": corpus.keys.changed or None,
         "detect_language": config.detect_language, "tokenizer": counter and counter.sha256,
-        **(rater.settings if on_devices else {}),
+        **rater.settings,
     }
     number, count = cluster.shard()
     all_shards = find_shards(corpus, output)

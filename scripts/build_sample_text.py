@@ -46,12 +46,12 @@ CODE = re.compile(r"[{}]$|\);$|^\s*(Sub|End|Dim|Function|Next|Loop|REM|#|\$|def|
 
 
 def columns(text):
-    """Width of `text` in columns: Han, Kana and Hangul count two, as they carry about two letters' worth."""
+    """Returns the width of `text` in columns; Han, Kana and Hangul count two, as each is worth about two letters."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def is_code(line):
-    """Whether a line is a command, program text or mostly symbols and digits rather than words."""
+    """Tells if a line is a command, program text, or mostly symbols and digits rather than words."""
     symbols = [character for character in line if not character.isspace()]
     letters = sum(unicodedata.category(character)[0] in "LM" for character in symbols)
     wide = columns(line) > 1.5 * len(line)
@@ -59,7 +59,7 @@ def is_code(line):
 
 
 def is_english(line, untranslated, lang):
-    """Whether a line is English: a line that several translations share, or one full of English words."""
+    """Tells if a line is English: several translations share it, or it is full of English words."""
     words = re.findall(r"[^\W\d_]+", line)
     latin = sum(word.isascii() for word in words)
     if line.count(" ") < 2:
@@ -75,7 +75,7 @@ def is_english(line, untranslated, lang):
 
 
 def untranslated_lines(corpus):
-    """{key: the lines of the English document, or that at least three other languages have alike}."""
+    """Returns key -> lines of the English document, or lines that at least three other languages share."""
     counts = defaultdict(Counter)
     for lang, documents in corpus.items():
         for key, text in documents.items():
@@ -85,7 +85,7 @@ def untranslated_lines(corpus):
 
 
 def own_script(text, lang):
-    """Share of the letters of `text` that belong to the script of `lang`; 1 for languages written in Latin letters."""
+    """Returns the share of the letters of `text` in the script of `lang`; 1 for languages written in Latin letters."""
     if lang not in SCRIPTS:
         return 1.0
     letters = [character for character in text if character.isalpha()]
@@ -94,12 +94,12 @@ def own_script(text, lang):
 
 
 def paragraphs(text):
-    """The lines of `text` long enough that a repetition is no accident."""
+    """Returns the lines of `text` long enough that a repetition is no accident."""
     return [line for line in text.split("\n") if columns(line) >= PARAGRAPH]
 
 
 def order(key):
-    """A seeded hash of (source, id): the same shuffle of documents in every language and on every run."""
+    """Returns a seeded hash of (source, id), which shuffles documents alike in every language and run."""
     return hashlib.sha256("\t".join((SEED, *key)).encode()).hexdigest()
 
 
@@ -108,7 +108,7 @@ def size(text):
 
 
 def read(corpus, lang, dropped):
-    """Documents {(source, id): text} of one language, from the sources that may be shipped."""
+    """Returns (source, id) -> text of one language, from the sources that may be shipped."""
     path = Path(corpus) / f"{lang}.jsonl.xz"
     documents = {}
     try:
@@ -128,7 +128,7 @@ def read(corpus, lang, dropped):
 
 
 def clean(documents, untranslated, lang, dropped):
-    """Documents fit for training, without the paragraphs their translators left in English."""
+    """Returns the documents fit for training, without paragraphs that their translators left in English."""
     kept, seen = {}, set()
     for key, text in sorted(documents.items()):
         lines = [line for line in text.split("\n") if line.strip()]
@@ -168,7 +168,7 @@ def clean(documents, untranslated, lang, dropped):
 
 
 def choose_heldout(corpus, keys):
-    """Ids {(source, id)} held out in every language, most widely translated first, to sizes alike across languages."""
+    """Returns the ids (source, id) held out in every language, most widely translated first, about equal in size."""
     heldout, held = set(), {lang: Counter() for lang in corpus}
     available = {lang: Counter() for lang in corpus}
     for lang, documents in corpus.items():
@@ -178,7 +178,7 @@ def choose_heldout(corpus, keys):
     maximum = {lang: min(HELDOUT_MAXIMUM, HELDOUT_SHARE_MAXIMUM * available[lang].total()) for lang in corpus}
 
     def target(lang, source):
-        """Bytes to hold out of a source, or of all of them together (None)."""
+        """Returns the bytes to hold out of a source, or of all sources together (None)."""
         if source:
             return min(HELDOUT[source], HELDOUT_SHARE * available[lang][source])
         return min(HELDOUT_MINIMUM, HELDOUT_SHARE * available[lang].total())
@@ -206,7 +206,7 @@ def choose_heldout(corpus, keys):
 
 
 def sharing(corpus):
-    """{key: the other keys that share a whole paragraph with it in some language}."""
+    """Returns key -> the other keys that share a whole paragraph with it in some language."""
     shared = defaultdict(set)
     for documents in corpus.values():
         owners = defaultdict(set)
@@ -220,7 +220,8 @@ def sharing(corpus):
 
 
 def choose_training(documents, keys, budget, dropped):
-    """Up to `budget` bytes of documents in the order of `keys`; a source over its share waits for the second round."""
+    """Takes up to `budget` bytes of documents in the order of `keys`; sources over their share wait for a second
+    round."""
     chosen, repeating, seen, taken = set(), set(), set(), Counter()
     for limited in (True, False):
         for key in keys:
@@ -252,7 +253,7 @@ def write(path, documents, lang):
 
 
 def cell(documents):
-    """Number of documents, bytes of text, and documents per source, as cells of a Markdown table."""
+    """Returns number of documents, bytes of text, and documents per source, as cells of a Markdown table."""
     counts = Counter(key[0] for key in documents)
     sources = " + ".join(str(counts[source]) for source in SHARES)
     return f"{len(documents)} | {sum(map(size, documents.values())):,} | {sources}"

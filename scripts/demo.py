@@ -1,6 +1,7 @@
 """`make demo`: the whole pipeline on the sample text, every stage by its own command.
 
-Safe to interrupt and start again: each stage keeps what it finished, and training goes on from its last checkpoint.
+It may be interrupted and started again: each stage keeps its finished outputs, and training resumes from its last
+checkpoint.
 """
 
 import argparse
@@ -66,13 +67,13 @@ STAGES = [
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster."""
+    """Tells if this CPU multiplies bfloat16 in hardware; float32 is faster on others."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     return cpuinfo.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()))
 
 
 def run_stage(command: list[str]) -> int:
-    """Runs `python -m ...` to its end, also when Ctrl-C reaches it too: training saves before it leaves."""
+    """Runs `python -m ...` and waits for its end, after Ctrl-C too: training saves a checkpoint before it ends."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=environment) as process:
         while True:
@@ -83,7 +84,7 @@ def run_stage(command: list[str]) -> int:
 
 
 def last_evaluations() -> tuple[dict, dict]:
-    """The first and the last evaluation of the run."""
+    """Returns the first and the last evaluation of the run."""
     lines = (ROOT / RUN_DIR / "metrics.jsonl").read_text().splitlines()
     evaluations = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
     return evaluations[0], evaluations[-1]
@@ -104,7 +105,7 @@ def main() -> int:
         print(f"\n[{number}/{len(STAGES)}] {title}  ({elapsed:.0f} s)\n  python -m {' '.join(command)}", flush=True)
         code = run_stage(command)
         if code:
-            print(f"\nstopped in stage {number}; `make demo` goes on from here", file=sys.stderr)
+            print(f"\nstopped in stage {number}; `make demo` resumes here", file=sys.stderr)
             return code
     before, after = last_evaluations()
     print(f"\nDone in {time.monotonic() - started:.0f} s: held-out text of {len(after) // 2 - 2} languages went from "

@@ -25,7 +25,7 @@ from jaxtyping import install_import_hook
 # Before these modules are imported anywhere, so that calls check the shapes and dtypes that signatures state.
 install_import_hook(
     ["mlx_pretrain.data.batches", "mlx_pretrain.inference.prefix_trees", "mlx_pretrain.models",
-     "mlx_pretrain.training.losses"],
+     "mlx_pretrain.training.losses", "video.frame_choice.towers", "video.llm.model", "video.voyager.frame_voyager"],
     "beartype.beartype",
 )  # fmt: skip
 

@@ -3,10 +3,14 @@
 import ast
 import importlib
 import pathlib
+import re
 
+import gin
 import pytest
 
-from mlx_pretrain.configuration.command_help import command_help, field_classes, parameters
+from mlx_pretrain.configuration.command_help import command_help, field_classes, gin_name, parameters
+from mlx_pretrain.configuration.gin_files import parse_gin
+from mlx_pretrain.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
@@ -34,16 +38,34 @@ def test_all_commands_run_the_same_way():
     assert all(ast.literal_eval(call.args[-1]) == name for name, call in COMMANDS.items() if call)
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OWN_FLAGS))
-def test_help_describes_every_parameter(name):
-    call = COMMANDS[name]
-    if len(call.args) == 2:
-        pytest.skip("is a function of its parameters still")
-    module = importlib.import_module(name)
-    main, config = (eval(ast.unparse(argument), vars(module)) for argument in call.args[:2])
+@pytest.fixture(params=sorted(COMMANDS.keys() - OWN_FLAGS))
+def command(request):
+    """Returns (name, main, class of the configuration) of each command."""
+    module = importlib.import_module(request.param)
+    return request.param, *(eval(ast.unparse(argument), vars(module)) for argument in COMMANDS[request.param].args[:2])
+
+
+def test_help_describes_every_parameter(command):
+    name, main, config = command
     text = command_help(main, config, name, {}, width=100)
     assert text.startswith(main.__doc__.split()[0])
     for configurable in (config, *field_classes(config)):
         for parameter in parameters(configurable):
             assert parameter.name in text
             assert parameter.description, f"{parameter.name} is not described"
+
+
+def test_every_command_is_configured_by_a_frozen_dataclass(command):
+    config = command[-1]
+    assert config.__dataclass_params__.frozen and gin_name(config)
+
+
+def test_a_value_of_a_wrong_type_names_the_parameter(command):
+    for configurable in (command[-1], *field_classes(command[-1])):
+        for parameter in parameters(configurable):
+            if parameter.type in ("int", "float", "bool", "str", "path", "int | None", "str | None"):
+                try:
+                    with pytest.raises(InputError, match=f"^{re.escape(parameter.name)} = .*: must be "):
+                        parse_gin([], [f"{parameter.name} = ['a', 1]"])
+                finally:
+                    gin.clear_config()

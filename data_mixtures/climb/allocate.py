@@ -230,7 +230,7 @@ def _array(rates: Mapping[str, float], languages: Sequence[str]) -> np.ndarray:
 
 
 def _unique_tokens(config: AllocateConfig) -> dict[str, float] | None:
-    """Returns language -> tokens of text, for the table's languages; None where nothing gives them.
+    """Returns language -> tokens of text, for the table's languages; None without a store or `unique_tokens`.
 
     Raises:
       InputError: a language of the table has no entry.

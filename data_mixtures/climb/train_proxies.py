@@ -77,7 +77,7 @@ class ProxyTrainer:
           store: the text.
           model: shape of the models.
           results: folder that the evaluations are added to.
-          stop: says when to leave.
+          stop: flag that tells the trainer to leave.
           optimizer, learning_rate, batch_size, eval_batch_size, eval_sequences, chunk_tokens: see `ProxiesConfig`.
         """
         store.check_fits(model.vocab_size, model.max_length)

@@ -13,7 +13,7 @@ from typing import Any
 
 import gin
 
-_MAX_COLUMN = 32  # the texts begin here at most; those of longer names begin on the next line
+_MAX_COLUMN = 32  # rightmost column at which texts begin; after longer names they begin on the next line
 _ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: \([^)]*\))?:(?: |$)")
 
 
@@ -53,9 +53,7 @@ def command_help(
         _table("flags:", flags.items(), width),
     ]
     for configurable in (config, *field_classes(config)):
-        entries = ((parameter.name, f"{parameter.type}, {parameter.default}: {parameter.description}")
-                   for parameter in parameters(configurable))
-        blocks.append(_table(_heading(configurable, config), entries, width))
+        blocks.append(_table(_heading(configurable, config), _entries(parameters(configurable)), width))
     return "\n\n".join(blocks)
 
 
@@ -172,6 +170,15 @@ def _heading(configurable: type, config: type) -> str:
     if configurable is config:
         return f"parameters ({name}.NAME = VALUE in a gin file, --gin.{name}.NAME=VALUE on the command line):"
     return f"parameters of @{name}():"
+
+
+def _entries(described: Iterable[Parameter]) -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of each parameter; a description that several parameters share is printed once."""
+    first: dict[str, str] = {}
+    for parameter in described:
+        name = first.setdefault(parameter.description, parameter.name)
+        description = parameter.description if name == parameter.name else f"see {name.rpartition('.')[2]}."
+        yield parameter.name, f"{parameter.type}, {parameter.default}: {description}"
 
 
 def _table(heading: str, entries: Iterable[tuple[str, str]], width: int) -> str:

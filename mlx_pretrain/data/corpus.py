@@ -54,9 +54,11 @@ class Corpus:
       root: folder of the corpus, local or gs://; None: the longest folder without wildcards that all `files` share.
       files: pattern or patterns of the files' paths below the root (whole paths where the root is None), with the
         wildcards * ? [...]; {split} and {language} stand for names without "/" and ".", at most once a pattern each.
-      text_key, id_key, source_key: keys of a record's text, id and source.
+      text_key: key of a record's text.
+      id_key: key of a record's id; a record without one is named by its file and line.
       language_key: key of a record's language; None: records have none. With the default a record without "lang" may
         have "language".
+      source_key: key of a record's source.
       text_unit: document of a .txt file: the whole "file", or each non-blank "line".
       languages: the names to take for {language}; None: all.
       splits: the names to take for {split}; None: "train" and "heldout", or the one of them that has files.

@@ -42,7 +42,7 @@ class Rater(abc.ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the scores depend on, as JSON; outputs made with other settings are not kept."""
-        return {"name": self.name}
+        return {}
 
     @abc.abstractmethod
     def score(self, documents: Sequence[Document]) -> np.ndarray:
@@ -66,7 +66,7 @@ class PairRater(abc.ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the judgements depend on, as JSON; outputs made with other settings are not kept."""
-        return {"name": self.name}
+        return {}
 
     @abc.abstractmethod
     def prefers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:

@@ -18,7 +18,7 @@ _PREFERS_SECOND = {"a": 0.0, "tie": 0.5, "b": 1.0}
 
 
 @gin.configurable
-class GivenScores(Rater):
+class ExistingScores(Rater):
     """Scores in a field of the documents' records."""
 
     def __init__(self, field: str = gin.REQUIRED, name: str | None = None):
@@ -30,8 +30,8 @@ class GivenScores(Rater):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Name and field."""
-        return {"name": self.name, "field": self.fields[0]}
+        """The field."""
+        return {"field": self.fields[0]}
 
     def score(self, documents: Sequence[Document]) -> np.ndarray:
         """Returns float64 `[documents]`; nan where the field is missing or not a number (a numeral in a string)."""
@@ -97,8 +97,8 @@ class PairJudgements(PairRater):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Name, and the file's SHA-256."""
-        return {"name": self.name, "sha256": self._sha256}
+        """The file's SHA-256."""
+        return {"sha256": self._sha256}
 
     def prefers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Returns P(B>A) for pairs of ids (a, b): float64 `[pairs]`, nan where there is no judgement."""

@@ -95,8 +95,8 @@ class Heuristics(Rater):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Name, and the bounds that differ from BOUNDS."""
-        return {"name": self.name, "bounds": dict(self.bounds)}
+        """The bounds that differ from BOUNDS."""
+        return {"bounds": dict(self.bounds)}
 
     def score(self, documents: Sequence[Document]) -> np.ndarray:
         """Returns float64 `[documents]`; 0 for a document without words."""

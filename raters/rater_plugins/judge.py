@@ -99,8 +99,8 @@ class LanguageModelJudge(Rater):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Name, prompts, and fingerprint of the model."""
-        return {"name": self.name, "model": self._model.fingerprint(), "dtype": self.config.dtype, **self._prompts}
+        """Prompts, and fingerprint of the model."""
+        return {"model": self._model.fingerprint(), "dtype": self.config.dtype, **self._prompts}
 
     def score(self, documents: Sequence[Document]) -> np.ndarray:
         """Returns the mean over the templates of log P(yes) - log P(no), nats: float64 `[documents]`.

@@ -44,11 +44,11 @@ def rows(task, split, length=32):
     return np.stack([example["tokens"] for example in dataset.as_numpy_iterator()])
 
 
-@pytest.mark.parametrize("kind", ["files", "tfds"])
-def test_an_epoch_of_a_task_is_the_token_store(kind, sources, tfds_folder, store_path, tokenizer_path):
+@pytest.mark.parametrize("source_type", ["files", "tfds"])
+def test_an_epoch_of_a_task_is_the_token_store(source_type, sources, tfds_folder, store_path, tokenizer_path):
     store = TokenStore(store_path)
-    names = tasks.register_tasks(f"rows_{kind}", sources if kind == "files" else corpora.tfds_sources(tfds_folder),
-                                 tokenizer_path)
+    task_sources = sources if source_type == "files" else corpora.tfds_sources(tfds_folder)
+    names = tasks.register_tasks(f"rows_{source_type}", task_sources, tokenizer_path)
     assert list(names) == ["el", "en", "zh"]
     for language, task in names.items():
         for split in ("train", "heldout"):
@@ -105,15 +105,16 @@ def test_sources_are_not_mixed_up(sources, store_path, tokenizer_path, rates_pat
         batch = next(batches)
         for tokens, source in zip(batch["tokens"], batch["language_id"]):
             seen[batches.languages[source]].append(tokens)
-    for language, found in seen.items():
-        np.testing.assert_array_equal(found, store.read("train", language)[: len(found)])
+    for language, rows_seen in seen.items():
+        np.testing.assert_array_equal(rows_seen, store.read("train", language)[: len(rows_seen)])
 
 
-@pytest.mark.parametrize("kind", ["files", "tfds"])
-def test_a_saved_position_goes_on_with_the_next_batch(kind, sources, tfds_folder, tokenizer_path, rates_path, tmp_path):
+@pytest.mark.parametrize("source_type", ["files", "tfds"])
+def test_a_saved_position_goes_on_with_the_next_batch(
+        source_type, sources, tfds_folder, tokenizer_path, rates_path, tmp_path):
     def begin(seed=3):
-        chosen = sources if kind == "files" else corpora.tfds_sources(tfds_folder)
-        return tasks.mixture_batches(chosen, tokenizer_path, rates_path, 16, 8, seed=seed)
+        task_sources = sources if source_type == "files" else corpora.tfds_sources(tfds_folder)
+        return tasks.mixture_batches(task_sources, tokenizer_path, rates_path, 16, 8, seed=seed)
 
     first = begin()
     for _ in range(40):
@@ -194,11 +195,11 @@ def test_the_page_on_training_without_an_export_works(corpus_folder, tokenizer_p
     """Runs the code of docs/on_the_fly.md on this test's corpus instead of the sample text."""
     page = (pathlib.Path(__file__).parents[2] / "docs" / "on_the_fly.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
-    places = {"samples/text": corpus_folder, "runs/sample/tokenizer.model": tokenizer_path,
-              "runs/sample/rates.json": rates_path}
-    for place, ours in places.items():
-        assert place in code
-        code = code.replace(place, str(ours))
+    replacements = {"samples/text": corpus_folder, "runs/sample/tokenizer.model": tokenizer_path,
+                    "runs/sample/rates.json": rates_path}
+    for sample_path, path in replacements.items():
+        assert sample_path in code
+        code = code.replace(sample_path, str(path))
     exec(compile(code, "on_the_fly.md", "exec"), {})
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert [int(step) for step, _, _ in printed] == list(range(1, 21))

@@ -104,8 +104,8 @@ def test_a_killed_run_leaves_the_old_files_and_another_ends_the_same(made, tmp_p
     (PAIRS, ["import raters.rater_plugins.judge\npairs.raters = [@LanguageModelJudge()]",
              "--gin.LanguageModelJudge.model=none"],
      r"none/model\.json: no such model description: not the folder of a training run"),
-    (PAIRS, ["import raters.rater_plugins.existing_scores\npairs.raters = [@GivenScores()]"],
-     r"Required bindings for `GivenScores` not provided .*\['field'\]"),
+    (PAIRS, ["import raters.rater_plugins.existing_scores\npairs.raters = [@ExistingScores()]"],
+     r"Required bindings for `ExistingScores` not provided .*\['field'\]"),
     (NGRAMS, ["--gin.ENGLISH=none*.jsonl"], r"none\*\.jsonl: no file matches"),
 ])
 def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, module, flags, message):

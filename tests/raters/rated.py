@@ -6,8 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+
+from raters.filtering.score_table import ScoreTable, document_key
 
 
 def write_documents(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -36,3 +39,15 @@ def write_scores(
     path = folder / f"{name}.scores.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pa.parquet.write_table(pa.table({key: value for key, value in table.items() if value is not None}), path)
+
+
+def make_score_table(score, tokens, language=None, source=None, seed: int = 0) -> ScoreTable:
+    """Returns the scores of documents of one file, with codes of languages and sources."""
+    n = len(score)
+    language = np.zeros(n, np.int32) if language is None else np.asarray(language, np.int32)
+    source = np.zeros(n, np.int32) if source is None else np.asarray(source, np.int32)
+    key = np.array([document_key(seed, str(l), str(s), str(i)) for i, (l, s) in enumerate(
+        zip(language, source))], np.uint64)
+    names = lambda codes: tuple(f"n{i}" for i in range(int(codes.max(initial=0)) + 1))  # noqa: E731
+    return ScoreTable("tested", ("a",), np.zeros(n, np.int32), np.arange(1, n + 1), key, names(language), language,
+                  names(source), source, np.asarray(score, np.float64), np.asarray(tokens, np.int64))

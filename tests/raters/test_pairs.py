@@ -15,7 +15,7 @@ from raters.pairs import PairsConfig, choose_pairs, heldout_mask, main, read_doc
 from raters.preferences.pair_file import FORMAT, PAIR_TYPES
 from raters.preferences.translation import AlignedDocuments, Translator
 from raters.rater_plugins.base import Rater
-from raters.rater_plugins.existing_scores import GivenScores, PairJudgements
+from raters.rater_plugins.existing_scores import ExistingScores, PairJudgements
 
 LANGUAGES = ("de", "en", "fi", "ja")
 COUNT = 40  # documents; those of Finnish are the first 30
@@ -143,7 +143,7 @@ def test_multilingual_documents_are_rated_through_english(corpus, tmp_path):
 
 def test_documents_without_a_translation_are_left_out_and_counted(corpus, tmp_path):
     made = config(corpus, method="M", corpus=Corpus(files=f"{corpus}/ja.jsonl"), rated_language="fi",
-                  raters=[GivenScores("grade")])
+                  raters=[ExistingScores("grade")])
     documents = read_documents(made)
     assert len(documents) == 30 and documents.left_out == 10
     # The field of the document, not of its translation.
@@ -153,7 +153,7 @@ def test_documents_without_a_translation_are_left_out_and_counted(corpus, tmp_pa
 def test_raters_of_pairs_and_of_documents_stand_together_in_their_order(corpus, tmp_path):
     lines = [{"a": f"{i}", "b": f"{i + 1}", "winner": "a"} for i in range(39)]
     (tmp_path / "j.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    made = config(corpus, raters=[PairJudgements(tmp_path / "j.jsonl"), GivenScores("grade"), Longest()],
+    made = config(corpus, raters=[PairJudgements(tmp_path / "j.jsonl"), ExistingScores("grade"), Longest()],
                   heldout_documents=0.0, monolingual=800)
     judged = 0
     for row in of("monolingual", written(made, tmp_path)):
@@ -221,7 +221,7 @@ def test_what_is_missing_is_reported(corpus, tmp_path):
     ({"heldout_documents": 2}, "pairs.heldout_documents = 2"),
     ({"raters": []}, "pairs.raters = []"),
     ({"raters": "[@Heuristics()]"}, "pairs.raters = '[@Heuristics()]': must be a list of raters"),
-    ({"raters": [GivenScores("x"), GivenScores("x")]}, "each must have a name of its own, not x, x"),
+    ({"raters": [ExistingScores("x"), ExistingScores("x")]}, "each must have a name of its own, not x, x"),
     ({"margins": {0.1: 1}}, "pairs.margins"),
     ({"languages": ["de", "xx"]}, "pairs.languages: no document is available in xx"),
     ({"heldout_languages": LANGUAGES}, "no language is left for training"),
@@ -264,7 +264,7 @@ def test_pairs_are_kept_refused_or_replaced(corpus, tmp_path, capsys):
     main(config(corpus, **paths))
     assert contents() == first
     for change, message in (({"seed": 1}, r"settings seed = 0 \(now 1\)"),
-                            ({"raters": [GivenScores("grade")]}, "settings raters"),
+                            ({"raters": [ExistingScores("grade")]}, "settings raters"),
                             ({"corpus": Corpus(files=f"{corpus}/[e]n.jsonl"), "method": "M"}, "settings method")):
         with pytest.raises(InputError, match=message):
             main(config(corpus, **paths, **change))

@@ -22,7 +22,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_state, initial_state
-from raters.rater_plugins.existing_scores import GivenScores
+from raters.rater_plugins.existing_scores import ExistingScores
 from raters.score import ScoreConfig, main
 from raters.scoring.chunks import Preparation, detect_language, mean_over_chunks
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
@@ -145,7 +145,7 @@ def test_a_plug_in_scores_what_it_has_and_nan_where_it_has_none(run_dir, files, 
     write_jsonl(files / "c.jsonl", [{"text": "window", "rank": 1}, {"text": "stone light"}])
     tokenizer = str(run_dir / "tokenizer.model")
     for folder, more in {"main": {}, "workers": {"rate_in_workers": True, "workers": 2}}.items():
-        run_score(files, tmp_path / folder, GivenScores("rank"), tokenizer=tokenizer, **more)
+        run_score(files, tmp_path / folder, ExistingScores("rank"), tokenizer=tokenizer, **more)
     rows = pq.read_table(tmp_path / "main" / "c.jsonl.scores.parquet").to_pylist()
     assert rows[0]["quality_score"] == 1 and np.isnan(rows[1]["quality_score"])
     assert [row["id"] for row in rows] == ["c.jsonl:1", "c.jsonl:2"]
@@ -156,7 +156,7 @@ def test_a_plug_in_scores_what_it_has_and_nan_where_it_has_none(run_dir, files, 
 
 
 def test_tokens_that_nobody_counts_are_null(files, tmp_path):
-    run_score(files, tmp_path / "out", GivenScores("rank"))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
     column = pq.read_table(tmp_path / "out" / "a.jsonl.gz.scores.parquet")["n_tokens"]
     assert column.null_count == len(column) == 60
 
@@ -188,7 +188,7 @@ def test_bad_records_and_files_are_rejected_with_their_reasons_and_the_rest_is_s
 
 
 def test_finished_files_are_kept_and_changed_ones_scored_again(files, tmp_path):
-    rater = GivenScores("rank")
+    rater = ExistingScores("rank")
     run_score(files, tmp_path / "out", rater)
     before = outputs(tmp_path / "out")
     (files / "a.jsonl.gz").touch()  # a new time, the same content
@@ -202,12 +202,14 @@ def test_finished_files_are_kept_and_changed_ones_scored_again(files, tmp_path):
 
 
 def test_other_settings_are_refused_unless_they_may_overwrite(files, tmp_path):
-    run_score(files, tmp_path / "out", GivenScores("rank"))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
     before = outputs(tmp_path / "out")
     with pytest.raises(InputError, match=r"done\.json: exists, made with rater = .rank. \(now .other.\); set over"):
-        run_score(files, tmp_path / "out", GivenScores("rank", name="other"))
+        run_score(files, tmp_path / "out", ExistingScores("rank", name="other"))
+    with pytest.raises(InputError, match=r"exists, made with field = .rank. .now .other."):
+        run_score(files, tmp_path / "out", ExistingScores("other", name="rank"))
     assert outputs(tmp_path / "out") == before
-    run_score(files, tmp_path / "out", GivenScores("rank", name="other"), overwrite=True)
+    run_score(files, tmp_path / "out", ExistingScores("rank", name="other"), overwrite=True)
     assert set(pq.read_table(tmp_path / "out" / "a.jsonl.gz.scores.parquet")["rater"].to_pylist()) == {"other"}
 
 
@@ -253,7 +255,7 @@ def test_lengths_that_do_not_fit_the_encoder_are_refused(run_dir, more, message)
 ])
 def test_wrong_settings_are_refused_before_anything_is_written(files, tmp_path, more, message):
     with pytest.raises(InputError, match=message):
-        run_score(files, tmp_path / "out", GivenScores("rank"), **more)
+        run_score(files, tmp_path / "out", ExistingScores("rank"), **more)
     assert not (tmp_path / "out").exists()
 
 
@@ -265,12 +267,12 @@ def test_a_document_has_the_language_of_its_record_else_of_its_path(tmp_path):
     write_jsonl(tmp_path / "in/de.jsonl", [{"text": "a", "rank": 1}, {"text": "b", "rank": 2, "lang": "sv"}])
     write_jsonl(tmp_path / "in/fi/part-0.jsonl", [{"text": "c", "rank": 3}])
     write_jsonl(tmp_path / "in/web/part-0.jsonl", [{"text": "d", "rank": 4}])
-    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"))
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"))
     assert languages_of(tmp_path / "out/de.jsonl.scores.parquet") == ["de", "sv"]
     assert languages_of(tmp_path / "out/fi/part-0.jsonl.scores.parquet") == ["fi"]
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["und"]
     # Where the pattern tells another language of a file, the file is scored again.
-    summary = run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), documents="{language}/*.jsonl")
+    summary = run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="{language}/*.jsonl")
     assert (summary["scored"], summary["skipped"]) == (1, 1)
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]
 
@@ -280,13 +282,13 @@ def test_a_language_under_another_key_that_is_no_string_is_rejected(tmp_path):
                                            {"text": "b", "rank": 2, "lang": "sv", "tongue": {"da": 0.9}},
                                            {"text": "c", "rank": 3, "lang": ["sv"]}])
     more = {"documents": "{language}.jsonl"}
-    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), keys={"language_key": "tongue"}, **more)
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), keys={"language_key": "tongue"}, **more)
     assert languages_of(tmp_path / "out/sv.jsonl.scores.parquet") == ["da", "sv"]
     reject = json.loads((tmp_path / "out/sv.jsonl.rejects.jsonl").read_text())
     assert reject["number"] == 2
     assert reject["reason"].startswith('"tongue" is an object where a string is expected')
     with pytest.raises(InputError, match=r"done\.json: exists, made with .*fields"):
-        run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), **more)
+        run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), **more)
 
 
 def test_languages_are_detected_only_where_nothing_else_tells(tmp_path):
@@ -295,7 +297,7 @@ def test_languages_are_detected_only_where_nothing_else_tells(tmp_path):
     assert detect_language("12 : 34") == detect_language("") == "und"
     german = "Der Hund schläft auf dem alten Teppich in der Küche."
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": german, "rank": 1}, {"text": german, "rank": 1, "lang": "nds"}])
-    run_score(tmp_path / "in", tmp_path / "out", GivenScores("rank"), detect_language=True, workers=1)
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), detect_language=True, workers=1)
     assert languages_of(tmp_path / "out/a.jsonl.scores.parquet") == ["de", "nds"]
 
 
@@ -323,7 +325,7 @@ def test_scores_of_two_roots_never_go_to_one_folder(tmp_path):
     """The documents of x/a.jsonl and y/a.jsonl would have one score file."""
     for folder, rank in (("x", 1), ("y", 2)):
         write_jsonl(tmp_path / folder / "a.jsonl", [{"text": "t", "rank": rank}])
-    rater = GivenScores("rank")
+    rater = ExistingScores("rank")
     run_score(tmp_path / "x", tmp_path / "out", rater)
     before = outputs(tmp_path / "out")
     with pytest.raises(InputError, match=r"out/corpus\.json: the scores here are of documents below .*/x, these are "
@@ -338,12 +340,12 @@ def test_scores_of_two_roots_never_go_to_one_folder(tmp_path):
 
 
 def test_a_corpus_may_move(files, tmp_path):
-    run_score(files, tmp_path / "out", GivenScores("rank"))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
     files.rename(tmp_path / "moved")
     (tmp_path / "moved/a.jsonl.gz").touch()
-    assert run_score(tmp_path / "moved", tmp_path / "out", GivenScores("rank"))["skipped"] == 2
+    assert run_score(tmp_path / "moved", tmp_path / "out", ExistingScores("rank"))["skipped"] == 2
     write_jsonl(tmp_path / "moved/a.jsonl.gz", records(8, 3))
-    assert run_score(tmp_path / "moved", tmp_path / "out", GivenScores("rank"))["scored"] == 1
+    assert run_score(tmp_path / "moved", tmp_path / "out", ExistingScores("rank"))["scored"] == 1
 
 
 def test_a_file_is_never_scored_twice(tmp_path):
@@ -354,7 +356,7 @@ def test_a_file_is_never_scored_twice(tmp_path):
 
 def test_outputs_in_the_input_folder_are_no_input(files):
     for _ in range(2):
-        assert run_score(files, files, GivenScores("rank"), documents="*.*")["files"] == 1
+        assert run_score(files, files, ExistingScores("rank"), documents="*.*")["files"] == 1
 
 
 def test_leftovers_of_a_killed_run_are_swept_away_and_nothing_else(tmp_path):

@@ -17,6 +17,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
 from raters import selection_report
+from raters.scoring.shards import write_root
 from raters.select import SelectConfig, main
 from tests.raters.rated import write_documents, write_scores
 
@@ -259,3 +260,31 @@ def test_a_file_that_is_no_selection_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a selection of version 1"):
         selection_report.main(selection_report.SelectionReportConfig(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["selection.json"]
+
+
+def test_documents_of_undetermined_language_are_refused_unless_allowed(tmp_path):
+    config = make(tmp_path)
+    languages = pa.array(["th"] * 30 + ["", "und"] + ["th"] * 8, pa.string())
+    write_scores(tmp_path / "scores", "one/th.jsonl", RECORDS["th"], range(40), language=languages)
+    with pytest.raises(InputError, match=r"scores: 2 documents were rated without a language, the first is "
+                                         r"one/th\.jsonl:31; .*select\.allow_undetermined=True"):
+        main(config)
+    main(dataclasses.replace(config, fraction=1.0, allow_undetermined=True))
+    assert {path.name for path in (tmp_path / "kept/train").iterdir()} == {"de", "th", "und"}
+    assert set(read(tmp_path / "kept/train/und/one-th.jsonl.gz")) == {"th30", "th31"}
+
+
+def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
+    config = make(tmp_path)
+    with pytest.raises(InputError, match=r"de\.jsonl\.gz\.scores\.parquet: no such score file"):
+        main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
+    write_root(tmp_path / "scores", config.corpus)
+    with pytest.raises(InputError, match=r"not under this Corpus\.root: the scores are of .*/corpus$"):
+        main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
+    (tmp_path / "list.jsonl").write_text('{"file": "th.jsonl", "number": 1, "id": "th0"}\n')
+    with pytest.raises(InputError, match=r"list\.jsonl: names no document of this corpus"):
+        main(dataclasses.replace(config, exclude=[str(tmp_path / "list.jsonl")]))
+    (tmp_path / "list.jsonl").write_text('{"file": "one/th.jsonl", "number": 2, "id": "th0"}\n')
+    with pytest.raises(InputError, match=r"one/th\.jsonl:2: 'th1' is not the document that the removal list"):
+        main(dataclasses.replace(config, exclude=[str(tmp_path / "list.jsonl")]))
+    assert not (tmp_path / "kept").exists()

@@ -1,13 +1,14 @@
 """Frames chosen for questions: no frame twice, and a contact sheet for each question."""
 
+import dataclasses
 import json
 
-import gin
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_pretrain.errors import InputError
 from tests.video.conftest import write_grey
 from video.frame_choice.selector import Selector
 from video.select import SelectFramesConfig, main, sheet_name
@@ -46,15 +47,22 @@ def test_names_of_sheets():
     assert long[0] != long[1] and max(map(len, long)) <= 180
 
 
-def test_short_videos_are_told_and_sheets_are_kept_apart(tmp_path, capsys):
+def test_a_selection_with_sheets_is_kept_or_replaced_when_told(tmp_path, capsys):
     write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
     lines = [{"id": id, "video": "q.mp4", "question": "Which?", "options": ["A. red", "B. green"], "answer": "A"}
              for id in ("q/1", "q_1")]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with gin.unlock_config():
-        main(SelectFramesConfig(
-            questions=tmp_path / "q.jsonl", output=tmp_path / "out",
-            selector=Selector(None, candidates=16, num_frames=8), sheets=2, processes=1, compilation_cache=None))
+    config = SelectFramesConfig(
+        questions=tmp_path / "q.jsonl", output=tmp_path / "out",
+        selector=Selector(None, candidates=16, num_frames=8), sheets=2, processes=1, compilation_cache=None)
+    main(config)
     assert capsys.readouterr().out.count("note: q.mp4: 5 different frames, fewer than the 8 asked for\n") == 1
     assert json.loads((tmp_path / "out/selected_frames.json").read_text()) == [[0, 1, 2, 3, 4]] * 2
     assert sorted(sheet.name for sheet in (tmp_path / "out/sheets").glob("*.png")) == ["q%2F1.png", "q_1.png"]
+    main(dataclasses.replace(config, processes=2))
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.endswith("out: made before from the same inputs and settings, kept\n")
+    with pytest.raises(InputError, match=r"out: exists, made with settings sheets = 2 \(now 0\); set overwrite=True"):
+        main(dataclasses.replace(config, sheets=0))
+    main(dataclasses.replace(config, sheets=0, overwrite=True))
+    assert not (tmp_path / "out/sheets").exists()

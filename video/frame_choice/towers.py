@@ -11,6 +11,7 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int, Shaped, UInt8
 
 from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.models.config_checks import check_integers, check_nested
@@ -70,7 +71,7 @@ class _FrameTower(nn.Module):
     config: TowersConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: UInt8[ArrayLike, "batch size size 3"]) -> Float32[Array, "batch shared_dim"]:
         """Maps images uint8 `[batch, size, size, 3]` to unit vectors float32 `[batch, shared_dim]`."""
         x = VisionTransformer(self.config.vision, name="vision")(images)
         return _Projection(self.config.shared_dim, name="projection")(x, jnp.ones(x.shape[:2]))
@@ -80,7 +81,7 @@ class _TextTower(nn.Module):
     config: TowersConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Int[ArrayLike, "batch length"]) -> Float32[Array, "batch shared_dim"]:
         """Maps tokens int `[batch, length]` to unit vectors float32 `[batch, shared_dim]`."""
         config, vision = self.config, self.config.vision
         embed, real = vision.embed_dim, tokens != PAD_ID
@@ -99,7 +100,9 @@ class _Projection(nn.Module):
     dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Shaped[Array, "batch tokens embed"], weights: Shaped[Array, "batch tokens"]
+    ) -> Float32[Array, "batch shared_dim"]:
         """Projects the mean of `[batch, tokens, embed]` with weights `[batch, tokens]`, in float32."""
         kernel = matrix(self, "kernel", (x.shape[-1], self.dim), ("embed", None), x.shape[-1])
         weights = weights.astype(jnp.float32)[..., None]
@@ -108,17 +111,26 @@ class _Projection(nn.Module):
         return projected * jax.lax.rsqrt(jnp.maximum(jnp.sum(projected**2, axis=-1, keepdims=True), 1e-12))
 
 
-def embed_frames(config: TowersConfig, params: Any, images: jax.Array) -> jax.Array:
+def embed_frames(
+    config: TowersConfig, params: Any, images: UInt8[ArrayLike, "frames size size 3"]
+) -> Float32[Array, "frames shared_dim"]:
     """Maps frames uint8 `[frames, size, size, 3]` to unit vectors float32 `[frames, shared_dim]`."""
     return _FrameTower(config).apply({"params": params["frames"]}, images)
 
 
-def embed_texts(config: TowersConfig, params: Any, tokens: jax.Array) -> jax.Array:
+def embed_texts(
+    config: TowersConfig, params: Any, tokens: Int[ArrayLike, "texts length"]
+) -> Float32[Array, "texts shared_dim"]:
     """Maps padded tokens int `[texts, length]` to unit vectors float32 `[texts, shared_dim]`."""
     return _TextTower(config).apply({"params": params["texts"]}, tokens)
 
 
-def sigmoid_loss(params: Any, frames: jax.Array, texts: jax.Array, same: jax.Array) -> jax.Array:
+def sigmoid_loss(
+    params: Any,
+    frames: Float32[ArrayLike, "batch shared_dim"],
+    texts: Float32[ArrayLike, "batch shared_dim"],
+    same: Bool[ArrayLike, "batch batch"],
+) -> Float32[Array, ""]:
     """Returns SigLIP's loss: a binary one for every frame and text of the batch, summed over texts, mean over frames.
 
     Args:

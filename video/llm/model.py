@@ -12,6 +12,7 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.config_checks import check_nested
@@ -81,7 +82,7 @@ class FrameEncoder(nn.Module):
     config: VideoLLMConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: UInt8[ArrayLike, "frames size size 3"]) -> Float[Array, "frames frame_tokens embed"]:
         """Maps uint8 `[frames, size, size, 3]` to `[frames, frame_tokens, embed]`."""
         config = self.config
         x = VisionTransformer(config.vision, name="vision")(images)
@@ -98,7 +99,7 @@ class _Projector(nn.Module):
     embed_dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "frames frame_tokens features"]) -> Float[Array, "frames frame_tokens embed"]:
         into, embed = x.shape[-1], self.embed_dim
         first = matrix(self, "first", (into, embed), ("embed", None), into)
         bias = vector(self, "first_bias", (embed,), ("norm",))
@@ -117,14 +118,21 @@ def average_pooling(size: int, parts: int) -> np.ndarray:
     return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def encode_frames(config: VideoLLMConfig, params: Any, images: jax.Array) -> jax.Array:
+def encode_frames(
+    config: VideoLLMConfig, params: Any, images: UInt8[ArrayLike, "*batch size size 3"]
+) -> Float[Array, "*batch frame_tokens embed"]:
     """Encodes frames uint8 `[..., size, size, 3]` as embeddings `[..., frame_tokens, embed]`."""
     shape = images.shape[:-3]
     embeddings = FrameEncoder(config).apply({"params": params["frames"]}, images.reshape(-1, *images.shape[-3:]))
     return embeddings.reshape(*shape, *embeddings.shape[1:])
 
 
-def hidden_states(config: VideoLLMConfig, params: Any, features: jax.Array, tokens: jax.Array) -> jax.Array:
+def hidden_states(
+    config: VideoLLMConfig,
+    params: Any,
+    features: Float[ArrayLike, "batch_or_1 n embed"],
+    tokens: Int[ArrayLike, "batch length"],
+) -> Float[Array, "batch length embed"]:
     """Returns the decoder's final hidden states `[batch, length, embed]`.
 
     Args:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.config_checks import check_integers, check_nested
@@ -72,11 +73,16 @@ class FrameVoyager(nn.Module):
     config: VoyagerConfig
 
     @nn.compact
-    def __call__(self, features: jax.Array, tokens: jax.Array, frame_positions: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        features: Float[ArrayLike, "batch candidates llm_tokens embed"],
+        tokens: Int[ArrayLike, "batch length"],
+        frame_positions: Int[ArrayLike, "batch candidates frame_tokens"],
+    ) -> Float32[Array, "batch candidates"]:
         """Returns rewards float32 `[batch, candidates]`.
 
         Args:
-          features: `[batch, candidates, tokens, embed]`, embeddings of each frame for the Video-LLM's decoder.
+          features: `[batch, candidates, llm_tokens, embed]`, embeddings of each frame for the Video-LLM's decoder.
           tokens: int `[batch, length]`; id vocab_size + i stands for the i-th token of the candidates.
           frame_positions: int `[batch, candidates, frame_tokens]`, positions of those ids in `tokens`.
         """
@@ -97,7 +103,7 @@ class _Head(nn.Module):
     hidden_dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float32[Array, "batch candidates embed"]) -> Float32[Array, "batch candidates"]:
         first = matrix(self, "first", (x.shape[-1], self.hidden_dim), ("norm", None), x.shape[-1])
         bias = vector(self, "bias", (self.hidden_dim,), (None,))
         # Zeros, so that all frames start with the reward 0.
@@ -106,13 +112,19 @@ class _Head(nn.Module):
 
 
 def rewards(
-    config: VoyagerConfig, params: Any, features: jax.Array, tokens: jax.Array, frame_positions: jax.Array
-) -> jax.Array:
+    config: VoyagerConfig,
+    params: Any,
+    features: Float[ArrayLike, "batch candidates llm_tokens embed"],
+    tokens: Int[ArrayLike, "batch length"],
+    frame_positions: Int[ArrayLike, "batch candidates frame_tokens"],
+) -> Float32[Array, "batch candidates"]:
     """Returns rewards float32 `[batch, candidates]`; arguments as in `FrameVoyager`."""
     return FrameVoyager(config).apply({"params": params}, features, tokens, frame_positions)
 
 
-def combination_rewards(frame_rewards: jax.Array, combinations: jax.Array) -> jax.Array:
+def combination_rewards(
+    frame_rewards: Float32[Array, "batch candidates"], combinations: Int[ArrayLike, "batch combinations num_frames"]
+) -> Float32[Array, "batch combinations"]:
     """Returns mean rewards float32 `[batch, combinations]`.
 
     Args:
@@ -123,7 +135,9 @@ def combination_rewards(frame_rewards: jax.Array, combinations: jax.Array) -> ja
     return frame_rewards[batch, combinations].mean(axis=-1)
 
 
-def ranking_loss(predicted: jax.Array, losses: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def ranking_loss(
+    predicted: Float32[Array, "batch combinations"], losses: Float32[Array, "batch combinations"]
+) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"], Float32[Array, " batch"]]:
     """Returns the means of -log sigmoid(r_w - r_l) over pairs of a question's combinations; w has the lower loss.
 
     Args:

@@ -98,8 +98,8 @@ parameters (help_draw.NAME = VALUE in a gin file,
                                 terminal is narrow.
   help_draw.width               float, default 1.0: size in
                                 cm, e.g. "width: 3".
-  help_draw.height              float, default 2.0: size in
-                                cm, e.g. "width: 3".
+  help_draw.height              float, default 2.0: see
+                                width.
   help_draw.shape               Shape | None, default None:
                                 e.g. @help_shape().
   help_draw.a_parameter_with_a_very_long_name

@@ -75,8 +75,9 @@ def test_a_value_of_another_type_is_one_line_that_names_the_parameter(binding, m
 def test_values_that_fit_are_taken():
     gin_files.parse_gin([], [
         "DecoderConfig.rope_theta = 10000", "train.eval_every = None", "train.model = @DecoderConfig()",
-        "train.optimizer = @adamw", "Corpus.files = ['a']", "score.corpus = @Corpus()", "score.rater = @GivenScores()",
-        "FOLDER = 'run'", "train.run_dir = %FOLDER", "languages.confusable = [('id', 'ms')]",
+        "train.optimizer = @adamw", "Corpus.files = ['a']", "score.corpus = @Corpus()",
+        "score.rater = @ExistingScores()", "FOLDER = 'run'", "train.run_dir = %FOLDER",
+        "languages.confusable = [('id', 'ms')]",
     ])
 
 

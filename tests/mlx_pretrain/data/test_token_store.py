@@ -91,8 +91,8 @@ def test_fingerprints_are_of_the_rows(store_dir, tmp_path):
     """A shard whose index has changed is named; the same rows elsewhere have the same fingerprint."""
     shutil.copytree(store_dir, tmp_path / "store")
     here, there = token_store.TokenStore(store_dir), token_store.TokenStore(tmp_path / "store")
-    found = here.fingerprints("train", ["aa", "bb"])
-    assert found["aa"] != found["bb"] and found == there.fingerprints("train", ["aa", "bb"])
+    fingerprints = here.fingerprints("train", ["aa", "bb"])
+    assert fingerprints["aa"] != fingerprints["bb"] and fingerprints == there.fingerprints("train", ["aa", "bb"])
     shard = tmp_path / "store" / "train" / "cc" / "c" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\0")  # the checksum
     with pytest.raises(InputError, match=f"^{tmp_path}/store/train/cc: cannot be read: .*Digest mismatch") as error:

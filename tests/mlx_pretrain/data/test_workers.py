@@ -32,8 +32,8 @@ if __name__ == "__main__":
 def test_results_keep_the_order_and_tags_stay_here():
     tags = [object() for _ in range(20)]
     with Workers(functools.partial(operator.mul, 3), 2) as pool:
-        found = list(pool.map((tag, i) for i, tag in enumerate(tags)))
-        assert [tag for tag, _ in found] == tags and [x for _, x in found] == [3 * i for i in range(20)]
+        results = list(pool.map((tag, i) for i, tag in enumerate(tags)))
+        assert [tag for tag, _ in results] == tags and [x for _, x in results] == [3 * i for i in range(20)]
         assert list(pool.map([])) == []
 
 

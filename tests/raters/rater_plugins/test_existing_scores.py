@@ -8,7 +8,7 @@ import pytest
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.errors import InputError
 from raters.rater_plugins.base import record_fields
-from raters.rater_plugins.existing_scores import GivenScores, PairJudgements
+from raters.rater_plugins.existing_scores import ExistingScores, PairJudgements
 
 
 def judgements(tmp_path, *verdicts):
@@ -21,7 +21,7 @@ def test_a_column_is_read_and_what_is_no_number_is_missing(tmp_path):
     values = [3, -0.5, "4", None, True, [1], float("nan"), float("inf")]
     records = [{"text": "x", "edu": value} for value in values] + [{"text": "x"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, records)))
-    rater = GivenScores("edu")
+    rater = ExistingScores("edu")
     documents = read_documents(tmp_path / "d.jsonl", extra=record_fields([rater]))
     nan = np.nan
     np.testing.assert_array_equal(rater.score(list(documents)), [3, -0.5, nan, nan, nan, nan, nan, np.inf, nan])

@@ -35,7 +35,7 @@ VALUES = st.lists(st.tuples(st.integers(-8, 8), st.integers(0, 5)), min_size=2, 
 @settings(deadline=None)
 @given(VALUES)
 def test_ranking_loss_is_the_mean_over_pairs(values):
-    predicted, losses = (np.array(x, np.float32)[None] / 4 for x in zip(*values))
+    predicted, losses = (jnp.array(x, jnp.float32)[None] / 4 for x in zip(*values))
     loss, right, usable = (float(x[0]) for x in ranking_loss(predicted, losses))
     assert usable == (np.ptp(losses) > 0)
     if usable:
@@ -45,7 +45,7 @@ def test_ranking_loss_is_the_mean_over_pairs(values):
 
 
 def test_a_combinations_reward_is_the_mean_of_its_frames():
-    frame_rewards = np.arange(10, dtype=np.float32).reshape(2, 5)
+    frame_rewards = jnp.arange(10, dtype=jnp.float32).reshape(2, 5)
     chosen = np.array([[[0, 1], [3, 4]], [[0, 4], [2, 2]]])
     np.testing.assert_allclose(combination_rewards(frame_rewards, chosen), [[0.5, 3.5], [7, 7]])
 
