@@ -20,9 +20,11 @@ import numpy as np
 from etils import epath
 
 from evals.tasks.language_families import by_family
-from evals.tasks.task_files import Item, Task, write_items
+from evals.tasks.task_files import Item, Task, file_name, is_current, write_items
+from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
 
 TASK = Task("BMLAMADataset", "lighteval")
 MASK = "<mask>"
@@ -37,11 +39,13 @@ class BmlamaConfig:
       source: folder of the tables.
       output: folder of the tasks.
       seed: seed of the shuffling.
+      overwrite: replaces tasks that were made from other tables or settings.
     """
 
     source: str = gin.REQUIRED
     output: str = gin.REQUIRED
     seed: int = 0
+    overwrite: bool = False
 
 
 def main(config: BmlamaConfig) -> dict[str, int]:
@@ -51,16 +55,23 @@ def main(config: BmlamaConfig) -> dict[str, int]:
       Language -> number of items.
 
     Raises:
-      InputError: there are no tables, or one is malformed.
+      InputError: there are no tables, one is malformed, or tasks made from others are in the way.
     """
     folder = epath.Path(config.source)
     files = {path.name.split(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
     paths = {language: path for language, path in files.items() if re.search(r"\.tsv(\.xz)?$", path.name)}
     if not paths:
         raise InputError(f"{folder}: no <language>.tsv or .tsv.xz there")
+    made_from = {language: provenance("evals.bmlama", {"seed": config.seed}, {language: sha256(paths[language])})
+                 for language in by_family(paths)}
+    kept = {language: is_current(epath.Path(config.output) / file_name(TASK, language), made_from[language],
+                                 overwrite=config.overwrite) for language in made_from}
     counts = {}
-    for language in by_family(paths):
-        counts[language] = write_items(config.output, TASK, language, _read_items(paths[language], config.seed))
+    for language in made_from:
+        items = list(_read_items(paths[language], config.seed))
+        if not kept[language]:
+            write_items(config.output, TASK, language, items, made_from=made_from[language])
+        counts[language] = len(items)
         print(f"{language}: {counts[language]:,} items")
     return counts
 

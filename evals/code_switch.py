@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 
 import gin
 import numpy as np
+from etils import epath
 
 from evals.tasks.alignment import align_items
-from evals.tasks.task_files import Item, Task, find_tasks, write_items
+from evals.tasks.task_files import Item, Task, file_name, find_tasks, is_current, write_items
+from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
 
 PROBABILITY = 0.5
 MIXED_MODES = {"lighteval": "mix_lighteval", "local_template": "mix", "en_template": "mix"}
@@ -35,6 +38,7 @@ class CodeSwitchConfig:
       languages: languages to mix; None: all.
       max_languages: greatest number of other languages in an item; MuBench has 9 in BMLAMA and 3 elsewhere.
       seed: seed of the replacements.
+      overwrite: replaces tasks that were made from other tasks or settings.
     """
 
     tasks: Sequence[str] = gin.REQUIRED
@@ -42,6 +46,7 @@ class CodeSwitchConfig:
     languages: Sequence[str] | None = None
     max_languages: int = 2
     seed: int = 0
+    overwrite: bool = False
 
 
 def main(config: CodeSwitchConfig) -> dict[str, int]:
@@ -53,9 +58,10 @@ def main(config: CodeSwitchConfig) -> dict[str, int]:
       Task -> number of items in each language.
 
     Raises:
-      InputError: fewer than two languages, a mode that is mixed already, or `max_languages` out of range.
+      InputError: fewer than two languages, a mode that is mixed already, `max_languages` out of range, or tasks
+        made from others are in the way.
     """
-    counts, max_languages = {}, config.max_languages
+    plans, max_languages = {}, config.max_languages
     for task, files in find_tasks(config.tasks, config.languages).items():
         if task.mode not in MIXED_MODES:
             raise InputError(f"code_switch: {task.name}: only modes that are not mixed yet can be: "
@@ -63,14 +69,22 @@ def main(config: CodeSwitchConfig) -> dict[str, int]:
         if not 1 <= max_languages < len(files):
             raise InputError(f"code_switch.max_languages = {max_languages}: must be at least 1 and less than the "
                              f"{len(files)} languages of {task.name}")
-        aligned = align_items(files)
         mixed = Task(task.dataset, f"{MIXED_MODES[task.mode]}_{max_languages}")
-        if mixed.name in counts:
+        if mixed in plans:
             raise InputError(f"code_switch: {task.name} and another mode would both become {mixed.name}")
-        for language in aligned.languages:
-            counts[mixed.name] = write_items(config.output, mixed, language, (
+        made_from = provenance("evals.code_switch", {"seed": config.seed},
+                               {language: sha256(path) for language, path in files.items()})
+        languages = [language for language in files if not is_current(
+            epath.Path(config.output) / file_name(mixed, language), made_from, overwrite=config.overwrite)]
+        plans[mixed] = files, made_from, languages
+    counts = {}
+    for mixed, (files, made_from, languages) in plans.items():
+        aligned = align_items(files)
+        counts[mixed.name] = len(next(iter(aligned.items.values())))
+        for language in languages:
+            write_items(config.output, mixed, language, (
                 _mix_item(number, language, aligned.items, max_languages, config.seed)
-                for number in range(len(aligned.items[language]))))
+                for number in range(counts[mixed.name])), made_from=made_from)
         print(f"{mixed.name}: {counts[mixed.name]:,} items in {len(aligned.languages)} languages")
     return counts
 

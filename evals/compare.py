@@ -15,9 +15,10 @@ from evals.scoring.bootstrap import PairedComparison, compare_paired
 from evals.scoring.metrics import EXACT_MATCH, METRICS
 from evals.tasks.language_families import by_family
 from evals.tasks.task_files import Task
+from mlx_pretrain.artifacts import is_current, provenance, read_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_json
+from mlx_pretrain.files import sha256, write_json
 
 
 class TaskComparison(NamedTuple):
@@ -48,12 +49,14 @@ class CompareConfig:
       first, second: output folders of `evals.run`.
       metric: name in `scoring.metrics.METRICS`; None: that of each dataset, and exact_match for generated answers.
       output: JSON file to write the table to; None: none.
+      overwrite: replaces a table that was made from other runs or settings.
     """
 
     first: str = gin.REQUIRED
     second: str = gin.REQUIRED
     metric: str | None = None
     output: str | None = None
+    overwrite: bool = False
 
     def __post_init__(self):
         if self.metric is not None and self.metric not in METRICS:
@@ -64,13 +67,18 @@ def main(config: CompareConfig) -> list[TaskComparison]:
     """Compares the accuracies of two runs, paired by item, and prints a table.
 
     Raises:
-      InputError: a folder without tables, no task or item in both runs, labels that differ, or a metric that was not
-        measured.
+      InputError: a folder without tables, no task or item in both runs, labels that differ, a metric that was not
+        measured, or a table made from others is in the way.
     """
     runs = [_find_tables(epath.Path(folder)) for folder in (config.first, config.second)]
     common = sorted(set(runs[0]) & set(runs[1]))
     if not common:
         raise InputError(f"{config.first}, {config.second}: no task and language in both")
+    made_from = provenance("evals.compare", config, {
+        name: {"/".join(key): sha256(tables[key]) for key in common}
+        for name, tables in zip(("first", "second"), runs)})
+    kept = config.output is not None and is_current(
+        config.output, read_record(config.output, "provenance"), made_from, overwrite=config.overwrite)
     comparisons: list[TaskComparison] = []
     for task_name in dict.fromkeys(task_name for task_name, _ in common):
         languages = by_family(language for name, language in common if name == task_name)
@@ -91,10 +99,11 @@ def main(config: CompareConfig) -> list[TaskComparison]:
         value, low, high = (100 * x for x in row.paired.difference)
         print(f"{row.task:<36} {row.language:<9} {row.metric:<10} {row.items:>6} {100 * row.first:>7.2f} "
               f"{100 * row.second:>7.2f} {value:>+7.2f} [{low:+.2f}, {high:+.2f}] {row.paired.p_value:.2g}")
-    if config.output is not None:
+    if config.output is not None and not kept:
         plain = [row._asdict() | {"paired": {"difference": row.paired.difference._asdict(),
                                              "p_value": row.paired.p_value}} for row in comparisons]
-        write_json(config.output, {"first": str(config.first), "second": str(config.second), "compared": plain})
+        write_json(config.output, {"first": str(config.first), "second": str(config.second), "compared": plain,
+                                   "provenance": made_from})
     return comparisons
 
 

@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 
 import gin
 import numpy as np
+from etils import epath
 
 from evals.tasks.language_families import by_family
-from evals.tasks.task_files import Item, Task, write_items
+from evals.tasks.task_files import Item, Task, file_name, is_current, write_items
+from mlx_pretrain.artifacts import provenance, settings_of
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
 
 TASK = Task("CompletionDataset", "lighteval")
 N_CHOICES = 4
@@ -40,6 +43,7 @@ class CompletionConfig:
         words (zh, ja, ko) the first is halved and the second divided by three.
       prompt_characters: greatest length of a prompt in whole lines; one line is always kept.
       seed: seed of the wrong choices and the order.
+      overwrite: replaces tasks that were made from other documents or settings.
     """
 
     corpus: Corpus = gin.REQUIRED
@@ -49,6 +53,7 @@ class CompletionConfig:
     max_characters: int = 300
     prompt_characters: int = 400
     seed: int = 0
+    overwrite: bool = False
 
 
 def main(config: CompletionConfig) -> int:
@@ -58,9 +63,16 @@ def main(config: CompletionConfig) -> int:
       The number of items in every language.
 
     Raises:
-      InputError: a language is missing, or no item is left.
+      InputError: a language is missing, no item is left, or tasks made from others are in the way.
     """
-    lines = _read_lines(config.corpus, config.languages)
+    corpus = config.corpus
+    lines = _read_lines(corpus, config.languages)
+    files = corpus.paths()
+    made_from = provenance("evals.completion", {**settings_of(config), "languages": list(lines)},
+                           {name: sha256(path) for name, path in files.items()})
+    made_from["languages"] = {name: corpus.language_of_path(name) for name in files}
+    languages = [language for language in lines if not is_current(
+        epath.Path(config.output) / file_name(TASK, language), made_from, overwrite=config.overwrite)]
     aligned = _aligned_documents(lines)
     bounds = {language: (config.min_characters // 2, config.max_characters // 3) if language in ("zh", "ja", "ko")
               else (config.min_characters, config.max_characters) for language in lines}
@@ -69,10 +81,11 @@ def main(config: CompletionConfig) -> int:
                         for language, (low, high) in bounds.items())]
     items = _with_wrong_choices(positions, np.random.default_rng(config.seed))
     if not items:
-        raise InputError(f"{config.corpus.location}: no line is left that is aligned in {', '.join(lines)}")
-    for language, language_lines in lines.items():
+        raise InputError(f"{corpus.location}: no line is left that is aligned in {', '.join(lines)}")
+    for language in languages:
         write_items(config.output, TASK, language, (
-            _make_item(language_lines, choices, label, config.prompt_characters) for choices, label in items))
+            _make_item(lines[language], choices, label, config.prompt_characters) for choices, label in items),
+            made_from=made_from)
     print(f"{len(items)} items in {len(lines)} languages")
     return len(items)
 

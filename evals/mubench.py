@@ -2,13 +2,11 @@
 
     python -m evals.mubench --gin.mubench.output=mubench --gin.mubench.languages='["en", "de", "sw"]'
 
-Files that exist are not read again. Without a network, `repository` can be a folder with the same files.
+Files that are there are not downloaded again. Without a network, `repository` can be a folder with the same files.
 """
 
 import dataclasses
 import itertools
-import json
-import sys
 from collections.abc import Sequence
 
 import datasets
@@ -16,10 +14,12 @@ import gin
 from etils import epath
 
 from evals.tasks.language_families import LANGUAGES
-from evals.tasks.task_files import MODES, Task, file_name
+from evals.tasks.task_files import MODES, Task, file_name, is_current, write_rows
+from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_atomic
+from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel import cluster
 
 REPOSITORY = "aialt/MuBench"
 DATASETS = ("ARCChallengeDataset", "ARCEasyDataset", "BMLAMADataset", "GPQADataset", "HellaswagDataset", "MMLUDataset",
@@ -40,6 +40,7 @@ class MubenchConfig:
       languages: languages to download; None: all 61.
       splits: "test", "dev".
       revision: revision of the repository, for results that can be repeated; None: the newest.
+      overwrite: replaces files of another repository or revision.
     """
 
     output: str = gin.REQUIRED
@@ -49,6 +50,7 @@ class MubenchConfig:
     languages: Sequence[str] | None = None
     splits: Sequence[str] = ("test",)
     revision: str | None = None
+    overwrite: bool = False
 
     def __post_init__(self):
         plain_modes = [Task("", mode).plain_mode for mode in self.modes]
@@ -65,22 +67,24 @@ def main(config: MubenchConfig) -> int:
       The number of files written.
 
     Raises:
-      InputError: a file is missing or cannot be read.
+      InputError: a file is missing or cannot be read, or files of another repository or revision are in the way.
     """
     datasets.disable_progress_bars()
-    written = 0
-    languages = config.languages or LANGUAGES
-    for name, mode, language, split in itertools.product(config.names, config.modes, languages, config.splits):
+    settings = {"repository": config.repository, "revision": config.revision}
+    wanted = {}
+    for name, mode, language, split in itertools.product(
+            config.names, config.modes, config.languages or LANGUAGES, config.splits):
         file = file_name(Task(name, mode), language, split)
-        path = epath.Path(config.output) / file
-        if path.exists():
-            continue
-        rows = _read(config.repository, file, config.revision)
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        written += 1
-        print(f"{path}: {len(rows):,} items", file=sys.stderr, flush=True)
-    print(f"{config.output}: {written} files written")
-    return written
+        local = epath.Path(config.repository) / file
+        made_from = provenance("evals.mubench", settings, {file: sha256(local)} if local.exists() else {})
+        if not is_current(epath.Path(config.output) / file, made_from, overwrite=config.overwrite):
+            wanted[file] = made_from
+    for file, made_from in wanted.items():
+        path, rows = epath.Path(config.output) / file, _read(config.repository, file, config.revision)
+        write_rows(path, rows, made_from)
+        cluster.log(f"{path}: {len(rows):,} items")
+    print(f"{config.output}: {len(wanted)} files written")
+    return len(wanted)
 
 
 def _read(repository: str, file: str, revision: str | None) -> datasets.Dataset:

@@ -45,11 +45,13 @@ def provenance(program: str, config: Any, inputs: Mapping[str, Any]) -> dict[str
 
     Args:
       program: the command, e.g. "raters.duplicates".
-      config: dataclass of its settings. Where the output goes and whether it may be replaced is left out; of a value
-        that has `settings` itself, as a `Corpus` has, these are taken.
+      config: dataclass of its settings, or name -> value of those that the output depends on. Of a dataclass, where the
+        output goes and whether it may be replaced is left out; of a value that has `settings` itself, as a `Corpus`
+        has, these are taken.
       inputs: name -> SHA-256 of each file that is read; may be nested.
     """
-    return as_json({"program": program, "version": __version__, "settings": settings_of(config), "inputs": inputs})
+    settings = config if isinstance(config, Mapping) else settings_of(config)
+    return as_json({"program": program, "version": __version__, "settings": settings, "inputs": inputs})
 
 
 def settings_of(config: Any) -> dict[str, Any]:

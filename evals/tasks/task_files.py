@@ -5,25 +5,30 @@
 
 Prompt and choice are joined by one space (spaces at the end of a prompt or the beginning of a choice do not add to it),
 by nothing in scripts without spaces, or by the row's own `delimiter` (a field of ours).
+
+A file that a command made has a record beside it, FOLDER/<dataset>/made_from.<mode>_<language>_<split>.json.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from evals.tasks.language_families import UNSPACED, by_family
+from mlx_pretrain import artifacts
 from mlx_pretrain.data.documents import match_files
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import atomic_writer
+from mlx_pretrain.files import sha256, write_atomic, write_json
 
 MODES = ("en_template", "local_template", "lighteval", "mix_lighteval", "mix")
 _FILE_NAME = re.compile(
     rf"(?P<mode>{'|'.join(MODES)})_(?P<language>[a-z]{{2,3}})(?:_(?P<mixed>\d+))?_(?P<split>[a-z]+)\.jsonl"
 )
+_RECORD = "made_from."
 
 # Datasets for which MuBench reports plain accuracy; for the others it is accuracy per character (section 4).
 PLAIN_ACCURACY = ("SNLI", "MNLI", "MultiNLI", "WinoGrande", "BMLAMA")
@@ -99,6 +104,8 @@ def find_tasks(
     all_languages: set[str] = set()
     for pattern in patterns:
         for path in match_files(pattern):
+            if path.name.startswith(_RECORD):
+                continue
             match = _FILE_NAME.fullmatch(path.name)
             if match is None:
                 raise InputError(f"{path}: not named <mode>_<language>_<split>.jsonl with a mode of {', '.join(MODES)}")
@@ -178,13 +185,41 @@ def file_name(task: Task, language: str, split: str = "test") -> str:
     return f"{task.dataset}/{task.plain_mode}_{language}{number}_{split}.jsonl"
 
 
-def write_items(folder: epath.PathLike, task: Task, language: str, items: Iterable[Item], split: str = "test") -> int:
-    """Writes FOLDER/<dataset>/<mode>_<language>_<split>.jsonl and returns the number of items."""
-    count = 0
-    with atomic_writer(epath.Path(folder) / file_name(task, language, split)) as file:
-        for item in items:
-            row = {"_id": item.id, "prompt": item.prompt, "choices": list(item.choices), "label": item.label,
-                   "delimiter": item.delimiter}
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            count += 1
-    return count
+def write_items(
+    folder: epath.PathLike, task: Task, language: str, items: Iterable[Item], split: str = "test",
+    made_from: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes FOLDER/<dataset>/<mode>_<language>_<split>.jsonl, as `write_rows`."""
+    write_rows(epath.Path(folder) / file_name(task, language, split), (
+        {"_id": item.id, "prompt": item.prompt, "choices": list(item.choices), "label": item.label,
+         "delimiter": item.delimiter} for item in items), made_from)
+
+
+def write_rows(path: epath.Path, rows: Iterable[Mapping[str, Any]], made_from: Mapping[str, Any] | None) -> None:
+    """Writes a task file, and beside it what it was made from; without a record for None."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if made_from is not None:
+        path.unlink(missing_ok=True)  # the record is written first, so that a file always has its own record
+        write_json(_record_path(path), {**made_from, "sha256": hashlib.sha256(content).hexdigest()})
+    write_atomic(path, content)
+
+
+def is_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Returns whether a task file was made from the same inputs and settings, and is whole.
+
+    Raises:
+      InputError: as `artifacts.is_current`.
+    """
+    record = _record_path(path)
+    recorded = None
+    if path.exists():
+        recorded = artifacts.read_record(record) if record.exists() else {}
+
+    def damage() -> str | None:
+        return None if sha256(path) == recorded.get("sha256") else "not the file that its record describes"
+
+    return artifacts.is_current(path, recorded, made_from, overwrite=overwrite, damage=damage)
+
+
+def _record_path(path: epath.Path) -> epath.Path:
+    return path.parent / f"{_RECORD}{path.stem}.json"

@@ -59,6 +59,27 @@ def test_bmlama_is_shuffled_alike_in_all_languages(tmp_path):
     assert len(orders) > 2
 
 
+def test_bmlama_keeps_what_was_made_of_the_same_table(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    convert(tables(source), str(out))
+    files = {path.name: path for path in out.rglob("*.jsonl")}
+    before = {name: path.read_bytes() for name, path in files.items()}
+    times = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    files["lighteval_zh_test.jsonl"].unlink()
+    assert convert(str(source), str(out)) == {"en": 2, "zh": 2}
+    assert capsys.readouterr().err == (
+        f"{files['lighteval_en_test.jsonl']}: made before from the same inputs and settings, kept\n")
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+    assert files["lighteval_en_test.jsonl"].stat().st_mtime_ns == times["lighteval_en_test.jsonl"]
+    tables(source, zh=TABLE.replace("rose", "stands"))
+    with pytest.raises(InputError, match=r"lighteval_zh_test\.jsonl: exists, made with other inputs zh; set overwrite"):
+        convert(str(source), str(out))
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+    convert(str(source), str(out), overwrite=True)
+    assert [name for name, path in files.items() if path.read_bytes() != before[name]] == ["lighteval_zh_test.jsonl"]
+
+
 @pytest.mark.parametrize("text, message", [
     (TABLE.replace("<mask>.", "mask."), r"en\.tsv\.xz:2: <mask> is there 0 times"),
     (TABLE.replace("Venice\tRome", "Rome\tRome"), "the last candidate is 'Venice', the answer 'Rome'"),
@@ -101,6 +122,12 @@ def test_completion_takes_the_same_lines_in_all_languages(tmp_path):
             assert item.prompt == lines_of[language][n][m - 1]
             assert len(set(item.choices)) == 4 and not any("document 4" in choice for choice in item.choices)
             assert sum(f"document {n}," in choice for choice in item.choices) == 1
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    documents = str(tmp_path / "*.jsonl")
+    assert make_completion(documents, tmp_path / "out", prompt_characters=30, languages=["en", "fr"]) == 9
+    with pytest.raises(InputError, match=r"made with settings prompt_characters = 30 \(now 31\); set overwrite=True"):
+        make_completion(documents, tmp_path / "out", prompt_characters=31)
+    assert {path: path.read_bytes() for path in before} == before
     for en, fr in zip(aligned.items["en"], aligned.items["fr"]):
         assert [choice.replace("en", "fr", 1) for choice in en.choices] == list(fr.choices)
 
@@ -161,8 +188,12 @@ def test_half_of_the_parts_are_in_another_language(cloze):
     before = {path: path.read_bytes() for path in cloze.glob("mixed/*/*")}
     mix(glob, str(cloze / "mixed"), max_languages=2, seed=3)
     assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} == before
-    mix(glob, str(cloze / "mixed"), max_languages=2, seed=4)
-    assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} != before
+    with pytest.raises(InputError, match=r"made with settings seed = 3 \(now 4\); set overwrite=True"):
+        mix(glob, str(cloze / "mixed"), max_languages=2, seed=4)
+    assert {path: path.read_bytes() for path in cloze.glob("mixed/*/*")} == before
+    mix(glob, str(cloze / "mixed"), max_languages=2, seed=4, overwrite=True)
+    changed = {path.name for path in cloze.glob("mixed/*/*.jsonl") if path.read_bytes() != before[path]}
+    assert changed == {f"mix_lighteval_{language}_2_test.jsonl" for language in ("en", "de", "zh")}
 
 
 def test_what_cannot_be_mixed_is_refused(cloze):

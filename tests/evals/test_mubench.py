@@ -36,6 +36,26 @@ def test_files_are_the_same_afterwards(repository, tmp_path):
     assert main(MubenchConfig(**settings)) == 1
 
 
+def test_files_of_another_revision_are_refused(repository, tmp_path, capsys):
+    settings = {"output": str(tmp_path / "out"), "repository": repository, "names": ["SNLIDataset"]}
+    assert main(MubenchConfig(**settings, languages=["de"])) == 1
+    path = tmp_path / "out/SNLIDataset/lighteval_de_test.jsonl"
+    content = path.read_bytes()
+    assert main(MubenchConfig(**settings, languages=["de", "sw"])) == 1  # a further language
+    path.write_bytes(content[:-9])
+    assert main(MubenchConfig(**settings, languages=["de"])) == 1 and path.read_bytes() == content
+    assert f"{path}: damaged (not the file that its record describes), made again" in capsys.readouterr().err
+    other = {"languages": ["de"], "revision": "v2"}
+    with pytest.raises(InputError, match=r'made with settings revision = null \(now "v2"\); set overwrite=True'):
+        main(MubenchConfig(**settings, **other))
+    assert main(MubenchConfig(**settings, **other, overwrite=True)) == 1
+    # A file of somebody else.
+    path.with_name("made_from.lighteval_de_test.json").unlink()
+    with pytest.raises(InputError, match=r"exists and was not made by evals\.mubench"):
+        main(MubenchConfig(**settings, **other, overwrite=True))
+    assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize("change, message", [
     ({"names": ["SNLI"]}, r"mubench\.names: SNLI: not one of ARCChallengeDataset"),
     ({"modes": ["cloze"]}, r"mubench\.modes: cloze"),
