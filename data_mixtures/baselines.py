@@ -5,7 +5,6 @@ Writes a rates file, which the SeqIO mixture and the token loader both read.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 
 import gin
@@ -17,6 +16,7 @@ from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.data.token_store import MANIFEST, read_manifest
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.cluster import log
 
 
 def temperature_rates(counts: Mapping[str, int], temperature: float = 1.0) -> dict[str, float]:
@@ -131,7 +131,7 @@ def write_baseline(config: BaselineConfig) -> None:
                                       "manifest_sha256": sha256(epath.Path(config.store) / MANIFEST)}, **more)
     for language, rate in sorted(rates.items(), key=lambda item: -item[1]):
         epochs = f"  {more['epochs'][language]:8.3f} epochs" if more else ""
-        print(f"{language:<8} {rate:8.4%}  of {counts[language]:>12,} tokens{epochs}", file=sys.stderr)
+        log(f"{language:<8} {rate:8.4%}  of {counts[language]:>12,} tokens{epochs}")
 
 
 if __name__ == "__main__":

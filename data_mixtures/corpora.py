@@ -7,7 +7,6 @@ then, with or without this module, `tfds.load("text_corpora/fi:1.0.0", data_dir=
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from mlx_pretrain.artifacts import is_current
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel.cluster import log
 
 VERSION = "1.0.0"
 
@@ -108,8 +108,7 @@ def prepare_corpora(config: CorporaConfig) -> None:
             folder.rmtree()
             builder = make_builder()
         builder.download_and_prepare()
-        print(f"{folder}: {sum(split.num_examples for split in builder.info.splits.values()):,} documents",
-              file=sys.stderr)
+        log(f"{folder}: {sum(split.num_examples for split in builder.info.splits.values()):,} documents")
 
 
 @gin.configurable

@@ -11,7 +11,6 @@ finds all parts whole writes the manifest. The command without `--shard` exports
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -91,8 +90,7 @@ def export_part(
 
 
 def _report(name: str, documents: int, tokens: int, seconds: float) -> None:
-    print(f"{name:<16} {documents:>10,} documents {tokens:>14,} tokens {tokens / seconds / 1e6:6.2f}M tokens/s",
-          file=sys.stderr, flush=True)
+    cluster.log(f"{name:<16} {documents:>10,} documents {tokens:>14,} tokens {tokens / seconds / 1e6:6.2f}M tokens/s")
 
 
 class PartRecords:
@@ -242,10 +240,10 @@ def export_tokens(config: ExportConfig) -> None:
              if (record := records.find(*part, hashes.get(part) if part in own_parts else None))}
     if len(whole) < len(parts):
         if (store / token_store.MANIFEST).exists():
-            print(f"{store}: completed by another process", file=sys.stderr)
+            cluster.log(f"{store}: completed by another process")
             return
-        print(f"{store}: {len(whole)} of {len(parts)} parts are there; the process with the last one completes the "
-              "store", file=sys.stderr)
+        cluster.log(f"{store}: {len(whole)} of {len(parts)} parts are there; the process with the last one completes "
+                    "the store")
         return
     _complete(store, model, _with_inputs(planned, settings, {part: record["hashes"] for part, record in whole.items()}),
               {part: record["part"] for part, record in whole.items()})

@@ -10,7 +10,6 @@ which SentencePiece itself spells the space, is decoded as a space; lone surroga
 import dataclasses
 import hashlib
 import io
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256, write_atomic, write_json
+from mlx_pretrain.parallel.cluster import log
 
 FORMAT = "mlx-tokenizer"
 VERSION = 1
@@ -173,8 +173,8 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     start = time.perf_counter()
     sentences, sampled = sample_sentences(corpus, split, config.max_bytes, config.temperature,
                                           config.max_sentence_bytes)
-    print(f"training a {config.model_type} tokenizer of {config.vocab_size} pieces on "
-          f"{sum(sampled.values()) / 1e6:.1f} MB of text in {len(sampled)} languages", file=sys.stderr)
+    log(f"training a {config.model_type} tokenizer of {config.vocab_size} pieces on "
+        f"{sum(sampled.values()) / 1e6:.1f} MB of text in {len(sampled)} languages")
     model = train_model(sentences, settings)
     record = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(model).hexdigest(), **made_from,
               "sampled_bytes": sampled, "provenance": {"program": "data_mixtures.tokenizer", "version": __version__,
@@ -182,7 +182,7 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     output.unlink(missing_ok=True)  # the record is written first, so that a model always has its own record
     write_json(sidecar, record)
     write_atomic(output, model)
-    print(f"{output}: trained in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    log(f"{output}: trained in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

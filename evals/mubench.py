@@ -19,7 +19,7 @@ from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel.cluster import log
 
 REPOSITORY = "aialt/MuBench"
 DATASETS = ("ARCChallengeDataset", "ARCEasyDataset", "BMLAMADataset", "GPQADataset", "HellaswagDataset", "MMLUDataset",
@@ -82,7 +82,7 @@ def main(config: MubenchConfig) -> int:
     for file, made_from in wanted.items():
         path, rows = epath.Path(config.output) / file, _read(config.repository, file, config.revision)
         write_rows(path, rows, made_from)
-        cluster.log(f"{path}: {len(rows):,} items")
+        log(f"{path}: {len(rows):,} items")
     print(f"{config.output}: {len(wanted)} files written")
     return len(wanted)
 

@@ -193,8 +193,8 @@ def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
         if shards:
             cluster.take_shard((place.process, place.processes))
         elif place.process:
-            print(f"process {place.process} of {place.processes}: this command runs in one process, which is process 0",
-                  file=sys.stderr)
+            cluster.log(f"process {place.process} of {place.processes}: this command runs in one process, which is "
+                        "process 0", every_process=True)
             raise SystemExit(0)
     try:
         yield

@@ -27,11 +27,11 @@ from mlx_pretrain.data.documents import match_files, read_documents
 from mlx_pretrain.data.word_boundaries import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl
+from mlx_pretrain.parallel.cluster import log
 from raters.filtering import shingles
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import removal_entry
-from raters.log import log
 
 ITEMS = "items.jsonl"
 _FREQUENT_NGRAMS = 20  # in the report

@@ -22,11 +22,11 @@ import numpy as np
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel.cluster import log
 from raters.filtering import shingles
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.score_table import read_scores, score_path
-from raters.log import log
 
 _GROUPS_SHOWN = 20  # largest groups in the report
 

@@ -23,10 +23,10 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel.cluster import log
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import removal_entry
-from raters.log import log
 
 _EXAMPLES = 5  # removed documents of each pair of languages in the report
 # Languages that differ by convention more than by words; Indonesian is often identified as Malay.

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import itertools
 import json
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.word_boundaries import words
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256, write_atomic
+from mlx_pretrain.parallel.cluster import log
 from raters.preferences.corruption import CORRUPTIONS, corrupt_share
 from raters.rater_plugins.base import Rater
 
@@ -172,8 +172,8 @@ def main(config: NgramsConfig) -> None:
                         description=np.frombuffer(json.dumps(description).encode(), np.uint8))
     write_atomic(config.output, buffer.getvalue())
     right = float(((x @ model.coef_[0] + model.intercept_[0] > 0) == y).mean())
-    print(f"{config.output}: {counts['good']} good and {counts['bad']} bad documents, {right:.1%} of them classified "
-          "correctly", file=sys.stderr)
+    log(f"{config.output}: {counts['good']} good and {counts['bad']} bad documents, {right:.1%} of them classified "
+        "correctly")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, sha256
-from raters.log import log
+from mlx_pretrain.parallel.cluster import log
 from raters.preferences import pair_file
 from raters.preferences.pair_file import PAIR_TYPES
 from raters.preferences.rated_documents import RatedDocuments

@@ -116,7 +116,7 @@ def take_shard(shard: tuple[int, int] | None) -> None:
     global _shard
     _shard = shard
     if shard is not None:
-        print(f"shard {shard[0]} of {shard[1]} (counted from 0)", file=sys.stderr, flush=True)
+        log(f"shard {shard[0]} of {shard[1]} (counted from 0)")
 
 
 def shard() -> tuple[int, int]:
@@ -137,8 +137,8 @@ def join(place: Place | None, timeout: float = TIMEOUT) -> None:
     global _member
     if place is None or place.processes == 1:
         return
-    print(f"process {place.process} of {place.processes}: waiting up to {timeout:g} s for the others at "
-          f"{place.coordinator}", file=sys.stderr, flush=True)
+    log(f"process {place.process} of {place.processes}: waiting up to {timeout:g} s for the others at "
+        f"{place.coordinator}", every_process=True)
     if place.process == 0:
         Hub(place, timeout)
     _member = Member(place, timeout)
@@ -167,9 +167,12 @@ def is_main() -> bool:
     return _member.process == 0
 
 
-def log(text: str) -> None:
-    """Prints a line on stderr at once, in process 0 alone."""
-    if is_main():
+def log(text: str, *, every_process: bool = False) -> None:
+    """Prints a line on stderr at once, also where stderr is a file; in process 0 alone unless `every_process`.
+
+    A process with a shard is alone in its job, and always prints.
+    """
+    if every_process or is_main():
         print(text, file=sys.stderr, flush=True)
 
 

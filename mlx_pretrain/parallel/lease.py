@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,11 +87,11 @@ class _Lease:
             try:
                 renewed = self._write(self._generation)
             except Exception as error:  # TensorStore has no type for a network that is down for a while
-                print(f"{self._folder}: the lease could not be renewed: {error}", file=sys.stderr, flush=True)
+                cluster.log(f"{self._folder}: the lease could not be renewed: {error}", every_process=True)
                 continue
             if renewed is None and not self._released.is_set():
                 message = f"{self._folder}: another job has taken over this folder; nothing more is written"
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                cluster.log(f"error: {message}", every_process=True)
                 cluster.fail(message)
                 os._exit(1)
             self._generation = renewed

@@ -9,7 +9,6 @@ from etils import epath
 from mlx_pretrain.artifacts import as_json, read_record
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.parallel import cluster
-from raters.log import log
 
 
 def map_files(
@@ -45,8 +44,8 @@ def map_files(
             write_atomic(part, json.dumps({"made_from": record, "result": results[-1]}))
     if count == 1:
         return results
-    log(f"{output}: {len(results):,} of {len(names):,} files are done in this shard; when all shards are, the same "
-        "command without --shard completes the output")
+    cluster.log(f"{output}: {len(results):,} of {len(names):,} files are done in this shard; when all shards are, the "
+                "same command without --shard completes the output")
     return None
 
 

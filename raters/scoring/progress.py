@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_pretrain.inference.bulk import BulkInference
-from raters.log import log
+from mlx_pretrain.parallel.cluster import log
 from raters.scoring.shards import Shard, ShardWriter
 
 # Characters per byte of a file, as assumed until the first file is finished.
@@ -81,13 +81,13 @@ class Progress(contextlib.AbstractContextManager):
         self._rejected += writer.rejected
         if failed:
             self.failed.append(writer.shard)
-            log(f"{writer.shard.name}: failed, see {writer.shard.rejects}")
+            log(f"{writer.shard.name}: failed, see {writer.shard.rejects}", every_process=True)
         else:
             self._scored += 1
 
     def _log(self) -> None:
         while not self._stop.wait(self._every):
-            log(self._line())
+            log(self._line(), every_process=True)
 
     def _rates(self, documents: float) -> dict[str, float | None]:
         seconds = self._seconds or time.perf_counter() - self._start
