@@ -28,9 +28,7 @@ def check_divides(config: Any, divisor: str, dividend: str) -> None:
 
 
 def check_nested(config: Any, name: str, config_class: type) -> None:
-    """Turns a field that was read from JSON into the configuration it holds; raises InputError for other values."""
+    """Raises InputError for a field that is no configuration of a class."""
     value = getattr(config, name)
-    if isinstance(value, dict):
-        object.__setattr__(config, name, config_class(**value))
-    elif not isinstance(value, config_class):
+    if not isinstance(value, config_class):
         raise InputError(f"{type(config).__name__}.{name} = {value!r}: must be @{config_class.__name__}()")

@@ -270,12 +270,12 @@ def positions(segment_ids: Int[ArrayLike, "batch length"]) -> Int32[Array, "batc
 
 
 def pool(
-    config: EncoderConfig, hidden: Float[ArrayLike, "batch queries embed"], segment_ids: Int[ArrayLike, "batch length"]
-) -> Float32[Array, "batch embed"]:
-    """Returns one float32 vector `[batch, embed]` of each row's hidden states `[batch, length, embed]`.
+    config: EncoderConfig, hidden: Float[ArrayLike, "batch columns embed"], segment_ids: Int[ArrayLike, "batch length"]
+) -> Float32[ArrayLike, "batch embed"]:
+    """Returns one float32 vector `[batch, embed]` of each row's hidden states `[batch, columns, embed]`.
 
-    A row is one document. Pooling "first" takes the first column, where the document begins; "mean" the mean of the
-    row's tokens without padding, zeros for a row that has none. For "first", hidden states of the first tokens will do.
+    A row is one document. Its columns are its `length` tokens; for pooling "first" the first of them, where the
+    document begins, is enough. "mean" takes the mean of the row's tokens without padding, zeros for a row without any.
     """
     if config.pooling == "first":
         return hidden[:, 0].astype(jnp.float32)

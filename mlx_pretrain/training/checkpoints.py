@@ -15,6 +15,7 @@ import functools
 import logging
 import math
 import operator
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -357,9 +358,16 @@ def load_model(run_dir: epath.PathLike, model_type: type[Config] = DecoderConfig
     try:
         if content["kind"] != model_type.__name__:
             raise InputError(f"{path}: the model is a {content['kind']}, not a {model_type.__name__}")
-        return model_type(**_without_retired(content["model"]))
+        return _from_json(model_type, _without_retired(content["model"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: malformed: {error}") from None
+
+
+def _from_json(config_type: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Makes a dataclass, and those that are its fields, of JSON."""
+    hints = typing.get_type_hints(config_type)
+    return config_type(**{name: _from_json(hints[name], value) if dataclasses.is_dataclass(hints.get(name)) else value
+                          for name, value in fields.items()})
 
 
 def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
