@@ -63,7 +63,7 @@ def command(module: str, gin_file: pathlib.Path | None = None, **bindings) -> No
 
 
 def in_held_out(key: str, share: int) -> bool:
-    """Whether a document is among the 1 in `share` that nothing is trained on; all its translations are, or none."""
+    """Tells if a document is held out, one in `share` of all; its translations are held out with it."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % share == 0
 
 

@@ -161,7 +161,7 @@ def train_rater(work: pathlib.Path, name: str, seed: int, encoder: str | None, s
 
 
 def judged(work: pathlib.Path, folder: pathlib.Path, most: int) -> dict[str, float]:
-    """What a rater tells apart, see the module; accuracies, apart for languages seen and unseen."""
+    """Returns the accuracies of a rater, see the module, separately for languages seen and unseen."""
     if (folder / "evidence.json").exists():
         return read_json(folder / "evidence.json")
     clean = {}

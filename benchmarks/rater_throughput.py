@@ -165,7 +165,7 @@ def spawn(python: str, **given) -> float:
 
 
 def padding_efficiency() -> float:
-    """Of all the lengths in one window, with the buckets and batches measured here."""
+    """Returns the share of tokens that are no padding, for all lengths in one window and the buckets measured here."""
     from mlx_pretrain.inference.bulk import default_buckets, pack
     from raters.scoring.quality_scorer import TOKENS_PER_BATCH
 

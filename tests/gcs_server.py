@@ -38,7 +38,7 @@ class Object:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def resource(self) -> dict:
-        """What copies take over."""
+        """Returns the fields that copies take over."""
         return {"contentType": self.content_type, "metadata": self.metadata}
 
 
@@ -118,16 +118,16 @@ class GcsServer:
         return self.buckets[bucket]
 
     def _checked(self, bucket: str, name: str, query: dict[str, str], prefix: str = "if", exist: bool = True):
-        """The object, when it meets the preconditions; None when it does not exist."""
-        found = self._objects(bucket, name).get(name)
-        generation = found.generation if found else 0
+        """Returns the object if it meets the preconditions; None if it does not exist."""
+        stored = self._objects(bucket, name).get(name)
+        generation = stored.generation if stored else 0
         if (wanted := query.get(f"{prefix}GenerationMatch")) is not None and int(wanted) != generation:
             raise _Refused(412, "At least one of the pre-conditions you specified did not hold.")
         if (unwanted := query.get(f"{prefix}GenerationNotMatch")) is not None and int(unwanted) == generation:
             raise _Refused(304, "")
-        if exist and (found is None or int(query.get("generation") or generation) != generation):
+        if exist and (stored is None or int(query.get("generation") or generation) != generation):
             raise _Refused(404, f"No such object: {bucket}/{name}")
-        return found
+        return stored
 
     def _put(self, bucket: str, name: str, content: bytes, query: dict[str, str], about: dict):
         self._checked(bucket, name, query, exist=False)
@@ -136,11 +136,11 @@ class GcsServer:
         self.buckets[bucket][name] = made
         return _json(self._resource(bucket, name, made))
 
-    def _resource(self, bucket: str, name: str, found: Object) -> dict[str, str]:
-        crc = base64.b64encode(google_crc32c.value(found.content).to_bytes(4, "big")).decode()
-        return {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(found.content)),
-                "generation": str(found.generation), "metageneration": "1", "crc32c": crc,
-                "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z", **found.resource()}
+    def _resource(self, bucket: str, name: str, stored: Object) -> dict[str, str]:
+        crc = base64.b64encode(google_crc32c.value(stored.content).to_bytes(4, "big")).decode()
+        return {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(stored.content)),
+                "generation": str(stored.generation), "metageneration": "1", "crc32c": crc,
+                "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z", **stored.resource()}
 
     def create_bucket(self, query, headers, body):
         name = json.loads(body)["name"]
@@ -173,16 +173,16 @@ class GcsServer:
                 items.append(self._resource(bucket, name, objects[name]))
             else:
                 prefixes.append(entry)
-        found = {"kind": "storage#objects"}
-        found |= {"items": items} if items else {}
-        found |= {"prefixes": prefixes} if prefixes else {}
-        return _json(found | ({"nextPageToken": following} if following else {}))
+        listing = {"kind": "storage#objects"}
+        listing |= {"items": items} if items else {}
+        listing |= {"prefixes": prefixes} if prefixes else {}
+        return _json(listing | ({"nextPageToken": following} if following else {}))
 
     def get(self, bucket, name, query, headers, body):
-        found = self._checked(bucket, name, query)
+        stored = self._checked(bucket, name, query)
         if query.get("alt") != "media":
-            return _json(self._resource(bucket, name, found))
-        content, status, about = found.content, 200, {}
+            return _json(self._resource(bucket, name, stored))
+        content, status, about = stored.content, 200, {}
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", headers.get("Range", "")):
             first, last = match.groups()
             size = len(content)
@@ -192,10 +192,11 @@ class GcsServer:
                 raise _Refused(416, "The requested range cannot be satisfied.")
             content, status = content[start:stop], 206
             about["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        crc = base64.b64encode(google_crc32c.value(found.content).to_bytes(4, "big")).decode()
-        about |= {"Content-Type": found.content_type, "x-goog-generation": str(found.generation),
+        crc = base64.b64encode(google_crc32c.value(stored.content).to_bytes(4, "big")).decode()
+        about |= {"Content-Type": stored.content_type, "x-goog-generation": str(stored.generation),
                   "x-goog-metageneration": "1", "x-goog-hash": f"crc32c={crc}",
-                  "x-goog-stored-content-length": str(len(found.content)), "x-goog-stored-content-encoding": "identity"}
+                  "x-goog-stored-content-length": str(len(stored.content)),
+                  "x-goog-stored-content-encoding": "identity"}
         return status, about, content
 
     def delete(self, bucket, name, query, headers, body):
@@ -313,13 +314,13 @@ def _error(error: _Refused) -> bytes:
 
 def _parts(content_type: str, body: bytes) -> list[tuple[str | None, bytes]]:
     """(content type, content) of the parts of a multipart body; its lines may end in CRLF or LF."""
-    boundary, found = re.search('boundary="?([^";]+)"?', content_type)[1].encode(), []
+    boundary, stored = re.search('boundary="?([^";]+)"?', content_type)[1].encode(), []
     for part in body.split(b"--" + boundary)[1:-1]:
         newline = b"\r\n" if part.startswith(b"\r\n") else b"\n"
         head, content = part.removeprefix(newline).split(2 * newline, 1)
         named = re.search(rb"(?i)content-type: *([^\r\n]+)", head)
-        found.append((named and named[1].decode(), content.removesuffix(newline)))
-    return found
+        stored.append((named and named[1].decode(), content.removesuffix(newline)))
+    return stored
 
 
 class _Handler(BaseHTTPRequestHandler):

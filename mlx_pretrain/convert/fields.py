@@ -33,8 +33,8 @@ COMMON = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "prun
 
 
 def check_fields(
-    path: epath.PathLike, raw: Mapping[str, Any], what: str, *, read: Collection[str],
-    needed: Mapping[str, tuple[Any, ...]], harmless: str = "", whose: str = "",
+    path: epath.PathLike, raw: Mapping[str, Any], model: str, *, read: Collection[str],
+    needed: Mapping[str, tuple[Any, ...]], harmless: str = "", part: str = "",
 ) -> None:
     """Checks that a configuration asks for nothing that a model here does not do.
 
@@ -43,11 +43,11 @@ def check_fields(
     Args:
       path: path of the config.json, for errors.
       raw: the object in it, or an object inside that.
-      what: name of the model here, for errors: "a decoder".
+      model: name of the model here, for errors: "a decoder".
       read: fields that the caller reads.
       needed: field -> values that describe the model, "model_type" among them; COMMON is added.
       harmless: pattern of further fields that change no computation.
-      whose: name of an object inside config.json, for errors: " of the vision tower".
+      part: name of an object inside config.json, for errors: " of the vision tower".
 
     Raises:
       InputError: a field is unknown or has another value; the message names the first.
@@ -59,7 +59,7 @@ def check_fields(
         if key in needed:
             if value not in needed[key]:
                 others = f" (or {', '.join(map(repr, needed[key][1:]))})" if len(needed[key]) > 1 else ""
-                raise InputError(f"{path}: {key}{whose} is {value!r}; {what} here has {needed[key][0]!r}{others}")
+                raise InputError(f"{path}: {key}{part} is {value!r}; {model} here has {needed[key][0]!r}{others}")
         elif not HARMLESS.fullmatch(key) and not re.fullmatch(harmless, key):
-            raise InputError(f"{path}: {key}{whose} is {value!r}; {what} here has no such setting (if the model "
+            raise InputError(f"{path}: {key}{part} is {value!r}; {model} here has no such setting (if the model "
                              "computes the same without it, take it out)")

@@ -34,7 +34,7 @@ def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None
     Raises:
       InputError: it is no SigLIP tower, has a setting that `VisionTransformer` lacks, or a field is no number.
     """
-    check_fields(path, raw, "a tower", read=DEFAULTS, needed=NEEDED, harmless=HARMLESS, whose=" of the vision tower")
+    check_fields(path, raw, "a tower", read=DEFAULTS, needed=NEEDED, harmless=HARMLESS, part=" of the vision tower")
     get = functools.partial(get_number, path, {**DEFAULTS, **raw})
     try:
         return VisionConfig(

@@ -27,7 +27,7 @@ _WILDCARD = re.compile(r"[*?\[{]")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _File:
     """A file of the corpus: its path, and the split and language that its pattern tells."""
 
     path: epath.Path
@@ -123,7 +123,7 @@ class Corpus:
 
     @functools.cached_property
     def _patterns(self) -> list[str]:
-        """Patterns as given."""
+        """The patterns in `files`."""
         patterns = [self.files] if isinstance(self.files, (str, os.PathLike)) else list(self.files)
         return [os.fspath(pattern) for pattern in patterns]
 
@@ -138,32 +138,37 @@ class Corpus:
 
     @functools.cached_property
     def location(self) -> str:
-        """Root and patterns, as messages name them."""
+        """Root and patterns, for messages."""
         return ", ".join(str(self.folder / pattern) if self.root is not None else pattern
                          for pattern in self._patterns)
 
     @functools.cached_property
-    def _places(self) -> dict[str, _Place]:
+    def _listing(self) -> dict[str, _File]:
         """Path relative to the root -> file, sorted by path."""
-        places: dict[str, _Place] = {}
+        listing: dict[str, _File] = {}
         for pattern in self._patterns:
-            whole = str(self.folder / pattern) if self.root is not None else str(epath.Path(pattern))
-            for split in (self.splits or SPLITS) if "{split}" in pattern else (None,):
-                of_split = whole.replace("{split}", split or "")
-                shape = _regex(of_split)
-                for path in glob_files(of_split.replace("{language}", "*")):
-                    match = shape.fullmatch(str(path))
-                    language = match["language"] if match and "{language}" in pattern else None
-                    if match and (self.languages is None or language in self.languages):
-                        places[str(path.relative_to(self.folder))] = _Place(path, split, language)
-        if not places:
-            raise InputError(f"{self.location}: " + (
-                f"no file matches with the split {' or '.join(self.splits or SPLITS)}; Corpus.splits names others"
-                if any("{split}" in pattern for pattern in self._patterns) and self.splits is None
-                else "no file matches" if _WILDCARD.search(self.location) else "no such file"))
-        places = dict(sorted(places.items(), key=lambda item: epath.Path(item[0]).parts))
-        refuse_twins(place.path for place in places.values())
-        return places
+            matches = list(self._match(pattern))
+            if not matches:
+                location = self.folder / pattern if self.root is not None else pattern
+                raise InputError(f"{location}: " + (
+                    f"no file matches with the split {' or '.join(SPLITS)}; Corpus.splits names others"
+                    if "{split}" in pattern and self.splits is None
+                    else "no file matches" if _WILDCARD.search(str(location)) else "no such file"))
+            listing |= {str(file.path.relative_to(self.folder)): file for file in matches
+                        if self.languages is None or file.language in self.languages}
+        listing = dict(sorted(listing.items(), key=lambda item: epath.Path(item[0]).parts))
+        refuse_twins(file.path for file in listing.values())
+        return listing
+
+    def _match(self, pattern: str) -> Iterator[_File]:
+        """Yields the files that match a pattern, in all splits and languages."""
+        whole = str(self.folder / pattern) if self.root is not None else str(epath.Path(pattern))
+        for split in (self.splits or SPLITS) if "{split}" in pattern else (None,):
+            of_split = whole.replace("{split}", split or "")
+            regex = _regex(of_split)
+            for path in glob_files(of_split.replace("{language}", "*")):
+                if match := regex.fullmatch(str(path)):
+                    yield _File(path, split, match["language"] if "{language}" in pattern else None)
 
     @property
     def keys(self) -> RecordKeys:
@@ -172,12 +177,12 @@ class Corpus:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the files are read: what an output made from the documents records besides their hashes."""
+        """Settings of the reading, which an output made from the documents records besides their hashes."""
         return {"text_unit": self.text_unit, **({"fields": self.keys.changed} if self.keys.changed else {})}
 
     def paths(self) -> dict[str, epath.Path]:
-        """Path relative to the root -> path, of all files, sorted."""
-        return {name: place.path for name, place in self._places.items()}
+        """Returns path relative to the root -> path, of all files, sorted."""
+        return {name: file.path for name, file in self._listing.items()}
 
     def read(
         self, name: str, *, extra: Sequence[str] | None = (), rejected: Callable[[int, str], None] | None = None
@@ -191,12 +196,12 @@ class Corpus:
         Raises:
           InputError: as `read_documents`.
         """
-        return read_documents(self._places[name].path, self.text_unit, keys=self.keys, extra=extra, rejected=rejected,
+        return read_documents(self._listing[name].path, self.text_unit, keys=self.keys, extra=extra, rejected=rejected,
                               language=self.language_of_path(name))
 
     def language_of_path(self, name: str) -> str:
-        """Language of a file's records that name none, "und" where the path does not tell it either."""
-        if (language := self._places[name].language) is not None:
+        """Returns the language of a file's records that name none, "und" where the path does not tell it either."""
+        if (language := self._listing[name].language) is not None:
             return language
         path = epath.Path(name)
         names = (path.name.split(".")[0], *reversed(path.parent.parts), self.folder.name)
@@ -209,39 +214,39 @@ class Corpus:
         """split -> language -> path relative to the root -> path."""
         self._require("split", "language")
         by_split: dict[str, dict[str, dict[str, epath.Path]]] = {}
-        for name, place in self._places.items():
-            by_split.setdefault(place.split, {}).setdefault(place.language, {})[name] = place.path
+        for name, file in self._listing.items():
+            by_split.setdefault(file.split, {}).setdefault(file.language, {})[name] = file.path
         return by_split
 
     @property
     def all_splits(self) -> list[str]:
         """Splits that have files, sorted."""
-        return sorted({place.split for place in self._places.values() if place.split is not None})
+        return sorted({file.split for file in self._listing.values() if file.split is not None})
 
     @property
     def all_languages(self) -> list[str]:
         """Names that {language} stands for, in any split, sorted."""
-        return sorted({place.language for place in self._places.values() if place.language is not None})
+        return sorted({file.language for file in self._listing.values() if file.language is not None})
 
     def splits_of(self, language: str) -> list[str]:
-        """Splits that have files of a language. Raises InputError for patterns without {split} and {language}."""
+        """Returns the splits with files of a language. Raises InputError for patterns without {split} or {language}."""
         return [split for split in sorted(self._by_split) if language in self._by_split[split]]
 
     def languages_of(self, split: str) -> list[str]:
-        """Languages of a split, sorted. Raises InputError for an unknown split."""
+        """Returns the languages of a split, sorted. Raises InputError for an unknown split."""
         if split not in self._by_split:
             raise InputError(f"{self.folder}: no split {split!r}; there is {', '.join(self.all_splits)}")
         return sorted(self._by_split[split])
 
     def files_of(self, split: str, language: str) -> dict[str, epath.Path]:
-        """Path relative to the root -> path, of the files of one language, sorted. Raises InputError without files."""
+        """Returns path relative to the root -> path, of one language's files, sorted. Raises InputError without any."""
         if language not in self.languages_of(split):
             raise InputError(f"{self.folder}: no {split} documents in {language!r}; "
                              f"there is {', '.join(self.languages_of(split))}")
         return self._by_split[split][language]
 
     def hashes(self, split: str, language: str) -> dict[str, str]:
-        """Path relative to the root -> SHA-256: what an output made from the language records."""
+        """Returns path relative to the root -> SHA-256, which an output made from the language records."""
         return {name: sha256(path) for name, path in self.files_of(split, language).items()}
 
     def documents(self, split: str, language: str) -> Iterator[Document]:
@@ -261,13 +266,13 @@ class Corpus:
 
 
 def _fixed_parts(pattern: str) -> tuple[str, ...]:
-    """Folders of a pattern before its first wildcard; never its last part, the file's name."""
+    """Returns the folders of a pattern before its first wildcard, without the file's name."""
     parts = epath.Path(pattern).parts[:-1]
     return parts[: next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts))]
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression; {language} becomes a group of that name."""
+    """Returns a glob as a regular expression; {language} becomes a group of that name."""
     translate = {"*": "[^/]*", "?": "[^/]", "{language}": "(?P<language>[^/.]+)"}
     pieces = re.split(r"(\*|\?|\[!?\]?[^\]/]*\]|\{language\})", pattern)
     return re.compile("".join(

@@ -44,8 +44,8 @@ class RowProvenance:
 class Mixture:
     """State of a training stream, from which all its further batches follow.
 
-        mixture = store_mixture(TokenStore("runs/sample/tokens"), {"en": 0.8, "fi": 0.2}, batch_size=10, seed=0)
-        mixture.advanced(100).sequences_read()        # {"en": 80, "fi": 20}
+        mixture = store_mixture(TokenStore("runs/sample/tokens"), {"en": 0.8, "de": 0.2}, batch_size=10, seed=0)
+        mixture.advanced(100).sequences_read()        # {"de": 20, "en": 80}
         BatchSource(store, mixture.advanced(100))[0]["tokens"]        # the eleventh batch: int32 [10, length]
 
     After a change of the weights, `read_before_change` holds these numbers, and the mixture order begins again with the

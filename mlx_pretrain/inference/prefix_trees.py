@@ -2,8 +2,8 @@
 
 Sorted sequences that begin alike stand side by side. A range of them is one tree; a tree that is too large for a row
 is cut where its branches part. If they part after many tokens, these become a prefix of its own, whose keys and values
-are computed once for all the rows behind it. The sequences "abcd", "abce" and "ax", for example, make one tree of the
-tokens a b c x: the last token of a sequence is only ever predicted.
+are computed once for all the rows behind it. The sequences "abcd", "abce" and "axy", for example, make one tree of the
+tokens a b c x: the last token of a sequence is predicted, but never fed to the model.
 """
 
 import bisect

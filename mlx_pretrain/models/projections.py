@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.parallel import collectives, partitioning
@@ -174,7 +175,7 @@ _sharded.defvjp(_sharded_forward, _sharded_backward)
 
 
 def lookup(
-    table: Float32[ArrayLike, "vocab embed"], ids: Int[ArrayLike, "batch length"], dtype: jnp.dtype
+    table: Float32[ArrayLike, "vocab embed"], ids: Int[ArrayLike, "batch length"], dtype: DTypeLike
 ) -> Float[Array, "batch length embed"]:
     """Returns the rows of an embedding.
 

@@ -225,7 +225,7 @@ def test_links_and_network_of_collectives():
 
 
 def test_flops_of_kernels_whoever_says_them():
-    """Of kernels that nobody knows, the names."""
+    """Kernels without an estimate are listed by their names."""
     scope = "jit(step)/product_of_100_flops/"
     calls = (
         CustomCall("tpu_custom_call", f"{scope}jit(_splash_attention)/splash_mha_fwd_segmented/pallas_call", 0.0, 3),

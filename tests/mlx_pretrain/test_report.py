@@ -100,7 +100,7 @@ def write_lines(file: pathlib.Path, lines: Sequence[dict]) -> None:
 
 
 class Page(HTMLParser):
-    """What the tests ask of a page: tags with attributes, facts, rows of the table of languages, text by id."""
+    """A parsed page: tags with attributes, facts, rows of the table of languages, text by id."""
 
     def __init__(self, file: pathlib.Path):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the compiled training step computes, keeps and sends, counted in its program."""
+"""FLOPs, memory and traffic of the compiled training step, counted in its program."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ LARGE = DecoderConfig(
 
 
 def gradient_program(config: DecoderConfig) -> tuple[Program, int]:
-    """Of the loss on one CPU device; and the bytes of its temporaries."""
+    """Returns the program of the loss's gradient on one CPU device, and the bytes of its temporaries."""
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     gradient = jax.grad(lambda params, tokens: make_decoder_loss(config)(params, tokens)[0])
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
@@ -70,7 +70,7 @@ def test_flops_of_the_step_are_those_of_the_model():
 
 
 def tpu_step(config: DecoderConfig, topology: str, rows: int, optimizer=None, **axes: int) -> tuple[Program, int]:
-    """The program of a training step for absent chips, `rows` sequences on each; and the bytes of its temporaries."""
+    """Returns a training step for absent chips, `rows` sequences on each, and the bytes of its temporaries."""
     pytest.importorskip("libtpu")
     with mock.patch.dict(os.environ):
         devices = topologies.describe(topology).devices

@@ -101,6 +101,8 @@ def test_corpus_names_what_is_missing(tmp_path):
         Corpus(corpus_folder, "train/*", languages=["en"])
     with pytest.raises(InputError, match=r"nowhere/\*.jsonl: no file matches"):
         Corpus(files=f"{tmp_path}/nowhere/*.jsonl")
+    with pytest.raises(InputError, match=r"heldout/\*\.txt: no file matches"):
+        Corpus(corpus_folder, ["train/*", "heldout/*.txt"])
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         Corpus(tmp_path, "nowhere.jsonl")
 

@@ -13,7 +13,7 @@ from mlx_pretrain.parallel import partitioning
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What JAX's mesh utilities read of a device."""
+    """The attributes that JAX's mesh utilities read of a device."""
 
     id: int
     process_index: int
