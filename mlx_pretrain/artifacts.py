@@ -123,7 +123,7 @@ def is_current(
       output: the output, for messages.
       recorded: what is recorded of the output that is there; None: there is none; {}: it has no record.
       made_from: what the output is to be made from, e.g. a `provenance`. What is recorded besides is not compared.
-      overwrite: may replace an output that was made from other inputs; None: the command cannot do so.
+      overwrite: whether an output made from other inputs may be replaced; None: never, the command has no such setting.
       damage: looks for damage in an output from the same inputs; returns its cause, or None for a whole output.
       quiet: does not log that the output is kept.
 

@@ -1,11 +1,11 @@
-"""Accuracy metrics: rules by which a model's answer to an item is read off what was measured.
+"""Accuracy metrics: rules that read a model's answer to an item from the measurements of its options.
 
-A metric for options that were scored is an entry of METRICS; tables, results, comparison and report take all entries
-from there. To add one:
+METRICS lists them; item tables, results, comparison and report take all entries from there. To add one:
 
     METRICS["acc_words"] = Metric(lambda options: options.log_likelihood / options.words)
 
-and, where it needs a new measurement (`words`), the field in `Options` and its column in `item_tables`.
+and, where it needs a new measurement (`words`), the field in `Options` and its column in `item_tables`. A figure over
+items or languages that is no accuracy (as `consistency.Consistency`) is a field of `results.TaskResults`.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Metric(NamedTuple):
 
     Attributes:
       scores: function of an item's `Options` to float64 `[options]`; the option with the largest is chosen.
-      needs: fields of `Options` that are not always measured.
+      needs: fields of `Options` that `scores` reads and that not every evaluation measures.
     """
 
     scores: Callable[[Options], np.ndarray]

@@ -46,9 +46,9 @@ class Corpus:
             for document in corpus.read(name):
                 print(name, document.number, document.id, document.language)
 
-    The language of a document is the one its record names; else {language} of the pattern; else, without {language},
-    the file's name up to its first dot, or the nearest folder's name, that is a known code of a language
-    (`mlx_pretrain.languages`); else "und".
+    The language of a document is the first of these that there is: the one that its record names; {language} of the
+    pattern; a known code (`mlx_pretrain.languages`) as the file's name up to its first dot, or as the name of a folder,
+    the nearest one; "und".
 
     Attributes:
       root: folder of the corpus, local or gs://; None: the longest folder without wildcards that all `files` share.
@@ -56,8 +56,7 @@ class Corpus:
         wildcards * ? [...]; {split} and {language} stand for names without "/" and ".", at most once a pattern each.
       text_key: key of a record's text.
       id_key: key of a record's id; a record without one is named by its file and line.
-      language_key: key of a record's language; None: records have none. With the default a record without "lang" may
-        have "language".
+      language_key: key of a record's language; None: the path alone decides. With the default, "language" is read too.
       source_key: key of a record's source.
       text_unit: document of a .txt file: the whole "file", or each non-blank "line".
       languages: the names to take for {language}; None: all.

@@ -79,7 +79,7 @@ _COLUMNS = ("id", "lang", "text", "source")
 
 @dataclasses.dataclass(frozen=True)
 class RecordKeys:
-    """Keys of the fields of records in files that were made elsewhere; commands write those of the defaults.
+    """Keys of the fields of records in input files. Commands write records with the default keys.
 
     Attributes:
       text, id, source: keys of these fields.

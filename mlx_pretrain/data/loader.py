@@ -42,7 +42,7 @@ class RowProvenance:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """State of a training stream, from which all its further batches follow.
+    """Weights of the sources of a training stream, and the position in it; all further batches follow from it.
 
         mixture = store_mixture(TokenStore("runs/sample/tokens"), {"en": 0.8, "de": 0.2}, batch_size=10, seed=0)
         mixture.advanced(100).sequences_read()        # {"de": 20, "en": 80}

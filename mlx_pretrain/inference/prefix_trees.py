@@ -27,7 +27,7 @@ class PackedRow(NamedTuple):
       nodes: int32 `[nodes]`, indices of the tokens from which others are predicted.
       node_indices: int32 `[pairs]`, for each pair of a node and a token to score: the node's index in `nodes`.
       targets: int32 `[pairs]`, the token to score.
-      members: (number of the sequence, indices of its pairs in order) of each sequence in the row.
+      members: for each sequence in the row its number, and the indices of its pairs, from its first target on.
     """
 
     tokens: Int32[np.ndarray, " tokens"]
@@ -78,7 +78,7 @@ def pack_prefix_trees(
 
     Args:
       sequences: int32 `[length]` each.
-      first_targets: index of the first token to score of each sequence, at least 1.
+      first_targets: for each sequence the index of the first token to score, at least 1.
       lengths: lengths that rows may have, ascending; the longest holds any sequence.
 
     Returns:
@@ -110,7 +110,7 @@ class _Packer:
         self._token_sum, self._pair_sum = (np.concatenate([[0, 0], np.cumsum(x)]) for x in (new_tokens, new_pairs))
 
     def _size(self, first: int, last: int, base: int) -> int:
-        """Returns the tokens of a tree, or half of its pairs if those are more."""
+        """Returns the row length that a tree needs: its tokens, or half of its pairs if that is more."""
         tokens = self._tokens(first, last, base)
         pairs = self._fed[first] + 1 - self._starts[first] + self._pair_sum[last] - self._pair_sum[first + 1]
         return int(max(tokens, -(-pairs // 2)))

@@ -73,7 +73,7 @@ class Implementation:
       even_length: takes rows of an even length only.
       segments: keeps documents apart without a dense mask of `[batch, 1, length, length]`.
       masks: takes a mask, as decoding over a cache needs.
-      partial: computes the first queries of rows alone (bidirectional attention).
+      partial: computes calls with fewer queries than keys, as pooling the first token needs.
     """
 
     function: Callable[..., jax.Array]
@@ -148,7 +148,7 @@ IMPLEMENTATIONS = {
 
 
 def by_speed(call: AttentionCall) -> tuple[str, ...]:
-    """Returns the names of a platform's implementations, fastest first, whether they can compute the call or not."""
+    """Returns the names of all implementations of a platform, fastest first; some may not support the call."""
     if call.platform == "tpu":
         return "splash", "blockwise", "xla"
     if call.platform == "gpu":

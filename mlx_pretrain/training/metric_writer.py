@@ -66,8 +66,9 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
 class MetricSink(Protocol):
     """Takes the metrics of a run; used in process 0 alone.
 
-    A sink is made by a function of (run_dir, step), for a run that goes on after `step` (-1: from the start): what came
-    after that step, before a crash, will be written again. docs/training.md has an example.
+    A sink is made by a function of (run_dir, step), where `step` is the last one of the checkpoint that the run resumes
+    from, -1 for a new run: metrics of later steps, from before a crash, will be written again. docs/training.md has an
+    example.
     """
 
     def write(self, step: int, event: str, metrics: Mapping[str, float]) -> None:

@@ -20,7 +20,7 @@ class RunLog(contextlib.AbstractContextManager):
     def __init__(
         self, run_dir: epath.Path, clock: Clock, timer: StepTimer, step: int, sinks: Sequence[SinkFactory] = ()
     ):
-        """Opens the files of a run that goes on after `step`, 0 for a new one; `sinks`: see `MetricWriter`."""
+        """Opens the files of a run of which `step` steps are done; `sinks`: see `MetricWriter`."""
         self._run_dir, self._clock, self._timer, self._first_step = run_dir, clock, timer, step
         self._writer = self._goodput = None
         with contextlib.ExitStack() as stack:

@@ -28,7 +28,7 @@ class Computation(abc.ABC):
     """Model, loss and shapes of a batch: all that the compiled step depends on besides the TrainerConfig.
 
     Attributes:
-      model: the model's configuration, a frozen dataclass.
+      model: frozen dataclass that configures the model, such as `DecoderConfig`.
       batch_row: name -> shape and dtype of one row of the batch's arrays.
       tokens_per_sequence: tokens of a row, padding included.
       flops_per_token: FLOPs to train on one of them, for the share of the hardware's peak; 6 for each parameter
@@ -61,10 +61,11 @@ class DataSource(Protocol):
 class TrainModule(Computation):
     """A model and the data it is trained on; docs/training.md has an example.
 
-    Subclasses write `loss` and `source` and set the attributes without a default; the rest is optional.
+    Subclasses write `loss` and `source` and set `model`, `batch_row`, `tokens_per_sequence` and `mixture`; the rest is
+    optional.
 
     Attributes:
-      mixture: the training data as configured, from their beginning.
+      mixture: training data as configured, at the beginning of the stream.
       tokenizer_path: the model's tokenizer, to be copied into the run folder; None: it has none.
     """
 
@@ -76,7 +77,7 @@ class TrainModule(Computation):
         """Returns the batches that come next in `mixture`, of each the rows with these numbers."""
 
     def tokens(self, batch: loader.Batch) -> collections.Counter[str]:
-        """Returns language -> tokens of a batch's rows, without padding; by default all tokens as those of "all"."""
+        """Returns language -> tokens of a batch's rows, without padding; by default counts all of them under "all"."""
         rows = len(next(iter(batch.values())))
         return collections.Counter({"all": rows * self.tokens_per_sequence})
 
@@ -85,7 +86,7 @@ class TrainModule(Computation):
         return []
 
     def initial_params(self, mesh: Mesh) -> Any | None:
-        """Returns parameters to start from, None in the place of those that are drawn at random; None: all are."""
+        """Returns parameters to start from; None, or None in place of an array: drawn at random."""
         return None
 
     def save_model(self, run_dir: epath.Path) -> None:

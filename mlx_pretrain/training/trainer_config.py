@@ -19,6 +19,7 @@ class TrainerConfig:
     """Settings that all training runs share.
 
     Attributes:
+      name, module: the command's name in gin, and the module that runs it; a subclass sets its own.
       run_dir: folder of the run: config.gin, run.json, model.json, metrics.jsonl, tensorboard/, checkpoints/.
       steps: optimizer steps in all.
       batch_size: sequences per step, over all devices and microbatches.

@@ -2,7 +2,7 @@
 
 Scores are similarities of frames and question, or rewards. Every rule returns T distinct indices of candidates in
 ascending order; all M where there are no more than T. To add a rule, write a function (scores, num_frames) -> indices
-and put its name into `RULES`: `Selector.choice` finds it there.
+and enter it in `RULES`: gin files choose among its names (`Selector.choice = 'bolt'`).
 """
 
 from collections.abc import Callable
