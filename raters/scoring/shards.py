@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 
-from mlx_pretrain import __version__
-from mlx_pretrain.artifacts import is_current, read_record
+from mlx_pretrain import __version__, gcs
+from mlx_pretrain.artifacts import is_current
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
@@ -103,9 +103,16 @@ def find_shards(corpus: Corpus, output: epath.PathLike) -> list[Shard]:
     return shards
 
 
+def absolute_root(folder: epath.PathLike) -> str:
+    """Returns the root of a corpus as scores record it: the same from every working folder."""
+    return str(folder) if gcs.is_gs(folder) else os.path.abspath(folder)
+
+
 def scored_root(output: epath.PathLike) -> str | None:
     """Returns the root of the corpus whose scores are in a folder; None where it is not recorded."""
-    return (read_record(epath.Path(output) / ROOT) or {}).get("root")
+    path = epath.Path(output) / ROOT
+    record = read_json(path, "record of the corpus's root") if path.exists() else {}
+    return record.get("root") if isinstance(record, dict) else None
 
 
 def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
@@ -116,19 +123,19 @@ def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) 
     Raises:
       InputError: the folder holds scores of the documents below another root.
     """
-    root = scored_root(output)
-    if root is None or os.path.abspath(root) == os.path.abspath(corpus.folder):
+    root, own_root = scored_root(output), absolute_root(corpus.folder)
+    if root in (None, own_root):
         return
     scored = [shard for shard in shards if shard.marker.exists()]
     if not (scored and all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)):
         raise InputError(f"{epath.Path(output) / ROOT}: the scores here are of documents below {root}, these are below "
-                         f"{corpus.folder}: set Corpus.root to a folder above both, with Corpus.files below it, or "
+                         f"{own_root}: set Corpus.root to a folder above both, with Corpus.files below it, or "
                          "choose another score.output")
 
 
 def write_root(output: epath.PathLike, corpus: Corpus) -> None:
     """Records the root of the corpus whose scores go to a folder."""
-    write_json(epath.Path(output) / ROOT, {"root": str(corpus.folder)})
+    write_json(epath.Path(output) / ROOT, {"root": absolute_root(corpus.folder)})
 
 
 def unfinished(shards: Sequence[Shard], settings: Mapping[str, Any], overwrite: bool) -> list[Shard]:

@@ -95,7 +95,8 @@ def files(tmp_path) -> pathlib.Path:
 
 def run_score(files, output, rater, **more) -> dict:
     """Scores the documents below a folder, all or those of the patterns `documents`; `keys` are those of the Corpus."""
-    corpus = Corpus(files, more.pop("documents", ["*.jsonl*", "*/*.jsonl*"]), **more.pop("keys", {}))
+    every = [pattern for pattern in ("*.jsonl*", "*/*.jsonl*") if any(epath.Path(files).glob(pattern))]
+    corpus = Corpus(files, more.pop("documents", every), **more.pop("keys", {}))
     return main(ScoreConfig(corpus, output, rater, **{"workers": 0, "compilation_cache": None, **more}))
 
 
@@ -338,6 +339,24 @@ def test_scores_of_two_roots_never_go_to_one_folder(tmp_path):
     for folder, rank in (("x", 1), ("y", 2)):
         table = pq.read_table(tmp_path / f"both/{folder}/a.jsonl.scores.parquet")
         assert table["quality_score"].to_pylist() == [rank]
+
+
+def test_a_root_is_the_same_from_every_working_folder(tmp_path, monkeypatch):
+    for folder, rank in (("x", 1), ("y", 2)):
+        write_jsonl(tmp_path / folder / "in/a.jsonl", [{"text": "t", "rank": rank}])
+    rater = ExistingScores("rank")
+    monkeypatch.chdir(tmp_path / "x")
+    run_score("in", tmp_path / "out", rater)
+    before = outputs(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "y")
+    with pytest.raises(InputError, match=r"the scores here are of documents below .*/x/in, these are below .*/y/in"):
+        run_score("in", tmp_path / "out", rater)
+    assert outputs(tmp_path / "out") == before
+    write_jsonl(tmp_path / "x/in/a.jsonl", [{"text": "t", "rank": 3}])
+    assert run_score("../x/in", tmp_path / "out", rater)["scored"] == 1
+    (tmp_path / "out/corpus.json").write_text("{")
+    with pytest.raises(InputError, match=r"corpus\.json: not a valid JSON record of the corpus's root"):
+        run_score("../x/in", tmp_path / "out", rater)
 
 
 def test_documents_and_scores_on_an_object_store(gcs, files, tmp_path):
