@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import tensorstore as ts
 from etils import epath
 
 from mlx_pretrain import __version__, gcs
@@ -30,7 +31,7 @@ from mlx_pretrain.artifacts import is_current
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import atomic_writer, read_json, sha256, write_json
+from mlx_pretrain.files import atomic_writer, file_sizes, kvstore, read_json, sha256, write_json
 from mlx_pretrain.languages import UNDETERMINED
 
 FORMAT = "mlx-rater-scores"
@@ -118,7 +119,8 @@ def scored_root(output: epath.PathLike) -> str | None:
 def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
     """Refuses a folder with the scores of another corpus: files of the same name below its root may be others.
 
-    A corpus that was moved is the same: all files of `shards` that have scores have their content still.
+    A corpus that was moved is the same: all files of `shards` that have scores have their content still. A root below
+    which nothing was scored binds nobody.
 
     Raises:
       InputError: the folder holds scores of the documents below another root.
@@ -127,22 +129,42 @@ def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) 
     if root in (None, own_root):
         return
     scored = [shard for shard in shards if shard.marker.exists()]
-    if not (scored and all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)):
+    if scored:
+        same = all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)
+    else:
+        same = not any(name.endswith(MARKER) for name in file_sizes(output))
+    if not same:
         raise InputError(f"{epath.Path(output) / ROOT}: the scores here are of documents below {root}, these are below "
                          f"{own_root}: set Corpus.root to a folder above both, with Corpus.files below it, or "
                          "choose another score.output")
 
 
-def write_root(output: epath.PathLike, corpus: Corpus) -> None:
-    """Records the root of the corpus whose scores go to a folder."""
-    write_json(epath.Path(output) / ROOT, {"root": absolute_root(corpus.folder)})
+def claim_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
+    """Records the root of the corpus whose scores go to a folder.
+
+    Of several processes the first writes the record, on condition that nobody did meanwhile; the others check it.
+
+    Raises:
+      InputError: as `check_root`.
+    """
+    root = absolute_root(corpus.folder)
+    content = json.dumps({"root": root}, indent=1) + "\n"
+    with gcs.named_errors(output):
+        store = ts.KvStore.open(kvstore(output)).result()
+        while scored_root(output) != root:
+            generation = store.read(ROOT).result().stamp.generation
+            check_root(output, corpus, shards)
+            if store.write(ROOT, content, if_equal=generation).result().generation:
+                return
 
 
 def unfinished(shards: Sequence[Shard], settings: Mapping[str, Any], overwrite: bool) -> list[Shard]:
     """Returns the shards to score: those without a marker, whose input has changed since, or that failed.
 
+    A shard whose path tells a language now, and told none when it was scored, is scored again, too.
+
     Raises:
-      InputError: a shard was scored with other settings, and may not be overwritten.
+      InputError: a shard was scored with other settings or another language, and may not be overwritten.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # object stores are slow to answer
         whole = list(pool.map(lambda shard: _is_whole(shard, settings, overwrite), shards))

@@ -1,5 +1,6 @@
 """Bulk scoring: each document's score is its own, whatever it is batched, read or scored with."""
 
+import concurrent.futures
 import gzip
 import itertools
 import json
@@ -20,7 +21,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.parallel import cluster, partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_state, initial_state
 from raters.rater_plugins.existing_scores import ExistingScores
@@ -28,7 +29,7 @@ from raters.score import ScoreConfig, main
 from raters.scoring.chunks import Preparation, detect_language, mean_over_chunks
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
 from raters.scoring.quality_scorer import QualityScorer
-from raters.scoring.shards import SCHEMA, Shard, ShardWriter, find_shards, sweep, unfinished
+from raters.scoring.shards import SCHEMA, Shard, ShardWriter, claim_root, find_shards, scored_root, sweep, unfinished
 
 WORDS = ["river", "stone", "light", "morning", "window", "garden", "paper", "silent", "across", "winter", "letters",
          "house", "yellow", "bread", "music", "often", "travel", "north", "small", "clear"]
@@ -357,6 +358,35 @@ def test_a_root_is_the_same_from_every_working_folder(tmp_path, monkeypatch):
     (tmp_path / "out/corpus.json").write_text("{")
     with pytest.raises(InputError, match=r"corpus\.json: not a valid JSON record of the corpus's root"):
         run_score("../x/in", tmp_path / "out", rater)
+
+
+def test_the_root_of_an_interrupted_run_without_scores_binds_nobody(files, tmp_path):
+    claim_root(tmp_path / "out", Corpus(files, "*"), [])
+    write_jsonl(tmp_path / "other/a.jsonl.gz", [{"text": "t", "rank": 1}])
+    run_score(tmp_path / "other", tmp_path / "out", ExistingScores("rank"))
+    assert json.loads((tmp_path / "out/corpus.json").read_text()) == {"root": str(tmp_path / "other")}
+    with pytest.raises(InputError, match=r"the scores here are of documents below .*/other"):
+        run_score(files, tmp_path / "out", ExistingScores("rank"), documents="de/*")  # another file has scores
+
+
+def test_any_shard_of_a_job_array_records_the_root(files, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "other/a.jsonl.gz", [{"text": "t", "rank": 1}])
+    monkeypatch.setattr(cluster, "_shard", (1, 2))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
+    assert "de/b.jsonl.done.json" in outputs(tmp_path / "out") and "score.gin" not in outputs(tmp_path / "out")
+    monkeypatch.setattr(cluster, "_shard", (0, 2))
+    with pytest.raises(InputError, match=r"the scores here are of documents below .*/in, these are below .*/other"):
+        run_score(tmp_path / "other", tmp_path / "out", ExistingScores("rank"))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
+    assert "a.jsonl.gz.done.json" in outputs(tmp_path / "out")
+
+
+def test_of_processes_that_begin_at_once_one_records_the_root(gcs, files, tmp_path):
+    for output in (tmp_path / "out", epath.Path("gs://bucket/claimed")):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: claim_root(output, Corpus(files, "*"), []), range(8)))  # noqa: B023
+        assert [path.name for path in epath.Path(output).iterdir()] == ["corpus.json"]
+        assert scored_root(output) == str(files)
 
 
 def test_documents_and_scores_on_an_object_store(gcs, files, tmp_path):
