@@ -177,15 +177,20 @@ def _is_whole(shard: Shard, settings: Mapping[str, Any], overwrite: bool) -> boo
     marker = read_json(shard.marker, "completion marker")
     if not isinstance(marker, dict) or (marker.get("format"), marker.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{shard.marker}: not the marker of scores of version {VERSION}")
-    return (is_current(shard.marker, marker["settings"], settings, overwrite=overwrite, quiet=True)
-            and marker["status"] == "done" and shard.scores.exists() and shard.rejects.exists()
-            and _has_input(shard, marker))
+    # Scores of earlier versions do not know languages from paths.
+    language = marker["input"].get("language", UNDETERMINED)
+    recorded = marker["settings"]
+    if language != UNDETERMINED:  # documents without a language may get one unasked
+        recorded, settings = {**recorded, "language": language}, {**settings, "language": shard.language}
+    return (is_current(shard.marker, recorded, settings, overwrite=overwrite, quiet=True)
+            and language == shard.language and marker["status"] == "done"
+            and shard.scores.exists() and shard.rejects.exists() and _has_input(shard, marker))
 
 
 def _has_input(shard: Shard, marker: Mapping[str, Any]) -> bool:
     """Returns whether a shard's input is the one that its marker records."""
     recorded, now = marker["input"], shard.fingerprint()
-    if recorded["size"] != now["size"] or recorded.get("language", shard.language) != shard.language:
+    if recorded["size"] != now["size"]:
         return False
     # Times differ between copies of the same file, so the hash decides.
     return recorded["modified"] == now["modified"] or recorded["sha256"] == sha256(shard.path)

@@ -278,6 +278,25 @@ def test_a_document_has_the_language_of_its_record_else_of_its_path(tmp_path):
     summary = run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="{language}/*.jsonl")
     assert (summary["scored"], summary["skipped"]) == (1, 1)
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]
+    # Where the pattern tells none any more, scores with a language stay until they may be replaced.
+    with pytest.raises(InputError, match=r'web/part-0\.jsonl\.done\.json: exists, made with language = "web" '
+                                         r'\(now "und"\); set overwrite=True'):
+        run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="*/*.jsonl")
+    assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="*/*.jsonl", overwrite=True)
+    assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["und"]
+
+
+def test_scores_of_earlier_versions_get_the_languages_of_paths(tmp_path):
+    write_jsonl(tmp_path / "in/web/a.jsonl", [{"text": "a", "rank": 1}])
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"))
+    marker = tmp_path / "out/web/a.jsonl.done.json"
+    content = json.loads(marker.read_text())
+    del content["input"]["language"]
+    marker.write_text(json.dumps(content))
+    assert run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"))["skipped"] == 1
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="{language}/*.jsonl")
+    assert languages_of(tmp_path / "out/web/a.jsonl.scores.parquet") == ["web"]
 
 
 def test_a_language_under_another_key_that_is_no_string_is_rejected(tmp_path):
