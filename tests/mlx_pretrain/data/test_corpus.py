@@ -77,6 +77,15 @@ def test_outputs_record_other_keys(tmp_path):
     assert [document.text for document in corpus.documents("train", "en")] == ["x"]
 
 
+def test_outputs_record_the_languages_that_paths_do_not_tell(tmp_path):
+    write(tmp_path, "web/fi/a.jsonl", "web/x1/a.jsonl")
+    languages = lambda *corpus: Corpus(*corpus).settings.get("languages")  # noqa: E731
+    assert languages(tmp_path, "web/*/a.jsonl") is None
+    assert languages(tmp_path, "web/{language}/a.jsonl") == {"web/x1/a.jsonl": "x1"}
+    assert languages(tmp_path, "{language}/*/a.jsonl") == {"web/fi/a.jsonl": "web", "web/x1/a.jsonl": "web"}
+    assert languages(tmp_path / "web/fi", "*") == {"a.jsonl": "fi"}
+
+
 def test_corpus_names_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="no file matches"):
         Corpus(tmp_path)
