@@ -4,6 +4,7 @@ import pickle
 
 import gin
 import pytest
+from etils import epath
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
@@ -154,6 +155,18 @@ def test_a_document_has_its_records_language_else_its_paths(tmp_path, pattern, n
     (tmp_path / name).write_text('{"text": "x"}\n{"text": "x", "lang": "el"}\n{"text": "x", "language": "ja"}\n')
     assert [document.language for document in Corpus(tmp_path, pattern).read(name)] == [language, "el", "ja"]
     assert [d.language for d in Corpus(tmp_path, pattern, language_key=None).read(name)] == [language] * 3
+
+
+def test_folders_are_no_files(tmp_path, gcs):
+    write(tmp_path, "corpus/th.jsonl", "corpus/de/a.jsonl", "corpus/part.jsonl/x")
+    for name in ("th.jsonl", "de/a.jsonl"):
+        epath.Path(f"gs://bucket/folders/{name}").write_bytes((tmp_path / "corpus" / name).read_bytes())
+    for folder in (tmp_path / "corpus", "gs://bucket/folders"):
+        assert list(Corpus(folder, "*").paths()) == ["th.jsonl"]
+        with pytest.raises(InputError, match=r"/de: no such file"):
+            Corpus(folder, "de")
+    with pytest.raises(InputError, match=r"^gs://no-bucket/"):
+        Corpus("gs://no-bucket/x", "*")
 
 
 def test_the_folder_of_a_pattern_tells_the_language(tmp_path):
