@@ -144,7 +144,10 @@ class Trainer:
         put = lambda new, old: old if new is None else jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
         params = jax.tree.map(put, initial, state.params, is_leaf=lambda x: x is None)
         layout = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-        return state.replace(params=params, opt_state=jax.jit(self._optimizer.init, out_shardings=layout)(params))
+        # The new optimizer state takes the memory of the old one, which is as large.
+        init = jax.jit(lambda _, params: self._optimizer.init(params), out_shardings=layout, donate_argnums=0,
+                       keep_unused=True)
+        return state.replace(params=params, opt_state=init(state.opt_state, params))
 
     def _unfinished(self, evaluators: Sequence[Evaluator], restored: DataState, step: int) -> list[str]:
         """Returns the evaluators that were due when a checkpoint was saved, and that no process has made since."""
