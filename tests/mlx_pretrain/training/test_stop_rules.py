@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 
 import jax.numpy as jnp
 import pytest
@@ -78,3 +80,35 @@ def test_a_stopped_run_stays_stopped(tiny_config, store_dir, tmp_path, capsys):
     assert saved_steps(config.run_dir) == [4, 6] and json.loads(run.read_text())["stopped"]["step"] == 6
     train(dataclasses.replace(config, stop_rules=[]))
     assert saved_steps(config.run_dir) == [4, 6, 8] and "stopped" not in json.loads(run.read_text())
+
+
+def test_a_rule_that_fires_after_an_interrupted_evaluation_ends_with_all_evaluations(tiny_config, store_dir, tmp_path):
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"), model=tiny_config, token_store=store_dir, rates=f"{store_dir}/rates.json",
+        steps=8, batch_size=8, learning_rate=optimizers.constant(0.0), eval_batch_size=8, compilation_cache=None,
+        stop_rules=[EarlyStopping(patience=1)],
+    )  # fmt: skip
+    interrupted = [False, True]
+
+    class Interrupted(WithNorm):
+        """Gets SIGTERM in the second evaluation on held-out data, after that of another evaluator."""
+
+        def evaluators(self, mesh):
+            _, norm = super().evaluators(mesh)
+
+            def held_out(params, check):
+                if interrupted and interrupted.pop(0):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                check()
+                return {"loss": 1.0}
+
+            return [dataclasses.replace(norm, name="first", period=2), Evaluator("eval", 2, held_out), norm]
+
+    with pytest.raises(SystemExit):
+        Trainer(config, Interrupted(config)).run()
+    before = [(0, "first"), (0, "eval"), (0, "norm"), (2, "first")]
+    assert [(line["step"], line["kind"]) for line in read_metrics(config.run_dir)] == before
+    assert Trainer(config, Interrupted(config)).run() == {"loss": 1.0}
+    events = [(line["step"], line["kind"]) for line in read_metrics(config.run_dir)]
+    assert events == [*before, (2, "eval"), (2, "norm")]
+    assert saved_steps(config.run_dir) == [2]
