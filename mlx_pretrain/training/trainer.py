@@ -92,7 +92,8 @@ class Trainer:
                 evaluated = self._evaluated(restored, step)
                 unfinished = [evaluator.name for evaluator in evaluators
                               if evaluator.name in restored.unfinished and evaluator.name not in evaluated]
-                stop_rules = StopRules(config.stop_rules, run_dir, step or -1)
+                events = ["train", *(evaluator.name for evaluator in evaluators)]
+                stop_rules = StopRules(config.stop_rules, run_dir, step or -1, events)
                 stop_reason = stop_rules.reason()
             if (step >= config.steps or stop_reason) and not unfinished:
                 if cluster.is_main():

@@ -15,8 +15,8 @@ from mlx_pretrain.train import Pretraining, TrainConfig, train
 from mlx_pretrain.training import optimizers
 from mlx_pretrain.training.checkpoints import saved_steps
 from mlx_pretrain.training.evaluation import Evaluator
-from mlx_pretrain.training.metric_writer import read_metrics
-from mlx_pretrain.training.stop_rules import EarlyStopping
+from mlx_pretrain.training.metric_writer import METRICS, read_metrics
+from mlx_pretrain.training.stop_rules import EarlyStopping, StopRules
 from mlx_pretrain.training.trainer import Trainer
 
 
@@ -35,11 +35,29 @@ def test_early_stopping(losses, stops):
         assert reason == "eval/loss has not improved on 2.0000 at step 1 for 2 evaluations"
 
 
-def test_a_metric_that_is_not_there_is_refused():
+def test_a_metric_that_is_not_there_is_refused(tmp_path):
+    rules = StopRules([EarlyStopping(patience=2, metric="eval/los")], tmp_path, -1, ["train", "eval"])
+    rules.write(0, "eval", {"loss": 1.0, "bits_per_byte": 2.0})
     with pytest.raises(InputError, match=r"EarlyStopping\.metric = 'eval/los': no such metric of 'eval'"):
-        EarlyStopping(patience=2, metric="eval/los")({"eval/loss": [(0, 1.0)]})
+        rules.reason()
+    with pytest.raises(InputError, match=r"metric = 'evla/loss': no event 'evla'; there are train, eval$"):
+        StopRules([EarlyStopping(patience=2, metric="evla/loss")], tmp_path, -1, ["train", "eval"])
     with pytest.raises(InputError, match=r"EarlyStopping\.patience = 0: must be a positive integer"):
         EarlyStopping(patience=0)
+
+
+def test_a_metric_may_be_new_in_a_resumed_run(tmp_path):
+    """A language that was added has no loss in the lines of earlier processes."""
+    lines = [{"step": step, "kind": "eval", "time": 0.0, "loss": 1.0} for step in (0, 2, 4)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rules = StopRules([EarlyStopping(patience=1, metric="eval/loss/sw")], tmp_path, 2, ["train", "eval", "norm"])
+    assert rules.reason() is None
+    rules.write(3, "norm", {"embedding": 1.0})
+    assert rules.reason() is None
+    rules.write(4, "eval", {"loss": 1.0, "loss/sw": 2.0})
+    assert rules.reason() is None
+    rules.write(6, "eval", {"loss": 1.0, "loss/sw": 2.0})
+    assert rules.reason() == "eval/loss/sw has not improved on 2.0000 at step 4 for 1 evaluations"
 
 
 class WithNorm(Pretraining):
