@@ -18,7 +18,8 @@ Every command records in its output what it was made from, and looks at that rec
     without readable record  refuses; with overwrite=True it replaces the output
     of another program       refuses, whatever overwrite is
 
-A command that is killed leaves the former output or none, never a part; `files.atomic_writer` does that for one file.
+A command that is killed leaves the former output, on gs:// or none, never a part; `files.atomic_writer` does that for
+one file.
 """
 
 import contextlib
@@ -105,6 +106,7 @@ def read_record(path: epath.PathLike, key: str | None = None) -> dict[str, Any] 
 def read_folder_record(output: epath.PathLike, marker: str, key: str | None = "provenance") -> dict[str, Any] | None:
     """Returns the record in the file `marker` of a folder, as `read_record`; {} for a folder with other files only."""
     output = epath.Path(output)
+    _restore_former(output)
     if not output.exists() or (output.is_dir() and not _names(output)):
         return None
     return read_record(output / marker, key) if (output / marker).exists() else {}
@@ -211,10 +213,10 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
       marker: name of the file that says that the folder is whole; on gs:// it is moved last.
     """
     output = epath.Path(output)
-    partial, former = (output.parent / f".{output.name}.{word}" for word in ("partial", "former"))
-    for leftover in (partial, former):  # of a killed run
-        if leftover.exists():
-            leftover.rmtree()
+    partial, former = output.parent / f".{output.name}.partial", _former(output)
+    _restore_former(output)
+    if partial.exists():  # of a killed run
+        partial.rmtree()
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -225,7 +227,19 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
         (output / marker).unlink(missing_ok=True)
         output.rmtree()
     elif output.exists():
+        if former.exists():  # a run was killed after it had replaced that
+            former.rmtree()
         output.rename(former)
     move_folder(partial, output, last=marker)
     if former.exists():
         former.rmtree()
+
+
+def _former(output: epath.Path) -> epath.Path:
+    return output.parent / f".{output.name}.former"
+
+
+def _restore_former(output: epath.Path) -> None:
+    """Puts the former output back in its place, from which a run that was killed then had moved it."""
+    if not output.exists() and _former(output).exists():
+        _former(output).rename(output)

@@ -182,13 +182,28 @@ def test_an_error_leaves_the_former_output_alone(output):
     assert not folder.exists()
 
 
-def test_a_run_killed_between_the_two_renames_is_made_again(tmp_path, monkeypatch):
-    """The former folder is out of the way, the new one not in its place."""
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, looks):
+    """The former folder is out of the way, the new one not in its place; then another run fails."""
     output = epath.Path(tmp_path) / "out"
     make(output, made_from(output))
     output.rename(tmp_path / ".out.former")
     (tmp_path / ".out.partial").mkdir()
-    assert not current(output, made_from(output))
+    if looks:
+        assert current(output, made_from(output))
+    with pytest.raises(RuntimeError, match="broken"), new_folder(output, MARKER):
+        raise RuntimeError("broken")
+    assert (output / "data.txt").read_text() == "text"
+    make(output, made_from(output), "new")
+    assert os.listdir(tmp_path) == ["out"] and (output / "data.txt").read_text() == "new"
+
+
+def test_a_former_output_that_was_replaced_is_removed(tmp_path):
+    """A run was killed after the new folder had taken its place."""
+    output = epath.Path(tmp_path) / "out"
+    make(output, made_from(output))
+    (tmp_path / ".out.former").mkdir()
+    assert current(output, made_from(output))
     make(output, made_from(output), "new")
     assert os.listdir(tmp_path) == ["out"] and (output / "data.txt").read_text() == "new"
 
