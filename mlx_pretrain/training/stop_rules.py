@@ -66,7 +66,7 @@ class StopRules:
     """The rules of a run; a sink of metrics in process 0, whose decision all processes learn."""
 
     def __init__(self, rules: Sequence[StopRule], run_dir: epath.PathLike, step: int):
-        """Reads the metrics of a run that goes on after `step`, -1 for one from the start."""
+        """Reads the metrics of a run up to `step`, that of the checkpoint resumed; -1: a new run."""
         self._rules = rules
         self._history: dict[str, list[tuple[int, float]]] = {}
         if rules and cluster.is_main():

@@ -40,7 +40,7 @@ class WeightsAndBiases:
 
         Args:
           run_dir: the run's folder; its run.json becomes the configuration that Weights & Biases shows.
-          step: step after which the run goes on; Weights & Biases ignores steps that it has had before.
+          step: step of the checkpoint resumed, -1 for a new run; Weights & Biases ignores steps that it has had before.
           project, entity: project and account there.
           name: name of the run there; None: that of the folder.
           mode: "online", or "offline" to write files only.
