@@ -140,8 +140,8 @@ class Allocator:
         weights, targets = self.config.weights, self.runs.targets
         if isinstance(weights, Mapping):
             if differ := sorted(set(weights) ^ set(targets)):
-                raise InputError(f"allocate.weights: {', '.join(differ)} stand in the weights or the table's losses, "
-                                 "not in both")
+                raise InputError(f"allocate.weights: {', '.join(differ)} are in only one of the weights and "
+                                 "the table's losses")
             return np.array([weights[target] for target in targets], np.float64)
         if weights == "reference":
             return None

@@ -126,7 +126,7 @@ def test_bad_settings_and_tables_are_named(runs, tmp_path):
     for settings, cause in [
         ({"runs": never}, "no run has any en"),
         ({"runs": runs, "unique_tokens": {"fi": 1e6}}, "no text in sv, en"),
-        ({"runs": runs, "weights": {"fi": 1.0}}, "en, sv stand in the weights"),
+        ({"runs": runs, "weights": {"fi": 1.0}}, "en, sv are in only one of the weights"),
         ({"runs": runs, "weights": "natural", "unique_tokens": None}, "needs the tokens of every target's text"),
         ({"runs": runs, "compared": ("olmix",)}, "no law 'olmix'"),
         ({"runs": "proxies.csv"}, "must be a table"),
