@@ -63,7 +63,7 @@ def run(python: str, scratch: str, steps: int = 20, dtype: str = "bfloat16") -> 
       python: the interpreter of MaxText's environment (see above).
       scratch: an existing folder; MaxText works in it, and its output is kept there as maxtext-DTYPE.log.
       steps: training steps, at least 8; the first 6 are not timed.
-      dtype: of activations and matrix products, "bfloat16" or "float32".
+      dtype: data type of activations and matrix products, "bfloat16" or "float32".
 
     Returns:
       "tokens_per_s": of the median interval between steps; "seconds": those intervals; "cpu_s_per_step": CPU seconds of

@@ -25,6 +25,7 @@ from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.cluster import log
 
 TASK = Task("BMLAMADataset", "lighteval")
 MASK = "<mask>"
@@ -72,7 +73,7 @@ def main(config: BmlamaConfig) -> dict[str, int]:
         if not kept[language]:
             write_items(config.output, TASK, language, items, made_from=made_from[language])
         counts[language] = len(items)
-        print(f"{language}: {counts[language]:,} items")
+        log(f"{language}: {counts[language]:,} items")
     return counts
 
 

@@ -22,6 +22,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.cluster import log
 
 TASK = Task("CompletionDataset", "lighteval")
 N_CHOICES = 4
@@ -84,7 +85,7 @@ def main(config: CompletionConfig) -> int:
         write_items(config.output, TASK, language, (
             _make_item(lines[language], choices, label, config.prompt_characters) for choices, label in items),
             made_from=made_from)
-    print(f"{len(items)} items in {len(lines)} languages")
+    log(f"{len(items)} items in {len(lines)} languages")
     return len(items)
 
 

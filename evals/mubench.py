@@ -83,7 +83,7 @@ def main(config: MubenchConfig) -> int:
         path, rows = epath.Path(config.output) / file, _read(config.repository, file, config.revision)
         write_rows(path, rows, made_from)
         log(f"{path}: {len(rows):,} items")
-    print(f"{config.output}: {len(wanted)} files written")
+    log(f"{config.output}: {len(wanted)} files written")
     return len(wanted)
 
 

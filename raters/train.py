@@ -61,7 +61,7 @@ class TrainRaterConfig(TrainerConfig):
       length: number of a document's first tokens that the model reads; None: the encoder's greatest length.
       objective: "pairwise" or "pointwise".
       parallel_weight: lambda; 0 leaves parallel pairs out.
-      cross_lingual: whether to use pairs across languages.
+      cross_lingual: True: uses pairs across languages too.
       eval_batch_size: documents per evaluation step.
     """
 

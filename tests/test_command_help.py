@@ -8,6 +8,7 @@ import re
 import gin
 import pytest
 
+from mlx_pretrain import command_line, compile
 from mlx_pretrain.configuration.command_help import command_help, field_classes, gin_name, parameters
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
@@ -53,6 +54,17 @@ def test_help_describes_every_parameter(command):
         for parameter in parameters(configurable):
             assert parameter.name in text
             assert parameter.description, f"{parameter.name} is not described"
+
+
+def test_help_of_compile_describes_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compile", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        command_line.help_if_wanted(compile.main, None, "mlx_pretrain.compile", compile.flag_descriptions())
+    text = capsys.readouterr().out
+    assert text.startswith("Compiles a run's programs")
+    for name in ("topology", "slices", "length", "program", "json", "gin_file", "gin.NAME"):
+        assert f"  --{name}=" in text
+    assert all(compile.flag_descriptions().values())
 
 
 def test_every_command_is_configured_by_a_frozen_dataclass(command):

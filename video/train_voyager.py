@@ -46,7 +46,7 @@ class TrainVoyagerConfig(TrainerConfig):
       layers: number of these layers.
       frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
       head_dim: width of the head, see `VoyagerConfig`.
-      tune_layers: whether to train the layers too, or the head alone.
+      tune_layers: True: trains the layers too; False: the head alone.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
       max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
       min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.

@@ -103,7 +103,7 @@ def _check_weights(law: FittedLaw, weights: Weights, n_params: float, tokens: fl
         weights = reference_weights(law, n_params, tokens)
     elif isinstance(weights, Mapping):
         if differ := sorted(set(weights) ^ set(law.targets)):
-            raise InputError(f"weights: {', '.join(differ)} stand in the weights or the law's targets, not in both")
+            raise InputError(f"weights: {', '.join(differ)} are in only one of the weights and the law's targets")
         weights = [weights[target] for target in law.targets]
     weights = np.asarray(weights, np.float64)
     if weights.shape != (len(law.targets),):

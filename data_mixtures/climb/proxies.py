@@ -180,7 +180,7 @@ def _runs(config: ProxiesConfig, store: TokenStore, mixtures: Mixtures) -> list[
         raise InputError(f"proxies.max_epochs = {config.max_epochs:g}: no mixture has text for {config.tokens[0]:,} "
                          "tokens; lower proxies.tokens or raise the limit")
     if twice := [name for name, count in collections.Counter(proxy.name for proxy in runs).items() if count > 1]:
-        raise InputError(f"proxies: {len(twice)} names of runs stand twice, e.g. {twice[0]!r}: models of one size, "
+        raise InputError(f"proxies: {len(twice)} names of runs appear twice, e.g. {twice[0]!r}: models of one size, "
                          "or equal seeds, need an output of their own")
     # Model by model, then seed by seed: the order decides which runs share a pack.
     return sorted(runs, key=lambda proxy: (config.models.index(proxy.model), config.seeds.index(proxy.seed)))

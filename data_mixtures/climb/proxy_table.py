@@ -108,7 +108,7 @@ def make_runs(
         if not names:
             raise InputError(f"{where}: no {column} columns")
         if repeated := sorted({name for name in names if list(names).count(name) > 1}):
-            raise InputError(f"{where}: {column} column {repeated[0]!r} stands twice")
+            raise InputError(f"{where}: {column} column {repeated[0]!r} appears twice")
     first_sources: dict[tuple[str, float], str] = {}
     for row, source in enumerate(sources):
         place = f"{source}: run {run[row]!r}"
@@ -126,7 +126,7 @@ def make_runs(
             raise InputError(f"{place}: the loss of {targets[int(np.argmin(losses[row]))]!r} is not positive")
         key = (str(run[row]), float(tokens[row]))
         if key in first_sources:
-            raise InputError(f"{place}: stands twice with {tokens[row]:.0f} tokens ({first_sources[key]} too)")
+            raise InputError(f"{place}: appears twice with {tokens[row]:.0f} tokens ({first_sources[key]} too)")
         first_sources[key] = source
     ratios = ratios / ratios.sum(axis=1, keepdims=True)
     names = np.array([str(name) for name in run])
@@ -166,7 +166,7 @@ def _read_csv(path: epath.PathLike) -> tuple[list[str], list[tuple[int, dict[str
     reader = csv.reader(io.StringIO(text))
     header = [name.strip() for name in next(reader, [])]
     if len(set(header)) != len(header):
-        raise InputError(f"{path}:1: column {next(n for n in header if header.count(n) > 1)!r} stands twice")
+        raise InputError(f"{path}:1: column {next(n for n in header if header.count(n) > 1)!r} appears twice")
     rows = []
     for cells in reader:
         if not cells:
@@ -276,7 +276,7 @@ def _joined(
         first_lines: dict[str, int] = {}
         for line, row in rows:
             if row[key] in first_lines:
-                raise InputError(f"{path}:{line}: {key} {row[key]!r} stands on line {first_lines[row[key]]} already")
+                raise InputError(f"{path}:{line}: {key} {row[key]!r} is on line {first_lines[row[key]]} already")
             first_lines[row[key]] = line
     ratio_columns = {name: ratio_name(name) for name in ratio_header if name != key and ratio_name(name)}
     loss_columns = {name: loss_name(name) for name in loss_header if name != key and loss_name(name)}

@@ -23,8 +23,8 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-      arguments: of the program; a training step's state, which stays in place, and its batch.
-      temporaries: allocated besides, fragmentation included; None if the compiler refused the program.
+      arguments: the program's arguments: for a training step its state, updated in place, and its batch.
+      temporaries: other allocations, fragmentation included; None if the compiler refused the program.
       peak: the largest amount live at once, arguments included; None if the compiler refused the program.
       limit: memory that a program can have.
     """
@@ -88,8 +88,8 @@ class Measurement:
       memory: its memory.
       refusal: the compiler's message when it could not fit the program; `flops`, `collectives` and `seconds` are None
         then.
-      flops: of matrix products, loop bodies times their trip counts, and of kernels with an estimate of their own.
-      collectives: in order of bytes.
+      flops: FLOPs of matrix products, loop bodies times their trip counts, and of kernels that estimate theirs.
+      collectives: collective operations, ordered by bytes.
       seconds: lower bounds of its time.
       compile_seconds: time of tracing and compilation on this machine.
       unknown_loops: loops without a known trip count, counted once.

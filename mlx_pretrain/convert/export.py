@@ -21,6 +21,7 @@ from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, load_language_model
+from mlx_pretrain.parallel.cluster import log
 
 
 @gin.configurable("export_model")
@@ -63,8 +64,8 @@ def export_model(config: ExportConfig) -> None:
     with new_folder(output, CONFIG) as folder:
         _write(folder, model, config.dtype)
     of_step = "" if model.step is None else f", step {model.step}"
-    print(f"{output}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {config.model}{of_step}, "
-          f"{model.config.parameters():,} parameters in {config.dtype}")
+    log(f"{output}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {config.model}{of_step}, "
+        f"{model.config.parameters():,} parameters in {config.dtype}")
 
 
 def _write(folder: epath.Path, model: LanguageModel, dtype: str) -> None:

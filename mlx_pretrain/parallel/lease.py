@@ -70,8 +70,8 @@ class _Lease:
                         f"{self._folder}: in use by process {owner['pid']} on {owner['host']} since {owner['since']}; "
                         "end that job first, or choose another run folder"
                     )
-                print(f"{self._folder}: the job of process {owner.get('pid')} on {owner.get('host')} ended without "
-                      "giving the folder back; going on", flush=True)
+                cluster.log(f"{self._folder}: the job of process {owner.get('pid')} on {owner.get('host')} ended "
+                            "without giving the folder back; its lease is taken over")
             # None if another job was quicker: look again.
             self._generation = self._write(current.stamp.generation)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()

@@ -93,10 +93,10 @@ def matrix_panel(
     """Returns axes for a matrix of cells with the rows' labels on the left and the columns' on top.
 
     Args:
-      title: what the cells show.
+      title: title of the figure, the quantity in the cells.
       rows, columns: labels; row 0 is the uppermost.
       widths: bounds of a cell's width in CSS pixels, which fits the page between them.
-      height: of a cell in CSS pixels; its width by default.
+      height: a cell's height in CSS pixels; its width by default.
 
     Returns:
       The figure; axes on which cell [row, column] is the unit square around (column, row); a cell's width.

@@ -56,7 +56,7 @@ class ScoreTable:
 
 
 def document_key(seed: int, language: str, source: str, document_id: str) -> int:
-    """Returns a 64-bit hash that stands for a document in whatever file it lies."""
+    """Returns a 64-bit hash that identifies a document, whichever file holds it."""
     digest = hashlib.blake2b("\0".join((str(seed), language, source, document_id)).encode(errors="surrogatepass"),
                              digest_size=8)
     return int.from_bytes(digest.digest(), "little")

@@ -288,7 +288,7 @@ metric_list: [{{metric: byte_perplexity}}]
 
 
 def _permuted(gains) -> float:
-    """How often signs drawn at random make the sum as large, either way."""
+    """Returns the fraction of random signs with which the sum is as large in absolute value."""
     signs = np.random.default_rng(0).choice((-1, 1), (20_000, len(gains)))
     return np.mean(np.abs(signs @ gains) >= abs(np.sum(gains)))
 

@@ -36,7 +36,7 @@ def model(folder):
 
 
 def generated(model, settings, prompt="a b c"):
-    """How many tokens were asked for, and with which temperature; the generation itself is random bytes."""
+    """Returns the settings of a generation, e.g. its number of tokens; the text itself is random bytes."""
     seen = {}
     original = model._model.generate_tokens
 

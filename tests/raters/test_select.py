@@ -172,8 +172,10 @@ def test_nothing_is_left_when_it_fails_and_a_strange_folder_is_not_touched(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "others", "scores"]
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"was not made by raters\.select"):
-        main(dataclasses.replace(config, overwrite=True))
+    for overwrite, cause in ((False, "kept: has no record of what it was made from; set overwrite"),
+                             (True, r"kept: holds mine\.txt besides what raters\.select makes")):
+        with pytest.raises(InputError, match=cause):
+            main(dataclasses.replace(config, overwrite=overwrite))
     assert (tmp_path / "kept/mine.txt").read_text() == "precious"
 
 

@@ -56,7 +56,7 @@ def test_a_selection_with_sheets_is_kept_or_replaced_when_told(tmp_path, capsys)
         questions=tmp_path / "q.jsonl", output=tmp_path / "out",
         selector=Selector(None, candidates=16, num_frames=8), sheets=2, processes=1, compilation_cache=None)
     main(config)
-    assert capsys.readouterr().out.count("note: q.mp4: 5 different frames, fewer than the 8 asked for\n") == 1
+    assert capsys.readouterr().err.count("note: q.mp4: 5 different frames, fewer than the 8 asked for\n") == 1
     assert json.loads((tmp_path / "out/selected_frames.json").read_text()) == [[0, 1, 2, 3, 4]] * 2
     assert sorted(sheet.name for sheet in (tmp_path / "out/sheets").glob("*.png")) == ["q%2F1.png", "q_1.png"]
     main(dataclasses.replace(config, processes=2))

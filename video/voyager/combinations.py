@@ -19,7 +19,7 @@ def combinations(
       num_frames: T.
       max_combinations: sample size where there are more, each combination equally likely; None: no limit.
       seed: seed of the sample.
-      name: what the sample is for, e.g. a question's id; every name has a sample of its own.
+      name: name of the sample, e.g. a question's id; each name has a different sample.
 
     Returns:
       int32 `[combinations, num_frames]`, each ascending.

@@ -98,7 +98,7 @@ class Law(Protocol):
     name: str
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedLaw:
-        """Fits the law; a row that stands twice counts twice.
+        """Fits the law; a row that appears twice counts twice.
 
         Raises:
           InputError: the table cannot identify the law at all.

@@ -40,8 +40,8 @@ class Shared:
     kappa = beta and d0 = 0 `Chinchilla`.
 
     Attributes:
-      n_varies, d_varies: whether N and D vary in the table.
-      shift: whether d0 is fitted, else it is 0.
+      n_varies, d_varies: True where N and D vary in the table.
+      shift: True: d0 is fitted; False: it is 0.
     """
 
     n_varies: bool
@@ -92,7 +92,7 @@ class Climb:
           family: family of transfer, a name of `transfer.TRANSFER_FAMILIES`; None: that of `_CANDIDATES` under which
             the table is likeliest.
           shift: see `Shared`.
-          shared: whether the isolated law is `Shared`, else `Chinchilla`.
+          shared: True: the isolated law is `Shared`; False: `Chinchilla`.
           starts: starting points of the optimizer.
 
         Raises:

@@ -63,7 +63,7 @@ class EffectiveFormula:
     Attributes:
       languages: number of ratios r.
       isolated: loss of the language alone.
-      transfer: what other languages add to its own ratio; None: nothing.
+      transfer: term that other languages add to its own ratio; None: none.
     """
 
     languages: int

@@ -316,7 +316,7 @@ def varying_sizes(
 
     Args:
       runs: the table.
-      with_one_token_count: what becomes of the terms in D where it does not vary.
+      with_one_token_count: note on the terms in D for a table in which D does not vary.
     """
     n_varies, d_varies = (len(np.unique(values)) > 1 for values in (runs.n_params, runs.tokens))
     notes = () if n_varies else ("all runs have one model size: E and A/N^alpha are one constant, N is ignored",)

@@ -38,8 +38,8 @@ class FittedRegression(FittedLaw):
     Attributes:
       features: function that turns ratios `[rows, languages]` into `[rows, features]`.
       models: one model per target, of the loss or its logarithm.
-      sizes: bool `[2]`: whether log N and log D are features.
-      logarithmic: whether the models predict log-losses.
+      sizes: bool `[2]`, True where log N and log D are features.
+      logarithmic: True: the models predict log-losses.
     """
 
     languages: tuple[str, ...]

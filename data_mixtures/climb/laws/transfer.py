@@ -25,7 +25,7 @@ class Transfer(abc.ABC):
     """A family of transfer, of one target.
 
     Attributes:
-      d_varies: whether delta is fitted.
+      d_varies: True: D varies in the table, and delta is fitted.
       fades: see the module.
     """
 

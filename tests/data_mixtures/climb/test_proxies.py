@@ -79,7 +79,7 @@ def test_epochs_of_the_most_repeated_language_are_in_the_table(table):
 
 
 def test_runs_end_before_they_repeat_text_too_often(table, settings, tmp_path, capsys):
-    """What is left is the same, packed or not, and the note says which mixtures ended early and which are left out."""
+    """The other runs are the same, packed or not, and a note lists the mixtures that end early or are left out."""
     plan = {**MIXTURES, "once": {"cc": 0.1, "aa": 0.9}}
     capped = {key: value for key, value in settings.items() if key != "max_epochs"} | {"plan": lambda counts: plan}
     first = train(**capped, output=str(tmp_path / "packed"), pack=2)
@@ -279,7 +279,7 @@ def test_a_table_of_other_settings_is_not_extended(table, settings):
     with pytest.raises(InputError, match=r"runs: exists, made with rope_theta = 10000.0 \(now 500.0\)"):
         train(**{**settings, "models": [other]}, output=table)
     train(**{**settings, "models": [dataclasses.replace(model, unroll=2, remat="full")]}, output=table)
-    with pytest.raises(InputError, match=r"3 names of runs stand twice, e\.g\. 'half-0.0217M-seed0'"):
+    with pytest.raises(InputError, match=r"3 names of runs appear twice, e\.g\. 'half-0.0217M-seed0'"):
         train(**{**settings, "models": [model, other]}, output=table)
     with pytest.raises(InputError, match=r"runs: these runs were made with other languages \(cc\)"):
         train(**{**settings, "languages": ["aa", "bb"]}, output=table)

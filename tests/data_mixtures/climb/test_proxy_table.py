@@ -49,7 +49,7 @@ def test_many_files_are_one_table(write, tmp_path, where):
 
 
 @pytest.mark.parametrize("second, cause", [
-    (OURS, "b.csv:2: run 'a': stands twice with 5000 tokens ({folder}/a.csv:2 too)"),
+    (OURS, "b.csv:2: run 'a': appears twice with 5000 tokens ({folder}/a.csv:2 too)"),
     (OURS.replace("a,", "c,").replace("sv", "en"),
      "b.csv:1: its columns are not those of {folder}/a.csv: only {folder}/a.csv has 'ratio/sv'"),
     ("run,step,n_params,tokens,ratio/fi,ratio/sv,loss/fi,loss/sv,loss/en\n",
@@ -89,10 +89,10 @@ def test_rows_that_nearly_sum_to_one_are_renormalised(write):
         ("3.5,3.25", "3.5,-1", ":2: run 'a': the loss of 'sv' is not positive"),
         ("0.25,0.75,3.0", "0.25,0.70,3.0", ":3: run 'a': the ratios sum to 0.9500, not to 1 within 0.01"),
         ("1.0,0.0", "1.2,-0.2", ":4: run 'b': the ratio of 'sv' is negative"),
-        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': stands twice with 5000 tokens ({path}:2 too)"),
+        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': appears twice with 5000 tokens ({path}:2 too)"),
         ("b,10,1000", "b,10,0", ":4: run 'b': n_params is 0.0, not a positive number"),
         ("n_params,tokens", "n_params,d", ":1: no column 'tokens'"),
-        ("ratio/sv", "ratio/fi", ":1: column 'ratio/fi' stands twice"),
+        ("ratio/sv", "ratio/fi", ":1: column 'ratio/fi' appears twice"),
         ("loss/", "x/", ": no loss columns"),
     ],
 )
@@ -150,7 +150,7 @@ def test_regmix_layout_names_targets_as_domains(write):
      "loss.csv: no index '2', which"),
     ("index,train_a,train_b\n1,.5,.5\n", "index,metric/a_val_loss\n1,5\n2,4\n", "mix.csv: no index '2', which"),
     ("index,train_a,train_b\n1,.5,.5\n1,.4,.6\n", "index,metric/a_val_loss\n1,5\n",
-     "mix.csv:3: index '1' stands on line 2 already"),
+     "mix.csv:3: index '1' is on line 2 already"),
     ("run,train_a,train_b\n1,.5,.5\n", "index,metric/a_val_loss\n1,5\n", "mix.csv:1: no column 'index'"),
 ])
 def test_rows_without_a_partner_are_not_dropped(write, mixtures, losses, cause):

@@ -358,7 +358,7 @@ def test_constraints_that_no_mixture_satisfies_are_named(constraints, message):
         ([1, 1], "2 numbers for 3 targets"),
         ([1, -1, 1], "0 or more"),
         ([0, 0, 0], "not all 0"),
-        ({"l00": 1, "l01": 1, "xx": 1}, "l02, xx stand in the weights or the law's targets"),
+        ({"l00": 1, "l01": 1, "xx": 1}, "l02, xx are in only one of the weights and the law's targets"),
     ],
 )
 def test_weights_that_do_not_fit_the_law_are_an_error(weights, message):

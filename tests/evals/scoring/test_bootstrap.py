@@ -104,7 +104,7 @@ def test_answers_that_are_no_option_agree_with_nothing():
 
 
 def test_resamples_without_a_figure_leave_the_interval_to_the_others():
-    """Of two items one is right in both languages: drawn never, once or twice, it makes rel_mlc nan, 2 or 1."""
+    """One of two items is right in both languages: drawn never, once or twice, it makes rel_mlc nan, 2 or 1."""
     found = bootstrap_intervals(np.array([[0, 1], [0, 1]]), np.zeros(2, int), reference=0)
     assert found["rel_mlc"] == found["rel_mlc_vs_reference"] == (2, 1, 2)
     nothing = bootstrap_intervals(np.ones((2, 2), int), np.zeros(2, int))["rel_mlc"]

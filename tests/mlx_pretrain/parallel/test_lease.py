@@ -54,7 +54,7 @@ def test_a_lease_that_has_run_out_is_taken_over(tmp_path, capsys, changes):
     write_owner(tmp_path, **changes)
     with own(tmp_path):
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
-    assert "ended without giving the folder back" in capsys.readouterr().out
+    assert "ended without giving the folder back" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_nobody_s(tmp_path):
