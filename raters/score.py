@@ -63,7 +63,7 @@ class ScoreConfig:
       tokenizer: a tokenizer.model or .json that counts tokens when a plug-in rates; None: `n_tokens` stays empty.
       workers: processes that tokenise; 0: the main process does; None: one per core, at most 8, if there is work.
       rate_in_workers: runs the plug-in in the workers, for raters of plain Python.
-      overwrite: scores files again that were scored with other settings.
+      overwrite: scores files again that were scored with other settings or in another language.
       log_every: seconds between progress lines.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """

@@ -1,6 +1,6 @@
 """Scores on disk, one set of files per input file (shard), written whole or not at all.
 
-    OUT/corpus.json             {"root"}: root of the corpus that the names of all files here are relative to
+    OUT/corpus.json             {"root"}: absolute root of the corpus, which the names of all files here are relative to
     OUT/score.gin               the configuration of the latest run
     OUT/<name>.scores.parquet   number, id, language, source, quality_score, n_tokens, rater; rows in input order
     OUT/<name>.rejects.jsonl    {"number", "reason"} of every record that could not be read
