@@ -76,7 +76,7 @@ def test_two_processes_stop_by_a_rule_and_write_each_metric_once(tiny_gin, tmp_p
     pytest.importorskip("wandb")
     flags = ("--gin.train.learning_rate=@constant_schedule()", "--gin.constant_schedule.value=0.0",
              "--gin.train.stop_rules=[@EarlyStopping()]", "--gin.EarlyStopping.patience=2",
-             "--gin.train.average=@WeightAverage()", "--gin.train.sinks=[@WeightsAndBiases]",
+             "--gin.train.average=@WeightAverage()", "--gin_file=gin/runs/weights_and_biases.gin",
              "--gin.WeightsAndBiases.mode=offline")
     ended = run_job(TRAIN, tiny_gin, *flags, folder=tmp_path)
     assert codes(ended) == [0, 0], ended
