@@ -34,7 +34,7 @@ class LanguageConfig(tfds.core.BuilderConfig):
     def made_from(self) -> dict[str, Any]:
         """Settings and hashes of the documents, kept as the dataset's metadata."""
         hashes = {split: self.corpus.hashes(split, self.name) for split in self.corpus.splits_of(self.name)}
-        return {"inputs": hashes, **self.corpus.settings}
+        return {"inputs": hashes, **self.corpus.record_settings}
 
 
 class TextCorpora(tfds.core.GeneratorBasedBuilder):

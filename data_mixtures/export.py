@@ -214,7 +214,7 @@ def export_tokens(config: ExportConfig) -> None:
     # The largest first, dealt out in turn.
     own_parts = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()
-    settings = {"program": "data_mixtures.export", "version": __version__, **corpus.settings}
+    settings = {"program": "data_mixtures.export", "version": __version__, **corpus.record_settings}
     # All documents are hashed where a store is in the way, those of this process's parts otherwise.
     exists = (store / token_store.MANIFEST).exists()
     hashes = {part: corpus.hashes(*part) for part in (parts if exists else own_parts)}

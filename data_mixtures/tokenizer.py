@@ -159,7 +159,8 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     corpus, output, split = config.corpus, epath.Path(config.output), config.split
     sidecar = output.with_suffix(".json")
     settings = settings_of(config)
-    settings |= settings.pop("corpus")
+    del settings["corpus"]
+    settings |= corpus.record_settings
     made_from = {"config": settings, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
     recorded = None
     if output.exists():

@@ -68,10 +68,8 @@ def main(config: CompletionConfig) -> int:
     """
     corpus = config.corpus
     lines = _read_lines(corpus, config.languages)
-    files = corpus.paths()
     made_from = provenance("evals.completion", {**settings_of(config), "languages": list(lines)},
-                           {name: sha256(path) for name, path in files.items()})
-    made_from["languages"] = {name: corpus.language_of_path(name) for name in files}
+                           {name: sha256(path) for name, path in corpus.paths().items()})
     languages = [language for language in lines if not is_current(
         epath.Path(config.output) / file_name(TASK, language), made_from, overwrite=config.overwrite)]
     aligned = _aligned_documents(lines)

@@ -26,7 +26,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
-from raters.filtering.removal_lists import removal_entry
+from raters.filtering.removal_lists import document_reference, removal_entry
 
 _EXAMPLES = 5  # removed documents of each pair of languages in the report
 # Languages that differ by convention more than by words; Indonesian is often identified as Malay.
@@ -215,8 +215,9 @@ def check_file(name: str, command: RemovalCommand, identifier: Identifier, confi
         elif share >= config.least_share:
             tally.add(declared, "confirmed", identified)
         else:
-            entries.append(removal_entry(name, document, "other language", declared=declared, found=identified,
-                                         share=round(share, 3)))
+            entries.append(removal_entry(
+                document_reference(name, document.number, document.id), "other language", declared=declared,
+                found=identified, share=round(share, 3)))
             tally.add(declared, "removed", identified)
             tally.add_example(declared, identified, entries[-1], document.text)
     return {"removed": entries, "tally": tally.counts(), "unreadable": unreadable.as_json()}

@@ -179,9 +179,20 @@ class Corpus:
         return RecordKeys(self.text_key, self.id_key, self.language_key, self.source_key)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Settings of the reading, which an output made from the documents records besides their hashes."""
+    def record_settings(self) -> dict[str, Any]:
+        """Settings of the reading of records, for outputs that record the hashes of documents by {language}."""
         return {"text_unit": self.text_unit, **({"fields": self.keys.changed} if self.keys.changed else {})}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that an output records besides the hashes of the documents.
+
+        Those of the reading of records, and the languages of paths, name -> language, but for those that a file's path
+        below the root tells by itself.
+        """
+        languages = {name: language for name in self._listing
+                     if (language := self.language_of_path(name)) != _language_in(name)}
+        return {**self.record_settings, **({"languages": languages} if languages else {})}
 
     def paths(self) -> dict[str, epath.Path]:
         """Returns path relative to the root -> path, of all files, sorted."""
@@ -204,11 +215,7 @@ class Corpus:
 
     def language_of_path(self, name: str) -> str:
         """Returns the language of a file's records that name none, "und" where the path does not tell it either."""
-        if (language := self._listing[name].language) is not None:
-            return language
-        path = epath.Path(name)
-        names = (path.name.split(".")[0], *reversed(path.parent.parts), self.folder.name)
-        return next(filter(is_language, names), UNDETERMINED)
+        return self._listing[name].language or _language_in(name, self.folder.name)
 
     # For commands that need {split} and {language} in the pattern.
 
@@ -266,6 +273,13 @@ class Corpus:
         if blank:
             raise InputError(f"{', '.join(map(str, self.files_of(split, language).values()))}: no document has any "
                              f"text; leave {language!r} out of {split!r}")
+
+
+def _language_in(name: str, folder: str = "") -> str:
+    """Returns the known language in the path of a file, or else in the name of its root's folder; "und" without one."""
+    path = epath.Path(name)
+    names = (path.name.split(".")[0], *reversed(path.parent.parts), folder)
+    return next(filter(is_language, names), UNDETERMINED)
 
 
 def _fixed_parts(pattern: str) -> tuple[str, ...]:

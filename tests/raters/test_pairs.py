@@ -278,6 +278,21 @@ def test_pairs_are_kept_refused_or_replaced(corpus, tmp_path, capsys):
     assert "something else" not in pathlib.Path(paths["output"]).read_text()
 
 
+def test_pairs_depend_on_the_languages_of_paths(corpus, tmp_path):
+    for folder in ("x1", "x2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text("".join(
+            json.dumps({"id": f"{i}", "source": folder, "text": "t" * (i + 1)}) + "\n" for i in range(4)))
+
+    def made(pattern):
+        return config(corpus, corpus=Corpus(tmp_path, pattern), translator=Counting(), method="M", rated_language="und",
+                      output=str(tmp_path / "pairs"), heldout_documents=0.0)
+
+    main(made("*/a.jsonl"))
+    with pytest.raises(InputError, match=r"pairs: exists, made with no settings corpus languages"):
+        main(made("{language}/a.jsonl"))
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     (tmp_path / "p").write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_writer(tmp_path / "p") as file:
