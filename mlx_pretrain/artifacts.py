@@ -34,7 +34,7 @@ from etils import epath
 
 from mlx_pretrain import __version__, gcs
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import move_folder
+from mlx_pretrain.files import move_folder, read_json
 from mlx_pretrain.parallel import cluster
 
 _SHOWN = 4  # differences in a message
@@ -175,6 +175,41 @@ def _why_other(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> str
         return None
     more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     return f"exists, made with {', '.join(different[:_SHOWN])}{more}"
+
+
+def check_settings(
+    folder: epath.PathLike, name: str, settings: Mapping[str, Any], *, remedy: str, later: Collection[str] = (),
+    quiet: bool = True,
+) -> None:
+    """Checks that a folder that fills up over several runs belongs to these settings, neither fewer nor more.
+
+    Args:
+      folder: the folder.
+      name: name of the file in it that records its settings. A missing or damaged one is an error, as nothing else
+        says what the results belong to.
+      settings: the settings.
+      remedy: advice in the message about other settings.
+      later: settings that earlier versions did not record, taken for equal there.
+      quiet: does not log that the folder is kept.
+
+    Raises:
+      InputError: the folder belongs to other settings, which are named, or the file cannot be read.
+    """
+    settings = as_json(settings)
+    recorded = {key: settings[key] for key in later if key in settings} | read_settings(epath.Path(folder) / name)
+    is_current(folder, recorded, {**dict.fromkeys(recorded), **settings}, overwrite=False, remedy=remedy, quiet=quiet)
+
+
+def read_settings(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the settings in a JSON file.
+
+    Raises:
+      InputError: the file is missing, or holds no JSON object.
+    """
+    settings = read_json(path, "settings")
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: not a JSON object of settings")
+    return settings
 
 
 def differences(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[str]:
