@@ -65,7 +65,14 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def as_json(value: Any) -> Any:
     """Returns a value as JSON has it once it was written and read: tuples are lists, keys and paths are strings."""
-    return json.loads(json.dumps(value, default=_to_json))
+    return json.loads(json.dumps(_with_plain_keys(value), default=lambda part: _with_plain_keys(_to_json(part))))
+
+
+def _with_plain_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {os.fspath(key) if isinstance(key, os.PathLike) else key: _with_plain_keys(part)
+                for key, part in value.items()}
+    return [_with_plain_keys(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _to_json(value: Any) -> Any:
