@@ -24,6 +24,7 @@ one file.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from etils import epath
 
 from mlx_pretrain import __version__, gcs
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import move_folder, read_json
+from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
 _SHOWN = 4  # differences in a message
@@ -122,6 +123,26 @@ def read_folder_record(output: epath.PathLike, marker: str, key: str | None = "p
 def _names(folder: epath.PathLike) -> set[str]:
     folder = epath.Path(folder)
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def is_current_file(path: epath.PathLike, record: epath.PathLike, made_from: Mapping[str, Any], *,
+                    overwrite: bool) -> bool:
+    """Returns `is_current` for a file that `write_with_record` writes, and whose record is the JSON file `record`."""
+    recorded = (read_record(record) or {}) if epath.Path(path).exists() else None
+
+    def damage() -> str | None:
+        return None if sha256(path) == recorded.get("sha256") else "not the file that its record describes"
+
+    return is_current(path, recorded, made_from, overwrite=overwrite, damage=damage)
+
+
+def write_with_record(
+    path: epath.PathLike, content: bytes, record: epath.PathLike, recorded: Mapping[str, Any]
+) -> None:
+    """Writes a file, and into the JSON file `record` what is recorded of it and its SHA-256."""
+    epath.Path(path).unlink(missing_ok=True)  # the record is written first, so that a file always has its own record
+    write_json(record, {**recorded, "sha256": hashlib.sha256(content).hexdigest()})
+    write_atomic(path, content)
 
 
 def is_current(
