@@ -8,7 +8,6 @@ which SentencePiece itself spells the space, is decoded as a space; lone surroga
 """
 
 import dataclasses
-import hashlib
 import io
 import time
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,11 @@ from etils import epath
 
 from data_mixtures.baselines import capped_budgets, temperature_rates
 from mlx_pretrain import __version__
-from mlx_pretrain.artifacts import is_current, read_record, settings_of
+from mlx_pretrain.artifacts import is_current_file, settings_of, write_with_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import sha256, write_atomic, write_json
 from mlx_pretrain.parallel.cluster import log
 
 FORMAT = "mlx-tokenizer"
@@ -162,14 +160,7 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     del settings["corpus"]
     settings |= corpus.record_settings
     made_from = {"config": settings, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
-    recorded = None
-    if output.exists():
-        recorded = read_record(sidecar) if sidecar.exists() else {}
-
-    def damage() -> str | None:
-        return None if sha256(output) == recorded.get("sha256") else "not the file that its record describes"
-
-    if is_current(output, recorded, made_from, overwrite=config.overwrite, damage=damage):
+    if is_current_file(output, sidecar, made_from, overwrite=config.overwrite):
         return
     start = time.perf_counter()
     sentences, sampled = sample_sentences(corpus, split, config.max_bytes, config.temperature,
@@ -177,12 +168,9 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     log(f"training a {config.model_type} tokenizer of {config.vocab_size} pieces on "
         f"{sum(sampled.values()) / 1e6:.1f} MB of text in {len(sampled)} languages")
     model = train_model(sentences, settings)
-    record = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(model).hexdigest(), **made_from,
-              "sampled_bytes": sampled, "provenance": {"program": "data_mixtures.tokenizer", "version": __version__,
-                                                       "sentencepiece": sentencepiece.__version__}}
-    output.unlink(missing_ok=True)  # the record is written first, so that a model always has its own record
-    write_json(sidecar, record)
-    write_atomic(output, model)
+    record = {"format": FORMAT, "version": VERSION, **made_from, "sampled_bytes": sampled, "provenance": {
+        "program": "data_mixtures.tokenizer", "version": __version__, "sentencepiece": sentencepiece.__version__}}
+    write_with_record(output, model, sidecar, record)
     log(f"{output}: trained in {time.perf_counter() - start:.1f} s")
 
 

@@ -112,7 +112,8 @@ def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: b
         table, recorded = _read(path)
     except InputError:
         table, recorded = None, {}
-    return table if artifacts.is_current(path, recorded, made_from, overwrite=overwrite, quiet=True) else None
+    compared = {**dict.fromkeys(recorded), **made_from}  # nothing else is recorded
+    return table if artifacts.is_current(path, recorded, compared, overwrite=overwrite, quiet=True) else None
 
 
 def _read(path: epath.Path) -> tuple[pa.Table, dict[str, Any]]:

@@ -10,7 +10,6 @@ A file that a command made has a record beside it, FOLDER/<dataset>/made_from.<m
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from evals.tasks.language_families import UNSPACED, by_family
 from mlx_pretrain import artifacts
 from mlx_pretrain.data.documents import match_files
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import sha256, write_atomic, write_json
+from mlx_pretrain.files import write_atomic
 
 MODES = ("en_template", "local_template", "lighteval", "mix_lighteval", "mix")
 _FILE_NAME = re.compile(
@@ -198,10 +197,10 @@ def write_items(
 def write_rows(path: epath.Path, rows: Iterable[Mapping[str, Any]], made_from: Mapping[str, Any] | None) -> None:
     """Writes a task file, and beside it what it was made from; without a record for None."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if made_from is not None:
-        path.unlink(missing_ok=True)  # the record is written first, so that a file always has its own record
-        write_json(_record_path(path), {**made_from, "sha256": hashlib.sha256(content).hexdigest()})
-    write_atomic(path, content)
+    if made_from is None:
+        write_atomic(path, content)
+    else:
+        artifacts.write_with_record(path, content, _record_path(path), made_from)
 
 
 def is_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -210,15 +209,7 @@ def is_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: boo
     Raises:
       InputError: as `artifacts.is_current`.
     """
-    record = _record_path(path)
-    recorded = None
-    if path.exists():
-        recorded = artifacts.read_record(record) if record.exists() else {}
-
-    def damage() -> str | None:
-        return None if sha256(path) == recorded.get("sha256") else "not the file that its record describes"
-
-    return artifacts.is_current(path, recorded, made_from, overwrite=overwrite, damage=damage)
+    return artifacts.is_current_file(path, _record_path(path), made_from, overwrite=overwrite)
 
 
 def _record_path(path: epath.Path) -> epath.Path:

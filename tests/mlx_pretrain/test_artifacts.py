@@ -70,6 +70,11 @@ def test_settings_may_hold_dataclasses_paths_and_what_has_settings():
 
     assert provenance("x", Outer(Nested(epath.Path("a/b"), Corpus())), {})["settings"] == {
         "nested": {"path": "a/b", "corpus": {"text_unit": "line"}}}
+    path = epath.Path("gs://bucket/a")
+    assert provenance("x", {"exclude": [path]}, {path: "1", "nested": ({path: Nested({path: 1}, Corpus())},)}) == {
+        "program": "x", "version": __version__, "settings": {"exclude": ["gs://bucket/a"]}, "inputs": {
+            "gs://bucket/a": "1",
+            "nested": [{"gs://bucket/a": {"path": {"gs://bucket/a": 1}, "corpus": {"text_unit": "line"}}}]}}
 
 
 def test_an_absent_output_is_made_and_the_same_is_kept(output, capsys):

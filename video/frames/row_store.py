@@ -17,7 +17,7 @@ import tensorstore as ts
 from etils import epath
 
 from mlx_pretrain import __version__
-from mlx_pretrain.artifacts import is_current
+from mlx_pretrain.artifacts import check_settings, read_settings
 from mlx_pretrain.data.token_store import zarr3_spec
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic, write_json
@@ -134,7 +134,7 @@ class RowStore:
         if not (self.path / MANIFEST).exists():
             raise InputError(f"{path}: no complete {artifact_type} (no {MANIFEST}; was it interrupted? run it again)")
         self.manifest = read_json(self.path / MANIFEST)
-        self.settings = read_json(self.path / SETTINGS)
+        self.settings = read_settings(self.path / SETTINGS)
         stored_type, version = self.settings.get("kind"), self.settings.get("version")
         if stored_type != artifact_type:
             raise InputError(f"{path}: holds {stored_type}, not {artifact_type}")
@@ -170,10 +170,8 @@ def claim_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
     if not (folder / SETTINGS).exists():
         write_json(folder / SETTINGS, settings)
         return
-    # A damaged file is an error rather than a reason to make it anew: nothing else says what the results belong to.
-    recorded = read_json(folder / SETTINGS, "settings")
-    is_current(folder, recorded, settings, overwrite=False, quiet=not (folder / MANIFEST).exists(),
-               remedy="name another output, or delete this one")
+    check_settings(folder, SETTINGS, settings, remedy="name another output, or delete this one",
+                   quiet=not (folder / MANIFEST).exists())
 
 
 def _open(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:

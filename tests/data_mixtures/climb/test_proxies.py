@@ -126,6 +126,22 @@ def test_finished_runs_are_skipped_and_others_added(table, settings, tmp_path, c
     assert lines(output) == lines(table)
 
 
+@pytest.mark.parametrize("change, cause", [
+    (lambda path: path.unlink(), "settings.json: no such settings"),
+    (lambda path: path.write_text("{"), "settings.json: not a valid JSON settings"),
+    (lambda path: path.write_text("[]"), "settings.json: not a JSON object of settings"),
+    (lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout": 0.1})),
+     r"runs: exists, made with dropout = 0.1 \(now null\); choose another proxies.output$"),
+])
+def test_runs_whose_settings_are_unknown_or_more_are_not_added_to(table, settings, tmp_path, capsys, change, cause):
+    output = tmp_path / "runs"
+    shutil.copytree(table, output, ignore=shutil.ignore_patterns("only*"))
+    change(output / "settings.json")
+    with pytest.raises(InputError, match=cause):
+        train(**settings, output=str(output))
+    assert "made again" not in capsys.readouterr().err
+
+
 def test_a_table_in_one_file_is_extended_in_a_folder(table, settings, tmp_path, capsys):
     """As the command wrote it before there was a file per run; its last run was cut off."""
     output = tmp_path / "runs"
