@@ -1,4 +1,4 @@
-"""`--help` of every command names all its parameters, each with a line of its own."""
+"""`--help` of every command names all its parameters, each with a description."""
 
 import ast
 import importlib

@@ -107,7 +107,7 @@ def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: b
     """Returns a table that was made from the same; None where it is missing, damaged or to be replaced.
 
     Raises:
-      InputError: the table was made from something else, without `overwrite`; or the file is not such a table.
+      InputError: the table was made from other inputs, without `overwrite`; or the file is not such a table.
     """
     if not path.exists():
         return None

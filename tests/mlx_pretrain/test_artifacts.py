@@ -1,4 +1,4 @@
-"""Outputs are kept, made again or refused by what is recorded of them."""
+"""Outputs are kept, made again or refused by their records."""
 
 import dataclasses
 import json
@@ -162,7 +162,7 @@ def test_an_error_leaves_the_former_output_alone(output):
 
 
 def test_a_run_killed_between_the_two_renames_is_made_again(tmp_path, monkeypatch):
-    """The former folder is out of the way, the new one not in its place."""
+    """The former folder was renamed, and the new one not yet."""
     output = epath.Path(tmp_path) / "out"
     make(output, made_from(output))
     output.rename(tmp_path / ".out.former")
