@@ -15,9 +15,11 @@ Every command records in its output what it was made from, and looks at that rec
     made from the same       keeps it
     damaged, from the same   makes it again
     made from other inputs   refuses, names what differs; with overwrite=True it replaces the output
+    without readable record  refuses; with overwrite=True it replaces the output
     of another program       refuses, whatever overwrite is
 
-A command that is killed leaves the former output or none, never a part; `files.atomic_writer` does that for one file.
+A command that is killed leaves the former output, on gs:// or none, never a part; `files.atomic_writer` does that for
+one file.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -38,6 +40,7 @@ from mlx_pretrain.parallel import cluster
 _SHOWN = 4  # differences in a message
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NOT_SETTINGS = ("output", "overwrite")
+_REMEDY = "set overwrite=True to replace it, or name another output"
 
 
 def provenance(program: str, config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def read_record(path: epath.PathLike, key: str | None = None) -> dict[str, Any] 
       key: the part of it that is the record, e.g. "provenance"; None: all of it.
 
     Returns:
-      None where there is no such file, or a damaged one, which is logged; {} for JSON that is no record.
+      None where there is no such file; {} for one that holds no record, or is damaged, which is logged.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -93,8 +96,8 @@ def read_record(path: epath.PathLike, key: str | None = None) -> dict[str, Any] 
     try:
         record = json.loads(content)
     except ValueError as error:
-        _log_damaged(path, f"no JSON: {error}")
-        return None
+        cluster.log(f"{path}: damaged (no JSON: {error})")
+        return {}
     if key is not None:
         record = record.get(key) if isinstance(record, dict) else None
     return record if isinstance(record, dict) else {}
@@ -103,9 +106,15 @@ def read_record(path: epath.PathLike, key: str | None = None) -> dict[str, Any] 
 def read_folder_record(output: epath.PathLike, marker: str, key: str | None = "provenance") -> dict[str, Any] | None:
     """Returns the record in the file `marker` of a folder, as `read_record`; {} for a folder with other files only."""
     output = epath.Path(output)
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    _restore_former(output)
+    if not output.exists() or (output.is_dir() and not _names(output)):
         return None
     return read_record(output / marker, key) if (output / marker).exists() else {}
+
+
+def _names(folder: epath.PathLike) -> set[str]:
+    folder = epath.Path(folder)
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def is_current(
@@ -113,42 +122,59 @@ def is_current(
     recorded: Mapping[str, Any] | None,
     made_from: Mapping[str, Any],
     *,
-    overwrite: bool | None,
+    overwrite: bool,
     damage: Callable[[], str | None] | None = None,
+    contents: Collection[str] | None = None,
+    remedy: str = _REMEDY,
     quiet: bool = False,
 ) -> bool:
     """Returns whether an output was made from the same inputs and settings, and is whole; logs what becomes of it.
 
     Args:
       output: the output, for messages.
-      recorded: what is recorded of the output that is there; None: there is none; {}: it has no record.
+      recorded: what is recorded of the output that is there; None: there is none; {}: it has no readable record.
       made_from: what the output is to be made from, e.g. a `provenance`. What is recorded besides is not compared.
-      overwrite: whether an output made from other inputs may be replaced; None: never, the command has no such setting.
+      overwrite: whether an output made from other inputs, or without a readable record, may be replaced.
       damage: looks for damage in an output from the same inputs; returns its cause, or None for a whole output.
+      contents: names of all that the command, and those that follow it, write into the folder `output`; a folder that
+        holds anything else is not replaced, as that would be lost. None: the command replaces no folder.
+      remedy: advice in the message about an output that may not be replaced.
       quiet: does not log that the output is kept.
 
     Raises:
-      InputError: the output was made from other inputs and may not be replaced, or another program made it.
+      InputError: the output was made from other inputs, or has no readable record, and may not be replaced; another
+        program made it; or it is to be replaced and holds anything else.
     """
     if recorded is None:
         return False
     made_from = as_json(made_from)
-    if "program" in made_from and recorded.get("program") != made_from["program"]:
-        raise InputError(f"{output}: exists and was not made by {made_from['program']}; name another output")
-    if different := differences(recorded, made_from):
-        if overwrite:
-            return False
-        remedy = "name another output, or delete this one"
-        if overwrite is not None:
-            remedy = "set overwrite=True to replace it, or name another output"
-        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
-        raise InputError(f"{output}: exists, made with {', '.join(different[:_SHOWN])}{more}; {remedy}")
-    if damage is not None and (cause := damage()):
-        _log_damaged(output, cause)
-        return False
-    if not quiet:
-        cluster.log(f"{output}: made before from the same inputs and settings, kept")
-    return True
+    program = made_from.get("program")
+    if program and recorded.get("program", program) != program:
+        raise InputError(f"{output}: exists and was not made by {program}; name another output")
+    reason = _why_other(recorded, made_from)
+    if reason and not overwrite:
+        raise InputError(f"{output}: {reason}; {remedy}")
+    cause = damage() if damage is not None and not reason else None
+    if not reason and not cause:
+        if not quiet:
+            cluster.log(f"{output}: made before from the same inputs and settings, kept")
+        return True
+    if contents is not None and (others := _names(output) - set(contents)):
+        raise InputError(f"{output}: holds {', '.join(sorted(others)[:_SHOWN])} besides what {program} makes; move it "
+                         "away, or name another output")
+    if cause:
+        cluster.log(f"{output}: damaged ({cause}), made again")
+    return False
+
+
+def _why_other(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> str | None:
+    """Returns in words why a record does not prove that an output was made from `made_from`; None: it does."""
+    if (made_from and not recorded) or ("program" in made_from and "program" not in recorded):
+        return "has no record of what it was made from"
+    if not (different := differences(recorded, made_from)):
+        return None
+    more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    return f"exists, made with {', '.join(different[:_SHOWN])}{more}"
 
 
 def differences(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[str]:
@@ -187,10 +213,10 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
       marker: name of the file that says that the folder is whole; on gs:// it is moved last.
     """
     output = epath.Path(output)
-    partial, former = (output.parent / f".{output.name}.{word}" for word in ("partial", "former"))
-    for leftover in (partial, former):  # of a killed run
-        if leftover.exists():
-            leftover.rmtree()
+    partial, former = output.parent / f".{output.name}.partial", _former(output)
+    _restore_former(output)
+    if partial.exists():  # of a killed run
+        partial.rmtree()
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -201,11 +227,19 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
         (output / marker).unlink(missing_ok=True)
         output.rmtree()
     elif output.exists():
+        if former.exists():  # a run was killed after it had replaced that
+            former.rmtree()
         output.rename(former)
     move_folder(partial, output, last=marker)
     if former.exists():
         former.rmtree()
 
 
-def _log_damaged(output: epath.PathLike, cause: str) -> None:
-    cluster.log(f"{output}: damaged ({cause}), made again")
+def _former(output: epath.Path) -> epath.Path:
+    return output.parent / f".{output.name}.former"
+
+
+def _restore_former(output: epath.Path) -> None:
+    """Puts the former output back in its place, from which a run that was killed then had moved it."""
+    if not output.exists() and _former(output).exists():
+        _former(output).rename(output)

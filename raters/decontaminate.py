@@ -246,7 +246,7 @@ def main(config: DecontaminateConfig) -> None:
     started = time.perf_counter()
     item_files = [path for pattern in config.items for path in match_files(pattern)]
     command = RemovalCommand("raters.decontaminate", config, {str(path): path for path in item_files})
-    if command.is_current():
+    if command.is_current([ITEMS]):
         return
     index = _index(config, item_files)
     results = command.map_files(functools.partial(search_file, command=command, index=index))

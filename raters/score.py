@@ -43,10 +43,10 @@ from raters.scoring.shards import (
     Shard,
     ShardWriter,
     check_root,
+    claim_root,
     find_shards,
     sweep,
     unfinished,
-    write_root,
 )
 
 
@@ -140,9 +140,9 @@ def main(config: ScoreConfig) -> dict[str, Any]:
     check_root(output, corpus, all_shards)
     shards = unfinished(own_shards, settings, config.overwrite)
     cluster.barrier()  # all have listed the files before any writes some
+    output.mkdir(parents=True, exist_ok=True)
+    claim_root(output, corpus, all_shards)
     if number == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        write_root(output, corpus)
         save_effective(output / CONFIG)
     sweep(shards)
     progress = Progress(shards, len(own_shards) - len(shards), rater.bulk if on_devices else None, config.log_every)

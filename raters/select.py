@@ -37,6 +37,7 @@ from raters.scoring.shards import MARKER
 
 FORMAT, VERSION = "mlx-selection", 1
 MANIFEST, UNSCORED = "selection.json", "unscored.jsonl"
+_REPORT = ("report.html", "figures")  # of `raters.selection_report`
 EXAMPLE_QUANTILES = (0.02, 0.25, 0.5, 0.75, 0.98)
 _EXAMPLE_LENGTH = 400  # characters
 
@@ -319,7 +320,10 @@ def main(config: SelectConfig) -> None:
     removed = RemovalLists(config.exclude, config.corpus.paths())
     inputs = {**files, **score_files, **{path: epath.Path(path) for path in config.exclude}}
     made_from = provenance("raters.select", config, {name: sha256(path) for name, path in inputs.items()})
-    if is_current(config.output, read_folder_record(config.output, MANIFEST), made_from, overwrite=config.overwrite):
+    recorded = read_folder_record(config.output, MANIFEST)
+    splits = {config.split, ((recorded or {}).get("settings") or {}).get("split")}
+    if is_current(config.output, recorded, made_from, overwrite=config.overwrite,
+                  contents={MANIFEST, UNSCORED, *splits, *_REPORT}):
         return
     scores, others = _read_scores(config, files)
     scores = _without(scores, removed)

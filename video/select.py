@@ -43,6 +43,7 @@ from video.questions import Question, read_questions
 # Bytes of a file name without its suffix; file systems take 255, and writing adds some for a moment.
 _MAX_NAME_BYTES = 180
 PROVENANCE = "provenance.json"
+_CONTENTS = (PROVENANCE, "selected.json", "selected_frames.json", "rejects.jsonl", "sheets", "config.gin")
 
 
 @gin.configurable("select_frames")
@@ -89,7 +90,7 @@ def main(config: SelectFramesConfig) -> None:
     for name in ("processes", "compilation_cache"):  # they change no result
         del made_from["settings"][name]
     recorded = read_folder_record(config.output, PROVENANCE, key=None)
-    if is_current(config.output, recorded, made_from, overwrite=config.overwrite):
+    if is_current(config.output, recorded, made_from, overwrite=config.overwrite, contents=_CONTENTS):
         return
     with new_folder(config.output, PROVENANCE) as output:
         _select(config, questions, by_video, folder, output)

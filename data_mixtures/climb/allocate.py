@@ -32,9 +32,11 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_json
+from mlx_pretrain.files import read_json, write_json
 from mlx_pretrain.parallel.cluster import log
 
+# In the folder of an allocation, with those of `data_mixtures.climb.report`.
+_CONTENTS = (allocation_file.NAME, "rates.json", "methods", "report.html", "figures")
 _WEIGHTS = ("reference", "natural", "uniform")
 
 
@@ -300,8 +302,9 @@ def _made_from(config: AllocateConfig) -> dict[str, Any]:
         "unique_tokens": _unique_tokens(config)})
 
 
-def _damage(folder: epath.Path, allocation: Mapping[str, Any]) -> str | None:
+def _damage(folder: epath.Path) -> str | None:
     """Returns the name of a file of the allocation that is missing, in words; None if all are there."""
+    allocation = read_json(folder / allocation_file.NAME)
     names = ["rates.json", *(f"methods/{name}.json" for name in allocation.get("methods", ()))]
     return next((f"no {name}" for name in names if not (folder / name).exists()), None)
 
@@ -314,9 +317,9 @@ def main(config: AllocateConfig) -> None:
         from other runs or settings.
     """
     runs, made_from = config.runs, _made_from(config)
-    former = read_folder_record(config.output, allocation_file.NAME, key=None)
-    if is_current(config.output, former and former.get("provenance", {}), made_from, overwrite=config.overwrite,
-                  damage=functools.partial(_damage, epath.Path(config.output), former)):
+    recorded = read_folder_record(config.output, allocation_file.NAME)
+    if is_current(config.output, recorded, made_from, overwrite=config.overwrite, contents=_CONTENTS,
+                  damage=functools.partial(_damage, epath.Path(config.output))):
         return
     log(f"{len(np.unique(runs.run))} runs, {len(runs)} rows, {len(runs.languages)} languages -> {len(runs.targets)} "
         "losses")

@@ -137,4 +137,5 @@ class ProxyFolder:
 def _check_same(output: epath.Path, path: epath.Path, settings: Mapping[str, Any]) -> None:
     """Raises InputError, which names the differences, unless the file `path` records these settings of `output`."""
     recorded = {name: settings[name] for name in _LATER_SETTINGS if name in settings} | (read_record(path) or {})
-    is_current(output, recorded, settings, overwrite=None, quiet=True)
+    is_current(output, recorded, settings, overwrite=False, quiet=True,
+               remedy="name another output, or delete this one")

@@ -97,35 +97,33 @@ def load(path: epath.Path) -> pa.Table:
     Raises:
       InputError: the file is not such a table.
     """
-    try:
-        return _read(path)[0]
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file ({first_line(error)})") from None
+    return _read(path)[0]
 
 
 def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: bool) -> pa.Table | None:
-    """Returns a table that was made from the same; None where it is missing, damaged or to be replaced.
+    """Returns a table that was made from the same; None where it is missing or to be replaced.
 
     Raises:
-      InputError: the table was made from other inputs, without `overwrite`; or the file is not such a table.
+      InputError: the table was made from other inputs, or the file is not such a table, without `overwrite`.
     """
     if not path.exists():
         return None
     try:
         table, recorded = _read(path)
-        cause = None
-    except (pa.ArrowException, OSError) as error:
-        table, recorded, cause = None, made_from, f"not a parquet file: {first_line(error)}"
-    current = artifacts.is_current(path, recorded, made_from, overwrite=overwrite, damage=lambda: cause, quiet=True)
-    return table if current else None
+    except InputError:
+        table, recorded = None, {}
+    return table if artifacts.is_current(path, recorded, made_from, overwrite=overwrite, quiet=True) else None
 
 
 def _read(path: epath.Path) -> tuple[pa.Table, dict[str, Any]]:
-    with path.open("rb") as file:
-        table = pq.read_table(file)
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file ({first_line(error)})") from None
     metadata = (table.schema.metadata or {}).get(_METADATA)
     if metadata is None or table.schema.names not in [schema.names for schema in FOLDERS.values()]:
-        raise InputError(f"{path}: exists and was not made by evals.run; name another output")
+        raise InputError(f"{path}: was not made by evals.run")
     return table, json.loads(metadata)
 
 

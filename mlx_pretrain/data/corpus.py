@@ -16,6 +16,7 @@ from typing import Any
 import gin
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.data.documents import TEXT_UNITS, Document, RecordKeys, glob_files, read_documents, refuse_twins
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
@@ -96,6 +97,9 @@ class Corpus:
             raise InputError("Corpus.root: no folder is given; set it, or Corpus.files to whole paths")
         if not self._patterns:
             raise InputError(f"Corpus.files: {self.files!r} must be a pattern or a list of patterns")
+        if self.root is None and len({(gcs.is_gs(p), epath.Path(p).is_absolute()) for p in self._patterns}) > 1:
+            raise InputError(f"Corpus.files: {', '.join(self._patterns)} have no folder in common; set Corpus.root, or "
+                             "make all of them absolute, relative or gs:// paths")
         for pattern in self._patterns:
             if pattern.count("{split}") > 1 or pattern.count("{language}") > 1:
                 raise InputError(f"Corpus.files: {pattern!r} must hold {{split}} and {{language}} at most once each")

@@ -90,15 +90,19 @@ class RemovalCommand:
         return {**self._made_by, "input": sha256(self.files[name]),
                 "language": self._config.corpus.language_of_path(name)}
 
-    def is_current(self) -> bool:
+    def is_current(self, further: Sequence[str] = ()) -> bool:
         """Returns whether the output was made from the same; False in a process with a shard, which does not look.
+
+        Args:
+          further: names of the further files that the command writes.
 
         Raises:
           InputError: as `artifacts.is_current`.
         """
         output = self._config.output
-        return cluster.shard()[1] == 1 and is_current(output, read_folder_record(output, REPORT), self.made_from,
-                                                      overwrite=self._config.overwrite)
+        return cluster.shard()[1] == 1 and is_current(
+            output, read_folder_record(output, REPORT), self.made_from, overwrite=self._config.overwrite,
+            contents=(REPORT, REMOVED, DOCUMENTS, *further))
 
     def documents_of(self, name: str, unreadable: UnreadableRecords) -> Iterator[Document]:
         """Streams the documents of one file that are on no list to exclude."""

@@ -33,8 +33,12 @@ def test_a_comparison_of_other_runs_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert main(CompareConfig(**settings)) == [row] and output.stat().st_mtime_ns == time
     assert capsys.readouterr().err == f"{output}: made before from the same inputs and settings, kept\n"
-    output.write_bytes(content[:100])
-    main(CompareConfig(**settings))
+    for damaged in (content[:100], b"my notes"):
+        output.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"compared\.json: has no record of what it was made from; set overwrite"):
+            main(CompareConfig(**settings))
+        assert output.read_bytes() == damaged
+    main(CompareConfig(**settings, overwrite=True))
     assert output.read_bytes() == content
     evaluated(tmp_path / "b", 2)
     with pytest.raises(InputError, match="made with other inputs second ARCEasyDataset_lighteval/en; set overwrite"):

@@ -49,11 +49,13 @@ def test_files_of_another_revision_are_refused(repository, tmp_path, capsys):
     with pytest.raises(InputError, match=r'made with settings revision = null \(now "v2"\); set overwrite=True'):
         main(MubenchConfig(**settings, **other))
     assert main(MubenchConfig(**settings, **other, overwrite=True)) == 1
-    # A file of somebody else.
+    # A file without a record, as earlier versions wrote them.
     path.with_name("made_from.lighteval_de_test.json").unlink()
-    with pytest.raises(InputError, match=r"exists and was not made by evals\.mubench"):
-        main(MubenchConfig(**settings, **other, overwrite=True))
+    with pytest.raises(InputError, match=r"has no record of what it was made from; set overwrite=True to replace it"):
+        main(MubenchConfig(**settings, **other))
     assert path.read_bytes() == content
+    main(MubenchConfig(**settings, **other, overwrite=True))
+    assert path.with_name("made_from.lighteval_de_test.json").exists()
 
 
 @pytest.mark.parametrize("change, message", [

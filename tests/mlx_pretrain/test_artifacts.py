@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 from etils import epath
@@ -92,8 +93,8 @@ def test_an_output_from_others_is_refused_unless_overwrite(tmp_path, change, wor
         current(output, made_from(output, **change))
     assert str(error.value) == (f"{output}: exists, made with {words}; set overwrite=True to replace it, or name "
                                 "another output")
-    with pytest.raises(InputError, match=r"; name another output, or delete this one$"):
-        current(output, made_from(output, **change), overwrite=None)
+    with pytest.raises(InputError, match=rf"{re.escape(words)}; take another$"):
+        current(output, made_from(output, **change), remedy="take another")
     assert not current(output, made_from(output, **change), overwrite=True)
     make(output, made_from(output, **change), "new")
     assert (output / "data.txt").read_text() == "new" and current(output, made_from(output, **change))
@@ -110,27 +111,47 @@ def test_a_damaged_output_is_made_again_when_its_inputs_are_the_same(output, cap
         current(output, made_from(output, ngram=7), damage=lambda: "data.txt is cut")
 
 
-def test_a_half_written_marker_is_damage(output, capsys):
+def test_an_output_without_a_readable_record_is_refused_unless_overwrite(output, capsys):
     record = made_from(output)
     make(output, record)
     content = (output / MARKER).read_bytes()
-    for cut in (0, len(content) // 2):
-        (output / MARKER).write_bytes(content[:cut])
-        assert not current(output, record)
-        assert f"{output / MARKER}: damaged (no JSON: " in capsys.readouterr().err
+    no_json = (b"", content[: len(content) // 2])
+    for text in (*no_json, b"[]", b"{}", b'{"provenance": 3}', b'{"provenance": {"seed": 1}}'):
+        (output / MARKER).write_bytes(text)
+        capsys.readouterr()
+        with pytest.raises(InputError) as error:
+            current(output, record, damage=lambda: "not looked for")
+        assert str(error.value) == (f"{output}: has no record of what it was made from; set overwrite=True to replace "
+                                    "it, or name another output")
+        assert (f"{output / MARKER}: damaged (no JSON: " in capsys.readouterr().err) == (text in no_json)
+        assert not current(output, record, overwrite=True)
     make(output, record)
     assert current(output, record)
 
 
-def test_a_folder_of_others_is_never_replaced(output):
-    (output / "notes.txt").parent.mkdir(parents=True, exist_ok=True)
-    (output / "notes.txt").write_text("mine")
-    for content in (None, "[]", "{}", '{"provenance": 3}', '{"provenance": {"program": "raters.other"}}'):
-        if content:
-            (output / MARKER).write_text(content)
+def test_an_output_of_another_program_is_never_replaced(output):
+    make(output, provenance("raters.other", {}, {}))
+    for overwrite in (False, True):
         with pytest.raises(InputError, match=r"exists and was not made by raters\.test; name another output"):
-            current(output, made_from(output), overwrite=True)
-    assert (output / "notes.txt").read_text() == "mine"
+            current(output, made_from(output), overwrite=overwrite)
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(output, capsys):
+    record, contents = made_from(output), {"contents": (MARKER, "data.txt", "figures")}
+    (output / "proxies").mkdir(parents=True, exist_ok=True)
+    (output / "proxies" / "run.csv").write_text("mine")
+    with pytest.raises(InputError, match=r"out: holds proxies besides what raters\.test makes; move it away, or name"):
+        current(output, record, overwrite=True, **contents)
+    for name, text in ((MARKER, json.dumps({"provenance": record})), ("data.txt", "cut"), ("figures", "follows")):
+        (output / name).write_text(text)
+    assert current(output, record, **contents)  # it is kept
+    with pytest.raises(InputError, match="holds proxies besides"):
+        current(output, record, damage=lambda: "data.txt is cut", **contents)
+    with pytest.raises(InputError, match="holds proxies besides"):
+        current(output, made_from(output, ngram=6), overwrite=True, **contents)
+    assert (output / "proxies" / "run.csv").read_text() == "mine" and "made again" not in capsys.readouterr().err
+    (output / "proxies").rmtree()
+    assert not current(output, made_from(output, ngram=6), overwrite=True, **contents)
 
 
 def test_an_empty_folder_is_absent(tmp_path):
@@ -161,13 +182,28 @@ def test_an_error_leaves_the_former_output_alone(output):
     assert not folder.exists()
 
 
-def test_a_run_killed_between_the_two_renames_is_made_again(tmp_path, monkeypatch):
-    """The former folder was renamed, and the new one not yet."""
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, looks):
+    """The former folder was renamed, and the new one not yet; then another run fails."""
     output = epath.Path(tmp_path) / "out"
     make(output, made_from(output))
     output.rename(tmp_path / ".out.former")
     (tmp_path / ".out.partial").mkdir()
-    assert not current(output, made_from(output))
+    if looks:
+        assert current(output, made_from(output))
+    with pytest.raises(RuntimeError, match="broken"), new_folder(output, MARKER):
+        raise RuntimeError("broken")
+    assert (output / "data.txt").read_text() == "text"
+    make(output, made_from(output), "new")
+    assert os.listdir(tmp_path) == ["out"] and (output / "data.txt").read_text() == "new"
+
+
+def test_a_former_output_that_was_replaced_is_removed(tmp_path):
+    """A run was killed after the new folder had taken its place."""
+    output = epath.Path(tmp_path) / "out"
+    make(output, made_from(output))
+    (tmp_path / ".out.former").mkdir()
+    assert current(output, made_from(output))
     make(output, made_from(output), "new")
     assert os.listdir(tmp_path) == ["out"] and (output / "data.txt").read_text() == "new"
 
@@ -179,8 +215,8 @@ def test_records_of_single_files(tmp_path, capsys):
     assert read_record(path) == {"config": {"seed": 1}} and read_record(path, "config") == {"seed": 1}
     assert read_record(path, "provenance") == {}
     path.write_text('{"config": ')
-    assert read_record(path) is None and "model.json: damaged" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no config"):
+    assert read_record(path) == {} and "model.json: damaged (no JSON: " in capsys.readouterr().err
+    with pytest.raises(InputError, match="has no record of what it was made from"):
         is_current(path, {}, {"config": {"seed": 1}}, overwrite=False)
 
 

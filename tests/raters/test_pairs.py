@@ -272,8 +272,10 @@ def test_pairs_are_kept_refused_or_replaced(corpus, tmp_path, capsys):
     main(config(corpus, **paths, seed=1, overwrite=True))
     assert contents() != first
     pathlib.Path(paths["output"]).write_text("something else")
-    with pytest.raises(InputError, match=r"train\.jsonl: exists and was not made by raters\.pairs"):
-        main(config(corpus, **paths, overwrite=True))
+    with pytest.raises(InputError, match=r"train\.jsonl: has no record of what it was made from; set overwrite=True"):
+        main(config(corpus, **paths, seed=1))
+    main(config(corpus, **paths, seed=1, overwrite=True))
+    assert "something else" not in pathlib.Path(paths["output"]).read_text()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -17,7 +17,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
 from raters import selection_report
-from raters.scoring.shards import write_root
+from raters.scoring.shards import claim_root
 from raters.select import SelectConfig, main
 from tests.raters.rated import write_documents, write_scores
 
@@ -172,8 +172,10 @@ def test_nothing_is_left_when_it_fails_and_a_strange_folder_is_not_touched(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "others", "scores"]
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"was not made by raters\.select"):
-        main(dataclasses.replace(config, overwrite=True))
+    for overwrite, cause in ((False, "kept: has no record of what it was made from; set overwrite"),
+                             (True, r"kept: holds mine\.txt besides what raters\.select makes")):
+        with pytest.raises(InputError, match=cause):
+            main(dataclasses.replace(config, overwrite=overwrite))
     assert (tmp_path / "kept/mine.txt").read_text() == "precious"
 
 
@@ -278,7 +280,7 @@ def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
     config = make(tmp_path)
     with pytest.raises(InputError, match=r"de\.jsonl\.gz\.scores\.parquet: no such score file"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
-    write_root(tmp_path / "scores", config.corpus)
+    claim_root(tmp_path / "scores", config.corpus, [])
     with pytest.raises(InputError, match=r"not under this Corpus\.root: the scores are of .*/corpus$"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
     (tmp_path / "list.jsonl").write_text('{"file": "th.jsonl", "number": 1, "id": "th0"}\n')

@@ -172,7 +172,8 @@ def claim_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
         return
     # A damaged file is an error rather than a reason to make it anew: nothing else says what the results belong to.
     recorded = read_json(folder / SETTINGS, "settings")
-    is_current(folder, recorded, settings, overwrite=None, quiet=not (folder / MANIFEST).exists())
+    is_current(folder, recorded, settings, overwrite=False, quiet=not (folder / MANIFEST).exists(),
+               remedy="name another output, or delete this one")
 
 
 def _open(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:

@@ -163,5 +163,9 @@ def test_an_allocation_is_kept_made_again_or_refused(runs, tmp_path, capsys):
     assert not (output / "report.html").exists()  # it showed the former allocation
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="other: exists and was not made by data_mixtures"):
+    with pytest.raises(InputError, match=r"other: holds notes\.txt besides what data_mixtures\.climb\.allocate makes"):
         run(tmp_path / "other", **settings, overwrite=True)
+    (output / "proxies").mkdir()  # the proxy runs that the allocation was made from
+    with pytest.raises(InputError, match="climb: holds proxies besides what"):
+        run(output, **settings, floor=0.2, overwrite=True)
+    assert (output / "proxies").exists()

@@ -36,15 +36,14 @@ def test_a_table_from_something_else_is_refused(path, change, message):
     assert load_current(path, MADE_FROM | change, overwrite=True) is None
 
 
-def test_a_damaged_table_is_made_again(path, capsys):
-    path.write_bytes(path.read_bytes()[:300])
-    assert load_current(path, MADE_FROM, overwrite=False) is None
-    assert "en.parquet: damaged (not a parquet file: " in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"en\.parquet: not a parquet file"):
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:300]), "not a parquet file"),
+    (lambda path: pq.write_table(table_of_answers(ITEMS, ["bb"] * 3, [0] * 3), path), r"was not made by evals\.run"),
+])
+def test_a_file_without_a_record_is_refused_unless_overwrite(path, damage, message):
+    damage(path)
+    with pytest.raises(InputError, match=rf"en\.parquet: {message}"):
         load(path)
-
-
-def test_a_file_of_somebody_else_is_never_replaced(path):
-    pq.write_table(table_of_answers(ITEMS, ["bb"] * 3, [0] * 3), path)
-    with pytest.raises(InputError, match=r"en\.parquet: exists and was not made by evals\.run"):
-        load_current(path, MADE_FROM, overwrite=True)
+    with pytest.raises(InputError, match=r"en\.parquet: has no record of what it was made from; set overwrite=True"):
+        load_current(path, MADE_FROM, overwrite=False)
+    assert load_current(path, MADE_FROM, overwrite=True) is None

@@ -97,6 +97,9 @@ def test_corpus_names_what_is_missing(tmp_path):
     for wrong in ([], ["{split}/{split}/{language}"], ["../x/*"], ["/elsewhere/*"]):
         with pytest.raises(InputError, match=r"Corpus\.files: "):
             Corpus(corpus_folder, wrong)
+    for other in ("elsewhere/*", "gs://bucket/*"):
+        with pytest.raises(InputError, match=r"Corpus\.files: .* have no folder in common; set Corpus\.root"):
+            Corpus(files=[f"{corpus_folder}/train/*", other])
     with pytest.raises(InputError, match=r"Corpus.files: 'train/\*' must hold {language}"):
         Corpus(corpus_folder, "train/*", languages=["en"])
     with pytest.raises(InputError, match=r"nowhere/\*.jsonl: no file matches"):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 from mlx_pretrain.training.metric_writer import MetricWriter
 
@@ -62,6 +63,12 @@ def test_a_restart_goes_on_with_the_same_run(tmp_path):
     assert history[1] == {"train/loss": 1.0} and history[3] == {"train/loss": pytest.approx(1 / 3)}
     assert history[4]["train/loss"] == 0.25 and math.isnan(history[4]["eval/loss/aa"])
     assert sorted(history) == [1, 2, 3, 4]
+
+
+def test_offline_files_of_a_run_on_gs_are_refused():
+    """They would lie in a temporary folder of a machine that may be gone."""
+    with pytest.raises(InputError, match="mode = 'offline': writes to local run folders alone, not to gs://b/run"):
+        WeightsAndBiases("gs://b/run", -1, mode="offline")
 
 
 def test_wandb_is_imported_on_request_alone():
