@@ -129,7 +129,7 @@ def tfds_sources(data_dir: epath.PathLike) -> dict[str, seqio.DataSource]:
       data_dir: folder that `data_mixtures.corpora` wrote.
 
     Raises:
-      InputError: no dataset is there.
+      InputError: the folder holds no dataset.
     """
     folders = sorted((epath.Path(data_dir) / TextCorpora.name).glob(f"*/{VERSION}/{_INFO}"))
     if not folders:
