@@ -11,6 +11,7 @@ import gin
 from etils import epath
 
 from mlx_pretrain import __version__
+from mlx_pretrain.artifacts import is_current, read_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.data.token_store import MANIFEST, read_manifest
@@ -38,7 +39,7 @@ def temperature_rates(counts: Mapping[str, int], temperature: float = 1.0) -> di
 
 
 def capped_budgets(rates: Mapping[str, float], budget: float, caps: Mapping[str, float]) -> dict[str, float]:
-    """Divides `budget` in proportion to `rates`, no language above its cap; what caps leave goes to the others.
+    """Divides `budget` in proportion to `rates`, no language above its cap; the rest goes to the other languages.
 
     With uniform rates and caps of `max_epochs` times the text, this is UniMax (https://arxiv.org/abs/2304.09151,
     algorithm 1). When the caps sum to less than the budget, every language gets its cap.
@@ -83,12 +84,13 @@ class BaselineConfig:
 
     Attributes:
       store: token store; its manifest has the token counts.
-      output: rates file, replaced when it is there.
+      output: rates file.
       temperature: 1 natural, "inf" uniform; in between, weights are proportional to tokens^(1/temperature).
       max_epochs: most times that a language's text is repeated in `total_tokens` (with temperature "inf": UniMax);
         None: no limit.
       total_tokens: planned length of the run in tokens; also gives the epochs in the rates file.
       split: split whose tokens count.
+      overwrite: replaces a rates file that was made from another store or other settings.
     """
 
     store: epath.PathLike = gin.REQUIRED
@@ -97,6 +99,7 @@ class BaselineConfig:
     max_epochs: float | None = None
     total_tokens: int | None = None
     split: str = "train"
+    overwrite: bool = False
 
     def __post_init__(self):
         try:
@@ -111,13 +114,19 @@ def write_baseline(config: BaselineConfig) -> None:
     """Writes a rule-of-thumb mixture, as a rates file, from the token counts of a store.
 
     Raises:
-      InputError: the store cannot be read, or the settings ask for what its text does not allow.
+      InputError: the store cannot be read, the settings ask for what its text does not allow, or a rates file made
+        from others is in the way.
     """
     manifest, total_tokens = read_manifest(config.store), config.total_tokens
     if config.split not in manifest.splits:
-        raise InputError(f"{config.store}: no split {config.split!r}; there is {', '.join(sorted(manifest.splits))}")
+        raise InputError(f"{config.store}: no split {config.split!r}; available: {', '.join(sorted(manifest.splits))}")
     counts = {language: part.tokens for language, part in manifest.splits[config.split].items()}
     temperature = float(config.temperature)
+    made_from = {"program": "data_mixtures.baselines", "version": __version__, "config": {
+        "temperature": str(temperature), "max_epochs": config.max_epochs, "total_tokens": total_tokens,
+        "split": config.split}, "manifest_sha256": sha256(epath.Path(config.store) / MANIFEST)}
+    if is_current(config.output, read_record(config.output, "provenance"), made_from, overwrite=config.overwrite):
+        return
     if config.max_epochs is None:
         rates = temperature_rates(counts, temperature)
     else:
@@ -125,10 +134,7 @@ def write_baseline(config: BaselineConfig) -> None:
     more = {}
     if total_tokens is not None:
         more["epochs"] = {language: rate * total_tokens / counts[language] for language, rate in rates.items()}
-    settings = {"temperature": str(temperature), "max_epochs": config.max_epochs, "total_tokens": total_tokens,
-                "split": config.split}
-    save_rates(config.output, rates, {"program": "data_mixtures.baselines", "version": __version__, "config": settings,
-                                      "manifest_sha256": sha256(epath.Path(config.store) / MANIFEST)}, **more)
+    save_rates(config.output, rates, made_from, **more)
     for language, rate in sorted(rates.items(), key=lambda item: -item[1]):
         epochs = f"  {more['epochs'][language]:8.3f} epochs" if more else ""
         log(f"{language:<8} {rate:8.4%}  of {counts[language]:>12,} tokens{epochs}")

@@ -15,13 +15,14 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mlx_pretrain.artifacts import is_current
+from mlx_pretrain.artifacts import is_current, read_folder_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 
 VERSION = "1.0.0"
+_INFO, _METADATA = "dataset_info.json", "metadata.json"  # names that TFDS gives
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,6 +90,13 @@ class CorporaConfig:
     overwrite: bool = False
 
 
+def _damage(builder: TextCorpora) -> str | None:
+    """Returns the name of a file of the dataset that is missing, in words; None if all are there."""
+    paths = [epath.Path(builder.data_dir) / _INFO, *(
+        epath.Path(path) for split in builder.info.splits.values() for path in split.filepaths)]
+    return next((f"no {path.name}" for path in paths if not path.exists()), None)
+
+
 def prepare_corpora(config: CorporaConfig) -> None:
     """Writes all languages of a corpus as TensorFlow datasets; those made before from the same files are kept.
 
@@ -102,9 +110,11 @@ def prepare_corpora(config: CorporaConfig) -> None:
                                          file_format="tfrecord")
         builder = make_builder()
         folder = epath.Path(builder.data_dir)
+        recorded = read_folder_record(folder, _METADATA, key=None)
+        if is_current(folder, recorded, language_config.made_from, overwrite=config.overwrite,
+                      damage=functools.partial(_damage, builder)):
+            continue
         if folder.exists():
-            if is_current(folder, dict(builder.info.metadata), language_config.made_from, overwrite=config.overwrite):
-                continue
             folder.rmtree()
             builder = make_builder()
         builder.download_and_prepare()
@@ -119,9 +129,9 @@ def tfds_sources(data_dir: epath.PathLike) -> dict[str, seqio.DataSource]:
       data_dir: folder that `data_mixtures.corpora` wrote.
 
     Raises:
-      InputError: no dataset is there.
+      InputError: the folder holds no dataset.
     """
-    folders = sorted((epath.Path(data_dir) / TextCorpora.name).glob(f"*/{VERSION}/dataset_info.json"))
+    folders = sorted((epath.Path(data_dir) / TextCorpora.name).glob(f"*/{VERSION}/{_INFO}"))
     if not folders:
         raise InputError(f"{data_dir}: no {TextCorpora.name} datasets here; prepare them with data_mixtures.corpora")
     languages = [path.parent.parent.name for path in folders]

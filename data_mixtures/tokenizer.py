@@ -3,12 +3,11 @@
     python -m data_mixtures.tokenizer --gin_file=gin/mixtures/sample.gin --gin_file=gin/mixtures/prepare.gin
 
 The model is lossless: decode(encode(text)) == text for every text, whatever its script, spaces, tabs and line ends,
-because nothing is normalised and unknown characters fall back to their UTF-8 bytes. Two exceptions: U+2581 "▁", with
+because texts are not normalised and unknown characters fall back to their UTF-8 bytes. Two exceptions: U+2581 "▁", with
 which SentencePiece itself spells the space, is decoded as a space; lone surrogates are no text and cannot be encoded.
 """
 
 import dataclasses
-import hashlib
 import io
 import time
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,11 @@ from etils import epath
 
 from data_mixtures.baselines import capped_budgets, temperature_rates
 from mlx_pretrain import __version__
-from mlx_pretrain.artifacts import is_current, read_record, settings_of
+from mlx_pretrain.artifacts import is_current_file, settings_of, write_with_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import sha256, write_atomic, write_json
 from mlx_pretrain.parallel.cluster import log
 
 FORMAT = "mlx-tokenizer"
@@ -35,7 +33,7 @@ VERSION = 1
 def _sentences(corpus: Corpus, split: str, language: str, max_bytes: int) -> Iterator[tuple[str, int]]:
     """Yields the lines of a language's documents, cut to at most `max_bytes`, each with its length in bytes.
 
-    Line ends are a piece of their own in the vocabulary, so the sample needs none. SentencePiece refuses NUL.
+    Line ends have their own piece in the vocabulary, so the sample needs none. SentencePiece refuses NUL.
     """
     step = max(max_bytes // 4, 1)  # a character has up to 4 bytes
     for document in corpus.documents(split, language):
@@ -162,14 +160,7 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     del settings["corpus"]
     settings |= corpus.record_settings
     made_from = {"config": settings, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
-    recorded = None
-    if output.exists():
-        recorded = read_record(sidecar) if sidecar.exists() else {}
-
-    def damage() -> str | None:
-        return None if sha256(output) == recorded.get("sha256") else "not the file that its record describes"
-
-    if is_current(output, recorded, made_from, overwrite=config.overwrite, damage=damage):
+    if is_current_file(output, sidecar, made_from, overwrite=config.overwrite):
         return
     start = time.perf_counter()
     sentences, sampled = sample_sentences(corpus, split, config.max_bytes, config.temperature,
@@ -177,12 +168,9 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     log(f"training a {config.model_type} tokenizer of {config.vocab_size} pieces on "
         f"{sum(sampled.values()) / 1e6:.1f} MB of text in {len(sampled)} languages")
     model = train_model(sentences, settings)
-    record = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(model).hexdigest(), **made_from,
-              "sampled_bytes": sampled, "provenance": {"program": "data_mixtures.tokenizer", "version": __version__,
-                                                       "sentencepiece": sentencepiece.__version__}}
-    output.unlink(missing_ok=True)  # the record is written first, so that a model always has its own record
-    write_json(sidecar, record)
-    write_atomic(output, model)
+    record = {"format": FORMAT, "version": VERSION, **made_from, "sampled_bytes": sampled, "provenance": {
+        "program": "data_mixtures.tokenizer", "version": __version__, "sentencepiece": sentencepiece.__version__}}
+    write_with_record(output, model, sidecar, record)
     log(f"{output}: trained in {time.perf_counter() - start:.1f} s")
 
 

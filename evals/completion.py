@@ -98,7 +98,7 @@ def _read_lines(corpus: Corpus, languages: Sequence[str] | None) -> dict[str, Li
                 line.strip() for line in document.text.split("\n") if line.strip()]
     if missing := sorted(set(languages or ()) - set(lines)):
         raise InputError(
-            f"{corpus.location}: no documents in {', '.join(missing)}; there is {', '.join(sorted(lines))}")
+            f"{corpus.location}: no documents in {', '.join(missing)}; available: {', '.join(sorted(lines))}")
     return {language: lines[language] for language in by_family(languages or lines)}
 
 

@@ -24,6 +24,7 @@ one file.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from etils import epath
 
 from mlx_pretrain import __version__, gcs
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import move_folder
+from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
 _SHOWN = 4  # differences in a message
@@ -65,7 +66,14 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def as_json(value: Any) -> Any:
     """Returns a value as JSON has it once it was written and read: tuples are lists, keys and paths are strings."""
-    return json.loads(json.dumps(value, default=_to_json))
+    return json.loads(json.dumps(_with_plain_keys(value), default=lambda part: _with_plain_keys(_to_json(part))))
+
+
+def _with_plain_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {os.fspath(key) if isinstance(key, os.PathLike) else key: _with_plain_keys(part)
+                for key, part in value.items()}
+    return [_with_plain_keys(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _to_json(value: Any) -> Any:
@@ -115,6 +123,26 @@ def read_folder_record(output: epath.PathLike, marker: str, key: str | None = "p
 def _names(folder: epath.PathLike) -> set[str]:
     folder = epath.Path(folder)
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def is_current_file(path: epath.PathLike, record: epath.PathLike, made_from: Mapping[str, Any], *,
+                    overwrite: bool) -> bool:
+    """Returns `is_current` for a file that `write_with_record` writes, and whose record is the JSON file `record`."""
+    recorded = (read_record(record) or {}) if epath.Path(path).exists() else None
+
+    def damage() -> str | None:
+        return None if sha256(path) == recorded.get("sha256") else "not the file that its record describes"
+
+    return is_current(path, recorded, made_from, overwrite=overwrite, damage=damage)
+
+
+def write_with_record(
+    path: epath.PathLike, content: bytes, record: epath.PathLike, recorded: Mapping[str, Any]
+) -> None:
+    """Writes a file, and into the JSON file `record` what is recorded of it and its SHA-256."""
+    epath.Path(path).unlink(missing_ok=True)  # the record is written first, so that a file always has its own record
+    write_json(record, {**recorded, "sha256": hashlib.sha256(content).hexdigest()})
+    write_atomic(path, content)
 
 
 def is_current(
@@ -175,6 +203,41 @@ def _why_other(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> str
         return None
     more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     return f"exists, made with {', '.join(different[:_SHOWN])}{more}"
+
+
+def check_settings(
+    folder: epath.PathLike, name: str, settings: Mapping[str, Any], *, remedy: str, later: Collection[str] = (),
+    quiet: bool = True,
+) -> None:
+    """Checks that a folder that fills up over several runs belongs to these settings, neither fewer nor more.
+
+    Args:
+      folder: the folder.
+      name: name of the file in it that records its settings. A missing or damaged one is an error, as nothing else
+        says what the results belong to.
+      settings: the settings.
+      remedy: advice in the message about other settings.
+      later: settings that earlier versions did not record, taken for equal there.
+      quiet: does not log that the folder is kept.
+
+    Raises:
+      InputError: the folder belongs to other settings, which are named, or the file cannot be read.
+    """
+    settings = as_json(settings)
+    recorded = {key: settings[key] for key in later if key in settings} | read_settings(epath.Path(folder) / name)
+    is_current(folder, recorded, {**dict.fromkeys(recorded), **settings}, overwrite=False, remedy=remedy, quiet=quiet)
+
+
+def read_settings(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the settings in a JSON file.
+
+    Raises:
+      InputError: the file is missing, or holds no JSON object.
+    """
+    settings = read_json(path, "settings")
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: not a JSON object of settings")
+    return settings
 
 
 def differences(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[str]:

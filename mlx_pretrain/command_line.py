@@ -190,7 +190,7 @@ def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
     """
     shard = cluster.find_shard(flags.shard) if shards else None
     if shard is not None and flags.coordinator is not None:
-        raise InputError(f"--shard={flags.shard}: processes with a shard of their own do not join a job")
+        raise InputError(f"--shard={flags.shard}: a process with --shard does not join a job")
     cluster.take_shard(shard)
     if joins and shard is None:
         cluster.join(cluster.find(flags.coordinator, flags.processes, flags.process), flags.join_timeout)

@@ -1,6 +1,6 @@
 """Pretrains a decoder: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The same command starts and resumes a run: it goes on after the last checkpoint in the run's folder.
+The same command starts and resumes a run: it continues after the last checkpoint in the run's folder.
 """
 
 import collections

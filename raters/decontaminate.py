@@ -241,7 +241,7 @@ def main(config: DecontaminateConfig) -> None:
     A process with a shard writes the results of its files only.
 
     Raises:
-      InputError: files or settings are wrong, or another output is in the way; nothing is written then.
+      InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
     item_files = [path for pattern in config.items for path in match_files(pattern)]

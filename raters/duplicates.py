@@ -221,7 +221,7 @@ def main(config: DuplicatesConfig) -> None:
     """Finds exact and near duplicates, and writes a removal list and a report.
 
     Raises:
-      InputError: files or settings are wrong, or another output is in the way; nothing is written then.
+      InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
     scores = {} if config.scores is None else {

@@ -108,7 +108,7 @@ class Identifier:
         return self._group.get(language, language)
 
     def knows(self, code: str) -> bool:
-        """Returns whether it can identify this language at all. Raises InputError as `language_subtag` does."""
+        """Returns whether it can identify this language. Raises InputError as `language_subtag` does."""
         return self.group(code) in self._known
 
     def identify(self, text: str) -> tuple[str, float]:
@@ -229,7 +229,7 @@ def main(config: LanguagesConfig) -> None:
     A process with a shard writes the results of its files only.
 
     Raises:
-      InputError: files, declared languages or settings are wrong, or another output is in the way; nothing is
+      InputError: files, declared languages or settings are wrong, or the output has another origin; nothing is
         written then.
     """
     started = time.perf_counter()

@@ -154,7 +154,7 @@ class RaterTraining(RaterComputation, TrainModule):
     """Trains a quality model on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig):
-        """Reads and tokenizes the pairs; nothing is written yet.
+        """Reads and tokenizes the pairs without writing a file.
 
         Raises:
           InputError: pairs, tokenizer and encoder do not fit each other, or a file is damaged.

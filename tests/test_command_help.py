@@ -1,6 +1,7 @@
-"""`--help` of every command names all its parameters, each with a line of its own."""
+"""`--help` of every command describes all its parameters, whose names are unique over the five packages."""
 
 import ast
+import collections
 import importlib
 import pathlib
 import re
@@ -81,3 +82,15 @@ def test_a_value_of_a_wrong_type_names_the_parameter(command):
                         parse_gin([], [f"{parameter.name} = ['a', 1]"])
                 finally:
                     gin.clear_config()
+
+
+def test_no_two_configurables_share_a_name():
+    """`select.output` in a gin file is never ambiguous, whatever modules it imports."""
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    selectors = collections.defaultdict(set)
+    for selector, entry in gin.config._REGISTRY.items():
+        if selector.split(".")[0] in PACKAGES:
+            selectors[entry.name].add(selector)
+    assert len(selectors) > 60
+    assert {name: listed for name, listed in selectors.items() if len(listed) > 1} == {}

@@ -1,8 +1,8 @@
 """Decodes the videos of questions into a store of frames: `python -m video.decode --gin_file=gin/video/decode.gin`.
 
 Training reads frames thousands of times, so they are decoded once, by worker processes: M candidates of every video,
-resized, in a `video.frames.frame_store`. A video that cannot be decoded is noted there with the reason; a video with
-fewer than M frames repeats some of them, and is named in the output. A run that was killed goes on where it was.
+resized, in a `video.frames.frame_store`. A video that cannot be decoded is recorded with the reason; a video with
+fewer than M frames repeats some of them, and is named in the log. A killed run resumes where it stopped.
 """
 
 import dataclasses

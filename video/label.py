@@ -9,7 +9,7 @@ The results are two stores (`video.frames.row_store`):
     OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], its frames as the decoder reads
                     them, and their "times" float64 [M]
 
-so learning from them needs no Video-LLM. A run that was killed goes on with the first question without a row. Several
+so learning from them needs no Video-LLM. A killed run resumes at the first question without a row. Several
 processes are one mesh of all their devices, which share the frames of a video and a question's combinations.
 """
 

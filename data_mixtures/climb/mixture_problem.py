@@ -79,10 +79,10 @@ def reference_weights(
     Args:
       law: the fitted law.
       n_params, tokens: N and D of the planned run.
-      reference: language -> share of the reference mixture (natural counts, say), scaled to sum to 1; None: uniform.
+      reference: language -> share of the reference mixture (e.g. natural counts), scaled to sum to 1; None: uniform.
 
     Raises:
-      InputError: the reference names an unknown language or has nothing positive.
+      InputError: the reference names an unknown language or has no positive share.
     """
     ratios = shares("reference mixture", reference, law.languages)
     ratios = ratios / ratios.sum()

@@ -15,13 +15,14 @@ from etils import epath
 
 from data_mixtures.climb.proxy_plan import ProxyRun
 from data_mixtures.climb.proxy_table import LOSS, RATIO, proxy_runs, read_tables
-from mlx_pretrain.artifacts import is_current, read_record
+from mlx_pretrain.artifacts import check_settings
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
 SETTINGS = "settings.json"
 _LATER_SETTINGS = ("optimizer_settings",)  # not recorded by earlier versions
+_REMEDY = "choose another proxies.output"
 
 
 class ProxyFolder:
@@ -60,7 +61,7 @@ class ProxyFolder:
         runs = proxy_runs(self.path)  # checks every row
         if differ := set(runs.languages) ^ set(languages) or set(runs.targets) ^ set(targets):
             raise InputError(f"{self.path}: these runs were made with other languages "
-                             f"({', '.join(sorted(differ))}); choose another proxies.output")
+                             f"({', '.join(sorted(differ))}); {_REMEDY}")
         for file, line, row in read_tables(self.path)[1]:
             if not row.get("step", "").isdecimal():
                 raise InputError(f"{file}:{line}: no whole number under 'step', after which a run goes on")
@@ -68,10 +69,13 @@ class ProxyFolder:
             self._read.setdefault(row["run"], {})[int(row["step"])] = file, ratios
 
     def _check_settings(self) -> None:
-        _check_same(self.path, self.path / SETTINGS, self._settings)
+        check_settings(self.path, SETTINGS, self._settings, remedy=_REMEDY, later=_LATER_SETTINGS)
 
-    def _model_path(self, proxy: ProxyRun) -> epath.Path:
-        return self.path / f"model-{proxy.size}.json"
+    def _model_file(self, proxy: ProxyRun) -> str:
+        return f"model-{proxy.size}.json"
+
+    def _check_model(self, proxy: ProxyRun) -> None:
+        check_settings(self.path, self._model_file(proxy), proxy.model_settings, remedy=_REMEDY)
 
     def done_steps(self, proxy: ProxyRun) -> set[int]:
         """Returns the steps at which a run had been evaluated when the command began.
@@ -80,12 +84,12 @@ class ProxyFolder:
           InputError: a run of that name had another mixture or model.
         """
         steps = self._read.get(proxy.name, {})
-        if steps and self._model_path(proxy).exists():  # earlier versions did not record it
-            _check_same(self.path, self._model_path(proxy), proxy.model_settings)
+        if steps and (self.path / self._model_file(proxy)).exists():  # earlier versions did not record it
+            self._check_model(proxy)
         for step, (file, ratios) in steps.items():
             if not np.allclose(ratios, [proxy.rates.get(l, 0.0) for l in self._languages], atol=1e-6):
                 raise InputError(f"{file}: run {proxy.name!r} at step {step} had another mixture than the plan has; "
-                                 "choose another proxies.output")
+                                 f"{_REMEDY}")
         return set(steps)
 
     def _checkpoint_settings(self, pack: Sequence[ProxyRun]) -> dict[str, Any]:
@@ -105,7 +109,8 @@ class ProxyFolder:
           InputError: it has one.
         """
         if cluster.is_main() and (folder / SETTINGS).exists():
-            _check_same(folder, folder / SETTINGS, self._checkpoint_settings(pack))
+            check_settings(folder, SETTINGS, self._checkpoint_settings(pack), later=_LATER_SETTINGS,
+                           remedy=f"{_REMEDY}, or delete this checkpoint")
 
     def add(self, proxy: ProxyRun, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         """Adds one row, in place of an earlier one of the same run and step.
@@ -116,10 +121,10 @@ class ProxyFolder:
         if not cluster.is_main():
             return
         self._check_settings()
-        if self._model_path(proxy).exists():
-            _check_same(self.path, self._model_path(proxy), proxy.model_settings)
+        if (self.path / self._model_file(proxy)).exists():
+            self._check_model(proxy)
         else:
-            write_json(self._model_path(proxy), proxy.model_settings)
+            write_json(self.path / self._model_file(proxy), proxy.model_settings)
         values = [proxy.name, step, proxy.model.parameters(), tokens, f"{tokens * proxy.epochs_per_token:.4g}",
                   *(repr(float(proxy.rates.get(l, 0.0))) for l in self._languages), *(repr(x) for x in losses.values())]
         path = self.path / f"{proxy.name}.csv"
@@ -132,10 +137,3 @@ class ProxyFolder:
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: int(row["step"])))
         write_atomic(path, text.getvalue())
-
-
-def _check_same(output: epath.Path, path: epath.Path, settings: Mapping[str, Any]) -> None:
-    """Raises InputError, which names the differences, unless the file `path` records these settings of `output`."""
-    recorded = {name: settings[name] for name in _LATER_SETTINGS if name in settings} | (read_record(path) or {})
-    is_current(output, recorded, settings, overwrite=False, quiet=True,
-               remedy="name another output, or delete this one")

@@ -63,7 +63,7 @@ class ProxyRuns:
 
     @property
     def own_columns(self) -> np.ndarray:
-        """Int `[targets]`: the column of `ratios` with each target's own language; -1 where there is none."""
+        """Int `[targets]`: the column of `ratios` with each target's own language; -1 without one."""
         return np.array([self.languages.index(t) if t in self.languages else -1 for t in self.targets])
 
     @property
@@ -201,7 +201,7 @@ def read_tables(path: epath.PathLike) -> tuple[list[str], list[tuple[epath.Path,
       path: a file, a folder (every .csv in it), or a pattern of file names (proxies/mix-*.csv).
 
     Raises:
-      InputError: there is no such file, or the ratio and loss columns of two files differ.
+      InputError: the file is missing, or the ratio and loss columns of two files differ.
     """
     path = epath.Path(path)
     pattern = any(wildcard in path.name for wildcard in "*?[") and not path.exists()
@@ -317,7 +317,7 @@ def olmix_runs(
       n_params, tokens: N and D of every run, which the files do not hold.
 
     Raises:
-      InputError: see `make_runs`; a run stands in one of the files only, or twice.
+      InputError: see `make_runs`; a run is missing from one of the files or appears twice.
     """
     labels = ("name", "index", "")
     name = lambda column: None if column in labels else column  # noqa: E731
@@ -341,7 +341,7 @@ def regmix_runs(
       n_params, tokens: N and D of every run, which the files do not hold.
 
     Raises:
-      InputError: see `make_runs`; an index stands in one of the files only, or twice.
+      InputError: see `make_runs`; an index is missing from one of the files or appears twice.
     """
     return _joined(
         mixtures,

@@ -78,7 +78,7 @@ class CrossValidation:
     Attributes:
       predicted: float64 `[rows, targets]`, prediction of each row by the law fitted without that row's run; nan where
         it is not judged: the run has none of the target's language (laws without transfer have no prediction there), or
-        has some of a language that no run of the fit has (nothing tells the law what its text is worth).
+        has some of a language that no run of the fit has (so the law cannot know the worth of its text).
       scores: scores of all these predictions together.
       seconds: time of all folds.
       notes: rows and targets that could not be judged.

@@ -104,7 +104,7 @@ def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: b
     """Returns a table that was made from the same; None where it is missing or to be replaced.
 
     Raises:
-      InputError: the table was made from something else, or the file is not such a table, without `overwrite`.
+      InputError: the table was made from other inputs, or the file is not such a table, without `overwrite`.
     """
     if not path.exists():
         return None
@@ -112,7 +112,8 @@ def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: b
         table, recorded = _read(path)
     except InputError:
         table, recorded = None, {}
-    return table if artifacts.is_current(path, recorded, made_from, overwrite=overwrite, quiet=True) else None
+    compared = {**dict.fromkeys(recorded), **made_from}  # nothing else is recorded
+    return table if artifacts.is_current(path, recorded, compared, overwrite=overwrite, quiet=True) else None
 
 
 def _read(path: epath.Path) -> tuple[pa.Table, dict[str, Any]]:

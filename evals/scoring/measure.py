@@ -35,7 +35,7 @@ class _Job:
       task, language: name the job.
       path: file of its table.
       made_from: settings, model and digests of items and examples, kept in the file.
-      items, examples: what is asked, and the solved examples before it.
+      items, examples: the questions, and the solved examples before each.
     """
 
     task: Task
@@ -69,10 +69,10 @@ def measure(
       aligned: items by task.
       examples: solved examples by task and language.
       settings: settings that change the tables; with "template", answers are generated.
-      overwrite: replaces tables that were made from something else.
+      overwrite: replaces tables that were made from other inputs.
 
     Raises:
-      InputError: a table was made from something else, or an option is longer than the model.
+      InputError: a table was made from other inputs, or an option is longer than the model.
     """
     generates = "template" in settings
     tables: dict[Task, dict[str, pa.Table]] = {task: {} for task in aligned}

@@ -27,7 +27,7 @@ _MEGASCALE = {
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
 }  # fmt: skip
 
-# Custom calls by which the compiler marks or allocates, and which compute nothing.
+# Custom calls that only mark or allocate.
 _MARKERS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
     "LayoutConstraint", "MoveToDevice", "MoveToHost", "SPMDFullToShardShape", "SPMDShardToFullShape", "Sharding",
@@ -75,7 +75,7 @@ class Collective:
         return self.operand_bytes * others // self.group_size
 
     def crosses(self, slice_of: Sequence[int]) -> bool:
-        """Tells if it exchanges data between slices; slice_of[i] is the slice of `mesh.devices.flat[i]`."""
+        """Returns whether it exchanges data between slices; slice_of[i] is the slice of `mesh.devices.flat[i]`."""
         return any(len({slice_of[partition] for partition in group}) > 1 for group in self.groups)
 
 

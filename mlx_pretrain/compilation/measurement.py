@@ -119,7 +119,7 @@ def memory_limit(topology: Topology) -> int:
 
 
 def measure(program, topology: Topology) -> Measurement:
-    """Compiles a `programs.Program` for the devices of a topology and counts what it takes."""
+    """Compiles a `programs.Program` for the devices of a topology and measures its memory, work and time."""
     start, limit, arguments = time.perf_counter(), memory_limit(topology), program.argument_bytes()
     lowered = program.lower()
     try:
@@ -136,7 +136,7 @@ def measure(program, topology: Topology) -> Measurement:
     counts = read_program(compiled.as_text())
     flops = counts.flops + sum(_flops(call) * call.times for call in counts.custom_calls)
     opaque = opaque_kernels(counts)
-    # Without them the program would seem to do less than the model asks for.
+    # Without them the FLOPs would be fewer than the model's.
     compute = max(flops, program.model_flops / program.mesh.size) if opaque else flops
     devices = list(program.mesh.devices.flat)
     return Measurement(
@@ -161,7 +161,7 @@ def opaque_kernels(counts: Program) -> dict[str, int]:
 def _peak(stats) -> int:
     peak = getattr(stats, "peak_memory_in_bytes", 0)
     total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # XLA's CUDA compiler does not tell the peak; its temporaries are one allocation of the size needed.
+    # XLA's CUDA compiler does not report the peak; its temporaries are one allocation of the size needed.
     return peak or total + stats.temp_size_in_bytes
 
 
@@ -223,6 +223,6 @@ def _directions(collective: Collective, topology: Topology, devices: Sequence[ja
 
 
 def needed_bytes(refusal: str) -> int | None:
-    """Returns the bytes that the compiler needs, as a `Measurement.refusal` says; None if it does not say."""
+    """Returns the bytes needed according to a `Measurement.refusal`; None where it names none."""
     match = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", refusal)
     return match and int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2])))

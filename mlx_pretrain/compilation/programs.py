@@ -95,7 +95,7 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
 
 
 def is_bound(parameter: str) -> bool:
-    """Tells if the gin files read so far set a parameter such as "train.steps"."""
+    """Returns whether the gin files read so far set a parameter such as "train.steps"."""
     try:
         gin.query_parameter(parameter)
     except ValueError:

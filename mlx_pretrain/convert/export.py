@@ -55,11 +55,11 @@ def export_model(config: ExportConfig) -> None:
     the chat templates of a Hugging Face tokenizer.
 
     Raises:
-      InputError: there is no model, or `output` holds something.
+      InputError: `model` holds no model, or `output` is not empty.
     """
     output = epath.Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: there is something already; export_model.output must be a new folder")
+        raise InputError(f"{output}: exists already; export_model.output must be a new folder")
     model = load_language_model(config.model, step=config.step, weights=config.weights)
     with new_folder(output, CONFIG) as folder:
         _write(folder, model, config.dtype)

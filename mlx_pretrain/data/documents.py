@@ -285,7 +285,7 @@ def _parquet_rows(
             table = pa.parquet.ParquetFile(file)
             schema = table.schema_arrow
             if keys.text not in schema.names:
-                raise InputError(f'{path}: no column "{keys.text}"; there is {", ".join(schema.names)} '
+                raise InputError(f'{path}: no column "{keys.text}"; available: {", ".join(schema.names)} '
                                  "(Corpus.text_key names the one with the text)")
             columns = schema.names if extra is None else [
                 name for name in dict.fromkeys((*keys.all, *extra)) if name in schema.names]
@@ -353,7 +353,7 @@ def _document(
     text, document_id, source = record.get(keys.text), record.get(keys.id), record.get(keys.source)
     if not isinstance(text, str):
         others = [field for field, value in record.items() if isinstance(value, str)]
-        hint = f"; there is {', '.join(others[:5])} (Corpus.text_key names the one with the text)" if others else ""
+        hint = f"; available: {', '.join(others[:5])} (Corpus.text_key names the one with the text)" if others else ""
         raise InputError(f'{where}: no "{keys.text}" string in this record{hint}')
     language_key, language = next(((key, record[key]) for key in keys.languages
                                    if record.get(key) not in (None, "")), ("", language))

@@ -41,7 +41,7 @@ _STYLE = {
 _FONTS = "font-family: 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 # Characters that HTML, XML or UTF-8 cannot hold; a model writing bytes makes some.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-# In CSS pixels. Two figures stand side by side on a wide page, one fits a phone.
+# In CSS pixels. A wide page has two figures side by side, a phone one.
 FIGURE_WIDTH, PAGE_WIDTH = 400, 936
 
 

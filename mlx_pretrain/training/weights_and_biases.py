@@ -1,4 +1,4 @@
-"""Weights & Biases as a sink of metrics: `train.sinks = [@WeightsAndBiases]`; needs the package `wandb`.
+"""Weights & Biases as a sink of metrics: gin/runs/weights_and_biases.gin; needs the package `wandb`.
 
     RUN/wandb.json   id of the Weights & Biases run, with which a restart goes on
     RUN/wandb/       its files, unless RUN is on gs://; those of mode "offline" are uploaded by
@@ -23,6 +23,7 @@ _ID = "wandb.json"
 class WeightsAndBiases:
     """Sends metrics to Weights & Biases, with the names that TensorBoard shows: `train/loss`, `eval/loss/en`.
 
+        import mlx_pretrain.training.weights_and_biases
         train.sinks = [@WeightsAndBiases]
         WeightsAndBiases.project = 'pretraining'
         WeightsAndBiases.mode = 'offline'

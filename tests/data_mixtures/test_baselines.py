@@ -90,3 +90,19 @@ def test_rates_files_come_from_the_store(store_path, tmp_path):
     write_baseline(BaselineConfig(store_path, tmp_path / "unimax.json", "inf", max_epochs=1.5, total_tokens=budget))
     assert load_rates(tmp_path / "unimax.json") == pytest.approx(unimax_of_the_paper(tokens, budget, 1.5))
     assert max(read_json(tmp_path / "unimax.json")["epochs"].values()) == pytest.approx(1.5)
+
+
+def test_rates_are_kept_refused_or_replaced(store_path, tmp_path, capsys):
+    path = tmp_path / "rates.json"
+    for _ in range(2):
+        write_baseline(BaselineConfig(store_path, path))
+    assert f"{path}: made before from the same inputs and settings, kept" in capsys.readouterr().err
+    natural = path.read_bytes()
+    with pytest.raises(InputError, match=r'config temperature = "1.0" \(now "inf"\); set overwrite=True to replace it'):
+        write_baseline(BaselineConfig(store_path, path, "inf"))
+    assert path.read_bytes() == natural
+    write_baseline(BaselineConfig(store_path, path, "inf", overwrite=True))
+    assert path.read_bytes() != natural
+    path.write_text('{"format": "mlx-rates", "version": 1, "rates": {"en": 1}}')  # written by hand
+    with pytest.raises(InputError, match=r"has no record of what it was made from; set overwrite=True"):
+        write_baseline(BaselineConfig(store_path, path, "inf"))

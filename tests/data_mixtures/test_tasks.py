@@ -178,6 +178,19 @@ def test_datasets_are_kept_unless_the_files_changed(tmp_path, capsys, write_corp
     corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
     corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
     assert "kept" in capsys.readouterr().err
+    folder = tmp_path / "tfds/text_corpora/en/1.0.0"
+    for name in ("dataset_info.json", next(folder.glob("*train.tfrecord*")).name):
+        (folder / name).unlink()
+        corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
+        assert f"{folder}: damaged (no {name}), made again" in capsys.readouterr().err
+        assert (folder / name).exists()
+    (folder / "metadata.json").unlink()
+    with pytest.raises(InputError, match=r"1\.0\.0: has no record of what it was made from; set overwrite=True"):
+        corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    corpora.prepare_corpora(corpora.CorporaConfig(corpus, tmp_path / "tfds"))
+    assert (folder / "dataset_info.json").exists()
     shutil.rmtree(tmp_path / "corpus")
     other = Corpus(write_corpus(tmp_path / "corpus", {"en": 5}))
     with pytest.raises(InputError, match=r"set overwrite=True"):

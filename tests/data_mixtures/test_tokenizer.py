@@ -1,5 +1,6 @@
 """Tokenizer training: lossless, deterministic, balanced over languages, never half-written."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -141,15 +142,16 @@ def test_a_damaged_tokenizer_is_made_again_and_one_without_a_record_is_left(tmp_
     config = TokenizerConfig(Corpus(write_corpus(tmp_path, {"en": 12})), path, 300)
     train_tokenizer(config)
     model, record = path.read_bytes(), path.with_suffix(".json").read_bytes()
-    for damaged in (path, path.with_suffix(".json")):
-        damaged.write_bytes(damaged.read_bytes()[:-5])
-        capsys.readouterr()
-        train_tokenizer(config)
-        assert f"{damaged}: damaged (" in capsys.readouterr().err
+    path.write_bytes(model[:-5])
+    capsys.readouterr()
+    train_tokenizer(config)
+    assert f"{path}: damaged (" in capsys.readouterr().err
+    for damage in (lambda path: path.write_bytes(record[:-5]), lambda path: path.unlink()):
         assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == (model, record)
-    path.with_suffix(".json").unlink()
-    with pytest.raises(InputError, match="no config, no inputs"):
-        train_tokenizer(config)
+        damage(path.with_suffix(".json"))
+        with pytest.raises(InputError, match=r"tokenizer\.model: has no record of what it was made from; set"):
+            train_tokenizer(config)
+        train_tokenizer(dataclasses.replace(config, overwrite=True))
 
 
 def test_a_vocabulary_the_text_cannot_fill_is_one_clear_line(corpus, tmp_path):

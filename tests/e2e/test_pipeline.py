@@ -17,7 +17,7 @@ from tests.e2e.conftest import REPOSITORY, lines, run
 
 LANGUAGES = ["ar", "el", "hi"]
 
-# What a user would write, with the repository's files included by their names there.
+# A user's gin file, which includes the repository's files by their names there.
 OWN_GIN = f"""
 DOCUMENTS = '{REPOSITORY}/samples/text'
 TOKENIZER = 'own/tokenizer.model'
@@ -105,7 +105,7 @@ def test_tasks_give_the_same_figures_while_it_trains_afterwards_and_exported(fol
     np.testing.assert_allclose(found["run"]["log_likelihood"], found["exported"]["log_likelihood"], atol=1e-4)
     assert found["run"]["tokens"] == found["exported"]["tokens"]
     again = run(*export, folder=folder)
-    assert again.code == 1 and "there is something already" in again.err
+    assert again.code == 1 and "exists already" in again.err
 
 
 def test_generates_and_reports(folder):

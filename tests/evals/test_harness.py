@@ -1,4 +1,4 @@
-"""Our decoders as lm-evaluation-harness sees a model: its settings, and what it may not ask for."""
+"""Our decoders behind lm-evaluation-harness's interface: its settings, and requests that are refused."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from mlx_pretrain.models.decoder import DecoderConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A LLaMA with random weights that knows bytes."""
+    """A LLaMA with random weights and a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE({"<|end|>": 0} | {x: i for i, x in enumerate(alphabet, 1)}, []))

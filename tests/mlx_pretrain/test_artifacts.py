@@ -1,4 +1,4 @@
-"""Outputs are kept, made again or refused by what is recorded of them."""
+"""Outputs are kept, made again or refused by their records."""
 
 import dataclasses
 import json
@@ -70,6 +70,11 @@ def test_settings_may_hold_dataclasses_paths_and_what_has_settings():
 
     assert provenance("x", Outer(Nested(epath.Path("a/b"), Corpus())), {})["settings"] == {
         "nested": {"path": "a/b", "corpus": {"text_unit": "line"}}}
+    path = epath.Path("gs://bucket/a")
+    assert provenance("x", {"exclude": [path]}, {path: "1", "nested": ({path: Nested({path: 1}, Corpus())},)}) == {
+        "program": "x", "version": __version__, "settings": {"exclude": ["gs://bucket/a"]}, "inputs": {
+            "gs://bucket/a": "1",
+            "nested": [{"gs://bucket/a": {"path": {"gs://bucket/a": 1}, "corpus": {"text_unit": "line"}}}]}}
 
 
 def test_an_absent_output_is_made_and_the_same_is_kept(output, capsys):
@@ -184,7 +189,7 @@ def test_an_error_leaves_the_former_output_alone(output):
 
 @pytest.mark.parametrize("looks", [True, False])
 def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, looks):
-    """The former folder is out of the way, the new one not in its place; then another run fails."""
+    """The former folder was renamed, and the new one not yet; then another run fails."""
     output = epath.Path(tmp_path) / "out"
     make(output, made_from(output))
     output.rename(tmp_path / ".out.former")

@@ -1,4 +1,4 @@
-"""Bulk scoring: each document's score is its own, whatever it is batched, read or scored with."""
+"""Bulk scoring: a document's score does not depend on the batch, the reading or the other documents."""
 
 import concurrent.futures
 import gzip
@@ -274,7 +274,7 @@ def test_a_document_has_the_language_of_its_record_else_of_its_path(tmp_path):
     assert languages_of(tmp_path / "out/de.jsonl.scores.parquet") == ["de", "sv"]
     assert languages_of(tmp_path / "out/fi/part-0.jsonl.scores.parquet") == ["fi"]
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["und"]
-    # Where the pattern tells another language of a file, the file is scored again.
+    # A file to whose path the pattern gives another language is scored again.
     summary = run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="{language}/*.jsonl")
     assert (summary["scored"], summary["skipped"]) == (1, 1)
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]

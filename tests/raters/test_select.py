@@ -1,4 +1,4 @@
-"""The selection as a command: what it writes can be read at once, is whole or absent, and says what it left out."""
+"""The selection as a command: its output can be read at once, is whole or absent, and counts what it left out."""
 
 import dataclasses
 import datetime

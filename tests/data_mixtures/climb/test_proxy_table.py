@@ -35,7 +35,7 @@ def test_our_layout(write):
 
 @pytest.mark.parametrize("where", ["", "*.csv", "[ab].csv"])
 def test_many_files_are_one_table(write, tmp_path, where):
-    """Columns in any order; .json files, hidden ones and folders beside them are none."""
+    """Columns may be in any order; .json files, hidden files and folders beside the tables are ignored."""
     header, *rows = OURS.splitlines()
     write("a.csv", "\n".join([header, *rows[:2]]))
     write("b.csv", "run,n_params,epochs,tokens,ratio/sv,ratio/fi,loss/fi,loss/sv\nb,1000,2,5000,0.0,1.0,3.1,5.5\n")
@@ -114,7 +114,7 @@ def test_an_empty_or_missing_table(write, tmp_path):
 
 @pytest.mark.parametrize("row, column, loss", [(2, 0, 11000.0), (2, 1, 40.0), (9, 1, 0.01)])
 def test_rows_far_outside_the_others_are_named(row, column, loss):
-    """A foreign loss of 9 beside 3 is no outlier; ten runs, the last two of one language each."""
+    """A foreign loss of 9 next to 3 is no outlier; ten runs, the last two of one language each."""
     rng = np.random.default_rng(0)
     ratios = np.concatenate([rng.dirichlet([5, 5], 8), np.eye(2)])
     losses = 3 * (ratios + 1e-3) ** -0.15

@@ -85,7 +85,7 @@ class Sealed(FittedLaw):
 
 
 class Watched(Sealed):
-    """Keeps the mixtures that were asked for."""
+    """A law that records the mixtures it is evaluated at."""
 
     def __init__(self, law: Synthetic):
         super().__init__(law)
@@ -97,7 +97,7 @@ class Watched(Sealed):
 
 
 class Mixing(Tree, FittedLaw):
-    """`c + exp(t . r)`: three languages, two targets that are none of them."""
+    """`c + exp(t . r)`: three languages, and two targets that are not languages."""
 
     languages, targets = ("en", "fi", "sw"), ("web", "books")
 

@@ -29,10 +29,12 @@ def test_a_table_from_the_same_is_kept(path):
 @pytest.mark.parametrize("change, message", [
     ({"few_shot": 5}, r"few_shot = 2 \(now 5\); set overwrite=True"),
     ({"fingerprint": "1" * 64}, "other fingerprint"),
+    ({"few_shot": None}, r"few_shot = 2 \(now null\)"),
 ])
 def test_a_table_from_something_else_is_refused(path, change, message):
     with pytest.raises(InputError, match=rf"en\.parquet: exists, made with {message}"):
-        load_current(path, MADE_FROM | change, overwrite=False)
+        made_from = {key: value for key, value in (MADE_FROM | change).items() if value is not None}
+        load_current(path, made_from, overwrite=False)
     assert load_current(path, MADE_FROM | change, overwrite=True) is None
 
 

@@ -47,7 +47,7 @@ def test_the_owner_is_named_and_gives_the_folder_back(tmp_path):
     [
         {"renewed": 0.0},  # run out
         {"host": socket.gethostname(), "pid": 2**22 + 1},  # no such process
-        {"host": socket.gethostname(), "pid": os.getpid()},  # the number of a process that is gone, used again
+        {"host": socket.gethostname(), "pid": os.getpid()},  # the number of an ended process, used again
     ],
 )
 def test_a_lease_that_has_run_out_is_taken_over(tmp_path, capsys, changes):

@@ -72,6 +72,11 @@ def test_offline_files_of_a_run_on_gs_are_refused():
 
 
 def test_wandb_is_imported_on_request_alone():
-    code = ("import sys, mlx_pretrain.train, mlx_pretrain.training.weights_and_biases\n"
-            "assert 'wandb' not in sys.modules")
+    code = ("import sys, gin, mlx_pretrain.train\n"
+            "assert 'mlx_pretrain.training.weights_and_biases' not in sys.modules\n"
+            "from mlx_pretrain.configuration.gin_files import parse_gin\n"
+            "parse_gin(['gin/runs/weights_and_biases.gin'], ['WeightsAndBiases.mode = \"offline\"'])\n"
+            "sinks = gin.query_parameter('train.sinks')\n"
+            "assert [sink.configurable.name for sink in sinks] == ['WeightsAndBiases']\n"
+            "assert 'mlx_pretrain.training.weights_and_biases' in sys.modules and 'wandb' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Stores that are filled row by row, and go on after a kill."""
+"""Stores that are filled row by row, and resume after a kill."""
 
 import json
 
@@ -44,6 +44,20 @@ def test_other_settings_or_items_are_refused(tmp_path):
         writer(tmp_path, {"seed": 2})
     with pytest.raises(InputError, match=r"made with items = 3 \(now 4\)"):
         writer(tmp_path, items=4)
+
+
+def test_settings_that_were_more_or_are_no_object_are_refused(tmp_path):
+    writer(tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "crop": True}))
+    with pytest.raises(InputError, match=r"exists, made with crop = true \(now null\)"):
+        writer(tmp_path)
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(InputError, match=r"settings\.json: not a JSON object of settings"):
+        writer(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"settings\.json: not a JSON object of settings"):
+        RowStore(tmp_path, "tests")
 
 
 def test_another_type_or_a_damaged_store_is_refused(tmp_path):
