@@ -1,4 +1,4 @@
-"""Climb on real text: does its law predict mixtures it has not seen, and does its mixture train the better model?
+"""Tests Climb on real text: predictions of its law for unseen mixtures, and models trained on its mixture.
 
     python benchmarks/climb_corpus.py --corpus DIR [--work runs/climb_corpus] [--quick]
 
@@ -14,7 +14,7 @@ and used from D/4 on: before that they are still learning how frequent each toke
    seeds, and judged by the held-out loss averaged with the same weights. The laws' predictions of those runs are their
    extrapolation to 4 D.
 
-Every stage is a command of its own and goes on where it was.
+Every stage is a separate command and resumes where it stopped.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def command(module: str, gin_file: pathlib.Path | None = None, **bindings) -> No
 
 
 def in_held_out(key: str, share: int) -> bool:
-    """Tells if a document is held out, one in `share` of all; its translations are held out with it."""
+    """Returns whether a document is held out, one in `share` of all; its translations are held out with it."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % share == 0
 
 
@@ -160,7 +160,7 @@ def judge_methods(final: ProxyRuns, weights: dict[str, float], ours: str) -> dic
 
 
 def joined(tables: list[ProxyRuns]) -> ProxyRuns:
-    """One table of all rows; a run that stands in several is taken once."""
+    """One table of all rows; a run that is in several is taken once."""
     first = tables[0]
     columns = {name: np.concatenate([getattr(table, name) for table in tables])
                for name in ("run", "n_params", "tokens", "ratios", "losses")}

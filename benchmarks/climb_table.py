@@ -51,7 +51,7 @@ def measure(name: str, train: ProxyRuns, test: ProxyRuns, runs: int, seeds: int)
             print(f"  {name}: {note}", file=sys.stderr)
         results.append({**scores(test.losses, fitted.predict(test)).mean, "seconds": seconds})
     mean = {key: float(np.mean([result[key] for result in results])) for key in ("spearman", "mae", "r2", "seconds")}
-    # JSON knows no nan: a law that predicts the same for every mixture has no rank correlation.
+    # JSON has no NaN: a law that predicts the same for every mixture has no rank correlation.
     return {"runs": runs, **{key: round(value, 4) if np.isfinite(value) else None for key, value in mean.items()}}
 
 

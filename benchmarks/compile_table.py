@@ -3,8 +3,8 @@
     python benchmarks/compile_table.py [--quick] [--output docs/compile_table.md]
 
 Needs libtpu and, for H100, JAX's CUDA plugin (docs/compile.md); no accelerator. The batch is the paper's, 3072
-sequences of 4096 tokens (MuBench, arXiv 2506.19468, table 10). Each target is compiled in a process of its own, one
-after the other, by `python -m mlx_pretrain.compile`; its numbers are kept in --work, so that the same command goes on
+sequences of 4096 tokens (MuBench, arXiv 2506.19468, table 10). Each target is compiled in a separate process, one
+after the other, by `python -m mlx_pretrain.compile`; its numbers are kept in --work, so that the same command resumes
 after an interruption, and are compiled anew with --fresh. The table is written after every target.
 
 `--quick` compiles one target, with half the compiler's effort (JAX_OPTIMIZATION_LEVEL=O0): memory and
@@ -86,7 +86,7 @@ def compile_target(target: Target, quick: bool) -> dict:
 
 
 def row(target: Target, report: dict) -> str:
-    """A line of the table."""
+    """Returns a line of the table."""
     cells = [target.topology, f"{target.data}, {target.fsdp}, {target.tensor}", target.microbatches]
     if "error" in report:
         return _line([*cells, report["error"]])

@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def make_items(count: int, seed: int) -> list[dict]:
-    """Four-way cloze: 15 to 60 words of a document, and which of four pieces of 3 to 12 words goes on."""
+    """Four-way cloze: 15 to 60 words of a document, and four pieces of 3 to 12 words, one of which follows."""
     from mlx_pretrain.data.documents import read_documents
 
     texts = [document.text.split() for document in read_documents(ROOT / "samples/text/train/en.jsonl.xz")]

@@ -4,7 +4,7 @@ The shape: embedding 256, 4 layers, 4 heads of 64, SwiGLU 1024, vocabulary 8192,
 8,390,912 parameters and 4096 tokens a step, on one CPU device. `remat_policy=none packing=false` is the fastest of
 MaxText's own settings here; its other settings are its defaults (AdamW, gradient clipping at 1, float32 parameters).
 
-MaxText pins other versions than this project, so it lives in an environment of its own. Made so (Python 3.12, 2 GB):
+MaxText pins other versions than this project, so it needs a separate environment (Python 3.12, 2 GB):
 
     python3.12 -m venv maxtext-env
     maxtext-env/bin/pip install uv
@@ -27,7 +27,7 @@ from typing import Any
 from mlx_pretrain.errors import InputError
 
 TOKENS_PER_STEP = 8 * 512
-# The first steps' lines come from asynchronous dispatch and warm-up and say nothing about the steady state.
+# The first steps' lines come from asynchronous dispatch and warm-up, not from the steady state.
 _UNSTEADY_STEPS = 6
 
 _SETTINGS = (
@@ -63,7 +63,7 @@ def run(python: str, scratch: str, steps: int = 20, dtype: str = "bfloat16") -> 
       python: the interpreter of MaxText's environment (see above).
       scratch: an existing folder; MaxText works in it, and its output is kept there as maxtext-DTYPE.log.
       steps: training steps, at least 8; the first 6 are not timed.
-      dtype: of activations and matrix products, "bfloat16" or "float32".
+      dtype: data type of activations and matrix products, "bfloat16" or "float32".
 
     Returns:
       "tokens_per_s": of the median interval between steps; "seconds": those intervals; "cpu_s_per_step": CPU seconds of
@@ -124,7 +124,7 @@ def _base_configuration(python: str, environment: dict[str, str]) -> str:
         found = subprocess.run([python, "-c", find], env=environment, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise InputError(
-            f"{python}: not an interpreter with MaxText; benchmarks/maxtext_peer.py tells how to make its environment"
+            f"{python}: not an interpreter with MaxText; benchmarks/maxtext_peer.py describes its environment"
         ) from None
     return os.path.join(found.stdout.strip(), "configs", "base.yml")
 

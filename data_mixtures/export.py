@@ -101,7 +101,7 @@ class PartRecords:
     """
 
     def __init__(self, store: epath.Path, corpus: Corpus, settings: Mapping[str, Any]):
-        """Reads nothing yet; all parts depend on `settings` besides the documents."""
+        """Stores the settings, on which all parts depend in addition to their documents."""
         self._store, self._corpus, self._settings = store, corpus, settings
 
     def add(self, split: str, language: str, hashes: Mapping[str, str], files: list[list], part: Part) -> None:
@@ -201,7 +201,7 @@ class ExportConfig:
 def export_tokens(config: ExportConfig) -> None:
     """Exports all splits and languages of a corpus to a token store, or this process's share of them.
 
-    A whole store made before from the same files and settings is kept; an export that was interrupted goes on with the
+    A whole store made before from the same files and settings is kept; an interrupted export resumes with the
     parts that are not whole.
 
     Raises:
@@ -214,7 +214,7 @@ def export_tokens(config: ExportConfig) -> None:
     # The largest first, dealt out in turn.
     own_parts = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()
-    settings = {"program": "data_mixtures.export", "version": __version__, **corpus.settings}
+    settings = {"program": "data_mixtures.export", "version": __version__, **corpus.record_settings}
     # All documents are hashed where a store is in the way, those of this process's parts otherwise.
     exists = (store / token_store.MANIFEST).exists()
     hashes = {part: corpus.hashes(*part) for part in (parts if exists else own_parts)}
@@ -242,7 +242,7 @@ def export_tokens(config: ExportConfig) -> None:
         if (store / token_store.MANIFEST).exists():
             cluster.log(f"{store}: completed by another process")
             return
-        cluster.log(f"{store}: {len(whole)} of {len(parts)} parts are there; the process with the last one completes "
+        cluster.log(f"{store}: {len(whole)} of {len(parts)} parts are complete; the process of the last one completes "
                     "the store")
         return
     _complete(store, model, _with_inputs(planned, settings, {part: record["hashes"] for part, record in whole.items()}),

@@ -30,7 +30,7 @@ from mlx_pretrain.errors import InputError
 
 # Accelerators belong to JAX; TensorFlow would take their memory.
 tf.config.set_visible_devices([], "GPU")
-# SeqIO warns that a restart repeats data; here it goes on from the iterator's checkpoint.
+# SeqIO warns that a restart repeats data; here the iterator's checkpoint continues.
 logging.get_absl_logger().addFilter(lambda record: "uncached FunctionDataset" not in record.getMessage())
 
 _DOCUMENTS_PER_BLOCK = 16
@@ -84,7 +84,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 
 class _BlockReader:
-    """Reads blocks of a file's documents by number; reads the file only once when they are asked for in order."""
+    """Reads blocks of a file's documents by number; reads the file only once when they are read in order."""
 
     def __init__(self, corpus: Corpus):
         self._corpus = corpus
@@ -249,7 +249,7 @@ def register_mixture(name: str, tasks: Mapping[str, str], rates: Mapping[str, fl
       InputError: a language of `rates` has no task.
     """
     if unknown := sorted(set(rates) - set(tasks)):
-        raise InputError(f"mixture {name}: no task for {', '.join(unknown)}; there is {', '.join(sorted(tasks))}")
+        raise InputError(f"mixture {name}: no task for {', '.join(unknown)}; available: {', '.join(sorted(tasks))}")
     names = [tasks[language] for language in rates]
     positions = [sorted(names).index(task) for task in names]
     seqio.MixtureRegistry.remove(name)
@@ -292,7 +292,7 @@ class MixtureBatches:
         """Restores a saved position, so that the next batch is the one that followed `save`.
 
         Raises:
-          InputError: no position is saved there.
+          InputError: the file holds no position.
         """
         try:
             tf.train.Checkpoint(iterator=self._iterator).read(str(path)).assert_consumed()

@@ -3,7 +3,7 @@
     python -m data_mixtures.tokenizer --gin_file=gin/mixtures/sample.gin --gin_file=gin/mixtures/prepare.gin
 
 The model is lossless: decode(encode(text)) == text for every text, whatever its script, spaces, tabs and line ends,
-because nothing is normalised and unknown characters fall back to their UTF-8 bytes. Two exceptions: U+2581 "▁", with
+because texts are not normalised and unknown characters fall back to their UTF-8 bytes. Two exceptions: U+2581 "▁", with
 which SentencePiece itself spells the space, is decoded as a space; lone surrogates are no text and cannot be encoded.
 """
 
@@ -33,7 +33,7 @@ VERSION = 1
 def _sentences(corpus: Corpus, split: str, language: str, max_bytes: int) -> Iterator[tuple[str, int]]:
     """Yields the lines of a language's documents, cut to at most `max_bytes`, each with its length in bytes.
 
-    Line ends are a piece of their own in the vocabulary, so the sample needs none. SentencePiece refuses NUL.
+    Line ends have their own piece in the vocabulary, so the sample needs none. SentencePiece refuses NUL.
     """
     step = max(max_bytes // 4, 1)  # a character has up to 4 bytes
     for document in corpus.documents(split, language):
@@ -157,7 +157,8 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     corpus, output, split = config.corpus, epath.Path(config.output), config.split
     sidecar = output.with_suffix(".json")
     settings = settings_of(config)
-    settings |= settings.pop("corpus")
+    del settings["corpus"]
+    settings |= corpus.record_settings
     made_from = {"config": settings, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
     if is_current_file(output, sidecar, made_from, overwrite=config.overwrite):
         return

@@ -25,6 +25,7 @@ from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.cluster import log
 
 TASK = Task("BMLAMADataset", "lighteval")
 MASK = "<mask>"
@@ -55,13 +56,13 @@ def main(config: BmlamaConfig) -> dict[str, int]:
       Language -> number of items.
 
     Raises:
-      InputError: there are no tables, one is malformed, or tasks made from others are in the way.
+      InputError: the folder has no tables, one is malformed, or an output has another origin.
     """
     folder = epath.Path(config.source)
     files = {path.name.split(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
     paths = {language: path for language, path in files.items() if re.search(r"\.tsv(\.xz)?$", path.name)}
     if not paths:
-        raise InputError(f"{folder}: no <language>.tsv or .tsv.xz there")
+        raise InputError(f"{folder}: no <language>.tsv or .tsv.xz in this folder")
     made_from = {language: provenance("evals.bmlama", {"seed": config.seed}, {language: sha256(paths[language])})
                  for language in by_family(paths)}
     kept = {language: is_current(epath.Path(config.output) / file_name(TASK, language), made_from[language],
@@ -72,7 +73,7 @@ def main(config: BmlamaConfig) -> dict[str, int]:
         if not kept[language]:
             write_items(config.output, TASK, language, items, made_from=made_from[language])
         counts[language] = len(items)
-        print(f"{language}: {counts[language]:,} items")
+        log(f"{language}: {counts[language]:,} items")
     return counts
 
 
@@ -82,7 +83,7 @@ def _read_items(path: epath.Path, seed: int) -> Iterator[Item]:
         if len(candidates) < 2:
             continue
         if sentence.count(MASK) != 1:
-            raise InputError(f"{path}:{number}: {MASK} is there {sentence.count(MASK)} times, not once")
+            raise InputError(f"{path}:{number}: {MASK} occurs {sentence.count(MASK)} times, not once")
         if candidates[-1] != answer.strip():
             raise InputError(f"{path}:{number}: the last candidate is {candidates[-1]!r}, the answer {answer!r}")
         before, after = sentence.split(MASK)

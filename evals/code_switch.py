@@ -22,6 +22,7 @@ from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.command_line import run
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.cluster import log
 
 PROBABILITY = 0.5
 MIXED_MODES = {"lighteval": "mix_lighteval", "local_template": "mix", "en_template": "mix"}
@@ -85,7 +86,7 @@ def main(config: CodeSwitchConfig) -> dict[str, int]:
             write_items(config.output, mixed, language, (
                 _mix_item(number, language, aligned.items, max_languages, config.seed)
                 for number in range(counts[mixed.name])), made_from=made_from)
-        print(f"{mixed.name}: {counts[mixed.name]:,} items in {len(aligned.languages)} languages")
+        log(f"{mixed.name}: {counts[mixed.name]:,} items in {len(aligned.languages)} languages")
     return counts
 
 

@@ -25,7 +25,7 @@ class TaskComparison(NamedTuple):
     """The comparison of one task in one language, or in all languages together ("all").
 
     Attributes:
-      task, language, metric: what was compared.
+      task, language, metric: the accuracies compared.
       items: number of items in both runs.
       first, second: accuracy of each run.
       paired: difference and p-value.
@@ -68,7 +68,7 @@ def main(config: CompareConfig) -> list[TaskComparison]:
 
     Raises:
       InputError: a folder without tables, no task or item in both runs, labels that differ, a metric that was not
-        measured, or a table made from others is in the way.
+        measured, or the output has another origin.
     """
     runs = [_find_tables(epath.Path(folder)) for folder in (config.first, config.second)]
     common = sorted(set(runs[0]) & set(runs[1]))

@@ -22,6 +22,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.cluster import log
 
 TASK = Task("CompletionDataset", "lighteval")
 N_CHOICES = 4
@@ -67,10 +68,8 @@ def main(config: CompletionConfig) -> int:
     """
     corpus = config.corpus
     lines = _read_lines(corpus, config.languages)
-    files = corpus.paths()
     made_from = provenance("evals.completion", {**settings_of(config), "languages": list(lines)},
-                           {name: sha256(path) for name, path in files.items()})
-    made_from["languages"] = {name: corpus.language_of_path(name) for name in files}
+                           {name: sha256(path) for name, path in corpus.paths().items()})
     languages = [language for language in lines if not is_current(
         epath.Path(config.output) / file_name(TASK, language), made_from, overwrite=config.overwrite)]
     aligned = _aligned_documents(lines)
@@ -86,7 +85,7 @@ def main(config: CompletionConfig) -> int:
         write_items(config.output, TASK, language, (
             _make_item(lines[language], choices, label, config.prompt_characters) for choices, label in items),
             made_from=made_from)
-    print(f"{len(items)} items in {len(lines)} languages")
+    log(f"{len(items)} items in {len(lines)} languages")
     return len(items)
 
 
@@ -99,7 +98,7 @@ def _read_lines(corpus: Corpus, languages: Sequence[str] | None) -> dict[str, Li
                 line.strip() for line in document.text.split("\n") if line.strip()]
     if missing := sorted(set(languages or ()) - set(lines)):
         raise InputError(
-            f"{corpus.location}: no documents in {', '.join(missing)}; there is {', '.join(sorted(lines))}")
+            f"{corpus.location}: no documents in {', '.join(missing)}; available: {', '.join(sorted(lines))}")
     return {language: lines[language] for language in by_family(languages or lines)}
 
 

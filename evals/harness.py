@@ -3,7 +3,8 @@
     python -m evals.harness run --model mlx_pretrain --model_args path=RUN --tasks arc_easy
 
 The arguments are those of `lm_eval`. The model is a training run, a Hugging Face folder of a LLaMA, or a GGUF file;
-`model_args` are `path`, `step`, `dtype`, `max_length` and `max_gen_toks`. Common prefixes are computed once (`Scorer`).
+`model_args` are `path`, `step`, `weights`, `dtype`, `max_length` and `max_gen_toks`. Common prefixes are computed once
+(`Scorer`).
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class MLXPretrain(LM):
         self,
         path: str | None = None,
         step: int | None = None,
+        weights: str = "last",
         dtype: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -52,23 +54,23 @@ class MLXPretrain(LM):
         """Loads the model.
 
         Args:
-          path, step, dtype: see `load_language_model`.
+          path, step, weights, dtype: see `load_language_model`.
           max_length: tokens of context and continuation; None: the model's positions.
           max_gen_toks: greatest number of tokens to generate where the task sets none.
           batch_size, device, max_batch_size: passed by the harness; they change nothing.
           **unknown: refused.
 
         Raises:
-          InputError: no path, an unknown argument, or no model there.
+          InputError: no path, an unknown argument, or no such model there.
         """
         super().__init__()
         if unknown or path is None:
             cause = f"unknown {', '.join(sorted(unknown))}" if unknown else "no path"
-            raise InputError(f"model_args: {cause}; known are path, step, dtype, max_length, max_gen_toks")
+            raise InputError(f"model_args: {cause}; known are path, step, weights, dtype, max_length, max_gen_toks")
         for name, value in (("step", step), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
             if value is not None and (not isinstance(value, int) or value < (name != "step")):
                 raise InputError(f"model_args: {name} = {value!r}: must be a positive integer")
-        self._model = load_language_model(str(path), step=step, dtype=dtype)
+        self._model = load_language_model(str(path), step=step, weights=weights, dtype=dtype)
         self._scorer = Scorer(self._model.config, self._model.params, self._model.mesh, max_length=max_length)
         self._max_gen_toks = max_gen_toks
 

@@ -2,7 +2,7 @@
 
     python -m evals.mubench --gin.mubench.output=mubench --gin.mubench.languages='["en", "de", "sw"]'
 
-Files that are there are not downloaded again. Without a network, `repository` can be a folder with the same files.
+Files that exist are not downloaded again. Without a network, `repository` can be a folder with the same files.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def main(config: MubenchConfig) -> int:
       The number of files written.
 
     Raises:
-      InputError: a file is missing or cannot be read, or files of another repository or revision are in the way.
+      InputError: a file is missing or cannot be read, or a file comes from another repository or revision.
     """
     datasets.disable_progress_bars()
     settings = {"repository": config.repository, "revision": config.revision}
@@ -83,7 +83,7 @@ def main(config: MubenchConfig) -> int:
         path, rows = epath.Path(config.output) / file, _read(config.repository, file, config.revision)
         write_rows(path, rows, made_from)
         log(f"{path}: {len(rows):,} items")
-    print(f"{config.output}: {len(wanted)} files written")
+    log(f"{config.output}: {len(wanted)} files written")
     return len(wanted)
 
 

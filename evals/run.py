@@ -81,11 +81,11 @@ def main(config: EvaluateConfig) -> list[TaskResults]:
     """Evaluates a decoder and writes item tables, results, samples and the report.
 
     Returns:
-      The results by task in process 0, nothing in other processes.
+      The results by task in process 0, [] in other processes.
 
     Raises:
       InputError: no model or files there, no item left to evaluate, an option that is longer than the model, or tables
-        made from something else.
+        made from other inputs.
     """
     files = find_tasks(config.tasks, config.languages)
     aligned = {task: align_items(by_language, config.limit) for task, by_language in files.items()}
@@ -123,7 +123,7 @@ def main(config: EvaluateConfig) -> list[TaskResults]:
 
 @programs.register("evaluate.tasks")
 def evaluation_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
-    """Returns the largest program that scores options; nothing where answers are generated.
+    """Returns the largest program that scores options; [] where answers are generated.
 
     The model is that of the training run in the same gin files, or else `evaluate.model`.
     """

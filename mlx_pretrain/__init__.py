@@ -2,7 +2,7 @@
 
 import os
 
-# Where TensorFlow is installed epath would take its client for gs://, and seconds to import it.
+# If TensorFlow is installed, epath would use its client for gs:// and spend seconds to import it.
 os.environ.setdefault("EPATH_USE_TF", "0")
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_pretrain import gcs
@@ -17,11 +17,11 @@ from mlx_pretrain.configuration.gin_files import as_gin_value, parse_gin
 from mlx_pretrain.errors import InputError, first_line
 from mlx_pretrain.parallel import backend, cluster
 
-_FLAGS = {
-    "--gin_file=FILE": "reads a gin configuration; several are read in order",
-    "--gin.NAME=VALUE": "overrides one parameter or macro, e.g. --gin.train.steps=100 or --gin.RUN_DIR='\"runs/a\"'; a "
+GIN_FLAGS = {
+    "--gin_file=FILE": "gin configuration; several are read in order",
+    "--gin.NAME=VALUE": "value of one parameter or macro, e.g. --gin.train.steps=100 or --gin.RUN_DIR='\"runs/a\"'; a "
                         "value that is not a Python literal is taken as a string",
-    "--gin_search_path=DIR": "names a folder in which relative gin files are looked for besides the current one",
+    "--gin_search_path=DIR": "folder to search for relative gin files, after the current one",
 }
 _JOIN_FLAGS = {
     "--coordinator=HOST:PORT": "makes this process one of several that work as one job; process 0 listens at "
@@ -30,7 +30,7 @@ _JOIN_FLAGS = {
                                "set",
     "--processes=N": "number of processes of the job",
     "--process=I": "number of this process, from 0",
-    "--join_timeout=SECONDS": "how long the processes wait for one another at the start; 300 by default",
+    "--join_timeout=SECONDS": "longest time that the processes wait for one another at the start; 300 by default",
 }
 _SHARD_FLAGS = {
     "--shard=I/N": "does the I-th (from 0) of N parts of the work, without a connection to the processes that do the "
@@ -119,11 +119,18 @@ def errors_as_one_line() -> Iterator[None]:
 
 
 def quiet_logging() -> None:
-    """Shows warnings, but for those of libraries about things that are in order."""
+    """Shows warnings, except known harmless ones of libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # gin warns of every folder without the file before it finds the file in the next one.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Path not found: "))
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
+
+
+def help_if_wanted(main: Callable[..., object], config: type | None, module: str, flags: Mapping[str, str]) -> None:
+    """Prints the help of a command and ends the process if the command line has --help; see `command_help`."""
+    if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
+        print(command_help(main, config, module, flags, shutil.get_terminal_size().columns))
+        raise SystemExit(0)
 
 
 def run(
@@ -157,10 +164,8 @@ def run(
         in process 0 alone.
     """
     quiet_logging()
-    if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
-        flags = _FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})
-        print(command_help(main, config, module, flags, shutil.get_terminal_size().columns))
-        return
+    all_flags = GIN_FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})
+    help_if_wanted(main, config, module, all_flags)
     # The module is known by its own name too, so that gin files that import it do not register a second copy.
     sys.modules[module] = sys.modules["__main__"]
     with errors_as_one_line():
@@ -185,7 +190,7 @@ def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
     """
     shard = cluster.find_shard(flags.shard) if shards else None
     if shard is not None and flags.coordinator is not None:
-        raise InputError(f"--shard={flags.shard}: processes with a shard of their own do not join a job")
+        raise InputError(f"--shard={flags.shard}: a process with --shard does not join a job")
     cluster.take_shard(shard)
     if joins and shard is None:
         cluster.join(cluster.find(flags.coordinator, flags.processes, flags.process), flags.join_timeout)

@@ -14,31 +14,22 @@ from collections.abc import Sequence
 
 from mlx_pretrain import command_line
 from mlx_pretrain.configuration import gin_files
+from mlx_pretrain.configuration.command_help import descriptions
 from mlx_pretrain.errors import InputError, first_line
 
-_USAGE = """usage: python -m mlx_pretrain.compile --gin_file=FILE [...] [--gin.NAME=VALUE ...] --topology=TOPOLOGY
-  --gin_file=FILE, --gin.NAME=VALUE, --gin_search_path=DIR
-                        as for the run itself; macros that only name data (TOKEN_STORE, RATES ...) may be missing
-  --topology=TOPOLOGY   v5e:16x16, v6e:4x4, v4:2x2x4, v5p:4x4x4; h100:8 (one node), h100:8x8 (nodes x GPUs);
-                        2*v5e:16x16 for two slices
-  --slices=N            number of such slices
-  --length=TOKENS       length of sequences; by default the token store's, or without one the model's max_length
-  --program=NAME        only programs whose names begin with NAME, e.g. --program=training
-  --json=FILE           file for the numbers; "-" prints them in place of the words"""
-
-
-_FLAGS = ("topology", "slices", "length", "program", "json")
+_FLAGS = {"topology": "TOPOLOGY", "slices": "N", "length": "TOKENS", "program": "NAME", "json": "FILE"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Parameters of the command.
+    """Flags of the command.
 
     Attributes:
-      topology: devices to compile for, e.g. "v5e:16x16".
-      slices: number of such slices.
-      length: length of sequences; None takes the token store's, or without one the model's max_length.
-      program: beginning of the names of the programs to compile; "" stands for all.
+      topology: devices to compile for, required: v5e:16x16, v6e:4x4, v4:2x2x4, v5p:4x4x4; h100:8 (one node), h100:8x8
+        (nodes x GPUs); 2*v5e:16x16 for two slices.
+      slices: number of such slices; 1 by default.
+      length: length of sequences; by default the token store's, or without one the model's max_length.
+      program: beginning of the names of the programs to compile, e.g. --program=training; all by default.
       json: file for the numbers; "-" prints them in place of the words.
       gin: arguments that gin reads.
     """
@@ -71,6 +62,13 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     if "topology" not in values:
         raise InputError("--topology=TOPOLOGY is missing, e.g. --topology=v5e:16x16")
     return Arguments(gin=others, **values)
+
+
+def flag_descriptions() -> dict[str, str]:
+    """Returns the descriptions of all flags, the command's own first."""
+    entries = descriptions(Arguments)
+    return {f"--{name}={value}": entries[name] for name, value in _FLAGS.items()} | command_line.GIN_FLAGS | {
+        "--gin_file=FILE": "gin file of the run; several are read in order; macros that only name data may be missing"}
 
 
 def compile_programs(arguments: Arguments) -> dict:
@@ -211,7 +209,11 @@ def _seconds(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
+    """Compiles a run's programs for absent devices and reports their memory, FLOPs, traffic and least time.
+
+    Returns:
+      The exit code: 0 if all programs fit, 2 if one does not.
+    """
     parsed = parse_arguments(arguments)
     report = compile_programs(parsed)
     if parsed.json != "-":
@@ -233,9 +235,7 @@ def _write(path: str, report: dict) -> None:
 
 
 if __name__ == "__main__":
-    if any(argument in ("-h", "--help", "-help") for argument in sys.argv[1:]):
-        print(f"{_USAGE}\n\n{__doc__.strip()}")
-        raise SystemExit(0)
+    command_line.help_if_wanted(main, None, "mlx_pretrain.compile", flag_descriptions())
     # The devices of this machine are not used, and not looked for.
     os.environ["JAX_PLATFORMS"] = "cpu"
     command_line.quiet_logging()

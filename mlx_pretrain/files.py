@@ -18,7 +18,7 @@ from mlx_pretrain.errors import InputError
 
 # A file may change again within the resolution of its time of change: hashes of recent files are not remembered.
 _RECENT_SECONDS = 3
-_hashes: dict[str, tuple[tuple[float, ...], str]] = {}  # path -> (what tells versions of the file apart, SHA-256)
+_hashes: dict[str, tuple[tuple[float, ...], str]] = {}  # path -> (size and time of change, SHA-256)
 
 
 @contextlib.contextmanager

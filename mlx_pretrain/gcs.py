@@ -26,7 +26,7 @@ fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
 
 def is_gs(path: epath.PathLike) -> bool:
-    """Tells if a path is one of gs://."""
+    """Returns whether a path begins with gs://."""
     return str(path).startswith("gs://")
 
 
@@ -70,11 +70,11 @@ def check_bucket(path: epath.PathLike) -> None:
         except Exception as error:
             raise InputError(f"{path}: {cause(error)}") from None
         if not exists:
-            raise InputError(f"{path}: there is no bucket {bucket!r}")
+            raise InputError(f"{path}: no bucket {bucket!r}")
 
 
 def is_client_error(error: BaseException) -> bool:
-    """Tells if an exception comes from the libraries that speak to gs://, or from their absence."""
+    """Returns whether an exception comes from the client libraries of gs://, or from their absence."""
     library = type(error).__module__.split(".")[0]
     return (library in ("gcsfs", "google", "aiohttp", "requests") or "install gcsfs" in str(error)
             or (isinstance(error, OSError) and str(error).startswith("Forbidden: ")))
@@ -120,7 +120,7 @@ class Appender:
                 self._generation = int(filesystem().info(self._path)["generation"])
             except FileNotFoundError:
                 check_bucket(path)
-                self._generation = 0  # stands in the API for an object that does not exist
+                self._generation = 0  # the API's generation of an object that does not exist
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._flush_regularly, args=(every,), daemon=True) if every else None
         if self._thread:

@@ -2,7 +2,7 @@
 
 import re
 
-UNDETERMINED = "und"  # ISO 639-2's code for a language that nobody knows
+UNDETERMINED = "und"  # ISO 639-2's code for an undetermined language
 
 # code -> native name, English name.
 LANGUAGES = {
@@ -43,7 +43,7 @@ _THREE_LETTERS = """
 
 
 def is_language(code: str) -> bool:
-    """Tells if `code` is one of the languages above, with or without script and region: "de", "zh-Hant", "pt_BR"."""
+    """Returns whether `code` is of a language above, with or without script and region: "de", "zh-Hant", "pt_BR"."""
     language, *subtags = re.split("[-_]", code)
     return ((language.lower() in LANGUAGES or language.lower() in _THREE_LETTERS.split())
             and all(re.fullmatch("[A-Za-z]{2}|[A-Za-z]{4}|[0-9]{3}", subtag) for subtag in subtags))

@@ -252,7 +252,7 @@ class Plots:
         # A slow start or checkpoint makes a spike; usual steps must stay readable.
         axes.set_ylim(0, max(np.percentile(total, 90) * 1.2, np.median(total) * 1.6) * scale)
         legend(axes, handlelength=0.8)
-        return inline_svg(figure, "time", "Time per training step, by what it was spent on")
+        return inline_svg(figure, "time", "Time per training step, by activity")
 
     def goodput(self) -> Markup | None:
         """Plots the share of the run's time that each part of the work took."""
@@ -265,7 +265,7 @@ class Plots:
         for row, share in zip(rows, shares):
             axes.annotate(f"{share:.1f}", (share, row), (4, 0), textcoords="offset points", va="center")
         axes.set_xlim(0, max(shares) * 1.15)
-        return inline_svg(figure, "goodput", "Share of the run's time by what it was spent on")
+        return inline_svg(figure, "goodput", "Share of the run's time, by activity")
 
 
 def sampling(sample: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Pretrains a decoder: `python -m mlx_pretrain.train --gin_file=gin/runs/....gin`.
 
-The same command starts and resumes a run: it goes on after the last checkpoint in the run's folder.
+The same command starts and resumes a run: it continues after the last checkpoint in the run's folder.
 """
 
 import collections
@@ -113,7 +113,7 @@ class Pretraining(DecoderComputation, TrainModule):
         self._languages = list(self.mixture.rates)
         self._store.check_fits(config.model.vocab_size, config.model.max_length)
         self.tokenizer_path = self._store.path / TOKENIZER
-        # A run that goes on needs the initial weights no more, and they may be gone.
+        # A resumed run does not need the initial weights, which may have been deleted.
         fresh = config.init_from is not None and not checkpoints.saved_steps(config.run_dir)
         self._weights = InitialWeights(config.init_from, config.model, self.tokenizer_path) if fresh else None
         super().__init__(config, self._store.manifest.sequence_length)

@@ -31,7 +31,7 @@ from mlx_pretrain.parallel.cluster import log
 from raters.filtering import shingles
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
-from raters.filtering.removal_lists import removal_entry
+from raters.filtering.removal_lists import document_reference, removal_entry
 
 ITEMS = "items.jsonl"
 _FREQUENT_NGRAMS = 20  # in the report
@@ -168,8 +168,8 @@ def search_file(name: str, command: RemovalCommand, index: Index) -> dict[str, A
     for document in command.documents_of(name, unreadable):
         documents[document.language] += 1
         if hits := index.hits(document.text):
-            hit.append([removal_entry(name, document, "evaluation item"), document.language,
-                        [[item, count, ngram] for item, (count, ngram) in hits.items()]])
+            entry = removal_entry(document_reference(name, document.number, document.id), "evaluation item")
+            hit.append([entry, document.language, [[item, count, ngram] for item, (count, ngram) in hits.items()]])
     return {"documents": documents, "hit": hit, "unreadable": unreadable.as_json()}
 
 
@@ -241,7 +241,7 @@ def main(config: DecontaminateConfig) -> None:
     A process with a shard writes the results of its files only.
 
     Raises:
-      InputError: files or settings are wrong, or another output is in the way; nothing is written then.
+      InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
     item_files = [path for pattern in config.items for path in match_files(pattern)]

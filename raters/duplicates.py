@@ -26,6 +26,7 @@ from mlx_pretrain.parallel.cluster import log
 from raters.filtering import shingles
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
+from raters.filtering.removal_lists import document_reference, removal_entry
 from raters.filtering.score_table import read_scores, score_path
 
 _GROUPS_SHOWN = 20  # largest groups in the report
@@ -82,6 +83,10 @@ class Sketches:
     language: list[str]
     digest: list[bytes]
     signature: np.ndarray
+
+    def reference(self, document: int) -> dict[str, Any]:
+        """Returns file, number and id of a document."""
+        return document_reference(self.names[self.file[document]], int(self.number[document]), self.ids[document])
 
 
 class Sketcher:
@@ -185,20 +190,14 @@ def _order(config: DuplicatesConfig, sketches: Sketches) -> np.ndarray:
     return np.lexsort((documents, -np.where(np.isnan(score), -np.inf, score)))
 
 
-def _reference(sketches: Sketches, document: int) -> dict[str, Any]:
-    """Returns file, number and id of a document."""
-    return {"file": sketches.names[sketches.file[document]], "number": int(sketches.number[document]),
-            "id": sketches.ids[document]}
-
-
 def _entries(
     sketches: Sketches, duplicates: Mapping[int, tuple[int, float]], exact: set[int]
 ) -> Iterator[dict[str, Any]]:
     """Yields the entries of the removal list."""
     for document, (kept, similarity) in sorted(duplicates.items()):
-        yield {**_reference(sketches, document),
-               "reason": "exact duplicate" if document in exact else "near duplicate",
-               "of": _reference(sketches, kept), "similarity": round(similarity, 4)}
+        yield removal_entry(
+            sketches.reference(document), "exact duplicate" if document in exact else "near duplicate",
+            of=sketches.reference(kept), similarity=round(similarity, 4))
 
 
 def _report(sketches: Sketches, duplicates: Mapping[int, tuple[int, float]], exact: set[int]) -> dict[str, Any]:
@@ -214,7 +213,7 @@ def _report(sketches: Sketches, duplicates: Mapping[int, tuple[int, float]], exa
     return {
         "documents": len(sketches.ids), "exact": len(exact), "near": len(duplicates) - len(exact),
         "groups": len(groups), "languages": dict(sorted(languages.items())),
-        "largest_groups": [{"documents": size, **_reference(sketches, kept)} for kept, size in largest],
+        "largest_groups": [{"documents": size, **sketches.reference(kept)} for kept, size in largest],
     }
 
 
@@ -222,7 +221,7 @@ def main(config: DuplicatesConfig) -> None:
     """Finds exact and near duplicates, and writes a removal list and a report.
 
     Raises:
-      InputError: files or settings are wrong, or another output is in the way; nothing is written then.
+      InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
     scores = {} if config.scores is None else {

@@ -26,7 +26,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
-from raters.filtering.removal_lists import removal_entry
+from raters.filtering.removal_lists import document_reference, removal_entry
 
 _EXAMPLES = 5  # removed documents of each pair of languages in the report
 # Languages that differ by convention more than by words; Indonesian is often identified as Malay.
@@ -108,7 +108,7 @@ class Identifier:
         return self._group.get(language, language)
 
     def knows(self, code: str) -> bool:
-        """Returns whether it can identify this language at all. Raises InputError as `language_subtag` does."""
+        """Returns whether it can identify this language. Raises InputError as `language_subtag` does."""
         return self.group(code) in self._known
 
     def identify(self, text: str) -> tuple[str, float]:
@@ -215,8 +215,9 @@ def check_file(name: str, command: RemovalCommand, identifier: Identifier, confi
         elif share >= config.least_share:
             tally.add(declared, "confirmed", identified)
         else:
-            entries.append(removal_entry(name, document, "other language", declared=declared, found=identified,
-                                         share=round(share, 3)))
+            entries.append(removal_entry(
+                document_reference(name, document.number, document.id), "other language", declared=declared,
+                found=identified, share=round(share, 3)))
             tally.add(declared, "removed", identified)
             tally.add_example(declared, identified, entries[-1], document.text)
     return {"removed": entries, "tally": tally.counts(), "unreadable": unreadable.as_json()}
@@ -228,7 +229,7 @@ def main(config: LanguagesConfig) -> None:
     A process with a shard writes the results of its files only.
 
     Raises:
-      InputError: files, declared languages or settings are wrong, or another output is in the way; nothing is
+      InputError: files, declared languages or settings are wrong, or the output has another origin; nothing is
         written then.
     """
     started = time.perf_counter()

@@ -4,7 +4,7 @@
         --gin.train_ngrams.bad='@bad/Corpus()' --gin.bad/Corpus.files=BAD.jsonl --gin.train_ngrams.output=ngrams.npz
 
 The features are scikit-learn's HashingVectorizer (MurmurHash3, signed, rows of unit length), the classifier its
-logistic regression. The file holds the weights and a JSON description, nothing that can be executed.
+logistic regression. The file holds the weights and a JSON description, no code.
 """
 
 import dataclasses

@@ -94,7 +94,7 @@ class PairsConfig:
             raise InputError(f"pairs.raters = {self.raters!r}: must be a list of raters, e.g. [@Heuristics()]")
         names = [rater.name for rater in self.raters]
         if len(set(names)) < len(names):
-            raise InputError(f"pairs.raters: each must have a name of its own, not {', '.join(names)}")
+            raise InputError(f"pairs.raters: names must differ, but are {', '.join(names)}")
         MarginBands.from_shares(self.margins)
 
     def counts(self, share: float) -> dict[str, int]:
@@ -152,7 +152,7 @@ class ChosenPairs:
       pair_type, language_a, language_b: index into PAIR_TYPES and into the documents' languages; int `[pairs]`.
       a, b: numbers of the documents; int `[pairs]`.
       p_b: P(B>A), float `[pairs]`.
-      preferences: each rater's P(B>A), float `[raters, pairs]`, nan where there is none.
+      preferences: each rater's P(B>A), float `[raters, pairs]`, nan without one.
       counts: pair type -> counts by language, margin and reason.
     """
 
@@ -175,7 +175,7 @@ def choose_pairs(
       config: settings.
       documents: rated documents.
       heldout: bool `[documents]`, see `heldout_mask`.
-      validation: chooses among the held-out documents instead of the others.
+      validation: True: chooses among the held-out documents; False: among the training documents.
     """
     bands = MarginBands.from_shares(config.margins)
     pair_raters = [rater for rater in config.raters if isinstance(rater, PairRater)]

@@ -9,7 +9,7 @@ scores depend only on the file, the rater and the settings: batches never mix fi
 any interruption (on the same type and number of devices).
 
 Several processes share the files, process i of n taking every n-th; each runs the model on its own devices. They are
-one job (`--coordinator=...`, or as the platform tells), which ends with one summary, or have no connection to one
+one job (`--coordinator=...`, or as the platform sets it), which ends with one summary, or have no connection to one
 another (`--shard=I/N`, or a SLURM array).
 """
 
@@ -43,10 +43,10 @@ from raters.scoring.shards import (
     Shard,
     ShardWriter,
     check_root,
+    claim_root,
     find_shards,
     sweep,
     unfinished,
-    write_root,
 )
 
 
@@ -59,9 +59,9 @@ class ScoreConfig:
       corpus: the documents.
       output: folder of the scores, local or gs://; one folder per rater and root of the corpus.
       rater: @QualityScorer(), or a plug-in such as @ExistingScores().
-      detect_language: identifies the language (py3langid) where neither record nor path tells it.
+      detect_language: identifies the language (py3langid) where neither record nor path names it.
       tokenizer: a tokenizer.model or .json that counts tokens when a plug-in rates; None: `n_tokens` stays empty.
-      workers: processes that tokenise; 0: the main process does; None: one per core, at most 8, if there is work.
+      workers: processes that tokenise; 0: the main process does; None: one per core, at most 8.
       rate_in_workers: runs the plug-in in the workers, for raters of plain Python.
       overwrite: scores files again that were scored with other settings.
       log_every: seconds between progress lines.
@@ -140,9 +140,9 @@ def main(config: ScoreConfig) -> dict[str, Any]:
     check_root(output, corpus, all_shards)
     shards = unfinished(own_shards, settings, config.overwrite)
     cluster.barrier()  # all have listed the files before any writes some
+    output.mkdir(parents=True, exist_ok=True)
+    claim_root(output, corpus, all_shards)
     if number == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        write_root(output, corpus)
         save_effective(output / CONFIG)
     sweep(shards)
     progress = Progress(shards, len(own_shards) - len(shards), rater.bulk if on_devices else None, config.log_every)

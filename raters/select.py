@@ -59,7 +59,7 @@ class SelectConfig:
         scores standardised within each language.
       per_source: divides a language's quota among its sources like its tokens, so that no source is preferred.
       source_caps: largest share of a language's quota that a source may take, one number or source -> share.
-      allow_undetermined: takes documents of unknown language ("und") as a language of their own.
+      allow_undetermined: True: treats documents of unknown language ("und") as one more language.
       seed: seed of the sampling and of the order among equal scores.
       split: name of the output's split.
       overwrite: replaces an output made from other files or settings.
@@ -121,7 +121,7 @@ def _caps(config: SelectConfig, scores: ScoreTable) -> dict[int, float] | None:
     if not isinstance(caps, Mapping):
         return dict.fromkeys(range(len(scores.sources)), float(caps))
     if unknown := sorted(set(caps) - set(scores.sources)):
-        raise InputError(f"select.source_caps: no document of source {unknown[0]!r} was rated; there is "
+        raise InputError(f"select.source_caps: no document of source {unknown[0]!r} was rated; available: "
                          f"{', '.join(scores.sources)}")
     return {scores.sources.index(source): cap for source, cap in caps.items()}
 
@@ -259,7 +259,7 @@ def describe(config: SelectConfig, scores: ScoreTable, kept: np.ndarray, prefere
 
 
 def _rated_files(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]]:
-    """Returns the files with scores, and the names of those that the rater could not read, as its markers tell.
+    """Returns the files with scores, and the names of those that the rater could not read, according to its markers.
 
     Raises:
       InputError: a file has changed since it was rated.
@@ -278,7 +278,7 @@ def _rated_files(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]
 
 
 def _read_scores(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple[ScoreTable, list[ScoreTable]]:
-    """Returns the deciding rater's scores and the others'.
+    """Returns the scores of the deciding rater and those of the other raters.
 
     Raises:
       InputError: scores cannot be read or used, or two raters have one name.
@@ -309,7 +309,7 @@ def main(config: SelectConfig) -> None:
     """Keeps the best documents of every language, and writes them with selection.json.
 
     Raises:
-      InputError: files or settings are wrong, or another output is in the way; nothing is written then.
+      InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
     files, failed = _rated_files(config)

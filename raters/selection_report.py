@@ -1,4 +1,4 @@
-"""Writes the calibration report of a selection: one HTML file, and each figure as a file of its own for papers.
+"""Writes the calibration report of a selection: one HTML file, and each figure as a separate file for papers.
 
     python -m raters.selection_report --gin.selection_report.folder=runs/selected
 
@@ -201,7 +201,7 @@ class Plots:
 
 
 def _second_line_legend(axes: Axes) -> None:
-    """Draws the legend on the left below the title, where names of raters have room."""
+    """Draws the legend on the left below the title, where names of raters fit."""
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.1, borderaxespad=0.1,
                 handletextpad=0.2, bbox_transform=axes.transAxes)
 

@@ -61,7 +61,7 @@ class TrainRaterConfig(TrainerConfig):
       length: number of a document's first tokens that the model reads; None: the encoder's greatest length.
       objective: "pairwise" or "pointwise".
       parallel_weight: lambda; 0 leaves parallel pairs out.
-      cross_lingual: whether to use pairs across languages.
+      cross_lingual: True: uses pairs across languages too.
       eval_batch_size: documents per evaluation step.
     """
 
@@ -154,7 +154,7 @@ class RaterTraining(RaterComputation, TrainModule):
     """Trains a quality model on pairs of documents."""
 
     def __init__(self, config: TrainRaterConfig):
-        """Reads and tokenizes the pairs; nothing is written yet.
+        """Reads and tokenizes the pairs without writing a file.
 
         Raises:
           InputError: pairs, tokenizer and encoder do not fit each other, or a file is damaged.

@@ -51,7 +51,7 @@ def columns(text):
 
 
 def is_code(line):
-    """Tells if a line is a command, program text, or mostly symbols and digits rather than words."""
+    """Returns whether a line is a command, program text, or mostly symbols and digits rather than words."""
     symbols = [character for character in line if not character.isspace()]
     letters = sum(unicodedata.category(character)[0] in "LM" for character in symbols)
     wide = columns(line) > 1.5 * len(line)
@@ -59,7 +59,7 @@ def is_code(line):
 
 
 def is_english(line, untranslated, lang):
-    """Tells if a line is English: several translations share it, or it is full of English words."""
+    """Returns whether a line is English: several translations share it, or it is full of English words."""
     words = re.findall(r"[^\W\d_]+", line)
     latin = sum(word.isascii() for word in words)
     if line.count(" ") < 2:

@@ -67,7 +67,7 @@ STAGES = [
 
 
 def fast_bfloat16() -> bool:
-    """Tells if this CPU multiplies bfloat16 in hardware; float32 is faster on others."""
+    """Returns whether this CPU multiplies bfloat16 in hardware; float32 is faster on others."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     return cpuinfo.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()))
 

@@ -36,7 +36,7 @@ from mlx_pretrain.models.decoder import DecoderConfig
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 gc.set_threshold(50_000, 20, 100)  # a collection walks all that was ever traced: together a tenth of the tests' time
-# A shell lets what it starts in the background ignore Ctrl-C, and all processes started from there.
+# Background processes of a shell, and their children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LENGTH = 32
@@ -95,7 +95,7 @@ def store_dir(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def gcs():
-    """A server of Google Cloud Storage with an empty `bucket`, to which all clients in and below this process go."""
+    """A server of Google Cloud Storage with an empty `bucket`, for all clients in this process and its children."""
     from tests.gcs_server import GcsServer
 
     with GcsServer() as server:

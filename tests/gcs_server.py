@@ -9,7 +9,7 @@ suffix ranges, key ranges of listings, moveTo and compose. Here:
   - reads have ranges, suffix ranges included; uploads are media, multipart or resumable;
   - permissions are all or nothing: an object name that starts with a prefix in `forbidden` gives 403.
 
-Requests are counted in `requests`. What it does not have: access control, folders, versions kept, encryption.
+Requests are counted in `requests`. Not emulated: access control, folders, versions kept, encryption.
 """
 
 import base64
@@ -49,13 +49,13 @@ class _Refused(Exception):
 
 
 class GcsServer:
-    """The buckets, and what was asked of them.
+    """The buckets, and the requests made to them.
 
     Attributes:
       url: for STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL.
       buckets: bucket -> name -> Object.
       requests: (method, path with query) of all requests so far.
-      forbidden: prefixes of object names that nobody may read or write.
+      forbidden: prefixes of object names that cannot be read or written.
       lose_answer_of: the end of a path; the next request for such a one is done, and answered 503.
     """
 
@@ -95,8 +95,11 @@ class GcsServer:
         counted += self.requests[start:]
 
     def environment(self) -> dict[str, str]:
-        """Variables that lead the clients here. The control plane, which is asked whether a bucket has folders of its
-        own, speaks gRPC and is not emulated; the check for a metadata server takes seconds."""
+        """Environment variables that direct the clients to this server.
+
+        The control plane, which would tell if a bucket has folders, uses gRPC and is not emulated; the check for a
+        metadata server takes seconds.
+        """
         return {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url, "NO_GCE_CHECK": "true",
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 

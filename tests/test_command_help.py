@@ -1,6 +1,7 @@
-"""`--help` of every command names all its parameters, each with a line of its own."""
+"""`--help` of every command describes all its parameters, whose names are unique over the five packages."""
 
 import ast
+import collections
 import importlib
 import pathlib
 import re
@@ -8,6 +9,7 @@ import re
 import gin
 import pytest
 
+from mlx_pretrain import command_line, compile
 from mlx_pretrain.configuration.command_help import command_help, field_classes, gin_name, parameters
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
@@ -55,6 +57,17 @@ def test_help_describes_every_parameter(command):
             assert parameter.description, f"{parameter.name} is not described"
 
 
+def test_help_of_compile_describes_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compile", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        command_line.help_if_wanted(compile.main, None, "mlx_pretrain.compile", compile.flag_descriptions())
+    text = capsys.readouterr().out
+    assert text.startswith("Compiles a run's programs")
+    for name in ("topology", "slices", "length", "program", "json", "gin_file", "gin.NAME"):
+        assert f"  --{name}=" in text
+    assert all(compile.flag_descriptions().values())
+
+
 def test_every_command_is_configured_by_a_frozen_dataclass(command):
     config = command[-1]
     assert config.__dataclass_params__.frozen and gin_name(config)
@@ -69,3 +82,15 @@ def test_a_value_of_a_wrong_type_names_the_parameter(command):
                         parse_gin([], [f"{parameter.name} = ['a', 1]"])
                 finally:
                     gin.clear_config()
+
+
+def test_no_two_configurables_share_a_name():
+    """`select.output` in a gin file is never ambiguous, whatever modules it imports."""
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    selectors = collections.defaultdict(set)
+    for selector, entry in gin.config._REGISTRY.items():
+        if selector.split(".")[0] in PACKAGES:
+            selectors[entry.name].add(selector)
+    assert len(selectors) > 60
+    assert {name: listed for name, listed in selectors.items() if len(listed) > 1} == {}

@@ -35,7 +35,7 @@ def test_the_modules_of_the_glossary_exist():
 
 
 def test_the_names_in_the_page_on_extending_exist():
-    """Files and folders; constants and classes that a reader is told to look for in them."""
+    """Files and folders named in the documents, and constants and classes in them."""
     text = (ROOT / "docs" / "extending.md").read_text()
     for row in re.findall(r"^\| (?!---)[^|]+ \| ([^|]+) \|", text, re.MULTILINE):
         paths = [ROOT / name for name in re.findall(r"`(\w+/[\w/.]*)`", row)]

@@ -1,8 +1,8 @@
 """Decodes the videos of questions into a store of frames: `python -m video.decode --gin_file=gin/video/decode.gin`.
 
 Training reads frames thousands of times, so they are decoded once, by worker processes: M candidates of every video,
-resized, in a `video.frames.frame_store`. A video that cannot be decoded is noted there with the reason; a video with
-fewer than M frames repeats some of them, and is named in the output. A run that was killed goes on where it was.
+resized, in a `video.frames.frame_store`. A video that cannot be decoded is recorded with the reason; a video with
+fewer than M frames repeats some of them, and is named in the log. A killed run resumes where it stopped.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mlx_pretrain import command_line
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel.cluster import log
 from video.frames.frame_store import open_frame_writer
 from video.frames.reading import RESIZE_MODES, reading_notes, try_read_frames
 from video.questions import read_questions
@@ -65,7 +66,7 @@ def main(config: DecodeConfig) -> None:
                                resize_mode=config.resize_mode)
     remaining = [video for video in videos if video not in writer.done]
     if 0 < len(remaining) < len(videos):
-        print(f"{len(videos) - len(remaining):,} of {len(videos):,} videos were done before")
+        log(f"{len(videos) - len(remaining):,} of {len(videos):,} videos were done before")
     read = functools.partial(try_read_frames, size=config.size, count=config.candidates,
                              resize_mode=config.resize_mode)
     with Workers(read, config.processes) as workers:
@@ -73,17 +74,17 @@ def main(config: DecodeConfig) -> None:
         for video, candidates in tqdm(workers.map(items), "videos", len(remaining), disable=None):
             if isinstance(candidates, str):
                 writer.reject(video, candidates)
-                print(f"rejected: {candidates}")
+                log(f"rejected: {candidates}")
             else:
                 for note in reading_notes(video, candidates, config.candidates):
-                    print(f"note: {note}")
+                    log(f"note: {note}")
                 writer.add(video, {"frames": candidates.frames, "times": candidates.times},
                            duration=candidates.duration)
     if len(writer.done) == writer.rejected:
         raise InputError(f"{folder}: none of {len(videos):,} videos can be decoded")
     writer.complete(folder=str(folder))
-    print(f"{config.output}: {config.candidates} frames of {config.size} x {config.size} of "
-          f"{len(videos) - writer.rejected:,} videos, {writer.rejected:,} rejected")
+    log(f"{config.output}: {config.candidates} frames of {config.size} x {config.size} of "
+        f"{len(videos) - writer.rejected:,} videos, {writer.rejected:,} rejected")
 
 
 if __name__ == "__main__":

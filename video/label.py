@@ -9,7 +9,7 @@ The results are two stores (`video.frames.row_store`):
     OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], its frames as the decoder reads
                     them, and their "times" float64 [M]
 
-so learning from them needs no Video-LLM. A run that was killed goes on with the first question without a row. Several
+so learning from them needs no Video-LLM. A killed run resumes at the first question without a row. Several
 processes are one mesh of all their devices, which share the frames of a video and a question's combinations.
 """
 
@@ -98,7 +98,7 @@ def main(config: LabelConfig) -> None:
             losses.reject(question.id, store.rejected[question.video])
     remaining = [question for question in usable if question.id not in losses.done]
     if 0 < len(remaining) < len(usable):
-        _log(f"{len(usable) - len(remaining):,} of {len(usable):,} questions were done before")
+        cluster.log(f"{len(usable) - len(remaining):,} of {len(usable):,} questions were done before")
     answer_scorer, started = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
     disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
     for video in tqdm([video for video in videos if video not in features.done], "frames", disable=disable):
@@ -116,14 +116,10 @@ def main(config: LabelConfig) -> None:
     losses.complete()
     if remaining:
         seconds, scorer = time.monotonic() - started, answer_scorer.scorer
-        _log(f"{len(remaining):,} questions, {len(remaining) * count:,} combinations of {num_frames} out of "
-             f"{candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} devices "
-             f"({scorer.naive_tokens:,} if nothing were shared)")
-
-
-def _log(line: str) -> None:
-    if cluster.is_main():
-        print(line)
+        cluster.log(
+            f"{len(remaining):,} questions, {len(remaining) * count:,} combinations of {num_frames} out of "
+            f"{candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} devices "
+            f"({scorer.naive_tokens:,} if nothing were shared)")
 
 
 if __name__ == "__main__":

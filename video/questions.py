@@ -79,7 +79,7 @@ def read_questions(path: epath.PathLike) -> list[Question]:
     for number, raw in read_jsonl(path):
         question = _question(f"{path}:{number}", raw)
         if question.id in by_id:
-            raise InputError(f"{path}:{number}: id {question.id!r} is there twice")
+            raise InputError(f"{path}:{number}: id {question.id!r} appears twice")
         by_id[question.id] = question
     if not by_id:
         raise InputError(f"{path}: no questions in it")
@@ -105,7 +105,7 @@ def _lettered(where: str, options: Sequence[str], answer: str) -> tuple[Sequence
     if answer not in options:
         raise InputError(f"{where}: the answer {answer!r} is not among the options")
     if len(set(options)) < len(options):
-        raise InputError(f"{where}: an option is there twice")
+        raise InputError(f"{where}: an option appears twice")
     return options, answer
 
 

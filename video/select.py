@@ -121,7 +121,7 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
                 rejects += [{"id": question.id, "reason": candidates} for question in by_video[video]]
                 continue
             for note in reading_notes(video, candidates, selector.num_frames):
-                print(f"note: {note}")
+                cluster.log(f"note: {note}")
             for question in by_video[video]:
                 started = time.perf_counter()
                 selection = selector.choose(video, candidates, question.question)
@@ -139,9 +139,10 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
                [selections[question.id].numbers.tolist() if question.id in selections else []
                 for question in questions])
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
-    print(f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
-          f"on {len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without "
-          f"decoding); {len(rejects):,} rejected")
+    cluster.log(
+        f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
+        f"on {len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without "
+        f"decoding); {len(rejects):,} rejected")
 
 
 def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:

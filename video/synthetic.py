@@ -26,6 +26,7 @@ from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
+from mlx_pretrain.parallel.cluster import log
 from video.frames.rendering import make_video
 from video.frames.row_store import claim_folder
 from video.questions import write_questions
@@ -85,7 +86,7 @@ def main(config: SyntheticConfig) -> None:
             kept = [question for questions in part for question in questions
                     if (question.clip is not None) == captions]
             write_questions(output / f"{name}.jsonl", kept)
-            print(f"{output / name}.jsonl: {len(kept):,} questions on {len(part):,} videos")
+            log(f"{output / name}.jsonl: {len(kept):,} questions on {len(part):,} videos")
     texts = [text for questions in train for question in questions for text in (question.question, question.answer)]
     write_atomic(output / "tokenizer.model", train_tokenizer(texts))
 

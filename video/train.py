@@ -86,7 +86,7 @@ class VideoTraining(TrainModule):
     """Trains a Video-LLM on questions."""
 
     def __init__(self, config: TrainVideoConfig):
-        """Opens and checks all inputs; nothing is written yet.
+        """Opens and checks all inputs without writing a file.
 
         Raises:
           InputError: frames, questions, tokenizer and model do not fit each other, or a file is damaged.

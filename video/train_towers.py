@@ -69,7 +69,7 @@ class TowersTraining(TrainModule):
     """Trains towers on captions."""
 
     def __init__(self, config: TrainTowersConfig):
-        """Opens and checks all inputs; nothing is written yet.
+        """Opens and checks all inputs without writing a file.
 
         Raises:
           InputError: frames, captions, tokenizer and model do not fit each other, or a file is damaged.

@@ -46,7 +46,7 @@ class TrainVoyagerConfig(TrainerConfig):
       layers: number of these layers.
       frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
       head_dim: width of the head, see `VoyagerConfig`.
-      tune_layers: whether to train the layers too, or the head alone.
+      tune_layers: True: trains the layers too; False: the head alone.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
       max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
       min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.
@@ -80,7 +80,7 @@ class VoyagerTraining(TrainModule):
     """Trains Frame-Voyager on stored losses."""
 
     def __init__(self, config: TrainVoyagerConfig):
-        """Reads all losses and features; nothing is written yet.
+        """Reads all losses and features without writing a file.
 
         Raises:
           InputError: losses, questions and Video-LLM do not fit each other, or a file is damaged.
@@ -210,7 +210,7 @@ class RewardPredictor:
     """Computes the rewards of the candidates of many questions, a batch at a time."""
 
     def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
-        """Compiles nothing yet; `batch_size` counts questions, over all devices."""
+        """Stores the model; `batch_size` counts questions, over all devices."""
         self._prompts, self._batch_size = prompts, batch_size
         self._sharding = partitioning.batch_sharding(mesh)
         self._step = jax.jit(lambda *arguments: rewards(config, *arguments),

@@ -5,7 +5,7 @@
       train_proxies.py            their training
       proxy_folder.py             their results, as they are written
     proxy_table.py                tables of proxy runs, as they are read
-    laws/                         laws fitted to such tables; add yours there
+    laws/                         laws fitted to such tables; new ones are added there
     validation.py                 cross-validation of laws
     allocate.py                   command: chooses the mixture
       solve.py                    the solvers

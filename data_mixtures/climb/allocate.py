@@ -102,9 +102,9 @@ class AllocateConfig:
         if isinstance(self.weights, str) and self.weights not in _WEIGHTS:
             raise InputError(f"allocate.weights = {self.weights!r}: not one of {', '.join(_WEIGHTS)}, nor a mapping")
         if self.token_store is not None and self.unique_tokens is not None:
-            raise InputError("allocate: token_store and unique_tokens say the same; give one of them")
+            raise InputError("allocate: token_store and unique_tokens are alternatives; set only one of them")
         if unknown := [name for name in self.compared if name not in LAWS]:
-            raise InputError(f"allocate.compared: no law {unknown[0]!r}; there is {', '.join(LAWS)}")
+            raise InputError(f"allocate.compared: no law {unknown[0]!r}; available: {', '.join(LAWS)}")
 
 
 class Allocator:
@@ -123,7 +123,7 @@ class Allocator:
         """
         self.config, self.runs = config, config.runs
         if unseen := [l for l, ratios in zip(self.runs.languages, self.runs.ratios.T) if not ratios.any()]:
-            raise InputError(f"allocate.runs: no run has any {', '.join(unseen)}: nothing tells the worth of its text")
+            raise InputError(f"allocate.runs: no run has any {', '.join(unseen)}, so its worth is unknown")
         self.unique = _unique_tokens(config)
         self.law = config.law or default_law(self.runs)
         self.constraints = Constraints(config.floor, config.max_epochs, self.unique, config.fixed)
@@ -140,8 +140,8 @@ class Allocator:
         weights, targets = self.config.weights, self.runs.targets
         if isinstance(weights, Mapping):
             if differ := sorted(set(weights) ^ set(targets)):
-                raise InputError(f"allocate.weights: {', '.join(differ)} stand in the weights or the table's losses, "
-                                 "not in both")
+                raise InputError(f"allocate.weights: {', '.join(differ)} are in only one of the weights and "
+                                 "the table's losses")
             return np.array([weights[target] for target in targets], np.float64)
         if weights == "reference":
             return None
@@ -204,7 +204,7 @@ class Allocator:
         solver = self.config.solver if self.config.solver in answers else two_step.method
         methods = {f"{self.law.name}-{name}": self.method(answer.ratios, answer) for name, answer in answers.items()}
         recommended = f"{self.law.name}-{solver}"
-        # The replicates' own answers tell how far the data determine the ratios.
+        # The spread of the replicates' ratios shows how well the data determine them.
         low, high = evidence.interval([self.solve(fitted, solver).ratios for fitted in self.replicates])
         methods[recommended] |= {"ratio_low": low, "ratio_high": high}
         return recommended, methods

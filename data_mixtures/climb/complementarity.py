@@ -14,7 +14,7 @@ _ROUNDING = 1e-13
 def feasible(shares: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """Returns mixtures `[..., languages]`: the lower bounds, plus the rest of 1 in proportion to `shares`.
 
-    A language gets no more than its upper bound; its excess goes to the others, in proportion to their shares.
+    A language gets no more than its upper bound; its excess goes to the other languages, in proportion to their shares.
     """
     room = upper - lower
     shares = np.where(room > 0, np.maximum(shares, 1e-12), 0.0)

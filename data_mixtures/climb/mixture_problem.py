@@ -79,10 +79,10 @@ def reference_weights(
     Args:
       law: the fitted law.
       n_params, tokens: N and D of the planned run.
-      reference: language -> share of the reference mixture (natural counts, say), scaled to sum to 1; None: uniform.
+      reference: language -> share of the reference mixture (e.g. natural counts), scaled to sum to 1; None: uniform.
 
     Raises:
-      InputError: the reference names an unknown language or has nothing positive.
+      InputError: the reference names an unknown language or has no positive share.
     """
     ratios = shares("reference mixture", reference, law.languages)
     ratios = ratios / ratios.sum()
@@ -103,7 +103,7 @@ def _check_weights(law: FittedLaw, weights: Weights, n_params: float, tokens: fl
         weights = reference_weights(law, n_params, tokens)
     elif isinstance(weights, Mapping):
         if differ := sorted(set(weights) ^ set(law.targets)):
-            raise InputError(f"weights: {', '.join(differ)} stand in the weights or the law's targets, not in both")
+            raise InputError(f"weights: {', '.join(differ)} are in only one of the weights and the law's targets")
         weights = [weights[target] for target in law.targets]
     weights = np.asarray(weights, np.float64)
     if weights.shape != (len(law.targets),):

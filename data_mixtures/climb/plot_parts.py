@@ -99,7 +99,7 @@ def small_plots(names: Sequence[str], title: str, x_label: str, shared: bool) ->
       names: titles of the plots.
       title: title of the figure, the name of the y axes.
       x_label: name of the x axes.
-      shared: whether all have the same axes, so that only the outer ones need numbers.
+      shared: True: all have the same axes, and only the outer ones have numbers.
     """
     count = len(names)
     columns = min(count, 2 if count <= 4 else 3 if count <= 9 else 6 if count <= 24 else 8)

@@ -70,7 +70,7 @@ def _clustered(transfer: np.ndarray) -> np.ndarray:
 
 
 class Plots:
-    """The figures of one allocation; each method returns None if the allocation has nothing to show in it.
+    """The figures of one allocation; each method returns None if the allocation has no data for it.
 
         for name, figure, description in Plots(read_allocation("runs/sample/climb/allocation.json")).all(): ...
     """
@@ -154,7 +154,7 @@ class Plots:
         return [self._a["languages"][k] for k in self._order]
 
     def losses(self) -> Figure:
-        """Draws predicted losses of all methods, relative to the baseline's where there is a baseline."""
+        """Draws predicted losses of all methods, relative to the baseline's, if any."""
         names = [self._a["targets"][k] for k in self._target_order]
         baseline = self._a["baseline"]
         base = self._methods[baseline]["losses"] if baseline else np.ones(len(names))

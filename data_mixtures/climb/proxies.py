@@ -123,7 +123,7 @@ def _settings(config: ProxiesConfig, store: TokenStore, last: int) -> dict[str, 
     optimizer = getattr(config.optimizer, "__name__", str(config.optimizer))
     try:
         bindings = gin.get_bindings(config.optimizer)
-    except ValueError:  # gin does not know it
+    except ValueError:  # not a gin configurable
         bindings = {}
     return {
         "token_store": sha256(store.path / MANIFEST),
@@ -180,8 +180,8 @@ def _runs(config: ProxiesConfig, store: TokenStore, mixtures: Mixtures) -> list[
         raise InputError(f"proxies.max_epochs = {config.max_epochs:g}: no mixture has text for {config.tokens[0]:,} "
                          "tokens; lower proxies.tokens or raise the limit")
     if twice := [name for name, count in collections.Counter(proxy.name for proxy in runs).items() if count > 1]:
-        raise InputError(f"proxies: {len(twice)} names of runs stand twice, e.g. {twice[0]!r}: models of one size, "
-                         "or equal seeds, need an output of their own")
+        raise InputError(f"proxies: {len(twice)} names of runs appear twice, e.g. {twice[0]!r}: models of one size, "
+                         "or equal seeds, need a separate output")
     # Model by model, then seed by seed: the order decides which runs share a pack.
     return sorted(runs, key=lambda proxy: (config.models.index(proxy.model), config.seeds.index(proxy.seed)))
 

@@ -1,4 +1,4 @@
-"""Plans of proxy runs: mixtures at the corners, which tell transfer apart, and mixtures around the natural one."""
+"""Plans of proxy runs: mixtures at the corners, which identify transfer, and mixtures around the natural one."""
 
 import dataclasses
 import itertools
@@ -72,14 +72,14 @@ def planned_mixtures(
     """Returns the mixtures of a plan of proxy runs: name -> language -> ratio.
 
     Monolingual runs fix the isolated laws; pairs and leave-one-out runs identify the transfer from one language to
-    another; the drawn mixtures lie where the best one is expected. Names and draws do not depend on their number, so a
+    another; the drawn mixtures are near the expected optimum. Names and draws do not depend on their number, so a
     finished plan can be extended.
 
     Args:
       counts: language -> tokens of text.
       mixtures: mixtures drawn from Dirichlet distributions around the natural ratios (as RegMix, arXiv 2407.01492).
-      monolingual: a run per language with nothing else.
-      leave_one_out: a run per language in which it is missing and the others keep their natural proportions.
+      monolingual: adds one monolingual run per language.
+      leave_one_out: adds one run per language without it, in which the others keep their natural proportions.
       pairs: highest number of runs of two languages, drawn from all pairs; None: all pairs.
       pair_shares: ratios of the first language of a pair; .5 serves both directions.
       temperature: temperature of the centre of the Dirichlet distributions (1 natural, larger is flatter).
@@ -92,7 +92,7 @@ def planned_mixtures(
     """
     languages = sorted(counts)
     if len(languages) < 2:
-        raise InputError(f"planned_mixtures: one language ({', '.join(languages)}) leaves nothing to mix")
+        raise InputError(f"planned_mixtures: one language ({', '.join(languages)}) cannot be mixed")
     natural = temperature_rates(counts)
     centre = np.array([temperature_rates(counts, temperature)[language] for language in languages])
     low, high = concentration

@@ -63,7 +63,7 @@ class ProxyRuns:
 
     @property
     def own_columns(self) -> np.ndarray:
-        """Int `[targets]`: the column of `ratios` with each target's own language; -1 where there is none."""
+        """Int `[targets]`: the column of `ratios` with each target's own language; -1 without one."""
         return np.array([self.languages.index(t) if t in self.languages else -1 for t in self.targets])
 
     @property
@@ -108,7 +108,7 @@ def make_runs(
         if not names:
             raise InputError(f"{where}: no {column} columns")
         if repeated := sorted({name for name in names if list(names).count(name) > 1}):
-            raise InputError(f"{where}: {column} column {repeated[0]!r} stands twice")
+            raise InputError(f"{where}: {column} column {repeated[0]!r} appears twice")
     first_sources: dict[tuple[str, float], str] = {}
     for row, source in enumerate(sources):
         place = f"{source}: run {run[row]!r}"
@@ -126,7 +126,7 @@ def make_runs(
             raise InputError(f"{place}: the loss of {targets[int(np.argmin(losses[row]))]!r} is not positive")
         key = (str(run[row]), float(tokens[row]))
         if key in first_sources:
-            raise InputError(f"{place}: stands twice with {tokens[row]:.0f} tokens ({first_sources[key]} too)")
+            raise InputError(f"{place}: appears twice with {tokens[row]:.0f} tokens ({first_sources[key]} too)")
         first_sources[key] = source
     ratios = ratios / ratios.sum(axis=1, keepdims=True)
     names = np.array([str(name) for name in run])
@@ -166,7 +166,7 @@ def _read_csv(path: epath.PathLike) -> tuple[list[str], list[tuple[int, dict[str
     reader = csv.reader(io.StringIO(text))
     header = [name.strip() for name in next(reader, [])]
     if len(set(header)) != len(header):
-        raise InputError(f"{path}:1: column {next(n for n in header if header.count(n) > 1)!r} stands twice")
+        raise InputError(f"{path}:1: column {next(n for n in header if header.count(n) > 1)!r} appears twice")
     rows = []
     for cells in reader:
         if not cells:
@@ -201,7 +201,7 @@ def read_tables(path: epath.PathLike) -> tuple[list[str], list[tuple[epath.Path,
       path: a file, a folder (every .csv in it), or a pattern of file names (proxies/mix-*.csv).
 
     Raises:
-      InputError: there is no such file, or the ratio and loss columns of two files differ.
+      InputError: the file is missing, or the ratio and loss columns of two files differ.
     """
     path = epath.Path(path)
     pattern = any(wildcard in path.name for wildcard in "*?[") and not path.exists()
@@ -276,7 +276,7 @@ def _joined(
         first_lines: dict[str, int] = {}
         for line, row in rows:
             if row[key] in first_lines:
-                raise InputError(f"{path}:{line}: {key} {row[key]!r} stands on line {first_lines[row[key]]} already")
+                raise InputError(f"{path}:{line}: {key} {row[key]!r} is on line {first_lines[row[key]]} already")
             first_lines[row[key]] = line
     ratio_columns = {name: ratio_name(name) for name in ratio_header if name != key and ratio_name(name)}
     loss_columns = {name: loss_name(name) for name in loss_header if name != key and loss_name(name)}
@@ -317,7 +317,7 @@ def olmix_runs(
       n_params, tokens: N and D of every run, which the files do not hold.
 
     Raises:
-      InputError: see `make_runs`; a run stands in one of the files only, or twice.
+      InputError: see `make_runs`; a run is missing from one of the files or appears twice.
     """
     labels = ("name", "index", "")
     name = lambda column: None if column in labels else column  # noqa: E731
@@ -341,7 +341,7 @@ def regmix_runs(
       n_params, tokens: N and D of every run, which the files do not hold.
 
     Raises:
-      InputError: see `make_runs`; an index stands in one of the files only, or twice.
+      InputError: see `make_runs`; an index is missing from one of the files or appears twice.
     """
     return _joined(
         mixtures,

@@ -1,4 +1,4 @@
-"""The report of an allocation: one self-contained HTML file, and each figure as a file of its own for papers.
+"""The report of an allocation: one self-contained HTML file, and each figure as a separate file for papers.
 
     python -m data_mixtures.climb.report --gin.climb_report.folder=runs/sample/climb
 

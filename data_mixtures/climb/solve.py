@@ -1,7 +1,7 @@
 """Solvers: the mixture that a fitted law predicts to be best at a planned N and D, under constraints.
 
 The *joint* solver minimises the weighted loss over the mixture directly. The *two-step* solver follows arXiv 2509.15556
-as far as its abstract tells: first the direction in which all languages have equal marginal benefits, then the largest
+as its abstract describes it: first the direction in which all languages have equal marginal benefits, then the largest
 magnitude of the vector of effective ratios. The exact form is our own formulation, not the paper's:
 
 1. In the space of effective ratios rt, `b_i(rt_i) = -w_i dL_i/d(rt_i) = lambda` for all i is a curve `rt*(lambda)`.
@@ -233,12 +233,12 @@ def solve_by_sampling(
 
     Args:
       law, n_params, tokens, weights, constraints, seed: see `solve_joint`.
-      centre: language -> share of the mixture around which to sample (natural counts, say); None: uniform.
+      centre: language -> share of the mixture around which to sample (e.g. natural counts); None: uniform.
       samples: number of mixtures drawn.
       best: number of them that are averaged.
 
     Raises:
-      InputError: see `solve_joint`; best is not in [1, samples]; the centre has nothing positive.
+      InputError: see `solve_joint`; best is not in [1, samples]; the centre has no positive share.
     """
     if not 1 <= best <= samples:
         raise InputError(f"sampling solver: best must be in [1, samples = {samples}], got {best}")

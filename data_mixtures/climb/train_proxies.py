@@ -29,14 +29,14 @@ from mlx_pretrain.training.train_step import make_decoder_loss, make_train_step
 
 
 class Stopped(Exception):
-    """Ends a worker when the command was asked to stop."""
+    """Ends a worker after a request to stop."""
 
 
 class StopFlag:
-    """Tells workers to leave; those of several processes leave at the same step.
+    """Flag that makes workers stop; those of several processes stop at the same step.
 
     Attributes:
-      reason: name of the signal, or "error"; None while work goes on.
+      reason: name of the signal, or "error"; None while work continues.
     """
 
     def __init__(self):
@@ -71,13 +71,13 @@ class ProxyTrainer:
         eval_sequences: int | None,
         chunk_tokens: int,
     ):
-        """Reads the held-out rows; compiles nothing yet.
+        """Reads the held-out rows.
 
         Args:
           store: the text.
           model: shape of the models.
           results: folder that the evaluations are added to.
-          stop: flag that tells the trainer to leave.
+          stop: flag that makes the trainer stop.
           optimizer, learning_rate, batch_size, eval_batch_size, eval_sequences, chunk_tokens: see `ProxiesConfig`.
         """
         store.check_fits(model.vocab_size, model.max_length)
@@ -96,7 +96,7 @@ class ProxyTrainer:
         self._programs: dict[int, Any] = {}
 
     def train(self, pack: Sequence[ProxyRun], folder: epath.Path | None) -> float:
-        """Trains a pack, from the checkpoint in `folder` if there is one.
+        """Trains a pack, from the checkpoint in `folder`, if any.
 
         Args:
           pack: runs of this model that are evaluated after the same steps.
@@ -106,7 +106,7 @@ class ProxyTrainer:
           Mean held-out loss after the last step, nats per token.
 
         Raises:
-          Stopped: the command was asked to stop; the last evaluation is saved.
+          Stopped: a stop was requested; the last evaluation is saved.
           InputError: a run's loss or gradient was not finite.
         """
         self._stop.check_reason()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -39,11 +40,6 @@ class Scores:
         return {name: float(np.nanmean(v)) if not np.isnan(v).all() else float("nan") for name, v in values.items()}
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    # SciPy warns of constant input; the answer is the same nan.
-    return float("nan") if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0 else float(stats.spearmanr(x, y).statistic)
-
-
 def scores(measured: np.ndarray, predicted: np.ndarray, counted: np.ndarray | None = None) -> Scores:
     """Returns the agreement of predicted with measured losses.
 
@@ -65,10 +61,12 @@ def scores(measured: np.ndarray, predicted: np.ndarray, counted: np.ndarray | No
     variation = np.array([((m - m.mean()) ** 2).sum() if len(m) else 0.0 for m, _ in pairs])
     error = np.array([((m - p) ** 2).sum() for m, p in pairs])
     explained = lambda e, v: 1 - e / v if v > 0 else np.nan  # noqa: E731
+    with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):  # its correlation is nan
+        spearman = np.array([stats.spearmanr(m, p).statistic for m, p in pairs], np.float64)
     return Scores(
         r2=np.array([explained(e, v) for e, v in zip(error, variation)]),
         mae=np.array([np.abs(m - p).mean() if len(m) else np.nan for m, p in pairs]),
-        spearman=np.array([_spearman(m, p) for m, p in pairs]),
+        spearman=spearman,
         pooled_r2=float(explained(error.sum(), variation.sum())),
     )
 
@@ -80,7 +78,7 @@ class CrossValidation:
     Attributes:
       predicted: float64 `[rows, targets]`, prediction of each row by the law fitted without that row's run; nan where
         it is not judged: the run has none of the target's language (laws without transfer have no prediction there), or
-        has some of a language that no run of the fit has (nothing tells the law what its text is worth).
+        has some of a language that no run of the fit has (so the law cannot know the worth of its text).
       scores: scores of all these predictions together.
       seconds: time of all folds.
       notes: rows and targets that could not be judged.

@@ -86,7 +86,7 @@ def bootstrap_intervals(
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:
-    """Returns the mean of the finite values of each row; nan where there are none."""
+    """Returns the mean of the finite values of each row; nan without any."""
     finite = np.isfinite(values)
     sums = np.where(finite, values, 0).sum(axis=1)
     return np.divide(sums, finite.sum(axis=1), out=np.full(len(values), np.nan), where=finite.any(axis=1))

@@ -28,7 +28,7 @@ def consistency(choices: np.ndarray, labels: np.ndarray) -> Consistency:
     """Compares the choices of all languages.
 
     Args:
-      choices: int `[languages, items]`; -1 is no choice and agrees with nothing.
+      choices: int `[languages, items]`; -1 is no choice, which agrees with no other.
       labels: int `[items]`, the right options.
     """
     n_languages, n_items = choices.shape

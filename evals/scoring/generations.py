@@ -14,10 +14,10 @@ BATCH_SIZE = 16
 def encode_prompts(
     model: LanguageModel, prompts: Sequence[str], max_new_tokens: int, max_length: int
 ) -> list[tuple[np.ndarray, int]]:
-    """Returns the last ids of each prompt that leave room for the answer, and the number of ids cut before them.
+    """Returns the last ids of each prompt that fit together with the answer, and the number of ids cut before them.
 
     Raises:
-      InputError: no room is left for a prompt.
+      InputError: the answer alone fills the context.
     """
     room = max_length - max_new_tokens - len(model.prefix_ids)
     if room < 1:

@@ -104,7 +104,7 @@ def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: b
     """Returns a table that was made from the same; None where it is missing or to be replaced.
 
     Raises:
-      InputError: the table was made from something else, or the file is not such a table, without `overwrite`.
+      InputError: the table was made from other inputs, or the file is not such a table, without `overwrite`.
     """
     if not path.exists():
         return None

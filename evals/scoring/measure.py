@@ -35,7 +35,7 @@ class _Job:
       task, language: name the job.
       path: file of its table.
       made_from: settings, model and digests of items and examples, kept in the file.
-      items, examples: what is asked, and the solved examples before it.
+      items, examples: the questions, and the solved examples before each.
     """
 
     task: Task
@@ -68,11 +68,11 @@ def measure(
       scorer: scorer of its options.
       aligned: items by task.
       examples: solved examples by task and language.
-      settings: what the tables depend on besides items and examples; with "template", answers are generated.
-      overwrite: replaces tables that were made from something else.
+      settings: settings that change the tables; with "template", answers are generated.
+      overwrite: replaces tables that were made from other inputs.
 
     Raises:
-      InputError: a table was made from something else, or an option is longer than the model.
+      InputError: a table was made from other inputs, or an option is longer than the model.
     """
     generates = "template" in settings
     tables: dict[Task, dict[str, pa.Table]] = {task: {} for task in aligned}
@@ -133,12 +133,12 @@ def _generate(
         answers = generate_answers(
             model, [ids for ids, _ in encoded], (), max_new_tokens=max_new_tokens, temperature=0.0,
             on_progress=functools.partial(progress.report, job.name, 0))
-        yield job, item_tables.table_of_answers(job.items, [first_line(answer) for answer in answers],
+        yield job, item_tables.table_of_answers(job.items, [first_answer_line(answer) for answer in answers],
                                                 [dropped for _, dropped in encoded])
 
 
-def first_line(answer: str) -> str:
-    """Returns the first line of an answer that is not empty."""
+def first_answer_line(answer: str) -> str:
+    """Returns the first line of an answer after leading blank lines."""
     return answer.strip().split("\n")[0].strip()
 
 

@@ -65,7 +65,7 @@ def choose_option(options: Options, metric: str) -> int:
 
 
 def choose_options(items: Sequence[Options]) -> dict[str, np.ndarray]:
-    """Returns the options chosen by each metric whose measurements are there: metric -> int `[items]`, -1 for none."""
+    """Returns the options chosen by each metric with measurements: metric -> int `[items]`, -1 for none."""
     measured = [name for name, metric in METRICS.items()
                 if all(any(not np.isnan(getattr(item, field)).all() for item in items) for field in metric.needs)]
     return {name: np.array([choose_option(item, name) for item in items]) for name in measured}

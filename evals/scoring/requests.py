@@ -45,7 +45,7 @@ def encode_pairs(model: LanguageModel, pairs: Iterable[tuple[str, str]], num_thr
     that token counts as the continuation's. An empty context is the model's start token.
 
     Raises:
-      InputError: a continuation has no tokens of its own, so that nothing would be scored.
+      InputError: a continuation adds no tokens, so there is nothing to score.
     """
     stripped_pairs = []
     for context, continuation in pairs:

@@ -34,7 +34,7 @@ def align_items(files: Mapping[str, epath.Path], limit: int | None = None) -> Al
       limit: number of items to keep, evenly spaced; None: all.
 
     Raises:
-      InputError: no item is there in all languages.
+      InputError: no item exists in all languages.
     """
     items, rejected = {}, []
     for language, path in files.items():
@@ -54,7 +54,7 @@ def align_items(files: Mapping[str, epath.Path], limit: int | None = None) -> Al
         else:
             kept_ids.append(id)
     if not kept_ids:
-        raise InputError(f"{', '.join(map(str, files.values()))}: no item is there in all languages" + (
+        raise InputError(f"{', '.join(map(str, files.values()))}: no item exists in all languages" + (
             f"; {rejected[0][0]}: {rejected[0][1]}" if rejected else ""))
     if limit is not None and limit < len(kept_ids):
         kept_ids = [kept_ids[n * len(kept_ids) // limit] for n in range(limit)]
@@ -66,7 +66,7 @@ def read_examples(files: Mapping[str, epath.Path], count: int) -> dict[str, tupl
     """Returns solved examples by language: the first items of the split "dev" beside a task's test files.
 
     Raises:
-      InputError: fewer than `count` are there in all languages.
+      InputError: fewer than `count` exist in all languages.
     """
     if not count:
         return dict.fromkeys(files, ())
@@ -74,6 +74,6 @@ def read_examples(files: Mapping[str, epath.Path], count: int) -> dict[str, tupl
     examples = align_items(dev_files)
     first_language = examples.languages[0]
     if (available := len(examples.items[first_language])) < count:
-        raise InputError(f"{dev_files[first_language]}: few_shot = {count}, but only {available} examples are there in "
+        raise InputError(f"{dev_files[first_language]}: few_shot = {count}, but only {available} examples exist in "
                          "all languages")
     return {language: items[:count] for language, items in examples.items.items()}

@@ -4,7 +4,7 @@
     {"_id": "7", "prompt": "The cat sat on", "choices": ["the mat", "the moon"], "label": 0}
 
 Prompt and choice are joined by one space (spaces at the end of a prompt or the beginning of a choice do not add to it),
-by nothing in scripts without spaces, or by the row's own `delimiter` (a field of ours).
+without a delimiter in scripts without spaces, or by the row's own `delimiter` (a field of ours).
 
 A file that a command made has a record beside it, FOLDER/<dataset>/made_from.<mode>_<language>_<split>.json.
 """
@@ -54,7 +54,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Task:
-    """A benchmark: one dataset asked in one mode, in any number of languages.
+    """A benchmark: one dataset in one mode, in any number of languages.
 
         tasks = find_tasks(["mubench/*/lighteval_*_test.jsonl"], languages=["en", "de"])
         for task, files in tasks.items():      # Task("SNLIDataset", "lighteval"), {"en": path, "de": path}
@@ -96,7 +96,7 @@ def find_tasks(
       split: end of the file names.
 
     Raises:
-      InputError: a glob matches nothing, a file is not named as above, two files are of the same task and language, or
+      InputError: a glob matches no file, a file is not named as above, two files are of the same task and language, or
         one of `languages` is missing.
     """
     tasks: dict[Task, dict[str, epath.Path]] = {}
@@ -119,11 +119,11 @@ def find_tasks(
                 raise InputError(f"{path}: {files[match['language']]} is of the same dataset, mode and language")
     if not tasks:
         raise InputError(f"{', '.join(patterns)}: no file of the split {split!r}" + (
-            "" if languages is None else f" in {', '.join(languages)}; there is {', '.join(sorted(all_languages))}"))
+            "" if languages is None else f" in {', '.join(languages)}; available: {', '.join(sorted(all_languages))}"))
     for task, files in tasks.items():
         if missing := sorted(set(languages or ()) - set(files)):
             raise InputError(
-                f"{task.name}: no file for {', '.join(missing)}; there is {', '.join(sorted(all_languages))}")
+                f"{task.name}: no file for {', '.join(missing)}; available: {', '.join(sorted(all_languages))}")
     return {task: {language: tasks[task][language] for language in by_family(tasks[task])} for task in sorted(tasks)}
 
 
@@ -147,7 +147,7 @@ def read_items(path: epath.Path, language: str) -> tuple[dict[str, Item], list[t
         try:
             item = _parse_row(json.loads(line), language)
             if item.id in items:
-                raise ValueError(f"the id {item.id!r} is there twice")
+                raise ValueError(f"the id {item.id!r} appears twice")
             items[item.id] = item
         except ValueError as error:
             rejected.append((f"{path}:{number}", str(error)))
@@ -169,7 +169,7 @@ def _parse_row(row: Any, language: str) -> Item:
     if len(choices) < 2 or not all(choice.strip() for choice in choices):
         raise ValueError("two choices are needed, and none may be empty")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-        raise ValueError(f"label {label!r} is none of 0 to {len(choices) - 1}")
+        raise ValueError(f"label {label!r} is not one of 0 to {len(choices) - 1}")
     # Published prompts end in a space, or their choices begin with one; the delimiter brings it.
     if delimiter.startswith(" "):
         prompt = prompt.rstrip(" ")
@@ -195,7 +195,7 @@ def write_items(
 
 
 def write_rows(path: epath.Path, rows: Iterable[Mapping[str, Any]], made_from: Mapping[str, Any] | None) -> None:
-    """Writes a task file, and beside it what it was made from; without a record for None."""
+    """Writes a task file and the record of its origin beside it; None: no record."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if made_from is None:
         write_atomic(path, content)

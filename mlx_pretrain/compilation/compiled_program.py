@@ -27,7 +27,7 @@ _MEGASCALE = {
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
 }  # fmt: skip
 
-# Custom calls by which the compiler marks or allocates, and which compute nothing.
+# Custom calls that only mark or allocate.
 _MARKERS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
     "LayoutConstraint", "MoveToDevice", "MoveToHost", "SPMDFullToShardShape", "SPMDShardToFullShape", "Sharding",
@@ -41,12 +41,12 @@ class Collective:
 
     Attributes:
       operation: one of COLLECTIVES. An all-reduce fused with the slice of its result is a reduce-scatter.
-      dtype: of the largest operand, in HLO's spelling: "bf16", "f32".
-      operand_bytes, result_bytes: on one device, of one execution.
+      dtype: data type of the largest operand, in HLO's spelling: "bf16", "f32".
+      operand_bytes, result_bytes: sizes on one device in one execution.
       groups: partition numbers (indices of `mesh.devices.flat`, slice after slice) that exchange data among
         themselves; of a collective-permute the (source, target) pairs.
       times: executions in one run of the program.
-      op_name: the place in the JAX program that it comes from, for messages.
+      op_name: its origin in the JAX program, for messages.
     """
 
     operation: str
@@ -75,18 +75,18 @@ class Collective:
         return self.operand_bytes * others // self.group_size
 
     def crosses(self, slice_of: Sequence[int]) -> bool:
-        """Tells if it exchanges data between slices; slice_of[i] is the slice of `mesh.devices.flat[i]`."""
+        """Returns whether it exchanges data between slices; slice_of[i] is the slice of `mesh.devices.flat[i]`."""
         return any(len({slice_of[partition] for partition in group}) > 1 for group in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class CustomCall:
-    """A kernel that the compiler does not look into, such as one of Pallas ("tpu_custom_call").
+    """A kernel that is opaque to the compiler, such as one of Pallas ("tpu_custom_call").
 
     Attributes:
       target: its registered name.
-      op_name: the place in the JAX program that it comes from; the name of a Pallas kernel is part of it.
-      flops: of one execution, as the kernel itself estimates; 0 without an estimate. Not in `Program.flops`.
+      op_name: its origin in the JAX program; the name of a Pallas kernel is part of it.
+      flops: FLOPs of one execution by the kernel's own estimate, 0 without one; not in `Program.flops`.
       times: executions in one run of the program.
     """
 
@@ -101,10 +101,10 @@ class Program:
     """Work of one device in one run of a compiled program.
 
     Attributes:
-      flops: of dots and convolutions, 2 per multiply-add; positions that padding or dilation fills are not counted.
-      collectives: in no particular order; those that move nothing (groups of one device) included.
+      flops: FLOPs of dots and convolutions, 2 per multiply-add, without those on padding or dilation.
+      collectives: collective operations, in no particular order, with those that move nothing (groups of one device).
       custom_calls: kernels, without the compiler's own markers and allocations.
-      memory_bytes: read from and written to the device's memory (HBM), an estimate: operands and results of every
+      memory_bytes: bytes read from and written to the device's memory (HBM), estimated: operands and results of every
         operation that is not part of a fusion; of slices and updates in place only the elements they touch. Arrays in
         a TPU's vector memory are left out.
       unknown_loops: names of loops whose trip count is not in the program; their bodies are counted once.

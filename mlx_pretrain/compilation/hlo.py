@@ -156,7 +156,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Yields the parts between commas that stand in no brackets."""
+    """Yields the parts between commas that are outside of brackets."""
     depth, start = 0, 0
     for i, char in enumerate(text):
         if char in "([{":

@@ -23,8 +23,8 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-      arguments: of the program; a training step's state, which stays in place, and its batch.
-      temporaries: allocated besides, fragmentation included; None if the compiler refused the program.
+      arguments: the program's arguments: for a training step its state, updated in place, and its batch.
+      temporaries: other allocations, fragmentation included; None if the compiler refused the program.
       peak: the largest amount live at once, arguments included; None if the compiler refused the program.
       limit: memory that a program can have.
     """
@@ -88,8 +88,8 @@ class Measurement:
       memory: its memory.
       refusal: the compiler's message when it could not fit the program; `flops`, `collectives` and `seconds` are None
         then.
-      flops: of matrix products, loop bodies times their trip counts, and of kernels with an estimate of their own.
-      collectives: in order of bytes.
+      flops: FLOPs of matrix products, loop bodies times their trip counts, and of kernels that estimate theirs.
+      collectives: collective operations, ordered by bytes.
       seconds: lower bounds of its time.
       compile_seconds: time of tracing and compilation on this machine.
       unknown_loops: loops without a known trip count, counted once.
@@ -119,7 +119,7 @@ def memory_limit(topology: Topology) -> int:
 
 
 def measure(program, topology: Topology) -> Measurement:
-    """Compiles a `programs.Program` for the devices of a topology and counts what it takes."""
+    """Compiles a `programs.Program` for the devices of a topology and measures its memory, work and time."""
     start, limit, arguments = time.perf_counter(), memory_limit(topology), program.argument_bytes()
     lowered = program.lower()
     try:
@@ -136,7 +136,7 @@ def measure(program, topology: Topology) -> Measurement:
     counts = read_program(compiled.as_text())
     flops = counts.flops + sum(_flops(call) * call.times for call in counts.custom_calls)
     opaque = opaque_kernels(counts)
-    # Without them the program would seem to do less than the model asks for.
+    # Without them the FLOPs would be fewer than the model's.
     compute = max(flops, program.model_flops / program.mesh.size) if opaque else flops
     devices = list(program.mesh.devices.flat)
     return Measurement(
@@ -161,7 +161,7 @@ def opaque_kernels(counts: Program) -> dict[str, int]:
 def _peak(stats) -> int:
     peak = getattr(stats, "peak_memory_in_bytes", 0)
     total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # XLA's CUDA compiler does not tell the peak; its temporaries are one allocation of the size needed.
+    # XLA's CUDA compiler does not report the peak; its temporaries are one allocation of the size needed.
     return peak or total + stats.temp_size_in_bytes
 
 
@@ -223,6 +223,6 @@ def _directions(collective: Collective, topology: Topology, devices: Sequence[ja
 
 
 def needed_bytes(refusal: str) -> int | None:
-    """Returns the bytes that the compiler needs, as a `Measurement.refusal` says; None if it does not say."""
+    """Returns the bytes needed according to a `Measurement.refusal`; None where it names none."""
     match = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", refusal)
     return match and int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2])))

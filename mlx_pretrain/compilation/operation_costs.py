@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_pretrain.compilation.hlo import Computation, Op
 
-# They move nothing by themselves, or what they call is counted.
+# They move no data themselves, or the computation that they call is counted.
 _STILL = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "after-all", "while", "conditional",
     "call", "partition-id", "replica-id", "iota", "optimization-barrier",

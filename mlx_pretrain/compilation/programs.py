@@ -32,13 +32,13 @@ class Program:
 
     Attributes:
       name: e.g. "training step".
-      function: jitted.
+      function: the jitted function.
       arguments: trees of `jax.ShapeDtypeStruct` with shardings, to call it with.
       mesh: the mesh it runs on.
       batch: its batch in words, e.g. "3072 x 4096 tokens".
       parameters: number of the model's parameters.
-      tokens: of one batch, over all devices.
-      model_flops: FLOPs that the model asks for, without recomputation, over all devices.
+      tokens: tokens of one batch, over all devices.
+      model_flops: FLOPs of the model's own operations, without recomputation, over all devices.
       remedies: lists changes that reduce its memory, the cheapest first; called with the ratio of the memory needed
         besides its arguments to the memory left for it.
     """
@@ -95,7 +95,7 @@ def configured(mesh: Mesh, length: int | None = None) -> list[Program]:
 
 
 def is_bound(parameter: str) -> bool:
-    """Tells if the gin files read so far set a parameter such as "train.steps"."""
+    """Returns whether the gin files read so far set a parameter such as "train.steps"."""
     try:
         gin.query_parameter(parameter)
     except ValueError:

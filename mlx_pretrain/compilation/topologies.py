@@ -15,7 +15,7 @@ from mlx_pretrain.parallel import backend, hardware, partitioning
 # libtpu's name for two cores that work as one device; only v4 needs it.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}
 
-# The description of a GPU for XLA's CUDA compiler, from a running H100 SXM. Its older releases know no further fields.
+# The description of a GPU for XLA's CUDA compiler, from a running H100 SXM. Older releases accept no further fields.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024

@@ -35,13 +35,13 @@ class Parameter:
 
 
 def command_help(
-    main: Callable[..., object], config: type, module: str, flags: Mapping[str, str], width: int
+    main: Callable[..., object], config: type | None, module: str, flags: Mapping[str, str], width: int
 ) -> str:
     """Returns the help of a command.
 
     Args:
       main: the command; the first paragraph of its docstring comes first.
-      config: dataclass of its parameters.
+      config: dataclass of its parameters; None for a command that reads the gin files of other commands.
       module: its name for `python -m`.
       flags: flag with its value, e.g. "--gin_file=FILE" -> description.
       width: columns of the terminal.
@@ -52,7 +52,7 @@ def command_help(
         _wrapped(f"usage: python -m {module} [FLAGS]", width),
         _table("flags:", flags.items(), width),
     ]
-    for configurable in (config, *field_classes(config)):
+    for configurable in (config, *field_classes(config)) if config is not None else ():
         blocks.append(_table(_heading(configurable, config), _entries(parameters(configurable)), width))
     return "\n\n".join(blocks)
 

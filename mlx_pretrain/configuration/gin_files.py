@@ -48,7 +48,7 @@ def parse_gin(
     Args:
       files: gin files, read in order.
       bindings: gin statements, e.g. "train.steps = 100".
-      search: folders in which relative files are looked for besides the current one.
+      search: folders to search for relative files, after the current one.
       fill_macros: gives macros without a value their name in angle brackets, instead of failing.
 
     Returns:

@@ -19,7 +19,7 @@ _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a s
 def check_types() -> None:
     """Checks every value that gin has bound to an annotated parameter.
 
-    Parameters that take a function are not checked: an annotation does not tell a schedule from an optimizer.
+    Parameters that take a function are not checked: their annotation is the same for schedules and optimizers.
 
     Raises:
       InputError: a value is of another type; the message names the parameter.
@@ -57,7 +57,7 @@ def _resolve(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tells if a value is of an annotation's type."""
+    """Returns whether a value is of an annotation's type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is _UNKNOWN or value is gin.REQUIRED or hint is Any or isinstance(hint, typing.TypeVar):
         return True
@@ -92,7 +92,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _reference_fits(reference: Any, cls: Any) -> bool:
-    """Tells if @NAME, or the result of @NAME(), can be an instance of `cls`; True if only a call shows it."""
+    """Returns whether @NAME, or the result of @NAME(), can be an instance of `cls`; True if only a call shows it."""
     configurable = reference.configurable.wrapped
     if not inspect.isclass(cls):
         return True

@@ -29,7 +29,7 @@ def template_setting(folder: epath.PathLike, settings: Mapping[str, Any]) -> dic
 
 
 def template_files(folder: epath.PathLike) -> dict[str, bytes]:
-    """Reads the templates of a Hugging Face folder that have files of their own: path in the folder -> content."""
+    """Reads the templates of a Hugging Face folder that are separate files: path in the folder -> content."""
     folder = epath.Path(folder)
     more = sorted((folder / _MORE).glob("*.jinja")) if (folder / _MORE).is_dir() else []
     paths = [folder / _FILE] * (folder / _FILE).exists() + more

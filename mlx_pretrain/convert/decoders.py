@@ -102,12 +102,12 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
 
 def _rope_theta(path: epath.Path, raw: Mapping[str, Any]) -> Any:
     """Returns the base of the rotary frequencies; raises InputError for other settings than those of `Decoder`."""
-    # Since transformers 5 the settings are an object of their own, which takes precedence over the field beside it.
+    # Since transformers 5 the settings are an object, which takes precedence over the older field.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope_parameters or rope_scaling is {rope!r}, not an object")
     rest = {key: value for key, value in rope.items() if value is not None and key != "rope_theta"}
-    # The type comes first, for the others follow from it.
+    # The type comes first: it decides which other fields are read.
     needed = {"rope_type": "default", "partial_rotary_factor": 1}
     settings = {"rope_type": rest.pop("rope_type", rest.pop("type", "default")), **rest}
     for key, value in settings.items():

@@ -21,6 +21,7 @@ from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic, write_json
 from mlx_pretrain.inference.language_model import HF_TOKENIZER, LanguageModel, load_language_model
+from mlx_pretrain.parallel.cluster import log
 
 
 @gin.configurable("export_model")
@@ -54,17 +55,17 @@ def export_model(config: ExportConfig) -> None:
     the chat templates of a Hugging Face tokenizer.
 
     Raises:
-      InputError: there is no model, or `output` holds something.
+      InputError: `model` holds no model, or `output` is not empty.
     """
     output = epath.Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: there is something already; export_model.output must be a new folder")
+        raise InputError(f"{output}: exists already; export_model.output must be a new folder")
     model = load_language_model(config.model, step=config.step, weights=config.weights)
     with new_folder(output, CONFIG) as folder:
         _write(folder, model, config.dtype)
     of_step = "" if model.step is None else f", step {model.step}"
-    print(f"{output}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {config.model}{of_step}, "
-          f"{model.config.parameters():,} parameters in {config.dtype}")
+    log(f"{output}: {CONFIG}, {WEIGHTS}, {HF_TOKENIZER} of {config.model}{of_step}, "
+        f"{model.config.parameters():,} parameters in {config.dtype}")
 
 
 def _write(folder: epath.Path, model: LanguageModel, dtype: str) -> None:

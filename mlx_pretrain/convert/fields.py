@@ -36,7 +36,7 @@ def check_fields(
     path: epath.PathLike, raw: Mapping[str, Any], model: str, *, read: Collection[str],
     needed: Mapping[str, tuple[Any, ...]], harmless: str = "", part: str = "",
 ) -> None:
-    """Checks that a configuration asks for nothing that a model here does not do.
+    """Checks that a configuration has only features that the models here support.
 
     Fields that are null are not set; only "model_type" must be.
 

@@ -31,7 +31,7 @@ def read_special_ids(folder: epath.PathLike, raw: Mapping[str, Any], tokenizer: 
     """Reads the ids as transformers does.
 
     generation_config.json takes precedence over config.json, and both over the eos_token of tokenizer_config.json.
-    Whether BOS is put before a text is decided by `add_bos_token` of tokenizer_config.json where it is set.
+    `add_bos_token` of tokenizer_config.json, where it is set, decides whether texts begin with BOS.
 
     Args:
       folder: folder with config.json; the other files may be missing.

@@ -70,14 +70,14 @@ def stack_layers(trees: list[Any]) -> Any:
 
 
 def get_number(path: epath.Path, raw: Mapping[str, Any], key: str, types: type | tuple[type, ...] = int) -> Any:
-    """Returns a number of a config.json, of one of `types`; raises InputError where there is none."""
+    """Returns a number of a config.json, of one of `types`; raises InputError where it is missing."""
     if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), types):
         raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a number")
     return raw[key]
 
 
 def read_object(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON object; raises InputError where there is none."""
+    """Reads a JSON object; raises InputError where it is missing."""
     raw = read_json(path, "configuration")
     if not isinstance(raw, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -98,7 +98,7 @@ def _open_tensors(
             raise InputError(f"{path}: not a safetensors file ({error})") from None
         names_in_file = set(file.keys())
         if names is not None and (missing := sorted(names - names_in_file)):
-            raise InputError(f"{path}: no tensor {missing[0]}, which the index says is in it")
+            raise InputError(f"{path}: no tensor {missing[0]}, which the index lists for it")
         for stored in sorted(names_in_file):
             name = rename(stored)
             if name in tensors:

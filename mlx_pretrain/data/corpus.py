@@ -16,6 +16,7 @@ from typing import Any
 import gin
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.data.documents import TEXT_UNITS, Document, RecordKeys, glob_files, read_documents, refuse_twins
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
@@ -96,6 +97,9 @@ class Corpus:
             raise InputError("Corpus.root: no folder is given; set it, or Corpus.files to whole paths")
         if not self._patterns:
             raise InputError(f"Corpus.files: {self.files!r} must be a pattern or a list of patterns")
+        if self.root is None and len({(gcs.is_gs(p), epath.Path(p).is_absolute()) for p in self._patterns}) > 1:
+            raise InputError(f"Corpus.files: {', '.join(self._patterns)} have no folder in common; set Corpus.root, or "
+                             "make all of them absolute, relative or gs:// paths")
         for pattern in self._patterns:
             if pattern.count("{split}") > 1 or pattern.count("{language}") > 1:
                 raise InputError(f"Corpus.files: {pattern!r} must hold {{split}} and {{language}} at most once each")
@@ -175,9 +179,20 @@ class Corpus:
         return RecordKeys(self.text_key, self.id_key, self.language_key, self.source_key)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Settings of the reading, which an output made from the documents records besides their hashes."""
+    def record_settings(self) -> dict[str, Any]:
+        """Settings of the reading of records, for outputs that record the hashes of documents by {language}."""
         return {"text_unit": self.text_unit, **({"fields": self.keys.changed} if self.keys.changed else {})}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that an output records besides the hashes of the documents.
+
+        Those of the reading of records, and the languages of paths, name -> language, but for those that a file's path
+        below the root tells by itself.
+        """
+        languages = {name: language for name in self._listing
+                     if (language := self.language_of_path(name)) != _language_in(name)}
+        return {**self.record_settings, **({"languages": languages} if languages else {})}
 
     def paths(self) -> dict[str, epath.Path]:
         """Returns path relative to the root -> path, of all files, sorted."""
@@ -200,11 +215,7 @@ class Corpus:
 
     def language_of_path(self, name: str) -> str:
         """Returns the language of a file's records that name none, "und" where the path does not tell it either."""
-        if (language := self._listing[name].language) is not None:
-            return language
-        path = epath.Path(name)
-        names = (path.name.split(".")[0], *reversed(path.parent.parts), self.folder.name)
-        return next(filter(is_language, names), UNDETERMINED)
+        return self._listing[name].language or _language_in(name, self.folder.name)
 
     # For commands that need {split} and {language} in the pattern.
 
@@ -262,6 +273,13 @@ class Corpus:
         if blank:
             raise InputError(f"{', '.join(map(str, self.files_of(split, language).values()))}: no document has any "
                              f"text; leave {language!r} out of {split!r}")
+
+
+def _language_in(name: str, folder: str = "") -> str:
+    """Returns the known language in the path of a file, or else in the name of its root's folder; "und" without one."""
+    path = epath.Path(name)
+    names = (path.name.split(".")[0], *reversed(path.parent.parts), folder)
+    return next(filter(is_language, names), UNDETERMINED)
 
 
 def _fixed_parts(pattern: str) -> tuple[str, ...]:

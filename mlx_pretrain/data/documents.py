@@ -28,6 +28,7 @@ import pyarrow.parquet
 import zstandard
 from etils import epath
 
+from mlx_pretrain import gcs
 from mlx_pretrain.errors import InputError
 
 TEXT_UNITS = ("file", "line")
@@ -137,7 +138,7 @@ def id_hash(document_id: str) -> int:
 
 
 def glob_files(pattern: epath.PathLike) -> list[epath.Path]:
-    """Returns the files matching a path or glob, sorted; an empty list where nothing matches.
+    """Returns the files matching a path or glob, sorted; an empty list where nothing matches. Folders are no files.
 
     Raises:
       InputError: the pattern holds **.
@@ -146,10 +147,16 @@ def glob_files(pattern: epath.PathLike) -> list[epath.Path]:
     if "**" in parts:  # epath supports it on no file system
         raise InputError(f"{pattern}: ** is not supported; name the folders, or use * for each level")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+    if fixed is not None and gcs.is_gs(pattern):  # one listing, where `is_dir` of every path would be as many requests
+        with gcs.named_errors(pattern):
+            listed = gcs.filesystem().glob(str(pattern), detail=True)
+        return sorted(epath.Path(f"gs://{name}") for name, entry in listed.items() if entry["type"] == "file")
     if fixed is None:
-        return [epath.Path(pattern)] if epath.Path(pattern).exists() else []
-    root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
-    return sorted(root.glob("/".join(parts[fixed:]))) if root.exists() else []
+        paths = [epath.Path(pattern)] if epath.Path(pattern).exists() else []
+    else:
+        root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
+        paths = root.glob("/".join(parts[fixed:])) if root.exists() else ()
+    return sorted(path for path in paths if not path.is_dir())
 
 
 def match_files(pattern: epath.PathLike) -> list[epath.Path]:
@@ -278,7 +285,7 @@ def _parquet_rows(
             table = pa.parquet.ParquetFile(file)
             schema = table.schema_arrow
             if keys.text not in schema.names:
-                raise InputError(f'{path}: no column "{keys.text}"; there is {", ".join(schema.names)} '
+                raise InputError(f'{path}: no column "{keys.text}"; available: {", ".join(schema.names)} '
                                  "(Corpus.text_key names the one with the text)")
             columns = schema.names if extra is None else [
                 name for name in dict.fromkeys((*keys.all, *extra)) if name in schema.names]
@@ -346,7 +353,7 @@ def _document(
     text, document_id, source = record.get(keys.text), record.get(keys.id), record.get(keys.source)
     if not isinstance(text, str):
         others = [field for field, value in record.items() if isinstance(value, str)]
-        hint = f"; there is {', '.join(others[:5])} (Corpus.text_key names the one with the text)" if others else ""
+        hint = f"; available: {', '.join(others[:5])} (Corpus.text_key names the one with the text)" if others else ""
         raise InputError(f'{where}: no "{keys.text}" string in this record{hint}')
     language_key, language = next(((key, record[key]) for key in keys.languages
                                    if record.get(key) not in (None, "")), ("", language))

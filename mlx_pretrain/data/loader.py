@@ -207,7 +207,7 @@ class MixtureSource:
 
     Attributes:
       mixture: see `Mixture`.
-      sampler: tells source, row and epoch of every sequence of the mixture.
+      sampler: gives source, row and epoch of every sequence of the mixture.
       rows: rows of the global batch that this host reads; None: all.
     """
 

@@ -202,7 +202,7 @@ class TokenStore:
         """Returns the counts of a language. Raises InputError when the store lacks the split or the language."""
         parts = self.parts(split)
         if language not in parts:
-            raise InputError(f"{self.path}: no {split} text in {language!r}; there is {', '.join(sorted(parts))}")
+            raise InputError(f"{self.path}: no {split} text in {language!r}; available: {', '.join(sorted(parts))}")
         return parts[language]
 
     def parts(self, split: str) -> Mapping[str, Part]:
@@ -212,7 +212,7 @@ class TokenStore:
           InputError: the store has no such split.
         """
         if split not in self.manifest.splits:
-            raise InputError(f"{self.path}: no split {split!r}; there is {', '.join(sorted(self.manifest.splits))}")
+            raise InputError(f"{self.path}: no split {split!r}; available: {', '.join(sorted(self.manifest.splits))}")
         return self.manifest.splits[split]
 
     def check_fits(self, vocab_size: int, max_length: int) -> None:

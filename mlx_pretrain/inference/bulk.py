@@ -123,7 +123,7 @@ class BulkInference:
         pad_id: int = 0,
         in_flight: int = 4,
     ):
-        """Compiles nothing yet.
+        """Stores the settings; programs are compiled when they are first needed.
 
         Args:
           function: (params, tokens `[batch, length]` int32, segment_ids likewise, 0 for padding) -> `[batch, ...]`,
@@ -197,10 +197,10 @@ class BulkInference:
         """Runs windows of sequences, in order.
 
         Args:
-          windows: (key, int32 `[length]` each) pairs; the next is asked for while batches of the last are computed.
+          windows: (key, int32 `[length]` each) pairs; the next is read while batches of the last are computed.
 
         Yields:
-          key, outputs `[sequences, ...]`, once all outputs of the window are there.
+          key, outputs `[sequences, ...]`, once all outputs of the window are computed.
         """
 
         def batches(sequences: Sequence[np.ndarray], outputs: np.ndarray) -> Iterator[_Started]:
@@ -220,7 +220,7 @@ class BulkInference:
     def _dispatch(self, batch: Batch, sequences: Sequence[np.ndarray]) -> jax.Array:
         """Starts one batch, and returns its result, which may not be computed yet."""
         shape = (self.rows[batch.length], batch.length)
-        # Rows without a sequence hold one token of padding, for a softmax over nothing is no number.
+        # Rows without a sequence hold one token of padding, as a softmax over no tokens is NaN.
         tokens, lengths = np.full(shape, self._pad_id, np.int32), np.ones(shape[0], np.int32)
         for i, row in enumerate(batch.rows):
             lengths[i] = len(sequences[row])

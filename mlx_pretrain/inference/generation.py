@@ -44,7 +44,7 @@ def generate(
       max_new_tokens: largest number of new tokens of a prompt.
       temperature: divisor of the logits; 0 takes the most likely token.
       top_p: probability that the smallest set of tokens to sample from holds (arXiv 1904.09751).
-      seed: seed of the sampling; row i of a batch draws from a stream of its own.
+      seed: seed of the sampling; each row of a batch has its own stream.
       vocab_size: size of the tokenizer's vocabulary; ids from there on, which pad the model's vocabulary, are never
         taken. None: the model's.
       prefix_ids: put before every prompt. These and the next two are by default those of our own tokenizers.

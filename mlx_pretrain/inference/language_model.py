@@ -165,7 +165,7 @@ def load_language_model(
       dtype: compute dtype, "float32" or "bfloat16"; None: that of the run, float32 for other models.
 
     Raises:
-      InputError: there is no model at `path`, it cannot be read, or the tokenizer's ids exceed the vocabulary.
+      InputError: `path` holds no model, it cannot be read, or the tokenizer's ids exceed the vocabulary.
     """
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
     if path.suffix != ".gguf" and not (path / CONFIG).exists():
@@ -192,7 +192,7 @@ def read_model_config(path: epath.PathLike) -> DecoderConfig:
     """Reads the configuration of the decoder that `load_language_model` reads.
 
     Raises:
-      InputError: there is no model, or it cannot be read.
+      InputError: the folder holds no model, or it cannot be read.
     """
     path = epath.Path(path)
     if path.suffix == ".gguf":
@@ -222,7 +222,7 @@ def from_pretrained(
     prefix_ids = tuple(tokenizer.prefix_ids.tolist()) if ids.prefix_ids is None else ids.prefix_ids
     for name, tokens in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
         if beyond := [token for token in tokens if not 0 <= token < config.vocab_size]:
-            raise InputError(f"{path}: {name} {beyond[0]} is none of the model's {config.vocab_size} ids")
+            raise InputError(f"{path}: {name} {beyond[0]} is not one of the model's {config.vocab_size} ids")
     with partitioning.use(mesh):
         params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put(x, like.sharding),
                               params, abstract_params(config, mesh))

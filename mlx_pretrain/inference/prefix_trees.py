@@ -1,7 +1,7 @@
 """Packs sequences that begin alike as trees into the rows of batches, so that shared tokens are computed once.
 
-Sorted sequences that begin alike stand side by side. A range of them is one tree; a tree that is too large for a row
-is cut where its branches part. If they part after many tokens, these become a prefix of its own, whose keys and values
+Sorted sequences with a common beginning are neighbours. A range of them is one tree; a tree that is too large for a row
+is cut where its branches part. If they part after many tokens, these become a separate prefix, whose keys and values
 are computed once for all the rows behind it. The sequences "abcd", "abce" and "axy", for example, make one tree of the
 tokens a b c x: the last token of a sequence is predicted, but never fed to the model.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-# Fewest shared tokens at the beginning that are worth a prefix of their own.
+# Fewest shared tokens at the beginning that are worth a separate prefix.
 MIN_PREFIX = 32
 
 
@@ -131,7 +131,7 @@ class _Packer:
             yield TreeGroup(np.zeros(0, np.int32), self._fill(without_prefix))
 
     def _cut(self, first: int, last: int, base: int) -> tuple[list[_Tree], list[tuple[int, int, int]]]:
-        """Cuts a range of sequences into trees that fit into rows, and ranges that get a prefix of their own."""
+        """Cuts a range of sequences into trees that fit into rows, and ranges that get a separate prefix."""
         trees, prefixed, ranges = [], [], [(first, last)]
         row, longest = self._lengths[0], self._lengths[-1]
         while ranges:
@@ -145,7 +145,7 @@ class _Packer:
             parts = [first, *(first + 1 + np.flatnonzero(common == depth)).tolist(), last]
             repeated = (len(parts) - 2) * max(depth - base, 0)  # tokens computed again if the tree is cut at `depth`
             if 16 * repeated > size:
-                # A prefix has batches of its own, so enough has to follow it to fill them.
+                # A prefix has separate batches, so enough sequences must share it to fill them.
                 small = size <= row or (size <= longest and size - (depth - base) < 4 * row)
                 prefix = int(min(depth, self._starts[first:last].min() - 1))
                 if not small and not base and prefix >= MIN_PREFIX:
@@ -158,7 +158,7 @@ class _Packer:
         return trees, prefixed
 
     def _fill(self, trees: list[_Tree]) -> list[tuple[int, PackedRow]]:
-        """Packs trees into rows by best fit, largest first: a tree goes to the fullest row that has room."""
+        """Packs trees into rows by best fit, largest first: a tree goes to the fullest row that it fits into."""
         rows: list[list[_Tree]] = []
         lengths: list[int] = []
         room: list[tuple[int, int]] = []  # (free tokens, row), ascending

@@ -105,7 +105,7 @@ class Scorer:
         tokens_per_batch: int | None = None,
         in_flight: int = 3,
     ):
-        """Compiles nothing yet.
+        """Stores the settings; programs are compiled when they are first needed.
 
         Args:
           config, params: configuration and parameters of the decoder, on the devices of `mesh`.
@@ -162,10 +162,10 @@ class Scorer:
 
         Args:
           windows: (key, requests), or (key, requests, features) where ids from the vocabulary's size on stand for
-            `features`, `[n, embed]`, see `Decoder`; the next is asked for while the last is computed.
+            `features`, `[n, embed]`, see `Decoder`; the next is read while the last is computed.
 
         Yields:
-          key, scores of its requests, once the last of them is there.
+          key, scores of its requests, once the last of them is computed.
 
         Raises:
           InputError: a request without context or continuation, or a continuation longer than the model.
@@ -181,7 +181,7 @@ class Scorer:
         def started_windows() -> Iterator[tuple[Iterator[tuple], tuple[Key, list[Score]]]]:
             for key, requests, *features in windows:
                 if features or self._features is not None:
-                    self._prefixes.clear()  # the same ids stand for other features
+                    self._prefixes.clear()  # the same ids refer to other features
                     self._features = self._spread(features[0]) if features else None
                 scores: list[Score | None] = [None] * len(requests)
                 yield batches(requests, scores), (key, scores)

@@ -21,7 +21,7 @@ def run_windows(
       windows: (batches, window) pairs; taking a batch from them starts it on the devices. The next batch or window is
         taken while earlier batches are computed.
       finish: fetches the result of a batch and stores it; called in the order in which batches were started.
-      is_ready: tells that a result is there, so that it is fetched early.
+      is_ready: function that returns True once a result is computed, so that it is fetched early.
       in_flight: batches on the devices before the first one's result is waited for.
 
     Yields:

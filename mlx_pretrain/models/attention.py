@@ -47,7 +47,7 @@ class AttentionCall(NamedTuple):
       head_dim: size of a head.
       length: queries of a row.
       segments: rows hold several documents, or padding.
-      masked: a mask says which keys a query reads, as in decoding over a cache.
+      masked: True: a mask selects the keys that a query reads, as in decoding over a cache.
       partial: queries are fewer than keys.
     """
 
@@ -191,7 +191,7 @@ def check_attention(config: Any, head_dim: int) -> None:
     """Checks the field `attention` of a model's configuration, with its `dtype`, on any platform.
 
     Raises:
-      InputError: there is no such implementation, or it cannot compute this dtype or size of heads.
+      InputError: the implementation is unknown, or it cannot compute this dtype or size of heads.
     """
     if (name := config.attention) is None:
         return

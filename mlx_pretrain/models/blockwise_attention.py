@@ -58,7 +58,7 @@ def _group(x: jax.Array, kv_heads: int) -> jax.Array:
 def _probabilities(query, key, query_segments, key_segments):
     """Returns unnormalised probabilities float32 `[batch, kv_heads, group, queries, keys]`, and their sums over keys.
 
-    The queries stand at the last positions of the keys.
+    The queries are at the last positions of the keys.
     """
     scale = query.shape[-1] ** -0.5
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32) * scale

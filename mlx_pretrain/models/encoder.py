@@ -35,7 +35,7 @@ class EncoderConfig:
       position_offset: row of the position table that a first token takes: 0 in BERT, pad_id + 1 in XLM-R.
       token_types: rows of the table of token types (BERT's sentence A, B); 0: no such table.
       norm_epsilon: summand inside the square root of LayerNorm.
-      pad_id: token that fills rows up; segment_ids alone tell padding from text.
+      pad_id: token that fills rows up; only segment_ids distinguish padding from text.
       pooling: a row's vector is its "first" token's or the "mean" of its tokens'.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
       remat: the backward pass computes each layer again instead of keeping its activations.

@@ -1,7 +1,7 @@
 """Attention in Pallas kernels that never hold a row of scores: splash attention on TPUs, a Triton kernel on GPUs.
 
 Both take packed documents as segment ids, so that no mask of `[batch, 1, length, length]` exists, and grouped
-queries as they are. Lengths are padded to whole blocks by a segment of its own. A kernel is one operation to XLA's
+queries as they are. Lengths are padded to whole blocks by a separate segment. A kernel is one operation to XLA's
 partitioner: under a mesh it runs in `shard_map`, every device on its rows and heads.
 """
 
@@ -40,7 +40,7 @@ def kernel_flops(op_name: str) -> float:
 
 
 def _scope(query: jax.Array, block: int, causal: bool):
-    """Returns a scope that tells `kernel_flops` the FLOPs of one product: XLA cannot look into a kernel.
+    """Returns a scope that passes the FLOPs of one product to `kernel_flops`: a kernel is opaque to XLA.
 
     `query` is `[batch, length, heads, head_dim]`, `block` its rows that are masked together.
     """
@@ -139,7 +139,7 @@ def _flash_padded(causal, blocks, interpret, query, key, value, segment_ids):
 
 
 def _pad(multiple: int, query, key, value, segment_ids):
-    """Returns all four, `[batch, length, ...]`, padded to a multiple in length; padding is a segment of its own."""
+    """Returns all four, `[batch, length, ...]`, padded to a multiple in length; padding is a separate segment."""
     added = -query.shape[1] % multiple
     if not added:
         return query, key, value, segment_ids
@@ -156,12 +156,12 @@ def _per_shard(function: Callable, query, key, value, segment_ids) -> jax.Array:
         raise ValueError(f"attention kernels need whole rows, the rule table splits them over {axes}")
 
     def axes_of(axis: str, n: int) -> tuple[str, ...] | None:
-        # Where the devices do not divide the rows (a single prompt), all compute all of them.
+        # If the rows do not divide over the devices (a single prompt), each device computes all of them.
         return None if n % partitioning.shards(mesh, axis) else partitioning.mesh_axes(axis)
 
     batch, heads = axes_of("batch", query.shape[0]), axes_of("act_heads", key.shape[2])
     rows, whole = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-    # Kernels do not say over which axes their results vary.
+    # Kernels do not declare over which axes their results vary.
     return jax.shard_map(function, in_specs=(rows, rows, rows, whole), out_specs=rows, check_vma=False)(
         query, key, value, segment_ids
     )

@@ -40,7 +40,7 @@ def project(equation: str, x: Float[ArrayLike, "..."], weight: Float32[ArrayLike
     All three products, forward and backward, take operands in that dtype and sum in float32; the weight's gradient
     stays float32. Left to autodiff, the backward products would run on float32 operands, or round their sums.
 
-    On a mesh, letters say how dimensions are split: B batch, T length, D embed, F mlp, N heads, K kv_heads,
+    On a mesh, letters name the dimensions that are split: B batch, T length, D embed, F mlp, N heads, K kv_heads,
     H head_dim. Other letters leave the layout to the compiler. The result has the checkpoint name "product".
     """
     plan = _plan(equation, x, weight)
@@ -79,7 +79,7 @@ class _Plan(NamedTuple):
       gathered: (dimension, mesh axes) of the weight's dimensions that are gathered for the product.
       summed: mesh axes over which the product is added up.
       summed_backward: mesh axes over which the gradient to `x` is added up.
-      replicas: mesh axes over which the weight's gradient is added up, besides those it is scattered over.
+      replicas: mesh axes over which the weight's gradient is added up, in addition to those it is scattered over.
     """
 
     x: str

@@ -1,7 +1,7 @@
 """Attention within trees: sequences that begin alike share the tokens they have in common.
 
-The tokens of a tree stand in depth-first order, so the subtree of a token is one range: token j is read by tokens
-j, ..., subtree_ends[j] - 1 and no others. Several trees stand side by side in a row, and before all of them there may
+The tokens of a tree are in depth-first order, so the subtree of a token is one range: token j is read by tokens
+j, ..., subtree_ends[j] - 1 and no others. A row holds several trees in succession, and before all of them there may
 be a prefix, computed once, which all rows read. "ab" and "ac" in one row, for example:
 
     tokens        a  b  c

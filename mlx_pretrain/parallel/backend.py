@@ -84,7 +84,7 @@ def _has_gpu() -> bool:
 
 
 def is_installed(module: str) -> bool:
-    """Tells if a module can be imported; False too if its package cannot, for which `find_spec` raises."""
+    """Returns whether a module can be imported; also False where `find_spec` raises, as it does without the package."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

@@ -51,7 +51,7 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
     try:
         detected = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, TIMEOUT)
     except Exception as error:  # of the platform's own interfaces: metadata servers, Kubernetes' API, environments
-        raise InputError(f"the platform does not tell which process this is ({type(error).__name__}: {error}); "
+        raise InputError(f"the platform does not give the number of this process ({type(error).__name__}: {error}); "
                          "set --coordinator, --processes and --process") from None
     if None in detected[:3] or detected[1] == 1:
         return None
@@ -70,7 +70,7 @@ _DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
 def may_have_others() -> bool:
-    """Tells if a launcher has left a trace; without one `find` would import JAX and find nothing."""
+    """Returns whether a launcher has set its variables; without them `find` would import JAX in vain."""
     return any(name.startswith(_MARKS) for name in os.environ) or any(map(os.path.exists, _DEVICES))
 
 
@@ -163,7 +163,7 @@ def process() -> int:
 
 
 def is_main() -> bool:
-    """Tells if this is process 0, which alone writes what the job writes once."""
+    """Returns whether this is process 0, which alone writes what the job writes once."""
     return _member.process == 0
 
 
@@ -222,7 +222,7 @@ def boundary() -> list[str]:
 
 
 def fail(message: str) -> None:
-    """Tells the others that this process ends with an error; they end too, and show the message."""
+    """Informs the other processes that this one ends with an error; they end too, with the message."""
     _member.fail(message)
 
 

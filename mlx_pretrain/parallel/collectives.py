@@ -45,7 +45,7 @@ def _larger_than_one(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _groups(axes: tuple[str, ...]) -> int:
-    """Returns the number of groups of the two stages; 1 stands for a single stage.
+    """Returns the number of groups of the two stages; 1: a single stage.
 
     It is the largest divisor of the number of devices that does not exceed its square root.
     """

@@ -13,7 +13,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak performance of one device; None for numbers that nothing in this package needs.
+    """Peak performance of one device; None for numbers that this package does not use.
 
     Attributes:
       flops: dense bfloat16 FLOP/s.

@@ -2,9 +2,9 @@
 
     RUN/owner.json   host, pid, process_started, since (ISO), renewed (Unix seconds), lease_seconds
 
-The file is written on condition that nobody changed it meanwhile, on local disks and on gs:// alike, so of two jobs
-that start at the same time one wins. A lease has run out if it was not renewed for `lease_seconds`, or if its process
-ran on this host and is dead.
+A write succeeds only if no other process has changed the file since it was read, on local disks and on gs:// alike, so
+one of two jobs that start at the same time wins. A lease has run out if it was not renewed for `lease_seconds`, or if
+its process ran on this host and is dead.
 """
 
 import contextlib
@@ -70,8 +70,8 @@ class _Lease:
                         f"{self._folder}: in use by process {owner['pid']} on {owner['host']} since {owner['since']}; "
                         "end that job first, or choose another run folder"
                     )
-                print(f"{self._folder}: the job of process {owner.get('pid')} on {owner.get('host')} ended without "
-                      "giving the folder back; going on", flush=True)
+                cluster.log(f"{self._folder}: the job of process {owner.get('pid')} on {owner.get('host')} ended "
+                            "without giving the folder back; its lease is taken over")
             # None if another job was quicker: look again.
             self._generation = self._write(current.stamp.generation)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
@@ -114,7 +114,7 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def _alive(owner: dict[str, Any]) -> bool:
-    """Tells if an owner's lease has not run out."""
+    """Returns whether an owner's lease is still valid."""
     try:
         if time.time() - owner["renewed"] > owner["lease_seconds"]:
             return False

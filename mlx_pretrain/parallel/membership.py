@@ -1,6 +1,6 @@
 """The connection that holds the processes of a job together: a hub in process 0, a member in every process.
 
-Messages are lines of JSON over TCP. A member whose connection ends without a farewell is dead, and the hub tells the
+Messages are lines of JSON over TCP. A member whose connection ends without a farewell is dead, and the hub informs the
 others; a member that loses the hub knows that process 0 is dead.
 """
 
@@ -109,7 +109,7 @@ class Member:
             self._changed.wait_for(lambda: self._service or self._refusal, timeout + 10)
         if not self._service:
             self._leaving = True
-            raise InputError(self._refusal or f"process 0 at {place.coordinator} accepts connections, but says nothing")
+            raise InputError(self._refusal or f"process 0 at {place.coordinator} accepts connections, but is silent")
 
     def service_address(self) -> str:
         """Returns the HOST:PORT that process 0 has chosen for JAX's coordination service."""
@@ -295,7 +295,7 @@ class Hub:
                 self._left.add(process)
 
     def _lose(self, process: int, event: str, failed: bool = False) -> None:
-        """Tells the others that a process has died, or has failed by itself."""
+        """Informs the other processes that one has died or failed."""
         self._left.add(process)
         message = f"process {process} ({self._names[process]}) {event}"
         self._broadcast({"type": "gone", "message": message, "failed": failed})

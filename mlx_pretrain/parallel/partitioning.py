@@ -53,8 +53,8 @@ def make_mesh(
 
     Args:
       data, fsdp, tensor: sizes of the axes.
-      devices: devices of the mesh; None stands for all.
-      slice_of: function from a device to its slice; None stands for its `slice_index`.
+      devices: devices of the mesh; None: all.
+      slice_of: function from a device to its slice; None: its `slice_index`.
 
     Raises:
       InputError: the sizes don't multiply to the number of devices, or `data` does not divide over the slices.

@@ -41,7 +41,7 @@ _STYLE = {
 _FONTS = "font-family: 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 # Characters that HTML, XML or UTF-8 cannot hold; a model writing bytes makes some.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-# In CSS pixels. Two figures stand side by side on a wide page, one fits a phone.
+# In CSS pixels. A wide page has two figures side by side, a phone one.
 FIGURE_WIDTH, PAGE_WIDTH = 400, 936
 
 
@@ -93,10 +93,10 @@ def matrix_panel(
     """Returns axes for a matrix of cells with the rows' labels on the left and the columns' on top.
 
     Args:
-      title: what the cells show.
+      title: title of the figure, the quantity in the cells.
       rows, columns: labels; row 0 is the uppermost.
       widths: bounds of a cell's width in CSS pixels, which fits the page between them.
-      height: of a cell in CSS pixels; its width by default.
+      height: a cell's height in CSS pixels; its width by default.
 
     Returns:
       The figure; axes on which cell [row, column] is the unit square around (column, row); a cell's width.

@@ -53,7 +53,7 @@ def read_history(path: epath.Path) -> RunHistory:
     """Reads metrics.jsonl.
 
     Raises:
-      InputError: a line, which the message names, is malformed, or there is no training step.
+      InputError: a line, which the message names, is malformed, or none is a training step.
     """
     by_event: dict[str, list] = {"train": [], "eval": [], "tasks": []}
     for number, line in read_jsonl(path):
@@ -206,7 +206,7 @@ class RunSummary:
 
     Attributes:
       tokens: training tokens in all.
-      before, after: eval lines that are compared; None if there is none.
+      before, after: eval lines that are compared; None without any.
       languages: lowest final bits per byte first, then by target share.
       deviation: largest deviation: (language, actual minus target share, the same in sequences); None without counts.
       wall_s: seconds from the start to the last line, pauses included; None if unknown.

@@ -29,7 +29,7 @@ def is_damage(error: BaseException) -> bool:
     return any(isinstance(e, damaged) or _DAMAGE.search(str(e)) for e in errors)
 
 
-def first_line(error: BaseException) -> str:
+def cause_line(error: BaseException) -> str:
     """Returns the first line of the message of an error's cause; Orbax's own exception does not say what happened."""
     cause = list(_chain(error))[-1]
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]

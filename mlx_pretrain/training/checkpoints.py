@@ -30,7 +30,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import absolute, move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.models.decoder import DecoderConfig
 from mlx_pretrain.parallel import cluster
-from mlx_pretrain.training.checkpoint_errors import first_line, is_damage
+from mlx_pretrain.training.checkpoint_errors import cause_line, is_damage
 from mlx_pretrain.training.checksums import (
     DIGESTS,
     changed_arrays,
@@ -221,7 +221,7 @@ class Checkpoints:
             compared = (folder / DIGESTS).exists() and not gcs.is_gs(folder)
             if compared or cluster.size() > 1 or not is_damage(error):
                 raise
-            return None, first_line(error)
+            return None, cause_line(error)
         meta = restored.meta
         saved = meta.get("checksums")
         if saved is None:
@@ -440,7 +440,7 @@ def restore_params(
         except Exception as error:
             if not is_damage(error):
                 raise
-            raise InputError(f"{folder}: damaged: {first_line(error)}") from None
+            raise InputError(f"{folder}: damaged: {cause_line(error)}") from None
     saved = restored.meta.get("checksums")
     if saved is not None and (damage := changed_arrays(saved, checksums(restored.state))):
         raise InputError(f"{folder}: damaged: {damage}")

@@ -41,7 +41,7 @@ class Evaluator:
     weights: Callable[[TrainState], Any] = operator.attrgetter("params")
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Returns whether it is due after `step`; `last`: whether that is the last step."""
+        """Returns whether it is due after `step`; always after the last step (`last`)."""
         return last or is_due(step, self.period)
 
 

@@ -8,6 +8,7 @@ import jax
 from mlx_pretrain.data.loader import Mixture
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.training.checkpoints import DataState
+from mlx_pretrain.training.evaluation import HELD_OUT
 from mlx_pretrain.training.train_state import TrainState
 
 
@@ -22,11 +23,11 @@ class RunState:
       restored: the data's state at `first_step`.
       mixture: the training data from `first_step` on; holds the batch size.
       unfinished: names of the evaluators that are due.
+      evaluated: names of the evaluators whose metrics of `step` are written.
       stop_reason: why a stop rule has ended the run; None: none has.
       tokens: language -> tokens read by this process, in the rows that it counts.
       metrics: the last step's, on the devices.
       evaluation: scalars of the last evaluation on held-out data.
-      evaluated_at: step of that evaluation; None: there was none.
     """
 
     train: TrainState
@@ -34,12 +35,12 @@ class RunState:
     restored: DataState
     mixture: Mixture
     unfinished: list[str]
+    evaluated: set[str]
     stop_reason: str | None = None
     first_step: int = dataclasses.field(init=False)
     tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
-    evaluated_at: int | None = None
 
     def __post_init__(self):
         self.first_step = self.step
@@ -59,7 +60,7 @@ class RunState:
 
     def fresh_evaluation(self) -> dict[str, float]:
         """Returns the evaluation on held-out data after `step`; empty: there was none."""
-        return self.evaluation if self.evaluated_at == self.step else {}
+        return self.evaluation if HELD_OUT in self.evaluated else {}
 
 
 def continued_mixture(configured: Mixture, restored: DataState, step: int, run_dir: str) -> tuple[Mixture, list[str]]:

@@ -40,7 +40,7 @@ class StopRequest(_Handlers):
 
     Attributes:
       requested: name of the signal that came to this process, or None.
-      nothing_to_save: whether the job may be ended like that; the owner of this object sets it to false.
+      nothing_to_save: True: the job may be ended like that; the owner of this object sets it to False.
     """
 
     def __init__(self, nothing_to_save: bool = False):
@@ -90,7 +90,7 @@ class AgreedRequests:
 
     Attributes:
       stop: name of the signal that ends the run, or None.
-      save: whether a checkpoint is due by the clock.
+      save: True: a checkpoint is due by the clock.
     """
 
     def __init__(self, checkpoint_minutes: float | None):

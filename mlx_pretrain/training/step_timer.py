@@ -31,7 +31,7 @@ class StepTimer(contextlib.AbstractContextManager):
           tokens_per_step: tokens of the global batch, padding included.
           flops_per_token: FLOPs to train on one of them.
           peak_flops: FLOP/s of all devices together; None: unknown.
-          quiet: whether to print nothing.
+          quiet: True: prints nothing.
         """
         self._clock, self._steps, self._tokens = clock, steps, tokens_per_step
         self._flops, self._peak, self._quiet = flops_per_token, peak_flops, quiet

@@ -6,7 +6,7 @@ and goes on when its rules have been relaxed or taken away.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import gin
@@ -47,10 +47,12 @@ class EarlyStopping:
         if not isinstance(self.patience, int) or self.patience < 1:
             raise InputError(f"EarlyStopping.patience = {self.patience!r}: must be a positive integer")
 
+    @property
+    def event(self) -> str:
+        """The event whose metric it is."""
+        return self.metric.split("/")[0]
+
     def __call__(self, history: History) -> str | None:
-        event = self.metric.split("/")[0]
-        if self.metric not in history and any(name.startswith(f"{event}/") for name in history):
-            raise InputError(f"EarlyStopping.metric = {self.metric!r}: no such metric of {event!r}")
         best, best_step, waited = math.inf, 0, 0
         for step, value in history.get(self.metric, ()):
             if value < best - self.min_improvement:
@@ -65,22 +67,35 @@ class EarlyStopping:
 class StopRules:
     """The rules of a run; a sink of metrics in process 0, whose decision all processes learn."""
 
-    def __init__(self, rules: Sequence[StopRule], run_dir: epath.PathLike, step: int):
-        """Reads the metrics of a run that goes on after `step`, -1 for one from the start."""
+    def __init__(self, rules: Sequence[StopRule], run_dir: epath.PathLike, step: int, events: Collection[str]):
+        """Reads the metrics of a run up to `step`, that of the checkpoint resumed; -1: a new run.
+
+        Raises:
+          InputError: a rule asks for a metric of an event that is none of `events`, those that the run writes.
+        """
+        for rule in rules:
+            if isinstance(rule, EarlyStopping) and rule.event not in events:
+                raise InputError(f"EarlyStopping.metric = {rule.metric!r}: no event {rule.event!r}; there are "
+                                 f"{', '.join(events)}")
         self._rules = rules
         self._history: dict[str, list[tuple[int, float]]] = {}
+        self._written: dict[str, Mapping[str, float]] = {}  # event -> its last metrics, of this process alone
         if rules and cluster.is_main():
             for line in read_metrics(run_dir):
                 if line["step"] <= step:
                     metrics = {name: value for name, value in line.items() if name not in ("step", "kind", "time")}
-                    self.write(line["step"], line["kind"], metrics)
+                    self._add(line["step"], line["kind"], metrics)
 
-    def write(self, step: int, event: str, metrics: Mapping[str, float | None]) -> None:
+    def _add(self, step: int, event: str, metrics: Mapping[str, float | None]) -> None:
+        for name, value in metrics.items():
+            finite = value is not None and math.isfinite(value)
+            self._history.setdefault(f"{event}/{name}", []).append((step, value if finite else math.nan))
+
+    def write(self, step: int, event: str, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the history."""
         if self._rules:
-            for name, value in metrics.items():
-                finite = value is not None and math.isfinite(value)
-                self._history.setdefault(f"{event}/{name}", []).append((step, value if finite else math.nan))
+            self._add(step, event, metrics)
+            self._written[event] = metrics
 
     def flush(self) -> None:
         """Does nothing: a restart reads metrics.jsonl."""
@@ -92,12 +107,20 @@ class StopRules:
         """Returns why the run is to stop, or None: the same in all processes, which must all call it.
 
         Raises:
-          InputError: a rule cannot be applied to these metrics.
+          InputError: a rule asks for a metric that its event does not have, or cannot be applied to these metrics.
         """
         if not self._rules:
             return None
         reasons: list[str | None] = []
         # Nothing is asked before the first evaluation.
         rules = self._rules if self._history else ()
-        cluster.on_main(lambda: reasons.extend(rule(self._history) for rule in rules))
+        cluster.on_main(lambda: reasons.extend(map(self._ask, rules)))
         return cluster.share(next(filter(None, reasons), None))
+
+    def _ask(self, rule: StopRule) -> str | None:
+        # Lines of earlier processes may lack a metric that is new in this one.
+        if isinstance(rule, EarlyStopping) and rule.event in self._written:
+            names = [f"{rule.event}/{name}" for name in self._written[rule.event]]
+            if rule.metric not in names:
+                raise InputError(f"EarlyStopping.metric = {rule.metric!r}: no such metric of {rule.event!r}")
+        return rule(self._history)

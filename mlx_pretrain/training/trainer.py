@@ -89,8 +89,11 @@ class Trainer:
                 train, restored = checkpoints.restore(abstract) or (
                     self._initial_state(abstract), DataState(sequences=0, tokens={}))
                 step = int(train.step)
-                unfinished = self._unfinished(evaluators, restored, step)
-                stop_rules = StopRules(config.stop_rules, run_dir, step or -1)
+                evaluated = self._evaluated(restored, step)
+                unfinished = [evaluator.name for evaluator in evaluators
+                              if evaluator.name in restored.unfinished and evaluator.name not in evaluated]
+                events = ["train", *(evaluator.name for evaluator in evaluators)]
+                stop_rules = StopRules(config.stop_rules, run_dir, step or -1, events)
                 stop_reason = stop_rules.reason()
             if (step >= config.steps or stop_reason) and not unfinished:
                 if cluster.is_main():
@@ -101,7 +104,7 @@ class Trainer:
             mixture, changes = continued_mixture(module.mixture, restored, step, str(run_dir))
             if step == 0:
                 unfinished = [evaluator.name for evaluator in evaluators]
-            state = RunState(train, step, restored, mixture, unfinished, stop_reason)
+            state = RunState(train, step, restored, mixture, unfinished, evaluated, stop_reason)
             source = module.source(mixture, self._rows)
             batches = loader.batches(source)
             peak_flops = self._peak_flops()
@@ -144,15 +147,16 @@ class Trainer:
         put = lambda new, old: old if new is None else jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
         params = jax.tree.map(put, initial, state.params, is_leaf=lambda x: x is None)
         layout = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-        return state.replace(params=params, opt_state=jax.jit(self._optimizer.init, out_shardings=layout)(params))
+        # The new optimizer state takes the memory of the old one, which is as large.
+        init = jax.jit(lambda _, params: self._optimizer.init(params), out_shardings=layout, donate_argnums=0,
+                       keep_unused=True)
+        return state.replace(params=params, opt_state=init(state.opt_state, params))
 
-    def _unfinished(self, evaluators: Sequence[Evaluator], restored: DataState, step: int) -> list[str]:
-        """Returns the evaluators that were due when a checkpoint was saved, and that no process has made since."""
+    def _evaluated(self, restored: DataState, step: int) -> set[str]:
+        """Returns the events that earlier processes wrote for `step`; nothing when no evaluation was due any more."""
         if not restored.unfinished:
-            return []
-        made = cluster.share(sorted(events_at(self._run_dir, step)) if cluster.is_main() else None)
-        return [name for name in (evaluator.name for evaluator in evaluators)
-                if name in restored.unfinished and name not in made]
+            return set()
+        return set(cluster.share(sorted(events_at(self._run_dir, step)) if cluster.is_main() else None))
 
     def _on_devices(self, batches: Iterator[loader.Batch]) -> Iterator[tuple[loader.Batch, dict[str, jax.Array]]]:
         """Yields this host's rows of every batch, and the batch as global arrays."""
@@ -265,6 +269,7 @@ class _Loop:
         with self.clock.timed("data"):
             batch, arrays = next(self.batches)
         state.step += 1
+        state.evaluated.clear()
         self.signals.nothing_to_save = False
         self.profiler.before_step(state.step, state.train)
         state.train, state.metrics = self.train_step(state.train, arrays)
@@ -288,7 +293,6 @@ class _Loop:
         state = self.state
         if not state.unfinished or self.requests.stop:
             return
-        due = set(state.unfinished)
         self.finite.wait()
         with contextlib.suppress(Stopped), self.clock.timed("evaluation"):
             for evaluator in self.evaluators:
@@ -296,17 +300,18 @@ class _Loop:
                     continue
                 metrics = evaluator.evaluate(evaluator.weights(state.train), self.requests.check)
                 if evaluator.name == HELD_OUT:
-                    state.evaluation, state.evaluated_at = metrics, state.step
+                    state.evaluation = metrics
                 self.log.write(state.step, evaluator.name, metrics)
                 self.log.print(f"step {state.step}: {evaluator.format_metrics(metrics)}")
                 state.unfinished.remove(evaluator.name)
+                state.evaluated.add(evaluator.name)
         if not state.stop_reason and not self.requests.stop and (reason := self.stop_rules.reason()):
             state.stop_reason = reason
             self.log.record_stop(state.step, reason)
-            # The run ends with all evaluations; after a restart, an earlier process has made those that are not due.
-            if state.step > state.first_step:
-                state.unfinished += [evaluator.name for evaluator in self.evaluators if evaluator.name not in due]
-                self._evaluate()
+            # The run ends with all evaluations.
+            state.unfinished += [evaluator.name for evaluator in self.evaluators
+                                 if evaluator.name not in state.evaluated]
+            self._evaluate()
 
     def _save(self) -> None:
         """Saves the state, after all steps under way have been checked to be finite."""

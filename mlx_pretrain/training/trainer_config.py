@@ -8,7 +8,7 @@ import gin
 import optax
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.training import optimizers, weights_and_biases  # noqa: F401  the second for gin files
+from mlx_pretrain.training import optimizers
 from mlx_pretrain.training.metric_writer import SinkFactory
 from mlx_pretrain.training.stop_rules import StopRule
 from mlx_pretrain.training.weight_average import WeightAverage

@@ -1,7 +1,8 @@
-"""Weights & Biases as a sink of metrics: `train.sinks = [@WeightsAndBiases]`; needs the package `wandb`.
+"""Weights & Biases as a sink of metrics: gin/runs/weights_and_biases.gin; needs the package `wandb`.
 
     RUN/wandb.json   id of the Weights & Biases run, with which a restart goes on
-    RUN/wandb/       its files; `wandb sync RUN/wandb/offline-run-*` uploads those of mode "offline"
+    RUN/wandb/       its files, unless RUN is on gs://; those of mode "offline" are uploaded by
+                     `wandb sync RUN/wandb/offline-run-*`
 """
 
 import tempfile
@@ -22,6 +23,7 @@ _ID = "wandb.json"
 class WeightsAndBiases:
     """Sends metrics to Weights & Biases, with the names that TensorBoard shows: `train/loss`, `eval/loss/en`.
 
+        import mlx_pretrain.training.weights_and_biases
         train.sinks = [@WeightsAndBiases]
         WeightsAndBiases.project = 'pretraining'
         WeightsAndBiases.mode = 'offline'
@@ -40,16 +42,18 @@ class WeightsAndBiases:
 
         Args:
           run_dir: the run's folder; its run.json becomes the configuration that Weights & Biases shows.
-          step: step after which the run goes on; Weights & Biases ignores steps that it has had before.
+          step: that of the checkpoint resumed, -1 for a new run; Weights & Biases ignores steps that it has had before.
           project, entity: project and account there.
           name: name of the run there; None: that of the folder.
-          mode: "online", or "offline" to write files only.
+          mode: "online", or "offline" to write files only, to a local run folder.
 
         Raises:
-          InputError: wandb is not installed, or cannot start.
+          InputError: wandb is not installed, or cannot start; mode "offline" and a run folder on gs://.
         """
         if mode not in ("online", "offline"):
             raise InputError(f"WeightsAndBiases.mode = {mode!r}: must be 'online' or 'offline'")
+        if mode == "offline" and gcs.is_gs(run_dir):
+            raise InputError(f"WeightsAndBiases.mode = 'offline': writes to local run folders alone, not to {run_dir}")
         try:
             import wandb
         except ImportError:

@@ -82,13 +82,11 @@ class RemovalCommand:
     def made_from(self) -> dict[str, Any]:
         """Provenance of the output."""
         inputs = {name: sha256(path) for name, path in self.files.items()}
-        languages = {name: self._config.corpus.language_of_path(name) for name in self.files}
-        return {**self._made_by, "inputs": {**inputs, **self._made_by["inputs"]}, "languages": languages}
+        return {**self._made_by, "inputs": {**inputs, **self._made_by["inputs"]}}
 
     def _made_from_file(self, name: str) -> dict[str, Any]:
         """Returns the provenance of the result for one file."""
-        return {**self._made_by, "input": sha256(self.files[name]),
-                "language": self._config.corpus.language_of_path(name)}
+        return {**self._made_by, "input": sha256(self.files[name])}
 
     def is_current(self, further: Sequence[str] = ()) -> bool:
         """Returns whether the output was made from the same; False in a process with a shard, which does not look.

@@ -8,7 +8,7 @@ to the corpus's root, the document's line or row there, and its id. `raters.dupl
 
 import array
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,14 @@ REMOVED = "removed.jsonl"
 REPORT = "report.json"  # beside a list; its provenance names the files that were looked through
 
 
-def removal_entry(name: str, document: Document, reason: str, **more: Any) -> dict[str, Any]:
-    """Returns a document's entry in a removal list; `name` is its file's path relative to the corpus's root."""
-    return {"file": name, "number": document.number, "id": document.id, "reason": reason, **more}
+def document_reference(name: str, number: int, document_id: str) -> dict[str, Any]:
+    """Returns the name of a document: its file's path relative to the corpus's root, its number there, and its id."""
+    return {"file": name, "number": number, "id": document_id}
+
+
+def removal_entry(document: Mapping[str, Any], reason: str, **more: Any) -> dict[str, Any]:
+    """Returns the entry of a document, as `document_reference` names it, in a removal list."""
+    return {**document, "reason": reason, **more}
 
 
 class RemovalLists:

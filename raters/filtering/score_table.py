@@ -11,7 +11,7 @@ from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.languages import UNDETERMINED
-from raters.scoring.shards import SCHEMA, SCORES, scored_root
+from raters.scoring.shards import SCHEMA, SCORES, absolute_root, scored_root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ScoreTable:
 
 
 def document_key(seed: int, language: str, source: str, document_id: str) -> int:
-    """Returns a 64-bit hash that stands for a document in whatever file it lies."""
+    """Returns a 64-bit hash that identifies a document, whichever file holds it."""
     digest = hashlib.blake2b("\0".join((str(seed), language, source, document_id)).encode(errors="surrogatepass"),
                              digest_size=8)
     return int.from_bytes(digest.digest(), "little")
@@ -76,7 +76,7 @@ def score_path(folder: epath.PathLike, name: str, root: epath.PathLike | None = 
     path = epath.Path(folder) / (name + SCORES)
     if not path.exists():
         scored = scored_root(folder)
-        other_root = root is not None and scored not in (None, str(root))
+        other_root = root is not None and scored not in (None, absolute_root(root))
         raise InputError(f"{path}: no such score file; the documents were not rated by this rater"
                          + (f", or not under this Corpus.root: the scores are of {scored}" if other_root else ""))
     return path

@@ -24,7 +24,7 @@ def agreement(table: PairTable, scores: np.ndarray) -> dict[str, float]:
       parallel_slope, parallel_mse, parallel_correlation: comparison of the scores of parallel documents, in units of
         the standard deviation of all scores: the slope of the total least squares line of one on the other (they are
         exchangeable, so ordinary least squares would be flat by construction), the mean squared difference, and the
-        correlation. Only where there are parallel pairs, and scores that vary.
+        correlation. Needs parallel pairs, and scores that vary.
     """
     a, b = table.documents.T
     margin = (scores[b] - scores[a]).astype(np.float64)

@@ -77,7 +77,7 @@ def _permute(rng: np.random.Generator, units: Sequence[str], severity: float) ->
     filled = [i for i, unit in enumerate(units) if unit.strip()]
     count = min(max(math.ceil(severity * len(filled)), 2), len(filled))
     chosen = np.sort(rng.choice(filled, count, replace=False)) if filled else []
-    # A shuffle that changes nothing is replaced by a rotation.
+    # A shuffle that returns the same order is replaced by a rotation.
     order = rng.permutation(chosen)
     if np.array_equal(order, chosen):
         order = np.roll(order, 1)
@@ -104,14 +104,14 @@ def _insert_lines(rng: np.random.Generator, text: str, new: Iterable[str]) -> st
 
 
 def _boilerplate(rng: np.random.Generator, document: Document, severity: float) -> str:
-    """Inserts lines of boilerplate, at severity 1 as many as the text has lines and at least 12."""
+    """Inserts lines of boilerplate, at severity 1 one per line of the text and at least 12."""
     phrases = _BOILERPLATE.get(document.language, _BOILERPLATE["en"])
     count = math.ceil(severity * max(document.text.count("\n") + 1, 12))
     return _insert_lines(rng, document.text, (phrases[i] for i in rng.integers(len(phrases), size=count)))
 
 
 def _duplicate(rng: np.random.Generator, document: Document, severity: float) -> str:
-    """Inserts copies of paragraphs (lines), at severity 1 as many as there are paragraphs."""
+    """Inserts copies of paragraphs (lines), at severity 1 one per paragraph."""
     paragraphs = [line for line in document.text.split("\n") if line.strip()]
     count = math.ceil(severity * len(paragraphs))
     return _insert_lines(rng, document.text, (paragraphs[i] for i in rng.integers(len(paragraphs), size=count)))
@@ -177,7 +177,7 @@ def corrupt(document: Document, corruption: str, severity: float, seed: int = 0)
       InputError: unknown corruption, or severity out of range.
     """
     if corruption not in CORRUPTIONS:
-        raise InputError(f"corrupt: no corruption {corruption!r}; there is {', '.join(CORRUPTIONS)}")
+        raise InputError(f"corrupt: no corruption {corruption!r}; available: {', '.join(CORRUPTIONS)}")
     if not 0 < severity <= 1:
         raise InputError(f"corrupt: severity = {severity!r}: must be in (0, 1]")
     text = document.text

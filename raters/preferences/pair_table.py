@@ -54,7 +54,7 @@ class PairTable:
     def win_rates(self) -> np.ndarray:
         """Returns each document's mean P(it beats the other) over its pairs that are not parallel: `[documents]`.
 
-        A pointwise rater learns these. Documents in parallel pairs only have one half.
+        A pointwise rater learns these. Documents that are only in parallel pairs have 1/2.
         """
         single = self.pair_type != PARALLEL
         won, played = np.zeros(len(self.language)), np.zeros(len(self.language))

@@ -53,7 +53,7 @@ class RatedDocuments:
 
         Raises:
           InputError: a file cannot be read, a document is not in the language it should be in, one of `languages` has
-            no documents, or ids do not tell sources apart for raters of pairs.
+            no documents, or two sources share ids, which raters of pairs need to be unique.
         """
         self._corpus, self._translator, self._store = corpus, translator, DocumentStore()
         self._method, self._rated_language = method, rated_language
@@ -95,7 +95,7 @@ class RatedDocuments:
                        for language in carried]
             available.append(np.array(covered, bool).reshape(len(carried), len(batch)).T)
         if not self.names:
-            raise InputError(f"{self._corpus.location}: none of the {self.left_out} documents there has a translation "
+            raise InputError(f"{self._corpus.location}: none of the {self.left_out} documents has a translation "
                              f"into {self._rated_language!r}, which the raters read")
         self.scores, self.available = np.concatenate(scores, axis=1), np.concatenate(available)
 

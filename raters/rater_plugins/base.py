@@ -33,7 +33,7 @@ class Rater(abc.ABC):
 
     Attributes:
       name: name of the rater in files and reports.
-      fields: fields of the records, besides those of every document, that the rater reads from `Document.extra`.
+      fields: further fields of the records that the rater reads from `Document.extra`.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Rater(abc.ABC):
 
     @abc.abstractmethod
     def score(self, documents: Sequence[Document]) -> np.ndarray:
-        """Returns the scores, float64 `[documents]`: higher is better, nan where there is none.
+        """Returns the scores, float64 `[documents]`: higher is better, nan without one.
 
-        A document's score must not depend, rounding apart, on the others it is scored with.
+        Apart from rounding, a document's score must not depend on the other documents of the call.
         """
 
 
 class PairRater(abc.ABC):
-    """Judges pairs of documents and knows nothing of single ones.
+    """Judges pairs of documents, not single documents.
 
     Attributes:
       name: name of the rater in files and reports.
@@ -74,5 +74,5 @@ class PairRater(abc.ABC):
 
 
 def record_fields(raters: Sequence[Rater | PairRater]) -> tuple[str, ...]:
-    """Returns the fields of the records, besides those of every document, that some raters read."""
+    """Returns the further fields of the records that the raters read."""
     return tuple(dict.fromkeys(field for rater in raters for field in getattr(rater, "fields", ())))

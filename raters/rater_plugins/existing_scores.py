@@ -77,7 +77,7 @@ class PairJudgements(PairRater):
                 raise InputError(f"{path}:{number}: {first!r} is compared with itself")
             votes[first, second].append(_PREFERS_SECOND[record["winner"]])
         if not votes:
-            raise InputError(f"{path}: empty, there is no judgement in it")
+            raise InputError(f"{path}: no judgement in this file")
         self._sha256 = sha256(path)
         by_order = {pair: sum(values) / len(values) for pair, values in votes.items()}
         self._prefers: dict[tuple[str, str], float] = {}
@@ -101,7 +101,7 @@ class PairJudgements(PairRater):
         return {"sha256": self._sha256}
 
     def prefers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Returns P(B>A) for pairs of ids (a, b): float64 `[pairs]`, nan where there is no judgement."""
+        """Returns P(B>A) for pairs of ids (a, b): float64 `[pairs]`, nan without a judgement."""
         return np.array([self._preference(a, b) for a, b in pairs], np.float64)
 
     def _preference(self, a: str, b: str) -> float:

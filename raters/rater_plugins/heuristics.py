@@ -40,7 +40,7 @@ from mlx_pretrain.data.word_boundaries import (
 from mlx_pretrain.errors import InputError
 from raters.rater_plugins.base import Rater
 
-# Rule -> [low, high], in which the measured value must lie.
+# Rule -> [low, high], bounds of the measured value.
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "words": (50, 100_000),  # Gopher
     "mean word length": (3, 10),  # Gopher; characters, not for scripts without spaces
@@ -91,7 +91,7 @@ class Heuristics(Rater):
 
     def __post_init__(self):
         if unknown := sorted(set(self.bounds) - set(BOUNDS)):
-            raise InputError(f"Heuristics.bounds: no rule {unknown[0]!r}; there is {', '.join(BOUNDS)}")
+            raise InputError(f"Heuristics.bounds: no rule {unknown[0]!r}; available: {', '.join(BOUNDS)}")
 
     @property
     def settings(self) -> dict[str, Any]:

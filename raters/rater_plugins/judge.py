@@ -18,7 +18,7 @@ from mlx_pretrain.inference.scoring import Request, Scorer
 from raters.rater_plugins.base import Rater
 
 # AskLLM's question (arXiv 2402.09668, page 4), and the same with the options in the other order, as models have a
-# position bias. Braces stand for the document alone.
+# position bias. Braces mark the place of the document.
 _QUESTION = """###
 {document}
 ###
@@ -71,7 +71,7 @@ class LanguageModelJudge(Rater):
           name: name of the rater.
 
         Raises:
-          InputError: there is no model, or prompt and answers leave no room for a document.
+          InputError: the folder holds no model, or prompt and answers fill its context.
         """
         self.name = name
         loaded = load_language_model(model, step=step)

@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import tensorstore as ts
 from etils import epath
 
-from mlx_pretrain import __version__
-from mlx_pretrain.artifacts import is_current, read_record
+from mlx_pretrain import __version__, gcs
+from mlx_pretrain.artifacts import is_current
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import atomic_writer, read_json, sha256, write_json
+from mlx_pretrain.files import atomic_writer, file_sizes, kvstore, read_json, sha256, write_json
 from mlx_pretrain.languages import UNDETERMINED
 
 FORMAT = "mlx-rater-scores"
@@ -103,39 +104,67 @@ def find_shards(corpus: Corpus, output: epath.PathLike) -> list[Shard]:
     return shards
 
 
+def absolute_root(folder: epath.PathLike) -> str:
+    """Returns the root of a corpus as scores record it: the same from every working folder."""
+    return str(folder) if gcs.is_gs(folder) else os.path.abspath(folder)
+
+
 def scored_root(output: epath.PathLike) -> str | None:
     """Returns the root of the corpus whose scores are in a folder; None where it is not recorded."""
-    return (read_record(epath.Path(output) / ROOT) or {}).get("root")
+    path = epath.Path(output) / ROOT
+    record = read_json(path, "record of the corpus's root") if path.exists() else {}
+    return record.get("root") if isinstance(record, dict) else None
 
 
 def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
     """Refuses a folder with the scores of another corpus: files of the same name below its root may be others.
 
-    A corpus that was moved is the same: all files of `shards` that have scores have their content still.
+    A corpus that was moved is the same: all files of `shards` that have scores have their content still. A root below
+    which nothing was scored binds nobody.
 
     Raises:
       InputError: the folder holds scores of the documents below another root.
     """
-    root = scored_root(output)
-    if root is None or os.path.abspath(root) == os.path.abspath(corpus.folder):
+    root, own_root = scored_root(output), absolute_root(corpus.folder)
+    if root in (None, own_root):
         return
     scored = [shard for shard in shards if shard.marker.exists()]
-    if not (scored and all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)):
+    if scored:
+        same = all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)
+    else:
+        same = not any(name.endswith(MARKER) for name in file_sizes(output))
+    if not same:
         raise InputError(f"{epath.Path(output) / ROOT}: the scores here are of documents below {root}, these are below "
-                         f"{corpus.folder}: set Corpus.root to a folder above both, with Corpus.files below it, or "
+                         f"{own_root}: set Corpus.root to a folder above both, with Corpus.files below it, or "
                          "choose another score.output")
 
 
-def write_root(output: epath.PathLike, corpus: Corpus) -> None:
-    """Records the root of the corpus whose scores go to a folder."""
-    write_json(epath.Path(output) / ROOT, {"root": str(corpus.folder)})
+def claim_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
+    """Records the root of the corpus whose scores go to a folder.
+
+    Of several processes the first writes the record, on condition that nobody did meanwhile; the others check it.
+
+    Raises:
+      InputError: as `check_root`.
+    """
+    root = absolute_root(corpus.folder)
+    content = json.dumps({"root": root}, indent=1) + "\n"
+    with gcs.named_errors(output):
+        store = ts.KvStore.open(kvstore(output)).result()
+        while scored_root(output) != root:
+            generation = store.read(ROOT).result().stamp.generation
+            check_root(output, corpus, shards)
+            if store.write(ROOT, content, if_equal=generation).result().generation:
+                return
 
 
 def unfinished(shards: Sequence[Shard], settings: Mapping[str, Any], overwrite: bool) -> list[Shard]:
     """Returns the shards to score: those without a marker, whose input has changed since, or that failed.
 
+    A shard whose path tells a language now, and told none when it was scored, is scored again, too.
+
     Raises:
-      InputError: a shard was scored with other settings, and may not be overwritten.
+      InputError: a shard was scored with other settings or another language, and may not be overwritten.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # object stores are slow to answer
         whole = list(pool.map(lambda shard: _is_whole(shard, settings, overwrite), shards))
@@ -148,15 +177,20 @@ def _is_whole(shard: Shard, settings: Mapping[str, Any], overwrite: bool) -> boo
     marker = read_json(shard.marker, "completion marker")
     if not isinstance(marker, dict) or (marker.get("format"), marker.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{shard.marker}: not the marker of scores of version {VERSION}")
-    return (is_current(shard.marker, marker["settings"], settings, overwrite=overwrite, quiet=True)
-            and marker["status"] == "done" and shard.scores.exists() and shard.rejects.exists()
-            and _has_input(shard, marker))
+    # Scores of earlier versions do not know languages from paths.
+    language = marker["input"].get("language", UNDETERMINED)
+    recorded = marker["settings"]
+    if language != UNDETERMINED:  # documents without a language may get one unasked
+        recorded, settings = {**recorded, "language": language}, {**settings, "language": shard.language}
+    return (is_current(shard.marker, recorded, settings, overwrite=overwrite, quiet=True)
+            and language == shard.language and marker["status"] == "done"
+            and shard.scores.exists() and shard.rejects.exists() and _has_input(shard, marker))
 
 
 def _has_input(shard: Shard, marker: Mapping[str, Any]) -> bool:
     """Returns whether a shard's input is the one that its marker records."""
     recorded, now = marker["input"], shard.fingerprint()
-    if recorded["size"] != now["size"] or recorded.get("language", shard.language) != shard.language:
+    if recorded["size"] != now["size"]:
         return False
     # Times differ between copies of the same file, so the hash decides.
     return recorded["modified"] == now["modified"] or recorded["sha256"] == sha256(shard.path)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def last_line(script: str, *arguments: str) -> dict:
-    """Runs benchmarks/`script` --quick on one CPU device; its last line's JSON."""
+    """Runs benchmarks/`script` --quick on one CPU device; returns the JSON of its last line."""
     # Not the eight simulated devices of these tests.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -1,4 +1,4 @@
-"""The sample text: the files in samples/text are as their README says."""
+"""The sample text: the files in samples/text are as their README describes."""
 
 import json
 import lzma

@@ -1,4 +1,4 @@
-"""Real commands in processes of their own, on the small token store."""
+"""Real commands in separate processes, on the small token store."""
 
 import contextlib
 import dataclasses

@@ -1,6 +1,6 @@
 """Commands forked from a process that has imported the large libraries already, which spares each a second.
 
-They are processes of their own, with their own folder, environment and output, and run a module as `python -m` does:
+They are separate processes, with their own folder, environment and output, and run a module as `python -m` does:
 
     with Forker() as forker:
         with forker.start(["mlx_pretrain.train", "--help"], cwd=folder, env=os.environ) as process:
@@ -99,7 +99,7 @@ class Forker:
 
 
 def _serve(requests: socket.socket) -> list[str]:
-    """Forks for every request; returns, in the command's process, what it was asked to run."""
+    """Forks for every request; returns the request in the command's process."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         _, descriptors, _, _ = socket.recv_fds(requests, 16, 4)
@@ -132,7 +132,7 @@ def _serve(requests: socket.socket) -> list[str]:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # jax warns of its threads, of which there are none yet
+        warnings.simplefilter("ignore", RuntimeWarning)  # jax warns of forking with threads, but has started none yet
         return os.fork()
 
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in one line that names the file and the cause; nothing is left half-written."""
+"""Mistakes of a user end in one line that names the file and the cause; nothing is left half-written."""
 
 import shutil
 

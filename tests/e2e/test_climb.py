@@ -77,7 +77,7 @@ def climb_gin(store_dir, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(climb_gin, tmp_path_factory) -> tuple[pathlib.Path, Ended]:
-    """Folder after proxies and allocation, and what the latter said."""
+    """Folder after proxies and allocation, and the output of the allocation."""
     folder = tmp_path_factory.mktemp("climb")
     ended = run(PROXIES, climb_gin, folder=folder)
     assert ended.code == 0, ended.err

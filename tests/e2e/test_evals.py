@@ -1,4 +1,4 @@
-"""evals.run and the harness on the same items: the same numbers, and runs that go on where they were."""
+"""evals.run and the harness on the same items: the same numbers, and runs that resume where they stopped."""
 
 import json
 import pathlib
@@ -51,7 +51,7 @@ def model(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> pathlib.Path:
-    """Two languages, 30 items with four options, five examples; and one item that German has not."""
+    """Two languages, 30 items with four options, five examples; and one item that German lacks."""
     folder = tmp_path_factory.mktemp("tasks")
     for language, words in WORDS.items():
         rng = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_a_run_its_files_and_its_second_start(model, tasks, runs, tmp_path, caps
         [json.loads(line)["acc_norm"] for line in max(out.glob(f"samples_*_{language}_*")).read_text().splitlines()]
         for language in ("en", "de")))))
     files = {path: path.read_bytes() for path in out.glob("log_likelihoods/*/*")}
-    # One language is gone, as after a kill: it alone is computed again, to the same bytes.
+    # One language is missing, as after a kill: only it is computed again, to the same bytes.
     (out / "log_likelihoods/StoryClozeDataset_lighteval/en.parquet").unlink()
     again = evaluate(tmp_path, model, tasks, "--gin.evaluate.mutual_information=True")
     assert "1 of 2 files were done before" in again.err
@@ -192,7 +192,7 @@ def test_two_processes_find_the_same_and_share_the_work(model, tasks, runs, tmp_
     ours, one = ({name: value for name, value in results(folder).items() if name != "date"}
                  for folder in (out, alone))
     assert ours == one
-    # Each token is fed once, and rows are divided; process 0 alone speaks.
+    # Each token is fed once, and rows are divided; only process 0 prints.
     fed = [re.search(r"fed ([\d,]+) tokens on (\d)", err).groups() for err in (ended[0].err, runs[0][1].err)]
     assert fed[0][0] == fed[1][0] and (fed[0][1], fed[1][1]) == ("2", "1")
     assert "items/s" not in ended[1].err and "StoryCloze" in ended[0].out and "StoryCloze" not in ended[1].out
@@ -288,13 +288,13 @@ metric_list: [{{metric: byte_perplexity}}]
 
 
 def _permuted(gains) -> float:
-    """How often signs drawn at random make the sum as large, either way."""
+    """Returns the fraction of random signs with which the sum is as large in absolute value."""
     signs = np.random.default_rng(0).choice((-1, 1), (20_000, len(gains)))
     return np.mean(np.abs(signs @ gains) >= abs(np.sum(gains)))
 
 
 def test_two_runs_are_compared_item_by_item(tmp_path, runs):
-    """With and without examples; the same by hand from the samples."""
+    """Compares with and without examples, and by hand from the samples."""
     none, two = (runs[shots][0] / "out" for shots in (0, 2))
     ended = run("evals.compare", f"--gin.compare.first={none}", f"--gin.compare.second={two}",
                 "--gin.compare.output=compared.json", folder=tmp_path)
@@ -321,7 +321,7 @@ def test_two_runs_are_compared_item_by_item(tmp_path, runs):
 
 
 def test_generated_answers_are_matched_with_the_options(tmp_path, model, tasks):
-    """Options are what the model itself says in one language, so that some are matched."""
+    """Options are the answers of the model in one language, so that some are matched."""
     (tmp_path / "own/StoryClozeDataset").mkdir(parents=True)
     decoder = load_language_model(str(model))
     for language in WORDS:
@@ -359,14 +359,14 @@ def test_a_mistake_ends_with_one_line(tmp_path, model, tasks):
     ended = evaluate(tmp_path, model, tasks, "--gin.evaluate.few_shot=9")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
-    assert "few_shot = 9, but only 5 examples are there in all languages" in ended.err
+    assert "few_shot = 9, but only 5 examples exist in all languages" in ended.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change, message", [
     ({"model": "absent"}, "absent/model.json: no such model description: not the folder of a training run"),
     ({"tasks": ["absent/*.jsonl"]}, "absent"),
-    ({"languages": ["en", "sw"]}, "no file for sw; there is de, en"),
+    ({"languages": ["en", "sw"]}, "no file for sw; available: de, en"),
     ({"limit": 0}, "limit = 0 must be positive"),
     ({"generate": True, "template": "Q:"}, "must have {prompt} in it once"),
     ({"max_length": 97}, "max_length at most the model's 96"),

@@ -1,4 +1,4 @@
-"""Training as one job of two processes, each with a device of its own: results, stops, crashes and restarts."""
+"""Training as one job of two processes, each with one device: results, stops, crashes and restarts."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ def test_two_processes_stop_by_a_rule_and_write_each_metric_once(tiny_gin, tmp_p
     pytest.importorskip("wandb")
     flags = ("--gin.train.learning_rate=@constant_schedule()", "--gin.constant_schedule.value=0.0",
              "--gin.train.stop_rules=[@EarlyStopping()]", "--gin.EarlyStopping.patience=2",
-             "--gin.train.average=@WeightAverage()", "--gin.train.sinks=[@WeightsAndBiases]",
+             "--gin.train.average=@WeightAverage()", "--gin_file=gin/runs/weights_and_biases.gin",
              "--gin.WeightsAndBiases.mode=offline")
     ended = run_job(TRAIN, tiny_gin, *flags, folder=tmp_path)
     assert codes(ended) == [0, 0], ended
@@ -98,7 +98,7 @@ def stopped(job: list[Process], run_dir: pathlib.Path, number: int, since: int) 
 
 
 def test_killed_and_stopped_on_one_host_then_on_other_numbers_of_hosts(tiny_gin, pair, reference, tmp_path):
-    """kill -9 reaches one process of two, then SIGTERM; one process goes on, then two after a damaged checkpoint."""
+    """kill -9 reaches one process of two, then SIGTERM; one process resumes, then two after a damaged checkpoint."""
     run_dir, often = tmp_path / "run", "--gin.train.checkpoint_every=4"
     with started_job(TRAIN, tiny_gin, often, folder=tmp_path) as job:
         job[0].wait_for(lambda: saved_steps(run_dir) and last_step(run_dir) >= 6)
@@ -112,7 +112,7 @@ def test_killed_and_stopped_on_one_host_then_on_other_numbers_of_hosts(tiny_gin,
         r"checkpoint\n", without_waiting(ended[0].err)), ended[0].err
     saved, restarted = saved_steps(run_dir)[-1], time.time()
 
-    # The restarted job owns the folder, and goes on bit for bit.
+    # The restarted job owns the folder, and continues bit for bit.
     with started_job(TRAIN, tiny_gin, often, folder=tmp_path) as job:
         job[0].wait_for(lambda: last_step(run_dir, restarted) > saved)
         job[0].signal(signal.SIGSTOP)  # so that it is not done before the second job looks
@@ -162,7 +162,7 @@ def long_evaluation(store_dir, tiny_gin, tmp_path_factory) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_in_the_middle_of_an_evaluation(long_evaluation, tmp_path, processes):
-    """The evaluation is cut short in all processes at once, and made when the run goes on."""
+    """The evaluation is cut short in all processes at once, and made when the run resumes."""
     run_dir = tmp_path / "run"
     with started_job(TRAIN, *long_evaluation, folder=tmp_path, processes=processes) as job:
         job[0].wait_for(lambda: last_step(run_dir) >= 8)
@@ -197,7 +197,7 @@ def test_a_process_that_does_not_come_is_named(tiny_gin, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_before_the_first_step(tiny_gin, tmp_path, processes):
-    """There is nothing to save, so a stop does not wait for the end of a compilation."""
+    """Nothing is trained yet, so a stop does not wait for the end of a compilation."""
     flags = (tiny_gin, "--gin.train.compilation_cache=None", "--gin.DecoderConfig.n_layers=64",
              "--gin.DecoderConfig.unroll=64")  # compiles for minutes
     run_dir = tmp_path / "run"

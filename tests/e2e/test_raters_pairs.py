@@ -34,7 +34,7 @@ def languages(rows: list[dict]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """Folder after both commands, and what the second said."""
+    """Folder after both commands, and the output of the second."""
     folder = tmp_path_factory.mktemp("pairs")
     trained = run(NGRAMS, *FLAGS, folder=folder)
     assert trained.code == 0, trained.err

@@ -11,7 +11,7 @@ from tests.e2e.hosts import run_job
 from tests.raters.test_train import settings  # noqa: F401  a fixture
 
 GIN = """
-import mlx_pretrain.optimizers
+import mlx_pretrain.training.optimizers
 import raters.train
 
 train_rater.run_dir = 'job'

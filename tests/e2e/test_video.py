@@ -106,10 +106,10 @@ def command(tmp_path_factory):
 
 
 def good(ended, kept=""):
-    """Returns the output of a command that ended without errors; `kept`: path of a store that it found complete."""
-    said = f"{kept}: made before from the same inputs and settings, kept\n" if kept else ""
-    assert (ended.code, ended.err) == (0, said), ended
-    return ended.out
+    """Returns both outputs of a command that ended without errors; `kept`: path of a store that it found complete."""
+    assert ended.code == 0 and "Warning" not in ended.err, ended
+    assert not kept or f"{kept}: made before from the same inputs and settings, kept\n" in ended.err, ended
+    return ended.out + ended.err
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
 def test_two_processes_label_the_same_and_share_the_work(labelled):
     ended = run_job("video.label", "--gin_file=label.gin", "--gin.LABELS=two", folder=labelled)
     assert [process.code for process in ended] == [0, 0], ended
-    assert "tokens on 2 devices" in ended[0].out and "questions" not in ended[1].out
+    assert "tokens on 2 devices" in ended[0].err and "questions" not in ended[1].err
     whole, two = (RowStore(labelled / name / "losses", "losses") for name in ("labels", "two"))
     assert whole.rows == two.rows and whole.rejected == two.rejected
     np.testing.assert_allclose(two.read("losses"), whole.read("losses"), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Our decoders as lm-evaluation-harness sees a model: its settings, and what it may not ask for."""
+"""Our decoders behind lm-evaluation-harness's interface: its settings, and requests that are refused."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from mlx_pretrain.models.decoder import DecoderConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A LLaMA with random weights that knows bytes."""
+    """A LLaMA with random weights and a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE({"<|end|>": 0} | {x: i for i, x in enumerate(alphabet, 1)}, []))
@@ -36,7 +36,7 @@ def model(folder):
 
 
 def generated(model, settings, prompt="a b c"):
-    """How many tokens were asked for, and with which temperature; the generation itself is random bytes."""
+    """Returns the settings of a generation, e.g. its number of tokens; the text itself is random bytes."""
     seen = {}
     original = model._model.generate_tokens
 

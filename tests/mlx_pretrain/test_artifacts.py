@@ -1,4 +1,4 @@
-"""Outputs are kept, made again or refused by what is recorded of them."""
+"""Outputs are kept, made again or refused by their records."""
 
 import dataclasses
 import json
@@ -189,7 +189,7 @@ def test_an_error_leaves_the_former_output_alone(output):
 
 @pytest.mark.parametrize("looks", [True, False])
 def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, looks):
-    """The former folder is out of the way, the new one not in its place; then another run fails."""
+    """The former folder was renamed, and the new one not yet; then another run fails."""
     output = epath.Path(tmp_path) / "out"
     make(output, made_from(output))
     output.rename(tmp_path / ".out.former")

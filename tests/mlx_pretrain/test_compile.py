@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not here: meshes of real topologies, a target that fits, one that does not."""
+"""Programs compiled for absent devices: meshes of real topologies, a target that fits, one that does not."""
 
 import json
 import os
@@ -155,7 +155,7 @@ def test_a_target_that_fits(run_file, tmp_path, quick, capsys):
 
 
 def test_a_target_that_does_not_fit(run_file):
-    """The command itself: exit code 2, and what to change."""
+    """Runs the command: exit code 2, and changes that would make it fit."""
     done = subprocess.run(
         [sys.executable, "-m", "mlx_pretrain.compile", f"--gin_file={run_file}", "--topology=v5e:1x1", "--json=-",
          "--gin.train.batch_size=65536", "--gin.DecoderConfig.remat=none", "--gin.train.eval_batch_size=1"],

@@ -137,7 +137,7 @@ def test_errors_are_one_line_with_path_and_cause(gcs, folder, what, monkeypatch)
     path = folder / "x.json" if "bucket" not in what else epath.Path("gs://another/x.json")
     message = f"{path}: no such file"
     if "bucket" in what:
-        message = f"{path / token_store.MANIFEST if 'store' in what else path}: there is no bucket 'another'"
+        message = f"{path / token_store.MANIFEST if 'store' in what else path}: no bucket 'another'"
     elif what != "object":
         monkeypatch.setattr(gcs, "forbidden", [folder.name])
         message = f"{path}: no permission: the caller does not have storage.objects access"

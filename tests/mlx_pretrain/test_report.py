@@ -1,4 +1,4 @@
-"""The report says what the run recorded, loads nothing, runs nothing, and stops with one line on bad input."""
+"""The report shows what the run recorded, loads and runs nothing else, and ends with one line on bad input."""
 
 import json
 import math
@@ -350,7 +350,7 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path):
     history = read_history(folder / "metrics.jsonl")
     assert [*history.train, *history.evals] == sorted(lines, key=lambda line: line["kind"] == "eval")
     assert summary_of(folder).languages == expected
-    # Killed again, soon after going back: what had been done beyond that point is gone.
+    # Killed again, soon after going back: the work beyond that point is lost.
     again = [line for line in lines if 100 < line["step"] <= 150]
     write_lines(folder / "metrics.jsonl", [*before, *wrong, *again])
     history = read_history(folder / "metrics.jsonl")
@@ -359,7 +359,7 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path):
 
 
 def test_where_the_hours_went(tmp_path):
-    """Two processes: the first lost the steps after 200 of 300, the second went on after 5 s."""
+    """Two processes: the first lost the steps after 200 of 300, the second resumed after 5 s."""
     folder = write_run(tmp_path)
     assert "Where the hours went" not in page_of(folder).text
     write_lines(folder / "goodput.jsonl", [

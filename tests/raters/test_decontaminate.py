@@ -1,4 +1,4 @@
-"""Leaked evaluation items are found whatever their dress, short ones are not guessed at, and the report says where."""
+"""Leaked evaluation items are found in any formatting, short ones are skipped, and the report names their places."""
 
 import dataclasses
 import json

@@ -84,7 +84,7 @@ def test_scripts_without_spaces(tmp_path):
 
 
 def test_chains_do_not_carry_away_unlike_texts(tmp_path):
-    """Steps are small, the ends share nothing: parts of the chain stay, and each removed text is like one of them."""
+    """Neighbours in the chain are similar, its ends are not: parts stay, and each removed text is like one of them."""
     rng = random.Random(2)
     start, end = text(rng), text(rng)
     texts = [" ".join(end[:i] + start[i:]) for i in range(0, 121, 5)]
@@ -127,7 +127,7 @@ def test_the_documents_that_stay_and_removal_lists(tmp_path):
             {"id": "2", "lang": "en", "text": "other", "url": "u"}]
     with gzip.open(tmp_path / "out/documents/b/en.jsonl.gz", "rt") as lines:
         assert [json.loads(line)["id"] for line in lines] == ["\ud800"]
-    # What another stage removed is passed over: the first "other" is gone, so the second stays.
+    # Documents removed by another stage are skipped: the first "other" was removed, so the second stays.
     (tmp_path / "list.jsonl").write_text('{"file": "a/en.jsonl.gz", "number": 3, "id": "2"}\n')
     main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(str(tmp_path / "list.jsonl"),)))
     entries = [json.loads(line) for line in (tmp_path / "out2/removed.jsonl").read_text().splitlines()]

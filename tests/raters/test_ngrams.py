@@ -1,4 +1,4 @@
-"""The n-gram classifier tells good from bad, survives the disk, and executes nothing it reads."""
+"""The n-gram classifier separates good from bad, is the same after a reload, and executes no code of its file."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ def train(good, output, bad=None, **settings):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> pathlib.Path:
-    """Trained where good texts speak of cats (猫) and bad ones of dogs (犬)."""
+    """A classifier trained on good texts about cats (猫) and bad ones about dogs (犬)."""
     folder = tmp_path_factory.mktemp("ngrams")
     good = write(folder / "good.jsonl", [f"the cat number {i}. 猫が好き" for i in range(30)])
     bad = write(folder / "bad.jsonl", [f"the dog number {i}. 犬が好き" for i in range(10)])
@@ -57,7 +57,7 @@ def test_log_odds_follow_the_formula(toy):
 
 
 def test_classes_of_unlike_size_are_balanced(toy, tmp_path):
-    """Thirty good and ten bad: a text that says nothing must not count as good for that, by log 3."""
+    """Thirty texts are good and ten bad: this imbalance must not raise the score of a neutral text by log 3."""
     train(toy.parent / "good.jsonl", tmp_path / "m.npz", toy.parent / "bad.jsonl", features=2**12, regularization=10.0)
     assert abs(NgramClassifier(tmp_path / "m.npz").score(documents("zebra"))[0]) < 0.1
 

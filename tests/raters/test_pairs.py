@@ -1,4 +1,4 @@
-"""MuRater(E) and MuRater(M): what is rated, what is carried where, what is held out."""
+"""MuRater(E) and MuRater(M): the documents rated, the preferences carried over, the documents held out."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ COUNT = 40  # documents; those of Finnish are the first 30
 
 
 class Longest(Rater):
-    """Rates by length, and remembers the languages of what it was given."""
+    """Rates by length, and records the languages of the documents."""
 
     name = "longest"
 
@@ -221,7 +221,7 @@ def test_what_is_missing_is_reported(corpus, tmp_path):
     ({"heldout_documents": 2}, "pairs.heldout_documents = 2"),
     ({"raters": []}, "pairs.raters = []"),
     ({"raters": "[@Heuristics()]"}, "pairs.raters = '[@Heuristics()]': must be a list of raters"),
-    ({"raters": [ExistingScores("x"), ExistingScores("x")]}, "each must have a name of its own, not x, x"),
+    ({"raters": [ExistingScores("x"), ExistingScores("x")]}, "names must differ, but are x, x"),
     ({"margins": {0.1: 1}}, "pairs.margins"),
     ({"languages": ["de", "xx"]}, "pairs.languages: no document is available in xx"),
     ({"heldout_languages": LANGUAGES}, "no language is left for training"),
@@ -276,6 +276,21 @@ def test_pairs_are_kept_refused_or_replaced(corpus, tmp_path, capsys):
         main(config(corpus, **paths, seed=1))
     main(config(corpus, **paths, seed=1, overwrite=True))
     assert "something else" not in pathlib.Path(paths["output"]).read_text()
+
+
+def test_pairs_depend_on_the_languages_of_paths(corpus, tmp_path):
+    for folder in ("x1", "x2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text("".join(
+            json.dumps({"id": f"{i}", "source": folder, "text": "t" * (i + 1)}) + "\n" for i in range(4)))
+
+    def made(pattern):
+        return config(corpus, corpus=Corpus(tmp_path, pattern), translator=Counting(), method="M", rated_language="und",
+                      output=str(tmp_path / "pairs"), heldout_documents=0.0)
+
+    main(made("*/a.jsonl"))
+    with pytest.raises(InputError, match=r"pairs: exists, made with no settings corpus languages"):
+        main(made("{language}/a.jsonl"))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -1,5 +1,6 @@
-"""Bulk scoring: each document's score is its own, whatever it is batched, read or scored with."""
+"""Bulk scoring: a document's score does not depend on the batch, the reading or the other documents."""
 
+import concurrent.futures
 import gzip
 import itertools
 import json
@@ -20,7 +21,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.parallel import cluster, partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_state, initial_state
 from raters.rater_plugins.existing_scores import ExistingScores
@@ -28,7 +29,7 @@ from raters.score import ScoreConfig, main
 from raters.scoring.chunks import Preparation, detect_language, mean_over_chunks
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
 from raters.scoring.quality_scorer import QualityScorer
-from raters.scoring.shards import SCHEMA, Shard, ShardWriter, find_shards, sweep, unfinished
+from raters.scoring.shards import SCHEMA, Shard, ShardWriter, claim_root, find_shards, scored_root, sweep, unfinished
 
 WORDS = ["river", "stone", "light", "morning", "window", "garden", "paper", "silent", "across", "winter", "letters",
          "house", "yellow", "bread", "music", "often", "travel", "north", "small", "clear"]
@@ -95,7 +96,8 @@ def files(tmp_path) -> pathlib.Path:
 
 def run_score(files, output, rater, **more) -> dict:
     """Scores the documents below a folder, all or those of the patterns `documents`; `keys` are those of the Corpus."""
-    corpus = Corpus(files, more.pop("documents", ["*.jsonl*", "*/*.jsonl*"]), **more.pop("keys", {}))
+    every = [pattern for pattern in ("*.jsonl*", "*/*.jsonl*") if any(epath.Path(files).glob(pattern))]
+    corpus = Corpus(files, more.pop("documents", every), **more.pop("keys", {}))
     return main(ScoreConfig(corpus, output, rater, **{"workers": 0, "compilation_cache": None, **more}))
 
 
@@ -272,10 +274,29 @@ def test_a_document_has_the_language_of_its_record_else_of_its_path(tmp_path):
     assert languages_of(tmp_path / "out/de.jsonl.scores.parquet") == ["de", "sv"]
     assert languages_of(tmp_path / "out/fi/part-0.jsonl.scores.parquet") == ["fi"]
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["und"]
-    # Where the pattern tells another language of a file, the file is scored again.
+    # A file to whose path the pattern gives another language is scored again.
     summary = run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="{language}/*.jsonl")
     assert (summary["scored"], summary["skipped"]) == (1, 1)
     assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]
+    # Where the pattern tells none any more, scores with a language stay until they may be replaced.
+    with pytest.raises(InputError, match=r'web/part-0\.jsonl\.done\.json: exists, made with language = "web" '
+                                         r'\(now "und"\); set overwrite=True'):
+        run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="*/*.jsonl")
+    assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["web"]
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="*/*.jsonl", overwrite=True)
+    assert languages_of(tmp_path / "out/web/part-0.jsonl.scores.parquet") == ["und"]
+
+
+def test_scores_of_earlier_versions_get_the_languages_of_paths(tmp_path):
+    write_jsonl(tmp_path / "in/web/a.jsonl", [{"text": "a", "rank": 1}])
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"))
+    marker = tmp_path / "out/web/a.jsonl.done.json"
+    content = json.loads(marker.read_text())
+    del content["input"]["language"]
+    marker.write_text(json.dumps(content))
+    assert run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"))["skipped"] == 1
+    run_score(tmp_path / "in", tmp_path / "out", ExistingScores("rank"), documents="{language}/*.jsonl")
+    assert languages_of(tmp_path / "out/web/a.jsonl.scores.parquet") == ["web"]
 
 
 def test_a_language_under_another_key_that_is_no_string_is_rejected(tmp_path):
@@ -338,6 +359,53 @@ def test_scores_of_two_roots_never_go_to_one_folder(tmp_path):
     for folder, rank in (("x", 1), ("y", 2)):
         table = pq.read_table(tmp_path / f"both/{folder}/a.jsonl.scores.parquet")
         assert table["quality_score"].to_pylist() == [rank]
+
+
+def test_a_root_is_the_same_from_every_working_folder(tmp_path, monkeypatch):
+    for folder, rank in (("x", 1), ("y", 2)):
+        write_jsonl(tmp_path / folder / "in/a.jsonl", [{"text": "t", "rank": rank}])
+    rater = ExistingScores("rank")
+    monkeypatch.chdir(tmp_path / "x")
+    run_score("in", tmp_path / "out", rater)
+    before = outputs(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "y")
+    with pytest.raises(InputError, match=r"the scores here are of documents below .*/x/in, these are below .*/y/in"):
+        run_score("in", tmp_path / "out", rater)
+    assert outputs(tmp_path / "out") == before
+    write_jsonl(tmp_path / "x/in/a.jsonl", [{"text": "t", "rank": 3}])
+    assert run_score("../x/in", tmp_path / "out", rater)["scored"] == 1
+    (tmp_path / "out/corpus.json").write_text("{")
+    with pytest.raises(InputError, match=r"corpus\.json: not a valid JSON record of the corpus's root"):
+        run_score("../x/in", tmp_path / "out", rater)
+
+
+def test_the_root_of_an_interrupted_run_without_scores_binds_nobody(files, tmp_path):
+    claim_root(tmp_path / "out", Corpus(files, "*"), [])
+    write_jsonl(tmp_path / "other/a.jsonl.gz", [{"text": "t", "rank": 1}])
+    run_score(tmp_path / "other", tmp_path / "out", ExistingScores("rank"))
+    assert json.loads((tmp_path / "out/corpus.json").read_text()) == {"root": str(tmp_path / "other")}
+    with pytest.raises(InputError, match=r"the scores here are of documents below .*/other"):
+        run_score(files, tmp_path / "out", ExistingScores("rank"), documents="de/*")  # another file has scores
+
+
+def test_any_shard_of_a_job_array_records_the_root(files, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "other/a.jsonl.gz", [{"text": "t", "rank": 1}])
+    monkeypatch.setattr(cluster, "_shard", (1, 2))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
+    assert "de/b.jsonl.done.json" in outputs(tmp_path / "out") and "score.gin" not in outputs(tmp_path / "out")
+    monkeypatch.setattr(cluster, "_shard", (0, 2))
+    with pytest.raises(InputError, match=r"the scores here are of documents below .*/in, these are below .*/other"):
+        run_score(tmp_path / "other", tmp_path / "out", ExistingScores("rank"))
+    run_score(files, tmp_path / "out", ExistingScores("rank"))
+    assert "a.jsonl.gz.done.json" in outputs(tmp_path / "out")
+
+
+def test_of_processes_that_begin_at_once_one_records_the_root(gcs, files, tmp_path):
+    for output in (tmp_path / "out", epath.Path("gs://bucket/claimed")):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: claim_root(output, Corpus(files, "*"), []), range(8)))  # noqa: B023
+        assert [path.name for path in epath.Path(output).iterdir()] == ["corpus.json"]
+        assert scored_root(output) == str(files)
 
 
 def test_documents_and_scores_on_an_object_store(gcs, files, tmp_path):

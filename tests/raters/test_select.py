@@ -1,4 +1,4 @@
-"""The selection as a command: what it writes can be read at once, is whole or absent, and says what it left out."""
+"""The selection as a command: its output can be read at once, is whole or absent, and counts what it left out."""
 
 import dataclasses
 import datetime
@@ -17,7 +17,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
 from raters import selection_report
-from raters.scoring.shards import write_root
+from raters.scoring.shards import claim_root
 from raters.select import SelectConfig, main
 from tests.raters.rated import write_documents, write_scores
 
@@ -280,7 +280,7 @@ def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
     config = make(tmp_path)
     with pytest.raises(InputError, match=r"de\.jsonl\.gz\.scores\.parquet: no such score file"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
-    write_root(tmp_path / "scores", config.corpus)
+    claim_root(tmp_path / "scores", config.corpus, [])
     with pytest.raises(InputError, match=r"not under this Corpus\.root: the scores are of .*/corpus$"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
     (tmp_path / "list.jsonl").write_text('{"file": "th.jsonl", "number": 1, "id": "th0"}\n')

@@ -1,4 +1,4 @@
-"""Training a rater: the loss is the paper's, and a run of the one trainer learns what the pairs say."""
+"""Training a rater: the loss is the paper's, and a run of the shared trainer learns the preferences of the pairs."""
 
 import json
 

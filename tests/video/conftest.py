@@ -69,7 +69,7 @@ def write_grey(path, codec, times, rate, units, *, b_frames=0, key_frames=12, op
 
 @pytest.fixture(scope="session")
 def config():
-    """Seven by seven patches averaged to two by two; the question stands before the frames."""
+    """Seven by seven patches averaged to two by two; the question is before the frames."""
     vision = VisionConfig(image_size=29, patch_size=4, embed_dim=16, n_layers=2, n_heads=2, mlp_dim=24)
     decoder = DecoderConfig(vocab_size=270, embed_dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, mlp_dim=48,
                             max_length=96)
@@ -92,7 +92,7 @@ def params(config, mesh):
 
 
 def encode(texts):
-    """Bytes."""
+    """A tokenizer of bytes."""
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 4 for text in texts]
 
 

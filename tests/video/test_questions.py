@@ -41,7 +41,7 @@ def test_letters_that_are_the_options_themselves(tmp_path):
     (["A. red", "B. green"], "C", "the answer 'C' is not among the options"),
     (["A. red", "B. green"], "blue", "the answer 'blue' is not among the options"),
     (["B. red", "A. green"], "A", "letters are not A, B, C"),
-    (["A. red", "B. red"], "B", "an option is there twice"),
+    (["A. red", "B. red"], "B", "an option appears twice"),
     ("AB", "A", "options must be a list"),
 ])
 def test_wrong_options_are_named(tmp_path, options, answer, message):
@@ -70,7 +70,7 @@ def test_video_mme_is_read_as_it_is_published(tmp_path):
     assert question(tmp_path, VIDEO_MME) == expected
     assert question(tmp_path, {**VIDEO_MME, "videoID": "fFjv93ACGo8.mkv"}).video == "fFjv93ACGo8.mkv"
     assert question(tmp_path, {**VIDEO_MME, "videoID": None}).video == "001.mp4"
-    # Our own fields beside theirs, where they say the same; the path tells the folder.
+    # Our own fields beside theirs, where they agree; the path gives the folder.
     ours = {"id": "001-1", "video": "data/fFjv93ACGo8.mp4", "type": "Counting Problem"}
     assert question(tmp_path, {**VIDEO_MME, **ours}) == dataclasses.replace(expected, video="data/fFjv93ACGo8.mp4")
 

@@ -27,7 +27,7 @@ class Level:
 @pytest.mark.parametrize("choice", ["top", "bolt", "aks"])
 def test_every_frame_is_chosen_once(tmp_path, scorer, choice):
     path = write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
-    with pytest.warns(UserWarning, match=r"q\.mp4: 5 different frames, fewer than the 8 asked for"):
+    with pytest.warns(UserWarning, match=r"q\.mp4: 5 different frames, fewer than the 8 requested"):
         assert Selector(scorer, choice, candidates=16, num_frames=8).select(path, "Which?") == [0, 1, 2, 3, 4]
     assert len(set(Selector(scorer, choice, candidates=16, num_frames=3).select(path, "Which?"))) == 3
     if scorer and choice == "top":
@@ -56,7 +56,7 @@ def test_a_selection_with_sheets_is_kept_or_replaced_when_told(tmp_path, capsys)
         questions=tmp_path / "q.jsonl", output=tmp_path / "out",
         selector=Selector(None, candidates=16, num_frames=8), sheets=2, processes=1, compilation_cache=None)
     main(config)
-    assert capsys.readouterr().out.count("note: q.mp4: 5 different frames, fewer than the 8 asked for\n") == 1
+    assert capsys.readouterr().err.count("note: q.mp4: 5 different frames, fewer than the 8 requested\n") == 1
     assert json.loads((tmp_path / "out/selected_frames.json").read_text()) == [[0, 1, 2, 3, 4]] * 2
     assert sorted(sheet.name for sheet in (tmp_path / "out/sheets").glob("*.png")) == ["q%2F1.png", "q_1.png"]
     main(dataclasses.replace(config, processes=2))

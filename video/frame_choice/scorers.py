@@ -32,7 +32,7 @@ class Scorer(Protocol):
     Attributes:
       size: pixels of a side of the frames it takes.
       resize_mode: see `read_frames`.
-      settings: JSON that tells scorers apart, for the record of what frames were chosen by.
+      settings: JSON that identifies the scorer, for the record of a selection.
     """
 
     size: int
@@ -117,7 +117,7 @@ class Similarity:
     resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, step: int | None = None):
-        """Loads a run of `video.train_towers`; raises InputError when there is none.
+        """Loads a run of `video.train_towers`; raises InputError without one.
 
         Args:
           run_dir: folder of the run.

@@ -72,7 +72,7 @@ class Selector:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the choice depends on besides video and question, as JSON."""
+        """Settings on which the choice depends, apart from video and question, as JSON."""
         scorer = self.scorer and self.scorer.settings
         return {"scorer": scorer, "choice": self.choice, "candidates": self.candidates, "num_frames": self.num_frames}
 

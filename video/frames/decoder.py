@@ -1,4 +1,4 @@
-"""Decodes single frames of a video file, jumping over what is not needed."""
+"""Decodes single frames of a video file, seeking past frames that are not needed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class OutOfOrderError(Exception):
 
 
 class FrameDecoder:
-    """Decodes some frames of a track, asked for in ascending order. A context manager.
+    """Decodes some frames of a track, in ascending order. A context manager.
 
     Attributes:
       damage: places where the decoder failed, and its reasons.
@@ -80,10 +80,10 @@ class FrameDecoder:
         if self._now is None:
             raise InputError(f"{self._path}: no frame in it can be decoded{first_damage(self.damage)}")
         if self._next is None and track.times[number] - track.times[self._now[0]] > MISSING * track.duration:
-            raise InputError(f"{self._path}: nothing can be decoded behind {track.times[self._now[0]]:.2f} of "
+            raise InputError(f"{self._path}: no frame can be decoded behind {track.times[self._now[0]]:.2f} of "
                              f"{track.duration:.2f} s{first_damage(self.damage)}")
         if self._now[0] != number:
-            self.damage.append(f"at {time}: no frame of its own, a neighbour is taken")
+            self.damage.append(f"at {time}: no such frame, a neighbour is taken")
         elif self._now[1].is_corrupt:
             self.damage.append(f"at {time}: the decoder calls this frame corrupt")
         return self._now
@@ -117,7 +117,7 @@ class FrameDecoder:
     def _decoded(self, key: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields numbers and frames from key frame number `key` on, or all for None.
 
-        Yields nothing where the seek went behind the key frame.
+        Yields no frame where the seek went behind the key frame.
         """
         track, reached = self._track, -1
         first = None if key is None else int(track.stamps[key])

@@ -20,7 +20,7 @@ FRAMES = "frames"
 def open_frame_writer(
     path: epath.PathLike, videos: int, *, size: int, candidates: int, resize_mode: str
 ) -> RowWriter:
-    """Creates a frame store for at most `videos` videos, or goes on with one; arguments as `FrameStore`'s attributes.
+    """Creates a frame store for at most `videos` videos, or resumes one; arguments as `FrameStore`'s attributes.
 
     Raises:
       InputError: the folder holds other frames.

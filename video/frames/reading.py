@@ -1,7 +1,7 @@
 """Reads frames of video files at given times, or spread evenly over the length; memory does not grow with the length.
 
 PyAV (FFmpeg's libraries) decodes. Every time gets the frame that is on screen then, the same one that decoding the
-whole file gives; frames are turned as the file's display matrix says.
+whole file gives; frames are turned by the file's display matrix.
 
     candidates = read_frames("clip.mp4", 224, count=128)
     candidates.frames    # uint8 [128, 224, 224, 3]
@@ -32,7 +32,7 @@ class Candidates(NamedTuple):
       times: float64 `[frames]`, seconds from the video track's first frame.
       duration: length of the video track, seconds.
       numbers: int64 `[frames]`, each frame's number in the video, counted from 0 in the order of presentation. A number
-        occurs more than once where a video has fewer frames than were asked for.
+        occurs more than once where a video has fewer frames than requested.
       damage: a sentence on what the decoder could not read; "" where it read everything.
     """
 
@@ -55,7 +55,7 @@ def read_frames(
     """Decodes the frames of a video that are on screen at some times.
 
     Args:
-      path: local file; any container and codec that FFmpeg knows: mp4, webm, avi, mkv, ...
+      path: local file; any container and codec that FFmpeg supports: mp4, webm, avi, mkv, ...
       size: pixels of a side of the square frames; bicubic.
       count: number of frames, in the middles of equal parts of the duration; or
       times: seconds from the first frame, ascending.
@@ -90,7 +90,7 @@ def try_read_frames(path: str, *, size: int, count: int, resize_mode: str) -> Ca
 def reading_notes(video: str, candidates: Candidates, needed: int) -> list[str]:
     """Returns sentences for the user: damage, and fewer different frames than the `needed` number."""
     different = len(np.unique(candidates.numbers))
-    few = [f"{video}: {different} different frames, fewer than the {needed} asked for"] if different < needed else []
+    few = [f"{video}: {different} different frames, fewer than the {needed} requested"] if different < needed else []
     return [candidates.damage, *few] if candidates.damage else few
 
 

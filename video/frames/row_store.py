@@ -1,4 +1,4 @@
-"""Stores what is computed for each item of a list as rows of TensorStore arrays; a killed run goes on where it was.
+"""Stores the results for each item of a list as rows of TensorStore arrays; a killed run resumes where it stopped.
 
 In a job of several processes all of them fill a store with the same calls, and process 0 alone writes.
 
@@ -28,7 +28,7 @@ SETTINGS, ROWS, MANIFEST = "settings.json", "rows.jsonl", "manifest.json"
 
 
 class RowWriter:
-    """Fills a store; goes on with one that a killed run left.
+    """Fills a store, also one that a killed run left incomplete.
 
         writer = RowWriter("out", "losses", {"model": "llm"}, len(items), {"loss": ((4,), np.dtype(np.float32))})
         for item in items:
@@ -50,11 +50,11 @@ class RowWriter:
         items: int,
         arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     ):
-        """Opens a store, and creates it where there is none.
+        """Opens a store, or creates it.
 
         Args:
           path: folder.
-          artifact_type: name of what is stored, e.g. "frames".
+          artifact_type: name of the contents, e.g. "frames".
           settings: all that the rows depend on; JSON.
           items: greatest number of rows.
           arrays: name -> shape and dtype of a row.
@@ -129,7 +129,7 @@ class RowStore:
     """
 
     def __init__(self, path: epath.PathLike, artifact_type: str):
-        """Opens a store; raises InputError when there is no complete, readable one of that type."""
+        """Opens a store; raises InputError unless it is complete, readable and of that type."""
         self.path = epath.Path(path)
         if not (self.path / MANIFEST).exists():
             raise InputError(f"{path}: no complete {artifact_type} (no {MANIFEST}; was it interrupted? run it again)")

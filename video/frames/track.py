@@ -30,7 +30,7 @@ class Track(NamedTuple):
       times: float64 `[frames]`, when each frame appears, seconds from the first one.
       duration: seconds from the first frame to the end of the last.
       keys: int64 `[keys, 2]`, the number of each key frame and the time stamp to seek for it.
-      ordered: True where a decoded frame's time stamp tells its number; else frames are counted from the beginning.
+      ordered: True where a decoded frame's time stamp gives its number; else frames are counted from the beginning.
       damage: places that cannot be read.
     """
 
@@ -70,7 +70,7 @@ def read_packets(
 ) -> Iterator[av.Packet]:
     """Yields the packets of one stream or of all, and the empty ones that flush decoders.
 
-    Goes on behind damage, whose place is added to the list `damage`.
+    Continues behind damage, whose place is added to the list `damage`.
     """
     progress, position = True, "the beginning"
     while progress:
@@ -97,7 +97,7 @@ def decoding_failure(packet: av.Packet, error: av.FFmpegError) -> str:
 
 
 def first_damage(damage: Sequence[str]) -> str:
-    """The end of a message: the first damage, if there is any."""
+    """The end of a message: the first damage, if any."""
     return f": damaged {damage[0]}" if damage else ""
 
 
@@ -113,7 +113,7 @@ def scan_track(path: epath.PathLike) -> Track:
     with open_video(path) as container:
         stream = _video_stream(path, container)
         index = stream.index
-        # Where the track states no length, another track may be the longer one, so all are read.
+        # Without a length in the track, another track may be longer, so all are read.
         for packet in read_packets(container, damage, stream if stream.duration else None):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is not None:

@@ -44,7 +44,7 @@ class AnswerScorer:
     """
 
     def __init__(self, config: VideoLLMConfig, params: Any, mesh: Mesh, prompts: Prompts, **settings: Any):
-        """Compiles nothing yet.
+        """Stores the settings; programs are compiled when they are first needed.
 
         Args:
           config, params: the Video-LLM, on the devices of `mesh`.

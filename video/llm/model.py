@@ -138,7 +138,7 @@ def hidden_states(
     Args:
       config, params: the Video-LLM.
       features: `[batch or 1, n, embed]`, embeddings of the frames' tokens, frame by frame.
-      tokens: int `[batch, length]`; id vocab_size + i stands for the i-th of `features`, see `video.llm.prompts`.
+      tokens: int `[batch, length]`; id vocab_size + i refers to the i-th of `features`, see `video.llm.prompts`.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return Decoder(config.decoder).apply({"params": params["decoder"]}, tokens, positions, features=features)[0]

@@ -58,7 +58,7 @@ class Prompts:
 class PaddedPrompts:
     """Builds rows of one length, a question with all candidates each, for Frame-Voyager.
 
-    Padding stands at the end, so causal layers need no mask for it.
+    Padding is at the end, so causal layers need no mask for it.
     """
 
     def __init__(self, prompt: str, frame_tokens: int, model: LanguageModel, questions: Sequence[str]):

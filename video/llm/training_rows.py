@@ -136,7 +136,7 @@ class ClipSource(MixtureSource):
             if question.clip:
                 (span,) = evidence_frames(question, times)
                 rest = np.flatnonzero(np.isin(indices, span))
-                # Where the evidence of other questions left no frame of the clip in the row, the nearest one.
+                # If the evidence of other questions left no frame of the clip in the row, the nearest frame.
                 rest = rest if len(rest) else np.argmin(np.abs(indices - span.mean()))[None]
             rest = rng.permutation(np.setdiff1d(rest, needed))
             subset = np.unique(np.concatenate([needed, rest[: max(size - len(needed), 0)]]).astype(int))

@@ -17,9 +17,9 @@ def combinations(
     Args:
       candidates: M.
       num_frames: T.
-      max_combinations: sample size where there are more, each combination equally likely; None: no limit.
+      max_combinations: size of the sample if there are more, each combination equally likely; None: no limit.
       seed: seed of the sample.
-      name: what the sample is for, e.g. a question's id; every name has a sample of its own.
+      name: name of the sample, e.g. a question's id; each name has a different sample.
 
     Returns:
       int32 `[combinations, num_frames]`, each ascending.
@@ -28,7 +28,7 @@ def combinations(
       InputError: T is not between 1 and M, or there are too many to list.
     """
     if not 1 <= num_frames <= candidates:
-        raise InputError(f"combinations of {num_frames} out of {candidates} frames: there are none")
+        raise InputError(f"combinations of {num_frames} out of {candidates} frames do not exist")
     total = math.comb(candidates, num_frames)
     if max_combinations is None and total > 10_000_000:
         raise InputError(f"{total:,} combinations of {num_frames} out of {candidates} frames: draw a sample")

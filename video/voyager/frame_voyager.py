@@ -83,7 +83,7 @@ class FrameVoyager(nn.Module):
 
         Args:
           features: `[batch, candidates, llm_tokens, embed]`, embeddings of each frame for the Video-LLM's decoder.
-          tokens: int `[batch, length]`; id vocab_size + i stands for the i-th token of the candidates.
+          tokens: int `[batch, length]`; id vocab_size + i refers to the i-th token of the candidates.
           frame_positions: int `[batch, candidates, frame_tokens]`, positions of those ids in `tokens`.
         """
         config, embed = self.config, self.config.decoder.embed_dim

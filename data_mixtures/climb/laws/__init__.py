@@ -1,7 +1,7 @@
 """Laws: how the held-out losses of a mixture depend on its ratios, the model size N and the training tokens D.
 
 A law is a class with a `name` and a method `fit(runs, seed)` that returns a `base.FittedLaw`, which predicts losses;
-`base` says what either must provide. Every law, or family of alike laws, has a file of its own here:
+`base` defines the interface of both. Every law, or family of similar laws, has its own file here:
 
     climb.py           Climb: an isolated law at effective ratios, with transfer between languages (transfer.py)
     structured_gp.py   StructuredGP: a Gaussian process with the structure of mixtures

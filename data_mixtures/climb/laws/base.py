@@ -14,7 +14,7 @@ from data_mixtures.climb.proxy_table import ProxyRuns
 
 
 def float64():
-    """Returns a context in which JAX computes in float64, whatever the rest of the process does."""
+    """Returns a context in which JAX computes in float64, independently of the rest of the process."""
     return jax.enable_x64(True)
 
 
@@ -29,7 +29,7 @@ class FittedLaw(abc.ABC):
       languages: names of the ratios it takes, in order.
       targets: names of the losses it predicts, in order.
       differentiable: True if JAX can trace and differentiate `losses`. Such a law is a JAX pytree, so that one
-        compiled program serves all its fits (replicates, say).
+        compiled program serves all its fits (e.g. replicates).
       notes: limits of this fit that its users must know: parameters that the runs do not identify, fallbacks.
     """
 
@@ -89,7 +89,7 @@ class FittedEffectiveLaw(FittedLaw):
 
 
 class Law(Protocol):
-    """A law before its fit; `data_mixtures.climb.laws` lists all of them and says how to add one.
+    """A law before its fit; `data_mixtures.climb.laws` lists all of them and explains how to add one.
 
     Attributes:
       name: short name, for tables and files.
@@ -98,9 +98,9 @@ class Law(Protocol):
     name: str
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedLaw:
-        """Fits the law; a row that stands twice counts twice.
+        """Fits the law; a row that appears twice counts twice.
 
         Raises:
-          InputError: the table cannot identify the law at all.
+          InputError: the table cannot identify the law.
         """
         ...

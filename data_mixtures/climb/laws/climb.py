@@ -40,8 +40,8 @@ class Shared:
     kappa = beta and d0 = 0 `Chinchilla`.
 
     Attributes:
-      n_varies, d_varies: whether N and D vary in the table.
-      shift: whether d0 is fitted, else it is 0.
+      n_varies, d_varies: True where N and D vary in the table.
+      shift: True: d0 is fitted; False: it is 0.
     """
 
     n_varies: bool
@@ -80,7 +80,7 @@ class Climb:
         fitted.at([0.2, 0.5, 0.3], n_params=1.2e9, tokens=1e11)
 
     That the loss is the isolated law's at an effective ratio is arXiv 2509.15556's; the families of T are ours, see
-    `transfer`. The isolated law is fitted to monolingual runs first where there are any, then with all the rest.
+    `transfer`. The isolated law is fitted to monolingual runs first if the table has any, then with all the rest.
     """
 
     name = "climb"
@@ -92,14 +92,14 @@ class Climb:
           family: family of transfer, a name of `transfer.TRANSFER_FAMILIES`; None: that of `_CANDIDATES` under which
             the table is likeliest.
           shift: see `Shared`.
-          shared: whether the isolated law is `Shared`, else `Chinchilla`.
+          shared: True: the isolated law is `Shared`; False: `Chinchilla`.
           starts: starting points of the optimizer.
 
         Raises:
-          InputError: there is no such family.
+          InputError: the family is unknown.
         """
         if family is not None and family not in TRANSFER_FAMILIES:
-            raise InputError(f"Climb.family: {family!r} is none of {', '.join(TRANSFER_FAMILIES)}")
+            raise InputError(f"Climb.family: {family!r} is not one of {', '.join(TRANSFER_FAMILIES)}")
         self.family, self.shift, self.shared, self.starts = family, shift, shared, starts
 
     def fit(self, runs: ProxyRuns, seed: int = 0) -> FittedEffectiveFormula:
@@ -124,7 +124,7 @@ class Climb:
         return dataclasses.replace(law, identified=identified, notes=notes + family_notes)
 
     def _likeliest(self, runs: ProxyRuns, seed: int) -> tuple[str, tuple[str, ...]]:
-        """Returns the family that the table speaks for, and the note on it."""
+        """Returns the most likely family given the table, and a note on it."""
         evidence = {name: _evidence(*self._fit(name, runs, seed, min(self.starts, 2))) for name in _CANDIDATES}
         family, second = sorted(evidence, key=lambda name: -evidence[name])[:2]
         lead = evidence[family] - evidence[second]
@@ -143,12 +143,12 @@ class Climb:
         enough = alone.sum(axis=0) >= _MONOLINGUAL_ROWS
         first = None
         if enough.any():
-            # In a monolingual run there is no transfer, so the fit to those alone is that of the isolated law.
+            # A monolingual run has no transfer, so the fit to those alone is that of the isolated law.
             weights = np.where(enough, alone, runs.has_own)
             first = fit_formula(formula, runs, starts, seed, (), weights)[0].parameters[:, : len(isolated.sizes)]
         if not enough.all():
             names = ", ".join(target for target, has in zip(runs.targets, enough) if not has)
-            notes += (f"no or too few monolingual runs of {names}: only mixtures tell transfer from the isolated law",)
+            notes += (f"no or too few monolingual runs of {names}: only mixtures tell its transfer apart",)
         return fit_formula(formula, runs, starts, seed, notes, first=first)
 
 

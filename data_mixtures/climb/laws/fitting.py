@@ -21,7 +21,7 @@ _BATCH = 32
 _ROWS_MULTIPLE = 64
 _ITERATIONS = 30
 _TOLERANCE = 1e-6
-# Starts of a target that go on after the first round.
+# Starting points of a target that are kept after the first round.
 _KEPT = 2
 
 

@@ -1,7 +1,7 @@
 """Formulas of parametric laws: the log-loss of one target as a function of its parameters.
 
 A formula is a frozen dataclass, hashed by value, so that it can be a static argument of compiled programs. The formula
-of a single law stands in that law's file; here is what they share.
+of a single law is in that law's file; this module holds the shared code.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class LawFormula(fitting.Formula, Protocol):
         ...
 
     def row_weights(self, runs: ProxyRuns) -> np.ndarray:
-        """Returns `[rows, targets]`: how much a row counts in a fit."""
+        """Returns the weights of the rows in a fit, `[rows, targets]`."""
         ...
 
 
@@ -63,7 +63,7 @@ class EffectiveFormula:
     Attributes:
       languages: number of ratios r.
       isolated: loss of the language alone.
-      transfer: what other languages add to its own ratio; None: nothing.
+      transfer: term that other languages add to its own ratio; None: none.
     """
 
     languages: int
@@ -78,11 +78,11 @@ class EffectiveFormula:
         return self.isolated.prior(losses) | (self.transfer.prior() if self.transfer else {})
 
     def row_weights(self, runs: ProxyRuns) -> np.ndarray:
-        """Returns `[rows, targets]`: how much a row counts in a fit.
+        """Returns the weights of the rows in a fit, `[rows, targets]`.
 
-        Laws without transfer say nothing of a language that a run has none of. As for transfer, the loss on a language
-        that a run of one or two others never saw tells how models fail on foreign text, and gets little weight;
-        mixtures of more languages that leave one out count in full, however large one ratio is.
+        Laws without transfer predict no loss on a language that a run lacks: such rows do not count. With transfer,
+        they count in full if the run has at least three languages, however large one ratio is; otherwise they get
+        little weight, as they only show how models fail on foreign text.
         """
         if self.transfer is None:
             return runs.has_own.astype(np.float64)

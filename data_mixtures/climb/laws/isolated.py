@@ -24,8 +24,8 @@ class Chinchilla:
     E and A / N^alpha are one constant where N does not vary.
 
     Attributes:
-      n_varies, d_varies: whether N and D vary in the table.
-      shift: whether d0 is fitted, else it is 0. It is ours, for proxies so small that the power law has not begun.
+      n_varies, d_varies: True where N and D vary in the table.
+      shift: True: d0 is fitted; False: it is 0. Our addition, for proxies too small for the power law to hold.
     """
 
     n_varies: bool

@@ -22,7 +22,7 @@ class Separable:
     """`L(N, D, p) = (E + A / N^alpha + B / D^beta) p^-gamma` (2410.12883); terms that do not vary are one constant.
 
     Attributes:
-      n_varies, d_varies: whether N and D vary in the table.
+      n_varies, d_varies: True where N and D vary in the table.
     """
 
     n_varies: bool

@@ -30,7 +30,7 @@ _STATIC = ("formula", "languages", "targets", "notes")
 
 
 def _pytree(law: type) -> type:
-    """Registers a fitted law, so that the fits of one table (replicates, say) share compiled programs."""
+    """Registers a fitted law, so that the fits of one table (e.g. replicates) share compiled programs."""
     arrays = [field.name for field in dataclasses.fields(law) if field.name not in _STATIC]
     return jax.tree_util.register_dataclass(law, arrays, list(_STATIC))
 
@@ -127,7 +127,7 @@ class FittedEffectiveFormula(FittedFormula, FittedEffectiveLaw):
     """A fitted parametric law that works through effective ratios `[..., targets]`.
 
     Attributes:
-      identified: bool `[targets, languages]`: the data tell how much a language transfers to a target. The rule: the
+      identified: bool `[targets, languages]`: True where the data determine a language's transfer to a target: the
         posterior standard deviation of `transfer_matrix` (Laplace's approximation, from all parameters) is under half
         of the part of it that comes from that language's deviation from the mean strength alone, which has standard
         deviation 1 before the data. False on the diagonal; None for laws without transfer.
@@ -158,7 +158,7 @@ class FittedEffectiveFormula(FittedFormula, FittedEffectiveLaw):
 
     @property
     def transfer_matrix(self) -> np.ndarray:
-        """`[targets, languages]`: tokens of its own that one more token of a language is worth to a target.
+        """`[targets, languages]`: own tokens that one more token of a language is worth to a target.
 
         The derivative of rt_i by r_j at the table's mean mixture and D0; 1 on the diagonal, by definition.
         """
@@ -304,7 +304,7 @@ def check_targets(name: str, runs: ProxyRuns) -> None:
     """
     for target, own, present in zip(runs.targets, runs.own_columns, runs.has_own.T):
         if own < 0:
-            raise InputError(f"{name}: target {target!r} has no ratio column of its own")
+            raise InputError(f"{name}: target {target!r} has no ratio column")
         if not present.any():
             raise InputError(f"{name}: no run has any {target!r}")
 
@@ -316,7 +316,7 @@ def varying_sizes(
 
     Args:
       runs: the table.
-      with_one_token_count: what becomes of the terms in D where it does not vary.
+      with_one_token_count: note on the terms in D for a table in which D does not vary.
     """
     n_varies, d_varies = (len(np.unique(values)) > 1 for values in (runs.n_params, runs.tokens))
     notes = () if n_varies else ("all runs have one model size: E and A/N^alpha are one constant, N is ignored",)

@@ -1,7 +1,7 @@
 """Laws that are plain regressions from libraries, to compare with.
 
-They know nothing of languages or of the meaning of a ratio. Where N or D vary in the table, log N and log D are further
-features. None can be differentiated, and none extrapolates in N and D except by its linear part.
+They treat ratios as plain numbers. Where N or D vary in the table, log N and log D are further features. None can be
+differentiated, and none extrapolates in N and D except by its linear part.
 """
 
 import abc
@@ -38,8 +38,8 @@ class FittedRegression(FittedLaw):
     Attributes:
       features: function that turns ratios `[rows, languages]` into `[rows, features]`.
       models: one model per target, of the loss or its logarithm.
-      sizes: bool `[2]`: whether log N and log D are features.
-      logarithmic: whether the models predict log-losses.
+      sizes: bool `[2]`, True where log N and log D are features.
+      logarithmic: True: the models predict log-losses.
     """
 
     languages: tuple[str, ...]
@@ -67,7 +67,7 @@ def _with_sizes(features, shape, n_params, tokens, sizes: np.ndarray) -> np.ndar
 
 
 class _Regression(abc.ABC):
-    """A law that fits a model of its own to each target; a new regression implements `model`."""
+    """A law that fits a separate model to each target; a new regression implements `model`."""
 
     name: str
     logarithmic = False
@@ -155,7 +155,7 @@ class LightGBM(_Regression):
 class GaussianProcess(_Regression):
     """scikit-learn's Gaussian process of the log-loss on log(r + 0.003): squared exponential, a scale per language.
 
-    A linear kernel and white noise stand beside it; hyperparameters at the largest marginal likelihood.
+    A linear kernel and white noise are added to it; hyperparameters at the largest marginal likelihood.
     """
 
     name = "gaussian_process"

@@ -1,4 +1,4 @@
-"""Families of transfer between languages: what the others of a mixture add to one language's ratio.
+"""Families of transfer between languages: the contribution of a mixture's other languages to one language's ratio.
 
 Each family is a form of `sum_{j != i} T_ij(r_i, r_j, D)`, the transferred ratio; all are our own. It is exactly 0 where
 every r_j is 0, and may be negative (interference). Its strengths are `T_ij = strength_i (1 + deviation_ij)`, with
@@ -25,7 +25,7 @@ class Transfer(abc.ABC):
     """A family of transfer, of one target.
 
     Attributes:
-      d_varies: whether delta is fitted.
+      d_varies: True: D varies in the table, and delta is fitted.
       fades: see the module.
     """
 
@@ -39,7 +39,7 @@ class Transfer(abc.ABC):
 
     def prior(self) -> dict[str, tuple[float, float]]:
         """Returns mean and standard deviation of each parameter's prior."""
-        # Over the few doublings of D that proxies see, delta is hard to tell from the isolated law's own exponent.
+        # Over the few doublings of D that proxies see, delta and the isolated law's exponent are hard to separate.
         fading = {"log_rho": (0.0, 1.0)} | ({"delta": (0.0, 0.1)} if self.d_varies else {})
         return {"log_strength": (np.log(0.1), 2.0), "deviation": (0.0, 1.0)} | self.shape_prior | fading
 

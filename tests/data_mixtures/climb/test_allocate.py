@@ -1,4 +1,4 @@
-"""Allocation from tables of every kind: what comes out is what the law and the constraints say."""
+"""Allocation from tables of every kind follows the law and the constraints."""
 
 import json
 
@@ -23,7 +23,7 @@ def isolated_losses(ratios: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs() -> ProxyRuns:
-    """Languages that give each other nothing, at three token counts."""
+    """A table of languages without transfer, at three token counts."""
     rng = np.random.default_rng(0)
     ratios = np.repeat(np.concatenate([rng.dirichlet(np.full(3, 2.0), 20), np.full((1, 3), 1 / 3)]), 3, axis=0)
     tokens = np.tile([TOKENS / 4, TOKENS / 2, TOKENS], 21)
@@ -92,7 +92,7 @@ def test_tables_of_ratios_alone(runs, law, tmp_path):
 
 
 def test_a_law_worse_than_the_mean_recommends_nothing_unless_told_to(runs, tmp_path, capsys):
-    """One of ten runs diverged, and stayed finite, in one language."""
+    """Makes one of ten runs diverge in one language, with a finite loss."""
     diverged = runs.rows(np.flatnonzero(runs.tokens == TOKENS)[:10])
     diverged.losses[3, 1] = 11000.0
     settings = {"runs": diverged, "law": Isolated(starts=2), "compared": ("lightgbm",)}
@@ -126,11 +126,11 @@ def test_bad_settings_and_tables_are_named(runs, tmp_path):
     for settings, cause in [
         ({"runs": never}, "no run has any en"),
         ({"runs": runs, "unique_tokens": {"fi": 1e6}}, "no text in sv, en"),
-        ({"runs": runs, "weights": {"fi": 1.0}}, "en, sv stand in the weights"),
+        ({"runs": runs, "weights": {"fi": 1.0}}, "en, sv are in only one of the weights"),
         ({"runs": runs, "weights": "natural", "unique_tokens": None}, "needs the tokens of every target's text"),
         ({"runs": runs, "compared": ("olmix",)}, "no law 'olmix'"),
         ({"runs": "proxies.csv"}, "must be a table"),
-        ({"runs": runs, "token_store": "store"}, "give one of them"),
+        ({"runs": runs, "token_store": "store"}, "set only one of them"),
         ({"runs": runs, "solver": "simplex"}, "must be 'two-step' or 'joint'"),
         ({"runs": runs, "weights": "equal"}, "'equal': not one of reference, natural, uniform, "),
         ({"runs": runs, "tokens": -1}, "allocate.tokens = -1: must be a positive number"),

@@ -1,4 +1,4 @@
-"""The report of an allocation says what the file says, draws what there is, and stops with one line on bad input."""
+"""The report of an allocation shows the numbers of the file, and stops with one line on bad input."""
 
 import copy
 import json
@@ -250,7 +250,7 @@ def test_relatives_stand_together_in_the_matrix_and_unidentified_pairs_have_no_c
     with plot_style():
         axes = Plots(read_allocation(folder / "allocation.json")).transfer().axes[0]
     gains, losses, unknown, hatched, _ = axes.collections
-    # Of the eight pairs of strangers two are not identified.
+    # Two of the eight pairs of unrelated languages are not identified.
     assert [len(cells.get_offsets()) for cells in axes.collections] == [4, 6, 2, 2, 4]
     assert matplotlib.colors.to_hex(gains.get_facecolor()[0]) == ACCENT
     assert matplotlib.colors.to_hex(losses.get_facecolor()[0]) == WARM
@@ -333,7 +333,7 @@ def test_bad_input_is_named_in_one_line_and_the_old_report_stays(tmp_path, alloc
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(InputError) as error:
         main(ReportConfig(tmp_path))
-    # gin adds a line of its own to what passes through a configurable; commands drop it.
+    # gin adds a line to exceptions that pass through a configurable; commands drop it.
     message = str(error.value).splitlines()[0]
     assert message.startswith(f"{file}: ") and named in message
     assert {path.name for path in tmp_path.iterdir()} == {"allocation.json", "report.html"}

@@ -1,4 +1,4 @@
-"""Proxy runs: what the normal trainer computes, whichever way they are packed, stopped and started again."""
+"""Proxy runs equal runs of the normal trainer, however they are packed, stopped and started again."""
 
 import dataclasses
 import json
@@ -64,13 +64,13 @@ def test_the_table_has_a_row_for_every_run_and_token_count(table, tiny_config):
     assert set(runs.tokens) == {1024, 2304} and set(runs.n_params) == {tiny_config.parameters()}
     rows = runs.run == "all-0.0217M-seed0"
     np.testing.assert_array_equal(runs.ratios[rows], [[0.25, 0.25, 0.5]] * 2)
-    # It learns the language it sees, so the losses say something.
+    # It learns the language it sees, so comparing losses is a real test.
     only = runs.losses[runs.run == "only-0.0217M-seed0"]
     assert only[1, 2] < only[0, 2] - 0.1 and only[1, 2] < only[1, 0] - 0.5
 
 
 def test_epochs_of_the_most_repeated_language_are_in_the_table(table):
-    """32 and 72 sequences, of 40, 24 and 9 that there are of aa, bb and cc."""
+    """Runs take 32 and 72 sequences; aa, bb and cc have 40, 24 and 9."""
     rows = [line.split(",") for line in lines(table)]
     epochs = {(row[0].split("-")[0], int(row[1])): float(row[4]) for row in rows}
     expected = {("half", 4): 16 / 24, ("half", 9): 36 / 24, ("all", 4): 16 / 9, ("all", 9): 4, ("only", 4): 32 / 9,
@@ -79,7 +79,7 @@ def test_epochs_of_the_most_repeated_language_are_in_the_table(table):
 
 
 def test_runs_end_before_they_repeat_text_too_often(table, settings, tmp_path, capsys):
-    """What is left is the same, packed or not, and the note says which mixtures ended early and which are left out."""
+    """The other runs are the same, packed or not, and a note lists the mixtures that end early or are left out."""
     plan = {**MIXTURES, "once": {"cc": 0.1, "aa": 0.9}}
     capped = {key: value for key, value in settings.items() if key != "max_epochs"} | {"plan": lambda counts: plan}
     first = train(**capped, output=str(tmp_path / "packed"), pack=2)
@@ -143,7 +143,7 @@ def test_runs_whose_settings_are_unknown_or_more_are_not_added_to(table, setting
 
 
 def test_a_table_in_one_file_is_extended_in_a_folder(table, settings, tmp_path, capsys):
-    """As the command wrote it before there was a file per run; its last run was cut off."""
+    """Writes a table as older versions did, one file for all runs, with its last run cut off."""
     output = tmp_path / "runs"
     output.mkdir()
     header = next(pathlib.Path(table).glob("*.csv")).read_text().splitlines()[0]
@@ -161,7 +161,7 @@ def test_a_table_in_one_file_is_extended_in_a_folder(table, settings, tmp_path, 
 
 
 def test_commands_that_share_a_folder_lose_no_row(table, settings, monkeypatch, tmp_path, capsys):
-    """Each began before the other had a row; with --shard each trains its part."""
+    """Each process began before the other had a row; with --shard each trains its part."""
     mixed = ProxyRun("mix", settings["models"][0], {"aa": 1.0}, 0, (4, 9), 0.01)
     common = (tmp_path / "runs", {"batch_size": 8}, ("aa", "bb"), ("aa",))
     first, second = ProxyFolder(*common), ProxyFolder(*common)
@@ -253,7 +253,7 @@ def half_done(settings, work, tmp_path):
     ({"token_store": None}, "other token_store"),
 ])
 def test_a_half_done_run_of_other_settings_does_not_go_on(half_done, tmp_path, change, cause):
-    """Nothing but the checkpoint tells how it was made; each change would train other rows under the same names."""
+    """Only the checkpoint records how it was made; each change would train other rows under the same names."""
     changed = {**half_done, **change}
     (model,) = changed["models"]
     fields = changed.pop("model", {})
@@ -289,13 +289,13 @@ def test_a_table_of_other_settings_is_not_extended(table, settings):
     with pytest.raises(InputError, match=r"made with optimizer_settings weight_decay = null \(now 0.2\)"):
         train(**settings, output=table)
     gin.clear_config()
-    # As many parameters, so that its runs have the same names.
+    # The same number of parameters, so that its runs have the same names.
     (model,) = settings["models"]
     other = dataclasses.replace(model, rope_theta=500.0)
     with pytest.raises(InputError, match=r"runs: exists, made with rope_theta = 10000.0 \(now 500.0\)"):
         train(**{**settings, "models": [other]}, output=table)
     train(**{**settings, "models": [dataclasses.replace(model, unroll=2, remat="full")]}, output=table)
-    with pytest.raises(InputError, match=r"3 names of runs stand twice, e\.g\. 'half-0.0217M-seed0'"):
+    with pytest.raises(InputError, match=r"3 names of runs appear twice, e\.g\. 'half-0.0217M-seed0'"):
         train(**{**settings, "models": [model, other]}, output=table)
     with pytest.raises(InputError, match=r"runs: these runs were made with other languages \(cc\)"):
         train(**{**settings, "languages": ["aa", "bb"]}, output=table)

@@ -44,7 +44,7 @@ def test_draws_are_centred_on_the_flattened_natural_ratios():
 
 
 @pytest.mark.parametrize("arguments, cause", [
-    ({"counts": {"fi": 10}}, "nothing to mix"),
+    ({"counts": {"fi": 10}}, "cannot be mixed"),
     ({"mixtures": 0, "monolingual": False, "leave_one_out": False, "pairs": 0}, "empty"),
     ({"concentration": (2, 1)}, "concentration"),
     ({"pair_shares": (1.0,)}, "pair_shares"),

@@ -35,7 +35,7 @@ def test_our_layout(write):
 
 @pytest.mark.parametrize("where", ["", "*.csv", "[ab].csv"])
 def test_many_files_are_one_table(write, tmp_path, where):
-    """Columns in any order; .json files, hidden ones and folders beside them are none."""
+    """Columns may be in any order; .json files, hidden files and folders beside the tables are ignored."""
     header, *rows = OURS.splitlines()
     write("a.csv", "\n".join([header, *rows[:2]]))
     write("b.csv", "run,n_params,epochs,tokens,ratio/sv,ratio/fi,loss/fi,loss/sv\nb,1000,2,5000,0.0,1.0,3.1,5.5\n")
@@ -49,7 +49,7 @@ def test_many_files_are_one_table(write, tmp_path, where):
 
 
 @pytest.mark.parametrize("second, cause", [
-    (OURS, "b.csv:2: run 'a': stands twice with 5000 tokens ({folder}/a.csv:2 too)"),
+    (OURS, "b.csv:2: run 'a': appears twice with 5000 tokens ({folder}/a.csv:2 too)"),
     (OURS.replace("a,", "c,").replace("sv", "en"),
      "b.csv:1: its columns are not those of {folder}/a.csv: only {folder}/a.csv has 'ratio/sv'"),
     ("run,step,n_params,tokens,ratio/fi,ratio/sv,loss/fi,loss/sv,loss/en\n",
@@ -89,10 +89,10 @@ def test_rows_that_nearly_sum_to_one_are_renormalised(write):
         ("3.5,3.25", "3.5,-1", ":2: run 'a': the loss of 'sv' is not positive"),
         ("0.25,0.75,3.0", "0.25,0.70,3.0", ":3: run 'a': the ratios sum to 0.9500, not to 1 within 0.01"),
         ("1.0,0.0", "1.2,-0.2", ":4: run 'b': the ratio of 'sv' is negative"),
-        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': stands twice with 5000 tokens ({path}:2 too)"),
+        ("a,20,1000,10000", "a,20,1000,5000", ":3: run 'a': appears twice with 5000 tokens ({path}:2 too)"),
         ("b,10,1000", "b,10,0", ":4: run 'b': n_params is 0.0, not a positive number"),
         ("n_params,tokens", "n_params,d", ":1: no column 'tokens'"),
-        ("ratio/sv", "ratio/fi", ":1: column 'ratio/fi' stands twice"),
+        ("ratio/sv", "ratio/fi", ":1: column 'ratio/fi' appears twice"),
         ("loss/", "x/", ": no loss columns"),
     ],
 )
@@ -114,7 +114,7 @@ def test_an_empty_or_missing_table(write, tmp_path):
 
 @pytest.mark.parametrize("row, column, loss", [(2, 0, 11000.0), (2, 1, 40.0), (9, 1, 0.01)])
 def test_rows_far_outside_the_others_are_named(row, column, loss):
-    """A foreign loss of 9 beside 3 is no outlier; ten runs, the last two of one language each."""
+    """A foreign loss of 9 next to 3 is no outlier; ten runs, the last two of one language each."""
     rng = np.random.default_rng(0)
     ratios = np.concatenate([rng.dirichlet([5, 5], 8), np.eye(2)])
     losses = 3 * (ratios + 1e-3) ** -0.15
@@ -150,7 +150,7 @@ def test_regmix_layout_names_targets_as_domains(write):
      "loss.csv: no index '2', which"),
     ("index,train_a,train_b\n1,.5,.5\n", "index,metric/a_val_loss\n1,5\n2,4\n", "mix.csv: no index '2', which"),
     ("index,train_a,train_b\n1,.5,.5\n1,.4,.6\n", "index,metric/a_val_loss\n1,5\n",
-     "mix.csv:3: index '1' stands on line 2 already"),
+     "mix.csv:3: index '1' is on line 2 already"),
     ("run,train_a,train_b\n1,.5,.5\n", "index,metric/a_val_loss\n1,5\n", "mix.csv:1: no column 'index'"),
 ])
 def test_rows_without_a_partner_are_not_dropped(write, mixtures, losses, cause):

@@ -85,7 +85,7 @@ class Sealed(FittedLaw):
 
 
 class Watched(Sealed):
-    """Keeps the mixtures that were asked for."""
+    """A law that records the mixtures it is evaluated at."""
 
     def __init__(self, law: Synthetic):
         super().__init__(law)
@@ -97,7 +97,7 @@ class Watched(Sealed):
 
 
 class Mixing(Tree, FittedLaw):
-    """`c + exp(t . r)`: three languages, two targets that are none of them."""
+    """`c + exp(t . r)`: three languages, and two targets that are not languages."""
 
     languages, targets = ("en", "fi", "sw"), ("web", "books")
 
@@ -358,7 +358,7 @@ def test_constraints_that_no_mixture_satisfies_are_named(constraints, message):
         ([1, 1], "2 numbers for 3 targets"),
         ([1, -1, 1], "0 or more"),
         ([0, 0, 0], "not all 0"),
-        ({"l00": 1, "l01": 1, "xx": 1}, "l02, xx stand in the weights or the law's targets"),
+        ({"l00": 1, "l01": 1, "xx": 1}, "l02, xx are in only one of the weights and the law's targets"),
     ],
 )
 def test_weights_that_do_not_fit_the_law_are_an_error(weights, message):

@@ -15,7 +15,7 @@ from mlx_pretrain.errors import InputError
 
 @dataclasses.dataclass
 class Remembering(FittedLaw):
-    """Knows the runs it was fitted to: 1 for those, 2 for the others."""
+    """A law that predicts 1 for the runs it was fitted to and 2 for all others."""
 
     runs: set
 
@@ -122,7 +122,7 @@ class KnownLanguagesLaw:
 
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_a_language_of_one_run_only_is_not_judged(n_rows):
-    """The other languages are, from the runs without it."""
+    """The other languages are judged, on the runs without it."""
     runs = table(7)
     ratios = np.concatenate([runs.ratios, np.zeros((21, 1))], axis=1)
     ratios[:n_rows] = 0.3, 0.3, 0.4  # rows of run0

@@ -62,7 +62,7 @@ def test_paired_differences_are_surer_than_unpaired_ones():
 
 
 def test_items_in_several_languages_are_drawn_whole():
-    """Four copies of a language say no more than one."""
+    """Four copies of a language give no narrower interval than one."""
     rng = np.random.default_rng(4)
     first, second = rng.random((2, 300)) < 0.5
     alone, copies = compare_paired(first, second), compare_paired(np.stack([first] * 4), np.stack([second] * 4))
@@ -77,7 +77,7 @@ def test_p_values_are_shares_of_all_ways_to_swap_the_models_item_by_item(seed):
     sums = [np.dot(signs, gains) for signs in itertools.product((-1, 1), repeat=11)]
     expected = np.mean(np.abs(sums) >= abs(gains.sum()))
     assert compare_paired(first, second).p_value == pytest.approx(expected)
-    # Of one language it is McNemar's exact test.
+    # For one language it is McNemar's exact test.
     gained, lost = (second[0] & ~first[0]).sum(), (first[0] & ~second[0]).sum()
     expected = scipy.stats.binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1
     assert compare_paired(first[0], second[0]).p_value == pytest.approx(expected)
@@ -104,7 +104,7 @@ def test_answers_that_are_no_option_agree_with_nothing():
 
 
 def test_resamples_without_a_figure_leave_the_interval_to_the_others():
-    """Of two items one is right in both languages: drawn never, once or twice, it makes rel_mlc nan, 2 or 1."""
+    """One of two items is right in both languages: drawn never, once or twice, it makes rel_mlc nan, 2 or 1."""
     found = bootstrap_intervals(np.array([[0, 1], [0, 1]]), np.zeros(2, int), reference=0)
     assert found["rel_mlc"] == found["rel_mlc_vs_reference"] == (2, 1, 2)
     nothing = bootstrap_intervals(np.ones((2, 2), int), np.zeros(2, int))["rel_mlc"]
@@ -118,7 +118,7 @@ def test_the_place_of_the_reference_changes_nothing():
     found = [bootstrap_intervals(np.roll(choices, place, axis=0), labels, place) for place in range(3)]
     for name in ("mlc_vs_reference", "rel_mlc_vs_reference"):
         assert found[1][name] == pytest.approx(found[0][name]) and found[2][name] == pytest.approx(found[0][name])
-        # Of two languages it is the figure of their pair.
+        # For two languages it is the figure of their pair.
         with_first = [bootstrap_intervals(choices[[0, other]], labels, 0)[name] for other in (1, 2)]
         assert found[0][name].value == pytest.approx(np.mean([pair.value for pair in with_first]))
 

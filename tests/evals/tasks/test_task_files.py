@@ -1,4 +1,4 @@
-"""MuBench's files: names, rows, alignment, and what is wrong with them."""
+"""MuBench's files: names, rows, alignment, and errors in them."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_files_are_found_by_task_and_language(tmp_path):
     assert {task.mode: list(files) for task, files in found.items()} == {
         "lighteval": ["en", "sw"], "local_template": ["ceb"], "mix_2": ["de"], "mix_lighteval_2": ["de"]}
     assert next(iter(find_tasks([str(tmp_path / "*/lighteval_*")], split="dev").values())).keys() == {"en"}
-    with pytest.raises(InputError, match=r"ARCEasyDataset_lighteval: no file for de; there is en, sw"):
+    with pytest.raises(InputError, match=r"ARCEasyDataset_lighteval: no file for de; available: en, sw"):
         find_tasks([str(tmp_path / "*/lighteval_*")], languages=["en", "de"])
     write(tmp_path / "ARCEasyDataset", "other_en_test.jsonl", [row(1)])
     with pytest.raises(InputError, match=r"other_en_test\.jsonl: not named"):
@@ -66,11 +66,12 @@ def test_written_items_are_read_again(tmp_path):
 def test_rows_that_are_no_items_are_rejected_with_their_line_and_reason(tmp_path):
     bad = {
         "not json": "Expecting value", "[1]": "not a JSON object", json.dumps({"_id": 1}): "no prompt, choices, label",
-        json.dumps(row(2, label=3)): "label 3 is none of 0 to 2", json.dumps(row(2, label=True)): "label True is none",
+        json.dumps(row(2, label=3)): "label 3 is not one of 0 to 2",
+        json.dumps(row(2, label=True)): "label True is not one",
         json.dumps(row(2, choices=["one", " "])): "none may be empty",
         json.dumps(row(2, choices=["one"])): "two choices are needed",
         json.dumps(row(2, choices="ab")): "choices must be a list", json.dumps(row(2, prompt=5)): "must be text",
-        json.dumps(row("good")): "is there twice",
+        json.dumps(row("good")): "appears twice",
     }
     write(tmp_path, "lighteval_en_test.jsonl", [row("good"), "", *bad])
     path = tmp_path / "lighteval_en_test.jsonl"
@@ -94,7 +95,7 @@ def test_an_item_missing_or_malformed_in_one_language_is_dropped_in_all(tmp_path
     limited = align_items(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")], limit=2)
     assert [item.id for item in limited.items["de"]] == ["0", "5"]
     write(tmp_path, "lighteval_sw_test.jsonl", [row("other")])
-    with pytest.raises(InputError, match="no item is there in all languages"):
+    with pytest.raises(InputError, match="no item exists in all languages"):
         align_items(find_tasks([str(tmp_path / "*")])[Task(tmp_path.name, "lighteval")])
 
 

@@ -53,7 +53,7 @@ def test_remat_policies_keep_what_their_names_say():
         return 2 * BATCH * LENGTH * LAYERS * weights
 
     assert flops["dots"] == flops["none"]
-    # Of products with weights all but the last, `down`, whose result no gradient reads.
+    # All products with weights except the last, `down`, whose result no gradient reads.
     assert flops["attention"] - flops["none"] == per_layer(heads * embed + 2 * embed * mlp)
     assert flops["full"] - flops["attention"] >= per_layer(embed * (heads + 2 * kv_heads))
     memory = [temporaries for _, temporaries in programs.values()]

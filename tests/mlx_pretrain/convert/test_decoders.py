@@ -1,4 +1,4 @@
-"""LLaMA from Hugging Face and GGUF: logits of transformers, round trips, and files that are not what they should be."""
+"""LLaMA from Hugging Face and GGUF: logits of transformers, round trips, and malformed files."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Hugging Face encoders and tokenizers: what is read, what is refused, and that it is what transformers reads."""
+"""Hugging Face encoders and tokenizers: the files read as transformers reads them, and those refused."""
 
 import json
 import math
@@ -114,7 +114,7 @@ def test_index_that_names_the_wrong_file(folder):
     index = shard(folder)
     index["weight_map"]["extra.weight"] = "model-00002-of-00002.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"00002.safetensors: no tensor extra.weight, which the index says"):
+    with pytest.raises(InputError, match=r"00002.safetensors: no tensor extra.weight, which the index lists"):
         load_encoder(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"00002.safetensors: no such file"):
@@ -153,7 +153,7 @@ def test_configurations_that_do_not_fit(folder, changes, message):
         load_encoder(folder)
 
 
-# What transformers 5.23 and 4.57 write of a BERT or (XLM-)RoBERTa besides sizes, and old folders on the Hub have.
+# Fields that transformers 5.23 and 4.57 write of a BERT or (XLM-)RoBERTa, sizes aside, and old folders on the Hub have.
 EVERYTHING = {
     "transformers_version": "5.23.0", "architectures": None, "output_hidden_states": False, "return_dict": True,
     "dtype": None, "torch_dtype": "float32", "chunk_size_feed_forward": 0, "is_encoder_decoder": False,

@@ -4,6 +4,7 @@ import pickle
 
 import gin
 import pytest
+from etils import epath
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
@@ -77,6 +78,15 @@ def test_outputs_record_other_keys(tmp_path):
     assert [document.text for document in corpus.documents("train", "en")] == ["x"]
 
 
+def test_outputs_record_the_languages_that_paths_do_not_tell(tmp_path):
+    write(tmp_path, "web/fi/a.jsonl", "web/x1/a.jsonl")
+    languages = lambda *corpus: Corpus(*corpus).settings.get("languages")  # noqa: E731
+    assert languages(tmp_path, "web/*/a.jsonl") is None
+    assert languages(tmp_path, "web/{language}/a.jsonl") == {"web/x1/a.jsonl": "x1"}
+    assert languages(tmp_path, "{language}/*/a.jsonl") == {"web/fi/a.jsonl": "web", "web/x1/a.jsonl": "web"}
+    assert languages(tmp_path / "web/fi", "*") == {"a.jsonl": "fi"}
+
+
 def test_corpus_names_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="no file matches"):
         Corpus(tmp_path)
@@ -97,6 +107,9 @@ def test_corpus_names_what_is_missing(tmp_path):
     for wrong in ([], ["{split}/{split}/{language}"], ["../x/*"], ["/elsewhere/*"]):
         with pytest.raises(InputError, match=r"Corpus\.files: "):
             Corpus(corpus_folder, wrong)
+    for other in ("elsewhere/*", "gs://bucket/*"):
+        with pytest.raises(InputError, match=r"Corpus\.files: .* have no folder in common; set Corpus\.root"):
+            Corpus(files=[f"{corpus_folder}/train/*", other])
     with pytest.raises(InputError, match=r"Corpus.files: 'train/\*' must hold {language}"):
         Corpus(corpus_folder, "train/*", languages=["en"])
     with pytest.raises(InputError, match=r"nowhere/\*.jsonl: no file matches"):
@@ -142,6 +155,18 @@ def test_a_document_has_its_records_language_else_its_paths(tmp_path, pattern, n
     (tmp_path / name).write_text('{"text": "x"}\n{"text": "x", "lang": "el"}\n{"text": "x", "language": "ja"}\n')
     assert [document.language for document in Corpus(tmp_path, pattern).read(name)] == [language, "el", "ja"]
     assert [d.language for d in Corpus(tmp_path, pattern, language_key=None).read(name)] == [language] * 3
+
+
+def test_folders_are_no_files(tmp_path, gcs):
+    write(tmp_path, "corpus/th.jsonl", "corpus/de/a.jsonl", "corpus/part.jsonl/x")
+    for name in ("th.jsonl", "de/a.jsonl"):
+        epath.Path(f"gs://bucket/folders/{name}").write_bytes((tmp_path / "corpus" / name).read_bytes())
+    for folder in (tmp_path / "corpus", "gs://bucket/folders"):
+        assert list(Corpus(folder, "*").paths()) == ["th.jsonl"]
+        with pytest.raises(InputError, match=r"/de: no such file"):
+            Corpus(folder, "de")
+    with pytest.raises(InputError, match=r"^gs://no-bucket/"):
+        Corpus("gs://no-bucket/x", "*")
 
 
 def test_the_folder_of_a_pattern_tells_the_language(tmp_path):

@@ -78,10 +78,10 @@ def test_fields_may_have_other_keys(tmp_path, extension):
 
 def test_a_missing_text_is_named_with_what_there_is(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"content": "x", "url": "y", "n": 1}')
-    with pytest.raises(InputError, match=r'd.jsonl:1: no "text" string in this record; there is content, url \(Corpus'):
+    with pytest.raises(InputError, match=r'd.jsonl:1: no "text" string in this record; available: content, url \('):
         list(read_documents(tmp_path / "d.jsonl"))
     pa.parquet.write_table(pa.table({"content": ["x"], "n": [1]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match=r'd.parquet: no column "text"; there is content, n \(Corpus.text_key'):
+    with pytest.raises(InputError, match=r'd.parquet: no column "text"; available: content, n \(Corpus.text_key'):
         list(read_documents(tmp_path / "d.parquet"))
 
 
@@ -228,7 +228,7 @@ def test_a_truncated_stream_is_an_error_and_not_a_shorter_file(tmp_path, suffix,
 
 def test_a_parquet_file_without_text_is_named(tmp_path):
     pa.parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match=r'd.parquet: no column "text"; there is id ' ):
+    with pytest.raises(InputError, match=r'd.parquet: no column "text"; available: id ' ):
         list(read_documents(tmp_path / "d.parquet"))
 
 

@@ -70,7 +70,7 @@ def test_damage_is_noticed_when_opened(tmp_path, damage):
 
 def test_unknown_split_and_language_are_named(store_dir):
     store = token_store.TokenStore(store_dir)
-    with pytest.raises(InputError, match="no train text in 'zz'; there is aa, bb, cc"):
+    with pytest.raises(InputError, match="no train text in 'zz'; available: aa, bb, cc"):
         store.part("train", "zz")
     with pytest.raises(InputError, match="no split 'test'"):
         store.parts("test")

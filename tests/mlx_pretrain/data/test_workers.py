@@ -16,7 +16,7 @@ from mlx_pretrain.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[3]
 
-# A main process with a module of its own, as commands have, and workers that report their process ids.
+# A main process with its own module, as commands have, and workers that report their process ids.
 MAIN = """
 import os, sys, time
 open("imported", "a").write("x")

@@ -19,7 +19,7 @@ BUCKETS = [8, 16, 24]
 
 
 def score(params, tokens, segment_ids):
-    """Two numbers per row that depend on the order of its tokens and on nothing else: `[batch, 2]`."""
+    """Two numbers per row that depend only on the order of its tokens: `[batch, 2]`."""
     own = (segment_ids != 0).astype(jnp.float32)
     x = params["embedding"][tokens] * own[..., None]
     weights = jnp.cos(jnp.arange(tokens.shape[1], dtype=jnp.float32))
@@ -152,7 +152,7 @@ def test_a_window_gives_the_same_bits_whatever_ran_before(params):
 
 def test_the_host_does_not_wait_for_a_result_before_it_hands_out_the_next_batch(params):
     def slow(params, tokens, segment_ids):
-        # JAX runs what it takes for cheap, anything without matrix products, at once on a CPU.
+        # On a CPU, JAX runs programs without matrix products synchronously.
         x = jax.lax.fori_loop(0, 300, lambda i, x: jnp.tanh(x @ x), jnp.ones((256, 256)) * params["embedding"][0, 0])
         return score(params, tokens, segment_ids) + x[0, 0]
 

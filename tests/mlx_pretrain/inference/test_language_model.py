@@ -1,4 +1,4 @@
-"""Models from elsewhere: which ids begin and end their texts, what they write, and when two of them are the same."""
+"""Models from elsewhere: ids that begin and end their texts, texts they write, and fingerprints."""
 
 import dataclasses
 import json
@@ -109,8 +109,8 @@ def test_all_ids_that_end_a_text_are_read_and_exported(tmp_path, folder, config,
 
 @pytest.mark.parametrize("name, fields, message", [
     ("config.json", {"eos_token_id": [2, "3"]}, "config.json: eos_token_id is [2, '3'], neither a number"),
-    ("config.json", {"eos_token_id": 8}, "eos_token_id 8 is none of the model's 8 ids"),
-    ("config.json", {"bos_token_id": -1}, "bos_token_id -1 is none of the model's 8 ids"),
+    ("config.json", {"eos_token_id": 8}, "eos_token_id 8 is not one of the model's 8 ids"),
+    ("config.json", {"bos_token_id": -1}, "bos_token_id -1 is not one of the model's 8 ids"),
     ("config.json", {"bos_token_id": None, "eos_token_id": None}, "neither a bos_token_id nor an eos_token_id"),
     ("generation_config.json", {"eos_token_id": True}, "generation_config.json: eos_token_id is True"),
     ("tokenizer_config.json", {"add_bos_token": "yes"}, "tokenizer_config.json: add_bos_token is 'yes'"),
@@ -144,7 +144,7 @@ def test_add_bos_token_has_the_last_word(tmp_path, template, settings, prefix):
     export_model(ExportConfig(str(folder), str(tmp_path / "out")))
     again = load_language_model(tmp_path / "out")
     assert again.prefix_ids == prefix
-    # Readers that know only tokenizer.json do the same.
+    # Readers of tokenizer.json alone do the same.
     assert tuple(SubwordTokenizer(tmp_path / "out/tokenizer.json").prefix_ids.tolist()) == prefix
 
 
@@ -206,7 +206,7 @@ def test_a_text_that_begins_with_its_bos_gets_no_second_one(folder):
     (request,) = encode_pairs(model, [("", "<s>Hello")])
     assert request.context.tolist() == [BOS] and request.continuation.tolist() == [HELLO]
     assert with_prefix((1, 2), [1, 3]).tolist() == [1, 2, 1, 3] and with_prefix((), []).tolist() == []
-    # Of 64 positions, 59 are left for the prompt of five new tokens.
+    # The prompt of five new tokens has 59 of 64 positions.
     full = "Hello" + " and" * 57
     assert written(model, full) == written(model, f"<s>{full}")
 
@@ -235,7 +235,7 @@ def test_stop_strings_see_special_tokens(folder, until, text):
 
 
 def test_half_a_character_at_the_border(tmp_path):
-    """A text that ends in the middle of a character: what is before it is not written again."""
+    """A text that ends in the middle of a character: the text before it is not written again."""
     made = tokenizers.Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = SubwordTokenizer(tmp_path / "tokenizer.json", made.to_str().encode())

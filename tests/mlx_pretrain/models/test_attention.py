@@ -204,7 +204,7 @@ def test_trees_over_several_blocks_equal_numpy():
         np.testing.assert_allclose(outputs, expected, atol=2e-6)
 
 
-# What is chosen.
+# The implementation chosen.
 
 CALL = AttentionCall("cpu", "bfloat16", 64, 128, segments=True, masked=False, partial=False)
 
@@ -268,7 +268,7 @@ def test_names_that_can_never_run_are_refused(tiny_config, change, message):
 
 
 def mesh_of(platform, data=1, fsdp=1, tensor=1):
-    """A mesh of devices that are not there, for tracing."""
+    """A mesh of absent devices, for tracing."""
     device = AbstractDevice(device_kind=f"some {platform}", num_cores=1, platform=platform)
     types = (AxisType.Auto,) * 3
     mesh = AbstractMesh((data, fsdp, tensor), partitioning.MESH_AXES, axis_types=types, abstract_device=device)
@@ -288,7 +288,7 @@ def test_the_platform_is_that_of_the_mesh():
 def equations(jaxpr):
     """All equations of a jaxpr and of those within whose results are used; the insides of kernels left out.
 
-    JAX keeps kernels whose results nobody uses, XLA drops them.
+    JAX keeps kernels whose results are unused, XLA drops them.
     """
     used = {id(v) for e in jaxpr.eqns for v in e.invars} | {id(v) for v in jaxpr.outvars}
     for equation in jaxpr.eqns:
@@ -333,7 +333,7 @@ def test_remat_attention_runs_the_forward_kernel_once(tiny_config, platform, rem
     program = training_program(config, mesh_of(platform, fsdp=2, tensor=2))
     forward = KERNELS[platform][-1:] if remat == "full" else []
     assert kernels(program) == sorted(KERNELS[platform] + forward)
-    # Neither a mask nor scores: nothing holds the square of a row.
+    # Neither a mask nor scores: no array has the square of a row.
     assert not [v.aval for e in program for v in e.outvars if v.aval.shape.count(256) > 1]
 
 

@@ -44,7 +44,7 @@ def test_presets_are_read_by_their_platform_alone():
     devices, platforms, flags = json.loads(done.stdout)
     assert (devices, flags["XLA_FLAGS"]) == (2, "--xla_force_host_platform_device_count=2")
     assert "--xla_tpu_overlap_compute_collective_tc=true" in flags["LIBTPU_INIT_ARGS"].split()
-    # libtpu is installed and no TPU is there: JAX is not sent looking for one, and says nothing.
+    # libtpu is installed and no TPU is there: JAX does not look for one, and logs nothing.
     assert (platforms, done.stderr) == ("cpu", "")
 
 

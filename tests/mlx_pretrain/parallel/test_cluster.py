@@ -33,7 +33,7 @@ def test_a_process_on_its_own_joins_nothing():
     "variables, place",
     [
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, Place("a:1", 3, 2)),
-        # One of two GPUs of a node is a process of its own.
+        # Each of two GPUs of a node has its own process.
         ({"SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "node[007-010],b1", "SLURM_NTASKS": "10", "SLURM_PROCID": "3",
           "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "5"}, Place("node007:61440", 10, 3, [1])),
         ({"SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
@@ -69,7 +69,7 @@ def test_slices_of_tpu_hosts_on_gke_tell(monkeypatch):
 
 def test_a_platform_that_tells_half_is_named(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
-    with pytest.raises(InputError, match=r"does not tell .*OMPI_COMM_WORLD_SIZE.*--coordinator"):
+    with pytest.raises(InputError, match=r"does not give .*OMPI_COMM_WORLD_SIZE.*--coordinator"):
         find()
 
 

@@ -47,14 +47,14 @@ def test_the_owner_is_named_and_gives_the_folder_back(tmp_path):
     [
         {"renewed": 0.0},  # run out
         {"host": socket.gethostname(), "pid": 2**22 + 1},  # no such process
-        {"host": socket.gethostname(), "pid": os.getpid()},  # the number of a process that is gone, used again
+        {"host": socket.gethostname(), "pid": os.getpid()},  # the number of an ended process, used again
     ],
 )
 def test_a_lease_that_has_run_out_is_taken_over(tmp_path, capsys, changes):
     write_owner(tmp_path, **changes)
     with own(tmp_path):
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
-    assert "ended without giving the folder back" in capsys.readouterr().out
+    assert "ended without giving the folder back" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_nobody_s(tmp_path):

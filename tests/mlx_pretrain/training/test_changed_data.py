@@ -1,4 +1,4 @@
-"""A run that goes on with other training data: changes are told and recorded, or refused."""
+"""A run that resumes with other training data: changes are logged and recorded, or refused."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def stopped(tiny_config, store_dir, tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture
 def config(stopped, tmp_path) -> TrainConfig:
-    """Settings with which a copy of that run goes on."""
+    """Settings with which a copy of that run resumes."""
     shutil.copytree(stopped.run_dir, tmp_path / "run")
     return dataclasses.replace(stopped, run_dir=str(tmp_path / "run"), steps=4)
 
@@ -57,7 +57,7 @@ def test_changes_are_told_and_recorded(config, capsys):
     for change in expected:
         assert told.count(f"changed after step 2: {change['change']}\n") == 1
 
-    # What has been read goes on from there: once told, it is no change any more.
+    # The rows read count from there: a change is recorded only once.
     train(dataclasses.replace(config, steps=5))
     assert changes(config) == expected and "changed after" not in capsys.readouterr().out
     [meta] = (pathlib.Path(config.run_dir) / "checkpoints" / "5" / "meta").glob("metadata")
@@ -95,7 +95,7 @@ def test_what_cannot_be_honoured_is_refused(config, tmp_path, what):
         train(wrong)
     assert str(error.value) == f"{config.run_dir}: {message}"
     assert (pathlib.Path(config.run_dir) / "run.json").read_bytes() == before
-    train(config)  # set back, it goes on
+    train(config)  # set back, it resumes
     assert changes(config) == []
 
 

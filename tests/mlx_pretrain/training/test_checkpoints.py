@@ -228,7 +228,7 @@ def test_other_errors_move_nothing(tmp_path, small_state, monkeypatch, error, ol
 
 
 def test_files_that_were_compared_are_not_damaged(tmp_path, small_state, monkeypatch):
-    """A restore of undamaged files that fails has failed for another reason, whatever its error says."""
+    """A restore of undamaged files that fails has another cause, whatever its error message."""
     save_steps(tmp_path, small_state, {1: 1.0, 2: 1.0}).close()
 
     def fail(*args, **kwargs):

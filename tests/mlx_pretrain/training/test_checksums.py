@@ -74,7 +74,7 @@ def test_notices_every_bit_and_every_exchange():
 
 
 def test_arrays_of_more_elements_than_words():
-    """Strides beyond 2^32 are taken modulo 2^32; nothing is computed here."""
+    """Strides beyond 2^32 are taken modulo 2^32; only the shapes are traced."""
     shape = jax.ShapeDtypeStruct((2, 1 << 17, 1 << 17), jnp.float32)
     assert jax.eval_shape(_compiled(None), [shape]).shape == (1, 2)
 

@@ -1,4 +1,4 @@
-"""docs/training.md does what it says."""
+"""The examples of docs/training.md run."""
 
 import json
 import pathlib

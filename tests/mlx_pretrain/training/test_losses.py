@@ -71,7 +71,7 @@ def test_without_a_gradient_only_the_scores_are_computed(arrays):
 
 
 def test_devices_exchange_no_more_than_the_mesh_asks_for(arrays):
-    """One device exchanges nothing; where `tensor` splits the vocabulary a chunk gathers three numbers a token."""
+    """One device exchanges no data; where `tensor` splits the vocabulary a chunk gathers three numbers a token."""
     def program(devices, *mesh_shape):
         with partitioning.use(partitioning.make_mesh(*mesh_shape, devices=jax.devices()[:devices])):
             return str(jax.make_jaxpr(losses.token_nll)(*arrays[:3]))

@@ -15,11 +15,11 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.train import TrainConfig, train
-from mlx_pretrain.training import optimizers
+from mlx_pretrain.training import optimizers, trainer
 from mlx_pretrain.training.checkpoints import restore_params
 from mlx_pretrain.training.heldout_evaluator import HeldOutEvaluator
 from mlx_pretrain.training.metric_writer import read_metrics
-from mlx_pretrain.training.train_state import abstract_params, abstract_state
+from mlx_pretrain.training.train_state import abstract_params, abstract_state, initial_state
 from mlx_pretrain.training.weight_average import WeightAverage
 
 
@@ -103,12 +103,17 @@ def test_the_average_is_exported(tiny_config, store_dir, tmp_path):
         load_language_model(tmp_path / "hf", weights="ema")
 
 
-def test_the_average_starts_from_initial_weights(tiny_config, store_dir, tmp_path):
+def test_the_average_starts_from_initial_weights(tiny_config, store_dir, tmp_path, monkeypatch):
+    """The optimizer state of the initial weights takes the memory of that of the random ones."""
+    random_states = []
+    monkeypatch.setattr(trainer, "initial_state", lambda *args: random_states.append(initial_state(*args))
+                        or random_states[-1])
     source = config(tiny_config, store_dir, tmp_path / "source", steps=1)
     train(source)
     start = dataclasses.replace(source, run_dir=str(tmp_path / "run"), init_from=source.run_dir,
                                 average=WeightAverage(), learning_rate=optimizers.constant(0.0))
     train(start)
+    assert all(x.is_deleted() for x in jax.tree.leaves(random_states[-1].opt_state))
     mesh = partitioning.make_mesh()
     last, average = (restore_params(start.run_dir, abstract_params(tiny_config, mesh), weights=name)[0]
                      for name in ("last", "ema"))

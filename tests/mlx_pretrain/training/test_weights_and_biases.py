@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 from mlx_pretrain.training.metric_writer import MetricWriter
 
@@ -64,7 +65,18 @@ def test_a_restart_goes_on_with_the_same_run(tmp_path):
     assert sorted(history) == [1, 2, 3, 4]
 
 
+def test_offline_files_of_a_run_on_gs_are_refused():
+    """They would lie in a temporary folder of a machine that may be gone."""
+    with pytest.raises(InputError, match="mode = 'offline': writes to local run folders alone, not to gs://b/run"):
+        WeightsAndBiases("gs://b/run", -1, mode="offline")
+
+
 def test_wandb_is_imported_on_request_alone():
-    code = ("import sys, mlx_pretrain.train, mlx_pretrain.training.weights_and_biases\n"
-            "assert 'wandb' not in sys.modules")
+    code = ("import sys, gin, mlx_pretrain.train\n"
+            "assert 'mlx_pretrain.training.weights_and_biases' not in sys.modules\n"
+            "from mlx_pretrain.configuration.gin_files import parse_gin\n"
+            "parse_gin(['gin/runs/weights_and_biases.gin'], ['WeightsAndBiases.mode = \"offline\"'])\n"
+            "sinks = gin.query_parameter('train.sinks')\n"
+            "assert [sink.configurable.name for sink in sinks] == ['WeightsAndBiases']\n"
+            "assert 'mlx_pretrain.training.weights_and_biases' in sys.modules and 'wandb' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ from tests.raters.rated import make_score_table, write_scores
 
 @st.composite
 def rated(draw) -> ScoreTable:
-    """Documents with ties, empty ones and some without a score."""
+    """Documents with equal scores, empty documents and some without a score."""
     rows = draw(st.lists(st.tuples(
         st.one_of(st.just(math.nan), st.integers(-4, 4).map(float), st.floats(-5, 5)), st.integers(0, 50),
         st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60))
@@ -94,7 +94,7 @@ def test_a_quota_for_each_source_keeps_the_mixture_of_sources():
 
 
 def test_quotas_of_sources_that_are_no_whole_numbers_add_up():
-    """The quota of each source is 10/3 tokens: the first gets 4, so that the others get 2/3 less."""
+    """The quota of each source is 10/3 tokens: the first gets 4, so the other two get 2/3 less in all."""
     source = np.repeat([0, 1, 2], 5)
     scores = make_score_table(np.arange(15.0), [1] * 15, source=source)
     kept = quotas.choose(scores, scores.score, [10], per_source=True)

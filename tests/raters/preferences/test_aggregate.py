@@ -47,7 +47,7 @@ def test_both_sides_sum_to_one(scores):
 
 @given(SCORES, st.integers(0, 4))
 def test_only_the_order_of_a_raters_scores_counts(scores, which):
-    """Raters have scales of their own: log-odds, shares, 1 to 5."""
+    """Raters have different scales: log-odds, shares, 1 to 5."""
     changed = scores.copy()
     row = changed[which % len(scores)]
     row[:] = np.arctan(row) * 7 - 100

@@ -1,4 +1,4 @@
-"""Agreement is counted as it is said: by preference, language, kind and rater."""
+"""Agreement is counted by preference, language, pair type and rater."""
 
 import numpy as np
 import pytest

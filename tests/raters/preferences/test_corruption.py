@@ -1,4 +1,4 @@
-"""Corruption does what its name says, in every script, and nothing else."""
+"""Each corruption has the effect of its name in every script, and no other."""
 
 import collections
 import pathlib
@@ -84,7 +84,7 @@ def test_truncation_stops_within_a_sentence(documents):
 
 
 def test_misread_characters_are_few_and_of_the_same_script(documents):
-    """A Japanese text with Latin noise could be told by its letters alone."""
+    """A Japanese text with Latin noise could be recognised by its letters alone."""
     for document in documents:
         read = corrupt(document, "ocr", 1.0).text
         assert 0.8 < len(read) / len(document.text) < 1.25 and read.count("\n") == document.text.count("\n")
@@ -113,7 +113,7 @@ def test_texts_with_nothing_to_corrupt_pass(text):
 
 
 def test_unknown_corruptions_and_severities_are_refused():
-    with pytest.raises(InputError, match="no corruption 'x'; there is shuffled-words"):
+    with pytest.raises(InputError, match="no corruption 'x'; available: shuffled-words"):
         corrupt(THAI, "x", 0.5)
     for severity in (0, 1.5):
         with pytest.raises(InputError, match="severity"):

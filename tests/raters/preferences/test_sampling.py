@@ -1,4 +1,4 @@
-"""Pairs are spread over the margins as asked, never of a document with itself, never twice."""
+"""Pairs are spread over the margins as configured, never of a document with itself, never twice."""
 
 import collections
 

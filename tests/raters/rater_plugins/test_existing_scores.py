@@ -65,5 +65,5 @@ def test_bad_verdicts_are_refused_with_their_line(tmp_path, verdict, message):
 
 def test_no_verdicts_are_refused(tmp_path):
     (tmp_path / "j.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="empty"):
+    with pytest.raises(InputError, match="no judgement"):
         PairJudgements(tmp_path / "j.jsonl")

@@ -75,7 +75,7 @@ def test_a_script_without_spaces_is_judged_by_its_own_measure():
 
 
 def test_korean_words_are_as_long_as_their_letters():
-    """Two syllables a word: less than the three characters asked for, but five letters."""
+    """Two syllables a word: less than the minimum of three characters, but five letters."""
     korean = "\n".join(" ".join(chr(0xAC00 + 97 * (8 * i + j)) + "은" for j in range(8)) + "." for i in range(12))
     assert failed(korean) == set()
 
@@ -93,7 +93,7 @@ def test_bounds_can_be_changed_and_rules_left_out():
     assert Heuristics().score(document) == pytest.approx([1 - 1 / rules])
     for bounds in ({"digits": (0, 1)}, {"digits": None}):
         assert Heuristics(bounds).score(document) == [1]
-    with pytest.raises(InputError, match="no rule 'digit'; there is words"):
+    with pytest.raises(InputError, match="no rule 'digit'; available: words"):
         Heuristics({"digit": None})
 
 

@@ -148,7 +148,7 @@ def jumps(monkeypatch):
     ("vp8.webm", "libvpx", {"options": {"lag-in-frames": "10", "auto-alt-ref": "1", "cpu-used": "8"}}, True),
     ("a.ts", "libx264", {"b_frames": 2}, True),
     ("a.flv", "libx264", {"b_frames": 2}, True),
-    ("a.mpg", "mpeg2video", {"b_frames": 2}, False),  # some time stamps are there twice
+    ("a.mpg", "mpeg2video", {"b_frames": 2}, False),  # some time stamps appear twice
     ("mpeg4.avi", "mpeg4", {"b_frames": 2}, True),
     ("h264.avi", "libx264", {"b_frames": 2}, False),  # no presentation times: it has to be decoded whole
     ("a.h264", "libx264", {"b_frames": 2}, False),  # no times at all

@@ -92,7 +92,7 @@ def test_questions_round_trip(tmp_path):
 def test_bad_questions_are_named(tmp_path, change, message):
     good = Question("a", "v.mp4", "Is it?", "yes", options=("yes", "no"))
     write_questions(tmp_path / "q.jsonl", [good, good])
-    with pytest.raises(InputError, match=r"q\.jsonl:2: id 'a' is there twice"):
+    with pytest.raises(InputError, match=r"q\.jsonl:2: id 'a' appears twice"):
         read_questions(tmp_path / "q.jsonl")
     write_questions(tmp_path / "q.jsonl", [dataclasses.replace(good, **change)])
     with pytest.raises(InputError, match=r"q\.jsonl:1: ") as error:

@@ -1,4 +1,4 @@
-"""Stores that are filled row by row, and go on after a kill."""
+"""Stores that are filled row by row, and resume after a kill."""
 
 import json
 

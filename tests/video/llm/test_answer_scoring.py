@@ -60,7 +60,7 @@ def test_losses_and_choices_equal_one_sequence_at_a_time(config, params, mesh, p
 
 
 def test_another_video_behind_the_same_question(config, params, mesh, prompts, videos):
-    """What is kept of a question and its frames must not be used for another video."""
+    """The cached prefix of a question and its frames must not be used for another video."""
     asked = [QUESTIONS[0], Question("d", "two.mp4", QUESTIONS[0].question, "left"), QUESTIONS[0]]
     answer_scorer = AnswerScorer(config, params, mesh, prompts)
     first, other, again = answer_scorer(lambda video: answer_scorer.features(videos[video]), asked,

@@ -1,4 +1,4 @@
-"""LLaVA folders: parity with transformers, and what is refused."""
+"""LLaVA folders: parity with transformers, and folders that are refused."""
 
 import json
 import pathlib

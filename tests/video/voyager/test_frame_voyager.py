@@ -54,7 +54,7 @@ def test_ranking_metrics_are_scipys():
     rng = np.random.default_rng(0)
     chosen = np.array(list(itertools.combinations(range(6), 3)), np.uint16)
     losses = rng.normal(1, 0.2, (3, 20)).round(1).astype(np.float32)
-    losses[1] = 0.5  # says nothing
+    losses[1] = 0.5  # no information
     frame_rewards = rng.normal(size=(3, 6)).astype(np.float32)
     labels = Labels(None, {}, [_Question("a"), _Question("b"), _Question("a")], None, np.zeros(3, int), losses,
                     np.stack([chosen] * 3), {})
@@ -107,7 +107,7 @@ def test_rewards_see_question_and_earlier_frames(config, params, frame_tokens):
     asked[0, 2] = 61
     assert np.abs(run(features, asked) - first).min() > 1e-4
     padded = tokens.copy()
-    padded[0, -1] = 9  # nothing sees what comes behind
+    padded[0, -1] = 9  # later tokens are seen by no other
     np.testing.assert_allclose(run(features, padded), first, atol=1e-5)
 
 

@@ -69,7 +69,7 @@ def test_minimum_is_scipys(problem, starts):
 
 
 def test_weights_count_rows(problem, starts):
-    """A row of weight 2 is a row that stands twice, a row of weight 0 is none: so bootstraps are what they claim."""
+    """A row of weight 2 counts as two rows and one of weight 0 as none, as bootstraps need it."""
     weights = np.random.default_rng(2).multinomial(ROWS, np.full(ROWS, 1 / ROWS)).astype(float)
     drawn = np.repeat(np.arange(ROWS), weights.astype(int))
     resampled = dataclasses.replace(problem, rows={name: x[drawn] for name, x in problem.rows.items()},

@@ -1,4 +1,4 @@
-"""Laws find again what made the data, say what they cannot know, and do not depend on names, order or repetition."""
+"""Laws recover the parameters behind the data, note those they cannot, and ignore names, order and repetition."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def climb_losses(ratios, tokens):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["languages", "targets"])
 @dataclasses.dataclass(frozen=True)
 class Truth(FittedLaw):
-    """The same as a law."""
+    """The true loss, in the form of a fitted law."""
 
     languages: tuple[str, ...]
     targets: tuple[str, ...]
@@ -134,7 +134,7 @@ def test_a_repeated_table_and_other_names_give_the_same_law(law, runs, fitted):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(law):
-    """Nine in ten, over tables read with other noise: losses at four times the tokens, and the best mixture."""
+    """Intervals cover nine in ten, over tables with other noise: losses at four times the tokens, the best mixture."""
     truth = Truth(LANGUAGES, LANGUAGES)
     further, best = 4 * TOKENS[-1], functools.partial(solve_joint, n_params=1e6, tokens=4 * TOKENS[-1], starts=2)
     points, ratios = mixtures(10, 9), best(truth).ratios
@@ -186,7 +186,7 @@ def test_the_family_of_transfer_is_the_one_the_table_was_made_with(monkeypatch):
 
 
 def test_strengths_of_a_language_that_was_never_mixed_in_are_said_to_be_open(law, runs, fitted):
-    """As open as the prior leaves them, which its spread alone can show. Also: a language without a loss of its own."""
+    """Unidentified parameters have the spread of the prior. Includes a language without a loss column."""
     table = dataclasses.replace(
         runs, languages=(*LANGUAGES, "dd"), ratios=np.concatenate([runs.ratios, np.zeros((len(runs), 1))], axis=1))
     wider = law.fit(table)
@@ -235,7 +235,7 @@ def test_mixing_law_finds_its_own_data():
 
 
 def test_rows_of_few_languages_weigh_little_whatever_the_largest_share():
-    """English has half or more of every mixture; the first five rows are one run each without cc."""
+    """Gives English half or more of every mixture; the first five rows are runs without cc."""
     names = ("en", "aa", "bb", "cc")
     ratios = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.25, 0.25, 0], [0.9, 0.09, 0.01, 0], [0.4, 0.3, 0.3, 0],
                        [0.7, 0.1, 0.1, 0.1]])
@@ -259,7 +259,7 @@ def test_languages_without_ratios_or_runs_are_refused():
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)
 def test_transfer_is_nothing_without_others_and_finite_always(family, data):
-    """Exactly 0 where no other language has any, and effective ratios positive, wherever the prior reaches."""
+    """Transfer is exactly 0 without other languages, and effective ratios are positive over the whole prior."""
     transfer = TRANSFER_FAMILIES[family](True)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     scale = data.draw(st.floats(-3, 3))

@@ -1,4 +1,4 @@
-"""The baselines learn what their form allows, and say when a table is too small for them."""
+"""The baselines fit functions of their form, and note tables that are too small for them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""StructuredGP predicts from few runs, knows how sure it is, and does not depend on names or repetition."""
+"""StructuredGP predicts from few runs with calibrated intervals, and ignores names and repetition."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_few_runs_are_enough(noisy):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(noisy):
-    """Nine in ten, also where there are no runs near; functions drawn from the posterior agree with it."""
+    """Intervals cover nine in ten, also far from all runs; functions drawn from the posterior agree with it."""
     test = table(200, 2)
     drawn = np.array([each.predict(test) for each in noisy.replicates(table(32, 0, noise=0.01), 60)])
     low, high = np.quantile(drawn, (0.05, 0.95), axis=0)
@@ -55,7 +55,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(noisy):
 
 
 def test_functions_drawn_from_the_process_have_its_covariance(noisy):
-    """Means and variances at new mixtures, worked out in NumPy for one draw of the parameters."""
+    """Means and variances at new mixtures, computed in NumPy for one draw of the parameters."""
     one = jax.tree.map(lambda x: x[:1], (noisy.draws, noisy.features, noisy.solved))
     alone = dataclasses.replace(noisy, draws=one[0], features=one[1], solved=one[2])
     test, rows = table(5, 3), noisy.data
@@ -83,7 +83,7 @@ def test_gradient_is_that_of_the_prediction(noisy):
 
 
 def test_gradient_of_the_posterior_with_padded_and_repeated_rows():
-    """It is written out by hand."""
+    """Compares the gradient, which the law writes out by hand, with finite differences."""
     rng = np.random.default_rng(0)
     own = np.array([[0, 0, 1.0, 0], [0, 0, 0, 0]])
     rows = {"ratios": rng.dirichlet(np.ones(4), 10), "sizes": rng.normal(size=(10, 1)),
