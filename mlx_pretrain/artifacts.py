@@ -34,7 +34,7 @@ from typing import Any
 from etils import epath
 
 from mlx_pretrain import __version__, gcs
-from mlx_pretrain.errors import InputError
+from mlx_pretrain.errors import InputError, shortened
 from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
@@ -259,12 +259,8 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
         # The text of a hash or a table tells a reader nothing.
         yield f"{'no' if old is None else 'other' if new else 'more'} {name}"
     else:
-        yield f"{name} = {_shown(old)} (now {_shown(new)})"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        old, new = (shortened(json.dumps(value, ensure_ascii=False)) for value in (old, new))
+        yield f"{name} = {old} (now {new})"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,11 @@ class InputError(Exception):
     """A mistake in the input or the configuration: its message names the file and the cause."""
 
 
+def shortened(text: str, longest: int = 80) -> str:
+    """Returns a text cut to `longest` characters, for a message of one line."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Returns the message's first line, or the name of an exception without a message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -7,13 +7,15 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import gin
+from etils import epath
 
 from mlx_pretrain import command_line
+from mlx_pretrain.artifacts import is_current_file, provenance, settings_of, write_with_record
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import write_atomic
-from mlx_pretrain.inference.language_model import load_language_model
+from mlx_pretrain.inference.language_model import LanguageModel, load_language_model
 from mlx_pretrain.parallel import cluster
 
 
@@ -33,6 +35,8 @@ class GenerateConfig:
       top_p: least probability mass of the most likely tokens to sample from.
       seed: seed of the sampling.
       output: JSONL file to write ({language, prompt, completion, temperature, top_p, step} a line); None: prints.
+        made_from.<name>.json beside it records what it was made from.
+      overwrite: replaces a file that was made with another model or other settings.
     """
 
     run_dir: str = gin.REQUIRED
@@ -45,26 +49,31 @@ class GenerateConfig:
     top_p: float = 0.95
     seed: int = 0
     output: str | None = None
+    overwrite: bool = False
 
     def __post_init__(self):
         if self.languages is not None and len(self.languages) != len(self.prompts):
             raise InputError(f"generate: {len(self.languages)} languages for {len(self.prompts)} prompts")
 
 
-def generate(config: GenerateConfig) -> list[str]:
+def generate(config: GenerateConfig) -> None:
     """Continues prompts with a trained model; prints the completions, or writes them to a file.
 
-    Returns:
-      The completions.
-
     Raises:
-      InputError: there is no such run or checkpoint, or a parameter is out of range.
+      InputError: there is no such run or checkpoint, a parameter is out of range, or a file made from others is in the
+        way.
     """
     model = load_language_model(config.run_dir, step=config.step, weights=config.weights)
+    if config.output is not None:
+        made_from, output = _made_from(config, model), epath.Path(config.output)
+        record = output.parent / f"made_from.{output.name}.json"
+        kept = cluster.is_main() and is_current_file(output, record, made_from, overwrite=config.overwrite)
+        if cluster.share(kept):
+            return
     completions = model.generate(config.prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                                  top_p=config.top_p, seed=config.seed)
     if not cluster.is_main():
-        return completions
+        return
     if config.output is None:
         for prompt, completion in zip(config.prompts, completions):
             print(f"{prompt}\033[1m{completion}\033[0m" if sys.stdout.isatty() else f"{prompt}{completion}")
@@ -72,10 +81,16 @@ def generate(config: GenerateConfig) -> list[str]:
     else:
         settings = {"temperature": config.temperature, "top_p": config.top_p, "step": model.step}
         languages = config.languages or [None] * len(config.prompts)
-        records = [{"language": language, "prompt": prompt, "completion": completion, **settings}
+        samples = [{"language": language, "prompt": prompt, "completion": completion, **settings}
                    for language, prompt, completion in zip(languages, config.prompts, completions)]
-        write_atomic(config.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return completions
+        content = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_with_record(output, content.encode(), record, made_from)
+
+
+def _made_from(config: GenerateConfig, model: LanguageModel) -> dict[str, Any]:
+    settings = settings_of(config) | {"step": model.step, "dtype": model.config.dtype}
+    del settings["run_dir"]  # the fingerprint tells models apart, wherever they are
+    return provenance("mlx_pretrain.generate", settings, {"model": model.fingerprint()})
 
 
 if __name__ == "__main__":

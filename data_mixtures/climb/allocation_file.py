@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.errors import InputError
+from mlx_pretrain.errors import InputError, shortened
 from mlx_pretrain.files import read_json
 
 NAME, FORMAT, VERSION = "allocation.json", "mlx-allocation", 1
@@ -56,7 +56,7 @@ class _Fields:
         if name not in self._value:
             raise self.error(name, "is missing")
         if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
-            raise self.error(name, f"is {_short(value)}, not {expected}")
+            raise self.error(name, f"is {_as_text(value)}, not {expected}")
         return value
 
     def object(self, name: str) -> "_Fields":
@@ -98,9 +98,8 @@ class _Fields:
         return array.reshape(shape)
 
 
-def _short(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _as_text(value: Any) -> str:
+    return "null" if value is None else shortened(repr(value), 60)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -121,7 +120,7 @@ def _read_method(fields: _Fields, languages: Sequence[str], n_targets: int) -> d
     binding = fields.get("binding", list, "a list")
     for pair in binding:
         if not (isinstance(pair, list) and len(pair) == 2 and pair[0] in languages and pair[1] in _BINDING):
-            raise fields.error("binding", f"holds {_short(pair)}, not a language and one of {', '.join(_BINDING)}")
+            raise fields.error("binding", f"holds {_as_text(pair)}, not a language and one of {', '.join(_BINDING)}")
     method["binding"] = [(language, _BINDING[bound]) for language, bound in binding]
     if (method["ratios"] < 0).any() or not math.isclose(method["ratios"].sum(), 1, abs_tol=0.01):
         raise fields.error("ratios", f"are negative or sum to {method['ratios'].sum():.4f}, not to 1")
@@ -178,7 +177,7 @@ def read_allocation(path: epath.PathLike) -> dict[str, Any]:
     }
     cap = allocation["constraints"].get("max_epochs")
     if cap is not None and (not isinstance(cap, int | float) or isinstance(cap, bool) or not 0 < cap < math.inf):
-        raise InputError(f"{path}: constraints.max_epochs is {_short(cap)}, not a positive number")
+        raise InputError(f"{path}: constraints.max_epochs is {_as_text(cap)}, not a positive number")
     others = [name for name in ("natural", "uniform") if name in methods and name != best]
     return {**allocation, "baseline": others[0] if others else None}
 

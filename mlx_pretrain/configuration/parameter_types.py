@@ -10,7 +10,7 @@ from typing import Any
 
 import gin
 
-from mlx_pretrain.errors import InputError
+from mlx_pretrain.errors import InputError, shortened
 
 _UNKNOWN = object()  # stands for a value that is known only after a call
 _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string", types.NoneType: "None"}
@@ -26,7 +26,7 @@ def check_types() -> None:
     """
     for name, hint, value in _parameters():
         if not _fits(value, hint):
-            raise InputError(f"{name} = {_shown(value)}: must be {_named(hint)}")
+            raise InputError(f"{name} = {shortened(repr(value))}: must be {_named(hint)}")
 
 
 def _parameters() -> Iterator[tuple[str, Any, Any]]:
@@ -100,11 +100,6 @@ def _reference_fits(reference: Any, cls: Any) -> bool:
         known = inspect.isclass(configurable) and not getattr(cls, "_is_protocol", False)
         return not known or issubclass(configurable, cls)
     return cls is type or getattr(cls, "_is_protocol", False)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _named(hint: Any) -> str:

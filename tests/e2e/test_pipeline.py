@@ -124,6 +124,11 @@ def test_generates_and_reports(folder):
     assert [(sample["language"], sample["prompt"], sample["step"]) for sample in samples] == [
         (language, prompt, 6) for language, prompt in zip(LANGUAGES, prompts)
     ]
+    ended = run(*generate, f"--gin.generate.prompts={prompts}", *flags, folder=folder)
+    assert (ended.code, ended.err) == (
+        0, "own/run/samples.jsonl: made before from the same inputs and settings, kept\n")
+    ended = run(*generate, f"--gin.generate.prompts={prompts}", *flags, "--gin.generate.seed=1", folder=folder)
+    assert ended.code == 1 and "made with settings seed = 0 (now 1); set overwrite=True" in ended.err
     # The same seed, the same text.
     assert [sample["prompt"] + sample["completion"] for sample in samples] == printed[:3]
 
