@@ -87,12 +87,17 @@ class Plots:
         """Plots training loss and held-out loss over tokens."""
         figure, axes = self._over_tokens("Loss (nats per token)")
         train, held_out = column(self._history.train, "loss"), column(self._history.evals, "loss")
+        average = column(self._history.averages, "loss")
         x, mean, low, high = _thinned(self._train_x, train)
         axes.fill_between(x, low, high, color=ACCENT, alpha=0.25, linewidth=0)
         axes.plot(x, mean, color=ACCENT, label="training", marker="o" if len(x) == 1 else None, markersize=4)
         if np.isfinite(held_out).any():
             axes.plot(self._eval_x, held_out, color=WARM, label="held out", marker="o", markersize=4, linewidth=1.2,
                       clip_on=False)
+        if np.isfinite(average).any():
+            axes.plot(self._summary.tokens_at(column(self._history.averages, "step")) / self._divisor, average,
+                      color=MUTED, label="EMA", linewidth=1.2, linestyle=(0, (4, 3)))
+            held_out = np.append(held_out, average)
         if len(x):
             # One spike must not flatten the curve: the top is the first value, or the 99th percentile.
             top = max([mean[0], np.percentile(high, 99), *held_out[np.isfinite(held_out)]])

@@ -2,13 +2,15 @@
 
     run.json       the run: version, started (ISO), device, command, model, parameters, sequence_length,
                    batch_size (sequences per step), steps, rates, train_sequences, token_store, tokenizer_sha256, seed;
-                   changes, optional: settings that were changed when the run was resumed, see `data.loader`
-    metrics.jsonl  one object per line, with step, "kind" ("train", "eval" or "tasks"), time (Unix seconds); null stands
-                   for a number that is not finite
+                   changes, optional: settings that were changed when the run was resumed, see `data.loader`;
+                   stopped, optional: step and reason of the stop rule that ended the run
+    metrics.jsonl  one object per line, with step, "kind" ("train", "eval", "eval_ema" or "tasks"), time (Unix seconds);
+                   null stands for a number that is not finite
                    train: loss (nats/token), learning_rate, grad_norm, tokens_per_s, mfu (0 to 1),
                      seconds/step, seconds/data (the part of it spent waiting for data), seconds/checkpoint and
                      seconds/eval (in addition to it), means per step since the line before; tokens/<language> so far
                    eval: loss, bits_per_byte (mean over languages), loss/<language>, bits_per_byte/<language>
+                   eval_ema: the same of the average of the weights
     samples.jsonl  optional; per line language, prompt, completion, temperature, top_p
 """
 
@@ -41,11 +43,13 @@ class RunHistory:
     Attributes:
       train: lines of training steps, at least one.
       evals: lines of evaluations on held-out text.
+      averages: such lines of the average of the weights.
       tasks: lines of evaluations on tasks.
     """
 
     train: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]]
+    averages: Sequence[Mapping[str, Any]]
     tasks: Sequence[Mapping[str, Any]]
 
 
@@ -55,7 +59,7 @@ def read_history(path: epath.Path) -> RunHistory:
     Raises:
       InputError: a line, which the message names, is malformed, or none is a training step.
     """
-    by_event: dict[str, list] = {"train": [], "eval": [], "tasks": []}
+    by_event: dict[str, list] = {"train": [], "eval": [], "eval_ema": [], "tasks": []}
     for number, line in read_jsonl(path):
         if (event := line.get("kind")) not in by_event:
             continue
@@ -72,7 +76,7 @@ def read_history(path: epath.Path) -> RunHistory:
         by_event[event].append(line)
     if not by_event["train"]:
         raise InputError(f"{path}: no training step recorded yet")
-    return RunHistory(by_event["train"], by_event["eval"], by_event["tasks"])
+    return RunHistory(by_event["train"], by_event["eval"], by_event["eval_ema"], by_event["tasks"])
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:
@@ -94,6 +98,10 @@ def read_run(path: epath.Path) -> dict[str, Any]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise InputError(f"{path}: train_sequences of {name!r} is {count!r}, not a count")
     facts["changes"] = [_change(f"{path}: 'changes'", change) for change in facts.get("changes") or ()]
+    stopped = facts.setdefault("stopped", None)
+    if stopped is not None and not (isinstance(stopped, dict) and isinstance(stopped.get("step"), int)
+                                    and isinstance(stopped.get("reason"), str)):
+        raise InputError(f"{path}: 'stopped' is {stopped!r}, no object with 'step' and 'reason'")
     for name in ("version", "started", "device", "command", "token_store", "tokenizer_sha256", "seed"):
         facts.setdefault(name, None)
     return {**facts, "rates": normalise_rates(facts["rates"], str(path))}
@@ -207,6 +215,7 @@ class RunSummary:
     Attributes:
       tokens: training tokens in all.
       before, after: eval lines that are compared; None without any.
+      average: the last eval and eval_ema lines of one step; None if there are none.
       languages: lowest final bits per byte first, then by target share.
       deviation: largest deviation: (language, actual minus target share, the same in sequences); None without counts.
       wall_s: seconds from the start to the last line, pauses included; None if unknown.
@@ -228,6 +237,9 @@ class RunSummary:
         evals = history.evals
         self.before = evals[0] if len(evals) > 1 or (evals and evals[0]["step"] == 0) else None
         self.after = evals[-1] if evals and evals[-1]["step"] > 0 else None
+        by_step = {line["step"]: line for line in evals}
+        pairs = [(by_step[line["step"]], line) for line in history.averages if line["step"] in by_step]
+        self.average = pairs[-1] if pairs else None
         self.changed = [change["step"] for change in facts["changes"] if "rates" in change]
         self.unrecorded = [change["step"] for change in facts["changes"]
                            if "rates" not in change and str(change.get("change")).startswith("rates ")]

@@ -249,6 +249,24 @@ def test_shares_are_compared_with_all_rates_that_the_run_had(tmp_path):
         summary_of(folder)
 
 
+def test_a_stop_rule_and_the_loss_of_the_average_are_stated(tmp_path):
+    folder = write_run(tmp_path, evals=9)
+    lines = metrics_of(folder)
+    averages = [line | {"kind": "eval_ema", "loss": line["loss"] - 0.1} for line in lines if line["kind"] == "eval"]
+    # A last evaluation of the weights alone, as after a kill, is not compared.
+    write_lines(folder / "metrics.jsonl", sorted(lines + averages[:-1], key=lambda line: line["step"]))
+    reason = "eval/loss has not improved on 3.0000 at step 200 for 5 evaluations <b>"
+    edit(folder / "run.json", steps=1000, stopped={"step": 400, "reason": reason})
+    page, loss = page_of(folder), averages[-2]["loss"]
+    assert page.ids["stopped"] == f"A stop rule ended this run after step 400 of 1,000: {reason}."
+    assert "not finished" not in page.text and ">EMA<" in page.source
+    assert page.ids["average"] == (
+        f"{loss + 0.1:.4f} with the last weights and {loss:.4f} with their moving average (EMA)")
+    edit(folder / "run.json", stopped={"step": 400})
+    with pytest.raises(InputError, match=r"run\.json: 'stopped' is \{'step': 400\}, no object with 'step' and"):
+        page_of(folder)
+
+
 @pytest.mark.parametrize("languages", [("en",), tuple(LANGUAGES)[:24]])
 def test_the_page_is_one_file_that_loads_nothing(tmp_path, languages):
     page = page_of(write_run(tmp_path, languages))
