@@ -173,7 +173,7 @@ def test_without_shards_the_command_does_what_is_left(corpus, tokenizer_path, st
     store = tmp_path / "store"
     shard((1, 3))
     export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
-    assert "2 of 6 parts are there" in capsys.readouterr().err
+    assert "2 of 6 parts are complete" in capsys.readouterr().err
     data = sorted(store.glob("*/*/c/0/0"))[0]
     data.write_bytes(data.read_bytes()[:-1])  # one of the parts is damaged
     shard(None)
@@ -232,7 +232,7 @@ def test_another_shards_part_is_not_taken_when_its_documents_have_changed(
         os.utime(changed, (0, 0))
     shard((1, 2))
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    assert "3 of 4 parts are there" in capsys.readouterr().err and not (store / "manifest.json").exists()
+    assert "3 of 4 parts are complete" in capsys.readouterr().err and not (store / "manifest.json").exists()
     shard(None)
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 32))
