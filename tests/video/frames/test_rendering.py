@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from mlx_pretrain.errors import InputError
-from video.frames.rendering import COLOURS, SHAPES, TYPES, draw_events, make_captions, make_questions, render
+from video.frames.rendering import (
+    COLOURS,
+    SHAPES,
+    TYPES,
+    draw_events,
+    make_captions,
+    make_questions,
+    render,
+    write_video,
+)
 from video.questions import Question, read_questions, write_questions
 
 SETTINGS = {"seconds": 16.0, "shown": 1.0}
@@ -72,6 +81,14 @@ def test_captions_name_every_event_and_a_quiet_part():
     assert [caption.answer.split()[1] for caption in captions] == [event.shape for event in events]
     assert quiet.answer == "nothing"
     assert all(quiet.clip[0] >= event.end - 1e-3 or quiet.clip[1] <= event.start + 1e-3 for event in events)
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = render(draw_events(rng, 6.0, 1.0), rng, 6.0, 10, 96)
+    for attempt in range(12):
+        write_video(tmp_path / f"{attempt}.mp4", frames, 10)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
 def test_questions_round_trip(tmp_path):
