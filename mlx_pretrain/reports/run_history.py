@@ -174,12 +174,12 @@ class LanguageSummary:
 
     @property
     def native(self) -> str:
-        """Its name in the language itself."""
+        """Name of the language in itself."""
         return LANGUAGES.get(self.code, (self.code,))[0]
 
     @property
     def english(self) -> str:
-        """Its name in English."""
+        """English name of the language."""
         return LANGUAGES.get(self.code, (self.code,))[-1]
 
     @property
