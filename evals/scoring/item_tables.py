@@ -24,6 +24,7 @@ from mlx_pretrain import artifacts
 from mlx_pretrain.errors import InputError, first_line
 from mlx_pretrain.files import atomic_writer
 from mlx_pretrain.inference.scoring import Score
+from mlx_pretrain.parallel import cluster
 
 _METADATA = b"evals"
 LOG_LIKELIHOODS = pa.schema([
@@ -101,7 +102,7 @@ def load(path: epath.Path) -> pa.Table:
 
 
 def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: bool) -> pa.Table | None:
-    """Returns a table that was made from the same; None where it is missing or to be replaced.
+    """Returns a table that was made from the same; None where it is missing, damaged or to be replaced.
 
     Raises:
       InputError: the table was made from other inputs, or the file is not such a table, without `overwrite`.
@@ -110,10 +111,17 @@ def load_current(path: epath.Path, made_from: Mapping[str, Any], *, overwrite: b
         return None
     try:
         table, recorded = _read(path)
+    except _Damaged as error:  # the command chose the name, so the file is one of its own
+        cluster.log(f"{error}; made again")
+        return None
     except InputError:
         table, recorded = None, {}
     compared = {**dict.fromkeys(recorded), **made_from}  # nothing else is recorded
     return table if artifacts.is_current(path, recorded, compared, overwrite=overwrite, quiet=True) else None
+
+
+class _Damaged(InputError):
+    """A file that is no readable parquet."""
 
 
 def _read(path: epath.Path) -> tuple[pa.Table, dict[str, Any]]:
@@ -121,7 +129,7 @@ def _read(path: epath.Path) -> tuple[pa.Table, dict[str, Any]]:
         with path.open("rb") as file:
             table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file ({first_line(error)})") from None
+        raise _Damaged(f"{path}: not a parquet file ({first_line(error)})") from None
     metadata = (table.schema.metadata or {}).get(_METADATA)
     if metadata is None or table.schema.names not in [schema.names for schema in FOLDERS.values()]:
         raise InputError(f"{path}: was not made by evals.run")

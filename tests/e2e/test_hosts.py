@@ -71,6 +71,7 @@ def test_two_processes_compute_what_one_does(pair, reference):
     assert (facts["processes"], facts["mesh"]["data"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_by_a_rule_and_write_each_metric_once(tiny_gin, tmp_path):
     """The learning rate is 0, so that no evaluation is better than the first."""
     pytest.importorskip("wandb")

@@ -10,6 +10,7 @@ from evals.harness import MLXPretrain
 from evals.run import EvaluateConfig, main
 from evals.tasks.task_files import Item, Task, write_items
 from mlx_pretrain.convert.export import ExportConfig, export_model
+from mlx_pretrain.errors import InputError
 from mlx_pretrain.train import TrainConfig, train
 from mlx_pretrain.training import optimizers
 from mlx_pretrain.training.weight_average import WeightAverage
@@ -54,6 +55,8 @@ def test_the_average_is_exported_and_evaluated(run, evaluate):
     average = evaluate(run, "ema")
     np.testing.assert_allclose(evaluate(exported, "last"), average, rtol=1e-5)
     assert np.abs(np.subtract(evaluate(run, "last"), average)).min() > 1e-2
+    with pytest.raises(InputError, match="hf: step = None, weights = 'ema', but this is no training run"):
+        evaluate(exported, "ema")
 
 
 def test_the_harness_takes_the_average(run, evaluate):

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import sentencepiece
 
-from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.data.token_store import TokenStore
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.train import TrainConfig, train
 from mlx_pretrain.training import optimizers, trainer
@@ -88,19 +85,6 @@ def test_a_run_keeps_evaluates_and_restores_the_average(tiny_config, store_dir, 
         restore_params(tmp_path / "plain", abstract_params(tiny_config, mesh), weights="ema")
     with pytest.raises(InputError, match="weights = 'mean': must be 'last' or 'ema'"):
         restore_params(tmp_path / "plain", abstract_params(tiny_config, mesh), weights="mean")
-
-
-def test_the_average_is_exported(tiny_config, store_dir, tmp_path):
-    run = tmp_path / "run"
-    train(config(tiny_config, store_dir, run, steps=2, average=WeightAverage(0.9)))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a few words of text"] * 9), model_prefix=str(run / "tokenizer"), vocab_size=24,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=3, minloglevel=2)
-    export_model(ExportConfig(str(run), str(tmp_path / "hf"), weights="ema"))
-    average, _ = restore_params(run, abstract_params(tiny_config, partitioning.make_mesh()), weights="ema")
-    jax.tree.map(np.testing.assert_array_equal, load_language_model(tmp_path / "hf").params, average)
-    with pytest.raises(InputError, match="hf: step = None, weights = 'ema', but this is no training run"):
-        load_language_model(tmp_path / "hf", weights="ema")
 
 
 def test_the_average_starts_from_initial_weights(tiny_config, store_dir, tmp_path, monkeypatch):
