@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 
@@ -116,7 +115,7 @@ def test_a_rule_that_fires_after_an_interrupted_evaluation_ends_with_all_evaluat
 
             def held_out(params, check):
                 if interrupted and interrupted.pop(0):
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
                 check()
                 return {"loss": 1.0}
 
