@@ -1,5 +1,7 @@
 """Item tables are kept, refused, replaced or made again."""
 
+import re
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -38,13 +40,17 @@ def test_a_table_from_something_else_is_refused(path, change, message):
     assert load_current(path, MADE_FROM | change, overwrite=True) is None
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: path.write_bytes(path.read_bytes()[:300]), "not a parquet file"),
-    (lambda path: pq.write_table(table_of_answers(ITEMS, ["bb"] * 3, [0] * 3), path), r"was not made by evals\.run"),
-])
-def test_a_file_without_a_record_is_refused_unless_overwrite(path, damage, message):
-    damage(path)
-    with pytest.raises(InputError, match=rf"en\.parquet: {message}"):
+def test_a_damaged_table_is_made_again(path, capsys):
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"en\.parquet: not a parquet file"):
+        load(path)
+    assert load_current(path, MADE_FROM, overwrite=False) is None
+    assert re.search(r"en\.parquet: not a parquet file .*; made again", capsys.readouterr().err)
+
+
+def test_a_file_without_a_record_is_refused_unless_overwrite(path):
+    pq.write_table(table_of_answers(ITEMS, ["bb"] * 3, [0] * 3), path)
+    with pytest.raises(InputError, match=r"en\.parquet: was not made by evals\.run"):
         load(path)
     with pytest.raises(InputError, match=r"en\.parquet: has no record of what it was made from; set overwrite=True"):
         load_current(path, MADE_FROM, overwrite=False)
