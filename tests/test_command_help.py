@@ -19,13 +19,18 @@ PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
 OWN_FLAGS = {"mlx_pretrain.compile", "evals.harness"}  # commands that are not configured by gin alone
 
 
+def modules() -> dict[str, pathlib.Path]:
+    """Returns module -> file, of all modules of the five packages."""
+    paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
 def commands() -> dict[str, ast.Call]:
     """Returns module -> its call of `command_line.run`."""
     calls = {}
-    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+    for name, path in modules().items():
         for block in ast.parse(path.read_text()).body:
             if isinstance(block, ast.If) and "__main__" in ast.unparse(block.test):
-                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
                 calls[name] = next((call for call in ast.walk(block) if isinstance(call, ast.Call)
                                     and ast.unparse(call.func) in ("run", "command_line.run")), None)
     return calls
@@ -86,8 +91,8 @@ def test_a_value_of_a_wrong_type_names_the_parameter(command):
 
 def test_no_two_configurables_share_a_name():
     """`select.output` in a gin file is never ambiguous, whatever modules it imports."""
-    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    for name in modules():
+        importlib.import_module(name)
     selectors = collections.defaultdict(set)
     for selector, entry in gin.config._REGISTRY.items():
         if selector.split(".")[0] in PACKAGES:
