@@ -22,9 +22,9 @@ import langcodes
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mlx_pretrain.command_line import run
+from mlx_pretrain.data.record_files import UnreadableRecords
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
-from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
 
