@@ -83,7 +83,7 @@ def _run_stage(config: PipelineConfig, progress: Progress, stage: Stage) -> None
     if code:
         code = 128 - code if code < 0 else code
         if code not in (130, 143):
-            log(f"error: the stage {stage.name} ended with exit code {code}. The same command goes on there; with "
+            log(f"the stage {stage.name} ended with exit code {code}. The same command goes on there; with "
                 "--gin.pipeline.overwrite=True it replaces outputs that were made from other inputs or settings")
         else:
             log(f"stopped in the stage {stage.name}; the same command goes on there")

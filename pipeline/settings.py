@@ -2,18 +2,28 @@
 
 import dataclasses
 import functools
+import glob
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
 from etils import epath
 
+from mlx_pretrain.configuration.gin_files import GIN_ROOT
 from mlx_pretrain.data.corpus import SPLITS, Corpus
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 
 TRAIN, HELDOUT = SPLITS
-_SAMPLE = "samples/text/train/{language}.jsonl.xz"
+# Of the repository; where only the wheel is installed they are not there.
+_SAMPLE_TEXT = "samples/text/train/{language}.jsonl.xz"
+_SAMPLE_TASKS = "samples/tasks/*/lighteval_*_test.jsonl"
+
+
+def _in_repository(path: str) -> str:
+    """Returns a path or glob of the repository as it is seen from the current folder."""
+    return path if glob.glob(path.replace("{language}", "*")) else os.path.join(GIN_ROOT, path)
 
 
 @gin.configurable("pipeline")
@@ -56,8 +66,8 @@ class PipelineConfig:
     steps: int = 600
     keep: float = 0.5
     rater: str | None = None
-    rater_documents: str = _SAMPLE
-    tasks: Sequence[str] = ("samples/tasks/*/lighteval_*_test.jsonl",)
+    rater_documents: str = _SAMPLE_TEXT
+    tasks: Sequence[str] = (_SAMPLE_TASKS,)
     control: bool = True
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     videos: bool = False
@@ -75,6 +85,21 @@ class PipelineConfig:
             raise InputError(f"pipeline.keep = {self.keep!r}: must be above 0 and at most 1")
         if self.rater is None and "{language}" not in self.rater_documents:
             raise InputError(f"pipeline.rater_documents = {self.rater_documents!r}: must hold {{language}}")
+
+        for pattern in (*self.task_files, *([] if self.rater else [self.rated_text])):
+            if not glob.glob(pattern.replace("{language}", "*")):
+                raise InputError(f"{pattern}: no file matches; pipeline.tasks = [] evaluates none, pipeline.rater "
+                                 "names a rater that is trained already, pipeline.rater_documents other text for it")
+
+    @functools.cached_property
+    def task_files(self) -> list[str]:
+        """The globs of evaluation tasks."""
+        return [_in_repository(pattern) for pattern in self.tasks]
+
+    @functools.cached_property
+    def rated_text(self) -> str:
+        """The path of the documents that the rater is trained on, with {language}."""
+        return _in_repository(self.rater_documents)
 
     @property
     def folder(self) -> epath.Path:

@@ -12,7 +12,6 @@ from typing import Any
 
 from etils import epath
 
-from mlx_pretrain.configuration.gin_files import GIN_ROOT
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json
 from pipeline.settings import PipelineConfig
@@ -120,7 +119,7 @@ class _Stages:
         }, overwrite="train_tokenizer.overwrite", demo_seconds=8, grows="text")
 
     def _rater(self) -> Iterator[Stage]:
-        documents = self._config.rater_documents
+        documents = self._config.rated_text
         folder = f"{self.out}/rater"
         macros = {"ENGLISH": documents.replace("{language}", "en"), "NGRAMS": f"{folder}/ngrams.npz"}
         pairs = {**macros, "DOCUMENTS": documents.replace("{language}", "*"), "PAIRS": f"{folder}/pairs.jsonl",
@@ -142,22 +141,24 @@ class _Stages:
         yield Stage("score", "Rate the documents", "raters.score", "scores", lambda: {
             **documents, "RATER_DIR": self.rater, "SCORES": self.scores,
         }, ("gin/raters/score.gin",), "score.overwrite", 60, "text")
-        for name, title, macros in (
-            ("languages", "Find documents in another language than declared",
-             {"MISLABELLED": f"{self.out}/removed/languages"}),
-            ("duplicates", "Find duplicates, of which the best-rated stays",
-             {"DUPLICATES": f"{self.out}/removed/duplicates", "duplicates.scores": self.scores}),
-            ("decontaminate", "Find evaluation items in the documents",
-             {"CONTAMINATED": f"{self.out}/removed/decontaminate", "ITEMS": list(self._config.tasks)}),
-        ):
-            yield Stage(name, title, f"raters.{name}", f"removed/{name}/report.json",
-                        lambda macros=macros: {**documents, **macros}, (f"gin/raters/{name}.gin",),
-                        f"{name}.overwrite", 8, "text")
+
+        def removal(name: str, title: str, macros: Settings) -> Stage:
+            return Stage(name, title, f"raters.{name}", f"removed/{name}/report.json", lambda: {**documents, **macros},
+                         (f"gin/raters/{name}.gin",), f"{name}.overwrite", 8, "text")
+
+        yield removal("languages", "Find documents in another language than declared",
+                      {"MISLABELLED": f"{self.out}/removed/languages"})
+        yield removal("duplicates", "Find duplicates, of which the best-rated stays",
+                      {"DUPLICATES": f"{self.out}/removed/duplicates", "duplicates.scores": self.scores})
+        if self._config.tasks:
+            yield removal("decontaminate", "Find evaluation items in the documents",
+                          {"CONTAMINATED": f"{self.out}/removed/decontaminate", "ITEMS": self._config.task_files,
+                "decontaminate.item_fields": ["prompt", "choices"], "decontaminate.item_id": "_id"})
 
     def _select(self, name: str, title: str, output: str, more: Callable[[], Settings] | None = None) -> Stage:
         folder, patterns = self._config.training_text
-        removed = [f"{self.out}/removed/{stage}/removed.jsonl" for stage in ("languages", "duplicates",
-                                                                            "decontaminate")]
+        lists = ("languages", "duplicates", *(["decontaminate"] if self._config.tasks else []))
+        removed = [f"{self.out}/removed/{stage}/removed.jsonl" for stage in lists]
         kept = lambda: {"select.fraction": self._config.keep, "select.per_source": True, "select.exclude": removed}  # noqa: E731
         return Stage(name, title, "raters.select", f"{output.removeprefix(self.out)[1:]}/selection.json", lambda: {
             "ROOT": folder, "DOCUMENTS": patterns, "SCORES": self.scores, "SELECTED": output, **(more or kept)(),
@@ -222,13 +223,12 @@ class _Stages:
         """Returns the languages of the corpus in which there are tasks."""
         corpus = self._config.corpus
         ours = {*map(corpus.language_of_path, corpus.paths()), *(self._config.languages or ())}
-        files = [path for pattern in self._config.tasks for root in ("", f"{GIN_ROOT}/")
-                 for path in glob.glob(root + pattern)]
+        files = [path for pattern in self._config.task_files for path in glob.glob(pattern)]
         return sorted(ours & {match[1] for path in files if (match := re.search(r"_([^_/]+)_test\.jsonl$", path))})
 
     def _evaluate(self, name: str, title: str, run_dir: str, folder: str, output: str) -> Stage:
         return Stage(name, title, "evals.run", f"{output}/report.html", lambda: {
-            "MODEL": run_dir, "TASKS": list(self._config.tasks), "OUTPUT": folder,
+            "MODEL": run_dir, "TASKS": self._config.task_files, "OUTPUT": folder,
             "evaluate.languages": self._task_languages(),
         }, ("gin/evals/run.gin",), "evaluate.overwrite", 25)
 
