@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
 EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile", "wandb")
 
 

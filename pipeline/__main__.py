@@ -21,7 +21,7 @@ from mlx_pretrain.parallel.cluster import log
 from mlx_pretrain.training.goodput import duration
 from pipeline.progress import Progress
 from pipeline.settings import PipelineConfig
-from pipeline.stages import Stage, all_stages, check_names
+from pipeline.stages import Stage, all_stages
 from pipeline.start_page import write_start_page
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
@@ -35,7 +35,6 @@ def main(config: PipelineConfig) -> None:
       SystemExit: a stage failed or was stopped; its exit code.
     """
     stages = all_stages(config)
-    check_names(config, stages)
     progress = Progress(config, stages)
     chosen = [stage for stage in stages if config.only is None or stage.name in config.only]
     if config.dry_run:

@@ -70,7 +70,7 @@ class Progress:
         self._config, self._stages = config, stages
         self._path = config.folder / RECORD
         record = read_json(self._path, "record") if self._path.exists() else {}
-        self._done: dict[str, dict[str, Any]] = record.get("done", {})
+        self._done: dict[str, str] = record.get("done", {})
         self.seconds: dict[str, float] = record.get("seconds", {})
         self._interrupted: str | None = record.get("running")
         self._running: str | None = None
@@ -85,10 +85,7 @@ class Progress:
 
     def is_done(self, stage: Stage) -> bool:
         """Returns whether a stage need not run."""
-        done = self._done.get(stage.name)
-        if done is None or not (self._config.folder / stage.output).exists():
-            return False
-        return done["key"] == self._key(stage)
+        return (self._config.folder / stage.output).exists() and self._done.get(stage.name) == self._key(stage)
 
     def estimate(self, stage: Stage) -> float:
         """Returns the seconds that a stage took when it last ran, or else those of the demo, scaled by its work."""
@@ -120,7 +117,7 @@ class Progress:
 
     def end(self, stage: Stage, seconds: float) -> None:
         """Records that a stage ended without an error, and its time, unless it went on after an interruption."""
-        self._done[stage.name] = {"key": self._key(stage)}
+        self._done[stage.name] = self._key(stage)
         if self._interrupted != stage.name:
             self.seconds[stage.name] = round(seconds, 1)
         self._interrupted = self._running = None

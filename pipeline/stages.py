@@ -47,8 +47,19 @@ class Stage:
 
 
 def all_stages(config: PipelineConfig) -> list[Stage]:
-    """Returns the stages of a pipeline, in order."""
-    return [*_Stages(config)]
+    """Returns the stages that the settings ask for, in order.
+
+    Raises:
+      InputError: the documents are not there, or a setting names an unknown stage.
+    """
+    groups = [*_Stages(config).groups()]
+    every = [stage.name for _, stages in groups for stage in stages]
+    wanted = [stage for is_wanted, stages in groups if is_wanted for stage in stages]
+    for field, names in (("settings", every), ("gin_files", every), ("only", [stage.name for stage in wanted])):
+        for name in getattr(config, field) or ():
+            if name not in names:
+                raise InputError(f"pipeline.{field}: no stage {name!r}; there is {', '.join(names)}")
+    return wanted
 
 
 class _Stages:
@@ -65,38 +76,35 @@ class _Stages:
         self.run, self.evals = f"{out}/pretrain", f"{out}/evals"
         self.control, self.video = f"{out}/control", f"{out}/video"
 
-    def __iter__(self) -> Iterator[Stage]:
+    def groups(self) -> Iterator[tuple[bool, list[Stage]]]:
+        """Yields all stages in order, in groups, each with whether the settings ask for it."""
         config = self._config
-        if config.holds_out:
-            yield self._hold_out()
-        yield self._tokenizer()
-        if config.rater is None:
-            yield from self._rater()
-        yield from self._filters()
-        yield self._select("select", "Keep the best documents of every language and source", self.selected)
-        yield Stage("selection_report", "Report on what was kept", "raters.selection_report", "selected/report.html",
-                    lambda: {"selection_report.folder": self.selected}, demo_seconds=6)
-        yield self._export("export", "Turn the text kept into tokens", self.selected, self.tokens, "tokens")
-        yield from self._climb()
-        yield self._train("pretrain", "Pretrain on the text kept, at Climb's weights", self.tokens,
-                          f"{self.climb}/rates.json", self.run, "pretrain")
-        if config.control:
-            yield from self._control()
-        if config.prompts:
-            yield Stage("generate", "Generate text", "mlx_pretrain.generate", "pretrain/samples.jsonl", lambda: {
-                "generate.run_dir": self.run, "generate.output": f"{self.run}/samples.jsonl",
-                "generate.languages": list(config.prompts), "generate.prompts": list(config.prompts.values()),
-                "generate.max_new_tokens": 64, "generate.temperature": 0.5, "generate.top_p": 0.9,
-            }, overwrite="generate.overwrite", demo_seconds=15)
-        yield Stage("report", "Report on the training", "mlx_pretrain.report", "pretrain/report.html",
-                    lambda: {"report.run_dir": self.run}, demo_seconds=5)
-        if self._task_languages():
-            yield self._evaluate("evaluate", "Evaluate on aligned tasks", self.run, self.evals, "evals")
-            if config.control:
-                yield self._evaluate("control_evaluate", "Evaluate the comparison", f"{self.control}/run",
-                                     f"{self.control}/evals", "control/evals")
-        if config.videos:
-            yield from self._videos()
+        tasks = bool(config.tasks)
+        yield config.holds_out, [self._hold_out()]
+        yield True, [self._tokenizer()]
+        yield config.rater is None, [*self._rater()]
+        yield True, [*self._filters()]
+        yield tasks, [self._removal("decontaminate", "Find evaluation items in the documents", {
+            "CONTAMINATED": f"{self.out}/removed/decontaminate", "ITEMS": config.task_files,
+            "decontaminate.item_fields": ["prompt", "choices"], "decontaminate.item_id": "_id"})]
+        yield True, [
+            self._select("select", "Keep the best documents of every language and source", self.selected),
+            Stage("selection_report", "Report on what was kept", "raters.selection_report", "selected/report.html",
+                  lambda: {"selection_report.folder": self.selected}, demo_seconds=6),
+            self._export("export", "Turn the text kept into tokens", self.selected, self.tokens, "tokens"),
+            *self._climb(),
+            self._train("pretrain", "Pretrain on the text kept, at Climb's weights", self.tokens,
+                        f"{self.climb}/rates.json", self.run, "pretrain")]
+        yield config.control, [*self._control()]
+        yield bool(config.prompts), [self._generate()]
+        yield True, [Stage("report", "Report on the training", "mlx_pretrain.report", "pretrain/report.html",
+                           lambda: {"report.run_dir": self.run}, demo_seconds=5)]
+        evaluates = tasks and bool(self._task_languages())
+        yield evaluates, [self._evaluate("evaluate", "Evaluate on aligned tasks", self.run, self.evals, "evals")]
+        yield evaluates and config.control, [self._evaluate(
+            "control_evaluate", "Evaluate the comparison", f"{self.control}/run", f"{self.control}/evals",
+            "control/evals")]
+        yield config.videos, [*self._videos()]
 
     def _corpus(self, text: tuple[str, list[str]], name: str = "Corpus") -> Settings:
         folder, patterns = text
@@ -135,33 +143,31 @@ class _Stages:
         }, ("gin/raters/train.gin",), None, 80)
 
     def _filters(self) -> Iterator[Stage]:
-        folder, patterns = self._config.training_text
-        # The folder is the same for all, so that removal lists mean the same documents.
-        documents = {"ROOT": folder, "DOCUMENTS": patterns}
+        documents = self._training_text()
         yield Stage("score", "Rate the documents", "raters.score", "scores", lambda: {
             **documents, "RATER_DIR": self.rater, "SCORES": self.scores,
         }, ("gin/raters/score.gin",), "score.overwrite", 60, "text")
+        yield self._removal("languages", "Find documents in another language than declared",
+                            {"MISLABELLED": f"{self.out}/removed/languages"})
+        yield self._removal("duplicates", "Find duplicates, of which the best-rated stays",
+                            {"DUPLICATES": f"{self.out}/removed/duplicates", "duplicates.scores": self.scores})
 
-        def removal(name: str, title: str, macros: Settings) -> Stage:
-            return Stage(name, title, f"raters.{name}", f"removed/{name}/report.json", lambda: {**documents, **macros},
-                         (f"gin/raters/{name}.gin",), f"{name}.overwrite", 8, "text")
+    def _training_text(self) -> Settings:
+        """Returns the macros of the training documents, the same for all, so that all lists mean the same documents."""
+        folder, patterns = self._config.training_text
+        return {"ROOT": folder, "DOCUMENTS": patterns}
 
-        yield removal("languages", "Find documents in another language than declared",
-                      {"MISLABELLED": f"{self.out}/removed/languages"})
-        yield removal("duplicates", "Find duplicates, of which the best-rated stays",
-                      {"DUPLICATES": f"{self.out}/removed/duplicates", "duplicates.scores": self.scores})
-        if self._config.tasks:
-            yield removal("decontaminate", "Find evaluation items in the documents",
-                          {"CONTAMINATED": f"{self.out}/removed/decontaminate", "ITEMS": self._config.task_files,
-                "decontaminate.item_fields": ["prompt", "choices"], "decontaminate.item_id": "_id"})
+    def _removal(self, name: str, title: str, macros: Settings) -> Stage:
+        return Stage(name, title, f"raters.{name}", f"removed/{name}/report.json",
+                     lambda: {**self._training_text(), **macros}, (f"gin/raters/{name}.gin",), f"{name}.overwrite", 8,
+                     "text")
 
     def _select(self, name: str, title: str, output: str, more: Callable[[], Settings] | None = None) -> Stage:
-        folder, patterns = self._config.training_text
         lists = ("languages", "duplicates", *(["decontaminate"] if self._config.tasks else []))
         removed = [f"{self.out}/removed/{stage}/removed.jsonl" for stage in lists]
-        kept = lambda: {"select.fraction": self._config.keep, "select.per_source": True, "select.exclude": removed}  # noqa: E731
+        best = {"select.fraction": self._config.keep, "select.per_source": True, "select.exclude": removed}
         return Stage(name, title, "raters.select", f"{output.removeprefix(self.out)[1:]}/selection.json", lambda: {
-            "ROOT": folder, "DOCUMENTS": patterns, "SCORES": self.scores, "SELECTED": output, **(more or kept)(),
+            **self._training_text(), "SCORES": self.scores, "SELECTED": output, **(more() if more else best),
         }, ("gin/raters/select.gin",), "select.overwrite", 8, "text")
 
     def _export(self, name: str, title: str, selected: str, store: str, output: str) -> Stage:
@@ -195,6 +201,15 @@ class _Stages:
             **{f"DecoderConfig.{field.name}": getattr(config.model, field.name)
                for field in dataclasses.fields(config.model) if getattr(config.model, field.name) != field.default},
         }, ("gin/pipeline/train.gin",), None, 190, "training")
+
+    def _generate(self) -> Stage:
+        prompts = self._config.prompts
+        return Stage("generate", "Generate text", "mlx_pretrain.generate", "pretrain/samples.jsonl", lambda: {
+            "generate.run_dir": self.run, "generate.output": f"{self.run}/samples.jsonl",
+            "generate.languages": list(prompts), "generate.prompts": list(prompts.values()),
+            "generate.max_new_tokens": min(64, self._config.model.max_length // 2), "generate.temperature": 0.5,
+            "generate.top_p": 0.9,
+        }, overwrite="generate.overwrite", demo_seconds=15)
 
     def _control(self) -> Iterator[Stage]:
         """The same model on as much text, chosen at random, with the languages in their natural shares."""
@@ -260,12 +275,3 @@ class _Stages:
             yield Stage(name, title, f"video.{module}", f"video/{output}",
                         lambda settings=settings: {**paths, **settings}, (f"gin/video/{module}.gin",),
                         "select_frames.overwrite" if module == "select" else None, seconds)
-
-
-def check_names(config: PipelineConfig, stages: list[Stage]) -> None:
-    """Raises InputError where a setting names a stage that is not there."""
-    names = [stage.name for stage in stages]
-    for field in ("settings", "gin_files", "only"):
-        for name in getattr(config, field) or ():
-            if name not in names:
-                raise InputError(f"pipeline.{field}: no stage {name!r}; there is {', '.join(names)}")
