@@ -39,8 +39,6 @@ pipeline.settings = {
     'pairs': {'pairs.monolingual': 200, 'pairs.cross_lingual': 200, 'pairs.parallel': 100},
     'proxies': {'proxies.tokens': [512, 1024], 'planned_mixtures.mixtures': 4, 'proxies.eval_sequences': 2},
     'allocate': {'allocate.replicates': 0, 'allocate.compared': [], 'allocate.allow_poor_law': True},
-    # So small a video store that this costs seconds; see gin/video/demo.gin.
-    'videos': {'synthetic.train_videos': 8, 'synthetic.test_videos': 3},
 }
 """
 
