@@ -12,12 +12,14 @@ from etils import epath
 
 from mlx_pretrain.configuration.gin_files import GIN_ROOT
 from mlx_pretrain.data.corpus import SPLITS, Corpus
+from mlx_pretrain.data.token_store import MANIFEST, read_manifest
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 
 TRAIN, HELDOUT = SPLITS
 # Of the repository; where only the wheel is installed they are not there.
 _SAMPLE_TEXT = "samples/text/train/{language}.jsonl.xz"
+_BYTES_PER_TOKEN = 3.5  # roughly, of uncompressed text
 _SAMPLE_TASKS = "samples/tasks/*/lighteval_*_test.jsonl"
 
 
@@ -40,8 +42,10 @@ class PipelineConfig:
       languages: languages to take; None: all that the paths name.
       sequence_length: tokens of a training sequence.
       batch_size: sequences of a training step.
-      steps: training steps.
+      epochs: how often the training sees the text kept, in the mean over the languages.
+      steps: training steps, in place of `epochs`.
       keep: share of each language's and source's tokens that the rater keeps.
+      climb: finds the languages' shares by proxy runs; False: natural shares, with small languages raised.
       rater: run of `raters.train` to rate with; None: one is trained on `rater_documents`.
       rater_documents: aligned documents in English and other languages, on which the rater is trained; {language}
         stands in their paths.
@@ -63,8 +67,10 @@ class PipelineConfig:
     languages: Sequence[str] | None = None
     sequence_length: int = 256
     batch_size: int = 8
-    steps: int = 600
+    epochs: float = 2.0
+    steps: int | None = None
     keep: float = 0.5
+    climb: bool = True
     rater: str | None = None
     rater_documents: str = _SAMPLE_TEXT
     tasks: Sequence[str] = (_SAMPLE_TASKS,)
@@ -79,8 +85,10 @@ class PipelineConfig:
 
     def __post_init__(self):
         for name in ("sequence_length", "batch_size", "steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"pipeline.{name} = {getattr(self, name)!r}: must be at least 1")
+        if not self.epochs > 0:
+            raise InputError(f"pipeline.epochs = {self.epochs!r}: must be above 0")
         if not 0 < self.keep <= 1:
             raise InputError(f"pipeline.keep = {self.keep!r}: must be above 0 and at most 1")
         if self.rater is None and "{language}" not in self.rater_documents:
@@ -107,9 +115,27 @@ class PipelineConfig:
         return epath.Path(self.output)
 
     @property
+    def unique_tokens(self) -> dict[str, int]:
+        """Language -> tokens of the text kept; estimated from the size of the files until they are exported."""
+        if (self.folder / "tokens" / MANIFEST).exists():
+            parts = read_manifest(self.folder / "tokens").splits[TRAIN]
+            return {language: part.tokens for language, part in parts.items()}
+        sizes: dict[str, int] = {}
+        for name, path in self.corpus.paths().items():
+            language = self.corpus.language_of_path(name)
+            sizes[language] = sizes.get(language, 0) + path.stat().length
+        return {language: int(self.keep * size / _BYTES_PER_TOKEN) + 1 for language, size in sizes.items()}
+
+    @property
+    def training_steps(self) -> int:
+        """Steps of the training."""
+        tokens = self.epochs * sum(self.unique_tokens.values())
+        return self.steps or max(round(tokens / (self.batch_size * self.sequence_length)), 2)
+
+    @property
     def tokens(self) -> int:
         """Tokens to train on."""
-        return self.steps * self.batch_size * self.sequence_length
+        return self.training_steps * self.batch_size * self.sequence_length
 
     @property
     def patterns(self) -> list[str]:

@@ -17,6 +17,7 @@ from mlx_pretrain.files import read_json
 from pipeline.settings import PipelineConfig
 
 Settings = Mapping[str, Any]
+_PROXY_TOKENS, _PROXY_EPOCHS = 98_304, 4  # most tokens of a proxy run, and most epochs over the text of a language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +92,12 @@ class _Stages:
             self._select("select", "Keep the best documents of every language and source", self.selected),
             Stage("selection_report", "Report on what was kept", "raters.selection_report", "selected/report.html",
                   lambda: {"selection_report.folder": self.selected}, demo_seconds=6),
-            self._export("export", "Turn the text kept into tokens", self.selected, self.tokens, "tokens"),
-            *self._climb(),
-            self._train("pretrain", "Pretrain on the text kept, at Climb's weights", self.tokens,
-                        f"{self.climb}/rates.json", self.run, "pretrain")]
+            self._export("export", "Turn the text kept into tokens", self.selected, self.tokens, "tokens")]
+        yield config.climb, [*self._climb()]
+        rates = f"{self.climb}/rates.json"
+        yield not config.climb, [self._baseline("rates", "Take the languages' natural shares, small ones raised",
+                                                self.tokens, rates, "climb/rates.json", 3.33)]
+        yield True, [self._train("pretrain", "Pretrain on the text kept", self.tokens, rates, self.run, "pretrain")]
         yield config.control, [*self._control()]
         yield bool(config.prompts), [self._generate()]
         yield True, [Stage("report", "Report on the training", "mlx_pretrain.report", "pretrain/report.html",
@@ -124,6 +127,7 @@ class _Stages:
         return Stage("tokenizer", "Train a tokenizer", "data_mixtures.tokenizer", "tokenizer.model", lambda: {
             **self._corpus(self._config.text), "train_tokenizer.corpus": "@Corpus()",
             "train_tokenizer.output": self.tokenizer, "train_tokenizer.vocab_size": self._config.model.vocab_size,
+            "train_tokenizer.allow_fewer": True,
         }, overwrite="train_tokenizer.overwrite", demo_seconds=8, grows="text")
 
     def _rater(self) -> Iterator[Stage]:
@@ -184,7 +188,7 @@ class _Stages:
         shape = {"VOCAB_SIZE": config.model.vocab_size, "SEQUENCE_LENGTH": config.sequence_length,
                  "TOKEN_STORE": self.tokens, "PROXIES": self.proxies}
         yield Stage("proxies", "Train tiny models on mixtures", "data_mixtures.climb.proxies", "proxies/settings.json",
-                    lambda: shape, ("gin/pipeline/proxies.gin",), None, 135)
+                    lambda: {**shape, "proxies.tokens": self._proxy_tokens()}, ("gin/pipeline/proxies.gin",), None, 135)
         yield Stage("allocate", "Choose the languages' shares", "data_mixtures.climb.allocate", "climb/rates.json",
                     lambda: {"TOKEN_STORE": self.tokens, "PROXIES": self.proxies, "ALLOCATION": self.climb,
                              "N_PARAMS": config.model.parameters(), "TOKENS": config.tokens},
@@ -192,12 +196,24 @@ class _Stages:
         yield Stage("climb_report", "Report on the shares", "data_mixtures.climb.report", "climb/report.html",
                     lambda: {"climb_report.folder": self.climb}, demo_seconds=12)
 
+    def _proxy_tokens(self) -> list[int]:
+        """Returns the token counts at which proxy runs are evaluated: as many as most languages have text for."""
+        unique = sorted(self._config.unique_tokens.values())
+        longest = min(_PROXY_TOKENS, _PROXY_EPOCHS * unique[len(unique) // 4])
+        step = 4 * self._config.sequence_length  # of the batch size in gin/pipeline/proxies.gin
+        return [step * max(round(longest * part / 3 / step), part) for part in (1, 2, 3)]
+
+    def _baseline(self, name: str, title: str, store: str, rates: str, output: str, temperature: float) -> Stage:
+        return Stage(name, title, "data_mixtures.baselines", output, lambda: {
+            "write_baseline.store": store, "write_baseline.output": rates, "write_baseline.temperature": temperature,
+        }, overwrite="write_baseline.overwrite", demo_seconds=3)
+
     def _train(self, name: str, title: str, store: str, rates: str, run_dir: str, output: str) -> Stage:
         config = self._config
-        return Stage(name, title, "mlx_pretrain.train", f"{output}/checkpoints/{config.steps}", lambda: {
-            "RUN_DIR": run_dir, "TOKEN_STORE": store, "RATES": rates, "STEPS": config.steps,
+        return Stage(name, title, "mlx_pretrain.train", f"{output}/checkpoints", lambda: {
+            "RUN_DIR": run_dir, "TOKEN_STORE": store, "RATES": rates, "STEPS": config.training_steps,
             "train.batch_size": config.batch_size,
-            "warmup_cosine.warmup_steps": max(config.steps // 12, 1),
+            "warmup_cosine.warmup_steps": max(config.training_steps // 12, 1),
             **{f"DecoderConfig.{field.name}": getattr(config.model, field.name)
                for field in dataclasses.fields(config.model) if getattr(config.model, field.name) != field.default},
         }, ("gin/pipeline/train.gin",), None, 190, "training")
@@ -226,11 +242,8 @@ class _Stages:
         store = f"{self.control}/tokens"
         yield self._export("control_export", "Turn the random text into tokens", f"{self.control}/selected", store,
                            "control/tokens")
-        yield Stage("control_rates", "Take its languages' natural shares", "data_mixtures.baselines",
-                    "control/rates.json", lambda: {
-                        "write_baseline.store": store, "write_baseline.output": f"{self.control}/rates.json",
-                        "write_baseline.temperature": 1.0},
-                    overwrite="write_baseline.overwrite", demo_seconds=3)
+        yield self._baseline("control_rates", "Take its languages' natural shares", store,
+                             f"{self.control}/rates.json", "control/rates.json", 1.0)
         yield self._train("control_pretrain", "Pretrain on the random text at natural weights", store,
                           f"{self.control}/rates.json", f"{self.control}/run", "control/run")
 
