@@ -143,8 +143,12 @@ def _removal_card(folder: epath.Path) -> Card | None:
             counts[words] = len(read_jsonl(path))
     if not counts:
         return None
-    return Card("Remove", f"{sum(counts.values()):,}", "documents",
-                ", ".join(f"{count:,} {words}" for words, count in counts.items()))
+    note = ", ".join(f"{count:,} {words}" for words, count in counts.items())
+    checked = folder / "removed/languages/report.json"
+    verdicts = read_json(checked)["languages"] if checked.exists() else {}
+    if lost := [language for language, found in verdicts.items() if found.keys() == {"removed"}]:
+        note += f"; nothing is left of {', '.join(lost)}"
+    return Card("Remove", f"{sum(counts.values()):,}", "documents", note)
 
 
 def _selection_card(folder: epath.Path) -> Card | None:

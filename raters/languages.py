@@ -250,6 +250,11 @@ def main(config: LanguagesConfig) -> None:
         "confirmed", "removed", "undecided", "unknown_to_the_identifier"))
     log(f"{config.output}: {report['documents']:,} documents: {counted}; {unreadable.count:,} unreadable records, "
         f"{time.perf_counter() - started:.1f} s")
+    for language, verdicts in report["languages"].items():
+        if verdicts.keys() == {"removed"}:
+            identified = ", ".join(f"{name} ({count:,})" for name, count in report["identified"][language].items())
+            log(f"note: {language}: all its documents are removed, as they were identified as {identified}; languages "
+                "that are confused may be declared as one in languages.confusable")
 
 
 if __name__ == "__main__":
