@@ -42,6 +42,8 @@ import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
 
 import evals.bmlama
 import evals.completion
@@ -59,6 +61,7 @@ from mlx_pretrain.files import atomic_writer, read_json, read_jsonl, write_json
 from mlx_pretrain.inference.language_model import LanguageModel, load_language_model
 from mlx_pretrain.inference.scoring import Request, Scorer
 from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.reports.figures import ACCENT, MUTED, WARM, label_rows, plot_style
 from mlx_pretrain.train import TrainConfig, train
 from mlx_pretrain.training.optimizers import muon, warmup_cosine
 
@@ -70,7 +73,8 @@ SHARED_LINE = 80  # bytes of a line that marks a document as a copy of another
 RATIOS = {"1:1": (0.5, 0.5), "9:1": (0.9, 0.1)}
 # Share of the parallel text, in the order of the runs.
 ARMS = {"none": 0.0, "8%": 0.08, "16%": 0.16, "16% unpaired": 0.16, "2%": 0.02}
-BASELINES = {"2%": "none", "8%": "none", "16%": "none", "16% unpaired": "none", "pairing": "16% unpaired"}
+COMPARISONS = {f"{arm} - none": (arm, "none") for arm in ("2%", "8%", "16%", "16% unpaired")} | {
+    "16% - 16% unpaired": ("16%", "16% unpaired")}
 LENGTH, BATCH = 256, 8
 # Figure 6 of the paper: accuracy in English, accuracy in Chinese and MLC on BMLAMA, in percent.
 PAPER = {
@@ -81,8 +85,8 @@ PAPER = {
 
 def model(vocab_size: int) -> DecoderConfig:
     """Returns the model of all runs."""
-    return DecoderConfig(vocab_size=vocab_size, embed_dim=96, n_layers=3, n_heads=2, n_kv_heads=2, head_dim=48,
-                         mlp_dim=256, max_length=LENGTH, tie_embeddings=True, unroll=3)
+    return DecoderConfig(vocab_size=vocab_size, embed_dim=64, n_layers=2, n_heads=1, n_kv_heads=1, head_dim=64,
+                         mlp_dim=160, max_length=LENGTH, tie_embeddings=True, unroll=2)
 
 
 # Data
@@ -219,7 +223,7 @@ def train_and_measure(
     train(TrainConfig(
         model=DecoderConfig(**vars(model(store.manifest.vocab_size)) | {"dtype": dtype}),
         token_store=str(work / "tokens"), rates=str(work / "rates" / f"{name}.json"), run_dir=str(folder), steps=steps,
-        batch_size=BATCH, seed=seed, optimizer=lambda rate: muon(rate, adam_fraction=0.3),
+        batch_size=BATCH, seed=seed, optimizer=lambda rate: muon(rate, adam_fraction=1.0),
         learning_rate=warmup_cosine(0.02, total_steps=steps, warmup_steps=steps // 12), log_every=50,
         eval_sequences=4, checkpoint_every=steps))
     trained = time.perf_counter() - start
@@ -285,12 +289,174 @@ def task_choices(folder: pathlib.Path, work: pathlib.Path, items: int) -> dict[s
     return tasks
 
 
+# Analysis
+
+
+def measures(run: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns measure -> (numerators, denominators) of its items; the value is the ratio of their sums."""
+    found = {}
+    for language, documents in run["documents"].items():
+        found[f"bits per byte, {language}"] = tuple(np.array(documents).T)
+    for direction, rows in run["translation"].items():
+        bits, n_bytes = np.array(rows)[:, :4], np.array(rows)[:, 4]
+        found[f"bits saved by the translation, {direction}"] = bits[:, 1:].mean(axis=1) - bits[:, 0], n_bytes
+        found[f"translation found, %, {direction}"] = (
+            100.0 * (bits[:, 0] < bits[:, 1:].min(axis=1)), np.ones(len(bits)))
+    for task, answers in sorted(run["tasks"].items(), reverse=True):
+        chosen = [np.array(answers["chosen"][language]) for language in LANGUAGES]
+        one = np.ones(len(answers["labels"]))
+        for language, choices in zip(LANGUAGES, chosen):
+            found[f"{task}, accuracy, %, {language}"] = 100.0 * (choices == answers["labels"]), one
+        found[f"{task}, MLC, %"] = 100.0 * (chosen[0] == chosen[1]), one
+    return found
+
+
+def chance(run: Mapping) -> dict[str, float]:
+    """Returns measure -> value by chance: of the right answer, and of the agreement that the answers' shares bring."""
+    found = {f"translation found, %, {direction}": 25.0 for direction in run["translation"]}
+    for task, answers in run["tasks"].items():
+        chosen = [np.array(answers["chosen"][language]) for language in LANGUAGES]
+        for language in LANGUAGES:
+            found[f"{task}, accuracy, %, {language}"] = float(100 * np.mean(1 / np.array(answers["options"])))
+        found[f"{task}, MLC, %"] = float(100 * sum(
+            np.prod([np.mean(choices == option) for choices in chosen]) for option in range(max(answers["options"]))))
+    return found
+
+
+def compare(runs: Mapping[tuple[str, str, int], Mapping], resamples: int = 2000) -> list[dict]:
+    """Returns rows of ratio, measure, the mean of each arm over its seeds, and differences with intervals.
+
+    A difference is between runs of the same seed. Its interval over items resamples the items, the same in both runs
+    and in all seeds, and takes the mean over seeds; that over seeds is Student's t of the seeds' differences.
+    """
+    rows = []
+    by_run = {key: measures(run) for key, run in runs.items()}
+    for ratio in RATIOS:
+        arms = {arm: seeds for arm in ARMS if (seeds := sorted(s for r, a, s in runs if (r, a) == (ratio, arm)))}
+        for name in next(iter(by_run.values())) if arms else ():
+            values = {arm: np.array([_ratio(by_run[ratio, arm, seed][name]) for seed in seeds])
+                      for arm, seeds in arms.items()}
+            row = {"ratio": ratio, "measure": name, "arms": {arm: values[arm].mean() for arm in arms}, "differences": {},
+                   "chance": chance(runs[ratio, *next((arm, seeds[0]) for arm, seeds in arms.items())]).get(name)}
+            for label, (arm, baseline) in COMPARISONS.items():
+                seeds = sorted(set(arms.get(arm, ())) & set(arms.get(baseline, ())))
+                if not seeds:
+                    continue
+                sides = [[by_run[ratio, side, seed][name] for seed in seeds] for side in (arm, baseline)]
+                by_seed = np.array([_ratio(a) - _ratio(b) for a, b in zip(*sides)])
+                n_items = len(sides[0][0][0])
+                weights = np.random.default_rng(0).multinomial(n_items, np.full(n_items, 1 / n_items), resamples)
+                resampled = [np.mean([(weights @ a) / (weights @ b) for a, b in side], axis=0) for side in sides]
+                half = (scipy.stats.t.ppf(0.975, len(seeds) - 1) * by_seed.std(ddof=1) / math.sqrt(len(seeds))
+                        if len(seeds) > 1 else math.nan)
+                row["differences"][label] = {
+                    "seeds": len(seeds), "mean": by_seed.mean(), "by_seed": by_seed.tolist(),
+                    "items": np.quantile(resampled[0] - resampled[1], [0.025, 0.975]).tolist(),
+                    "t": [by_seed.mean() - half, by_seed.mean() + half] if len(seeds) > 1 else None}
+            rows.append(row)
+    return rows
+
+
+def _ratio(pair: tuple[np.ndarray, np.ndarray]) -> float:
+    return float(pair[0].sum() / pair[1].sum())
+
+
+def is_clear(difference: Mapping) -> bool:
+    """Returns whether both intervals leave out zero."""
+    return all(interval and interval[0] * interval[1] > 0 for interval in (difference["items"], difference["t"]))
+
+
+def show(rows: list[dict], runs: Mapping[tuple[str, str, int], Mapping]) -> None:
+    """Prints the tables in Markdown."""
+    for ratio in RATIOS:
+        of_ratio = [row for row in rows if row["ratio"] == ratio]
+        if not of_ratio:
+            continue
+        arms = list(of_ratio[0]["arms"])
+        seeds = {arm: sum((r, a) == (ratio, arm) for r, a, _ in runs) for arm in arms}
+        print(f"\n{ratio}, mean over seeds\n")
+        _table_head(["", *(f"{arm} ({seeds[arm]} seeds)" for arm in arms), "by chance"])
+        for row in of_ratio:
+            digits = 3 if "bits" in row["measure"] else 1
+            _table_row([row["measure"], *(f"{row['arms'][arm]:.{digits}f}" for arm in arms),
+                        "" if row["chance"] is None else f"{row['chance']:.1f}"])
+        labels = list(of_ratio[0]["differences"])
+        print(f"\n{ratio}, differences [95% over items] (95% over seeds); * where neither holds 0\n")
+        _table_head(["", *labels])
+        for row in of_ratio:
+            digits = 3 if "bits" in row["measure"] else 1
+            _table_row([row["measure"], *(
+                f"{d['mean']:+.{digits}f} {_bounds(d['items'], digits, '[]')} {_bounds(d['t'], digits, '()')}"
+                f"{' *' if is_clear(d) else ''}" for d in row["differences"].values())])
+    print("\nAgainst the paper's BMLAMA (figure 6), differences to no parallel text in percentage points\n")
+    _table_head(["", "", "paper", "here"])
+    for ratio, arms in PAPER.items():
+        for arm in ("2%", "8%"):
+            for i, name in enumerate((*(f"BMLAMA, accuracy, %, {l}" for l in LANGUAGES), "BMLAMA, MLC, %")):
+                row = next((r for r in rows if (r["ratio"], r["measure"]) == (ratio, name)), None)
+                ours = row and row["differences"].get(f"{arm} - none")
+                _table_row([f"{ratio}, {arm}", name, f"{arms[arm][i] - arms['none'][i]:+.2f}",
+                            f"{ours['mean']:+.2f} {_bounds(ours['items'], 1, '[]')}" if ours else "not run"])
+
+
+def _table_head(cells: list[str]) -> None:
+    _table_row(cells)
+    print("|" + "---|" * len(cells))
+
+
+def _table_row(cells: list[str]) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+def _bounds(interval: list[float] | None, digits: int, brackets: str) -> str:
+    return (f"{brackets[0]}{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}{brackets[1]}" if interval
+            else f"{brackets[0]}one seed{brackets[1]}")
+
+
+PANELS = {
+    "Bits per byte, Chinese": "bits per byte, zh", "Bits per byte, English": "bits per byte, en",
+    "Bits a byte saved by the translation, en to zh": "bits saved by the translation, en to zh",
+    "Bits a byte saved by the translation, zh to en": "bits saved by the translation, zh to en",
+    "Completion, MLC, points": "completion, MLC, %", "BMLAMA, MLC, points": "BMLAMA, MLC, %",
+}
+
+
+def draw(rows: list[dict], path: pathlib.Path) -> None:
+    """Draws differences with their intervals over items (thick) and over seeds (thin)."""
+    titles = [title for title, name in PANELS.items() if any(row["measure"] == name for row in rows)]
+    labels = [label for label in COMPARISONS if any(label in row["differences"] for row in rows)]
+    with plot_style():
+        figure = Figure(figsize=(936 / 72, 30 / 72 + 3 * (90 + 32 * len(labels)) / 72))
+        panels = figure.subplots(-(-len(titles) // 2), 2, squeeze=False).flat
+        for axes, title in zip(panels, titles):
+            axes.set_title(title)
+            positions = label_rows(axes, labels)
+            for offset, (ratio, colour) in zip((-0.16, 0.16), (("1:1", ACCENT), ("9:1", WARM))):
+                row = next((r for r in rows if (r["ratio"], r["measure"]) == (ratio, PANELS[title])), None)
+                for position, label in zip(positions, labels):
+                    if row is None or (difference := row["differences"].get(label)) is None:
+                        continue
+                    y = position + offset
+                    if difference["t"]:
+                        axes.plot(difference["t"], [y, y], color=colour, linewidth=0.8)
+                    axes.plot(difference["items"], [y, y], color=colour, linewidth=3.2, alpha=0.45)
+                    axes.plot(difference["mean"], y, "o", color=colour, markersize=5,
+                              label=f"en:zh {ratio}" if position == 0 else None)
+            axes.axvline(0, color=MUTED, linewidth=0.9)
+        for axes in list(panels)[len(titles):]:
+            axes.set_visible(False)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper right", ncols=2)
+        figure.tight_layout(rect=(0, 0, 1, 0.97))
+        figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--bmlama", type=pathlib.Path, help="folder of BMLAMA-17's tables")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/parallel_corpus"))
-    parser.add_argument("--steps", type=int, default=256, help=f"steps of {BATCH * LENGTH} tokens")
+    parser.add_argument("--steps", type=int, default=192, help=f"steps of {BATCH * LENGTH} tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--items", type=int, default=200, help="most items of each task")
     parser.add_argument("--vocab_size", type=int, default=4096)
@@ -312,6 +478,13 @@ def main() -> None:
             continue
         write_json(path, train_and_measure(work, ratio, arm, seed, arguments.steps, arguments.items, arguments.dtype))
         print(path, read_json(path)["seconds"], flush=True)
+    results = [read_json(path) for path in sorted((work / "results").glob("*.json"))]
+    runs = {(result["ratio"], result["arm"], result["seed"]): result for result in results}
+    rows = compare(runs)
+    show(rows, runs)
+    draw(rows, work / "parallel_corpus.svg")
+    print(json.dumps({"parts": read_json(work / "parts.json"), "steps": arguments.steps, "rows": rows, "epochs": {
+        run_name(*key): run["epochs"] for key, run in runs.items()}}))
 
 
 if __name__ == "__main__":
