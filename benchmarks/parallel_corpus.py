@@ -336,8 +336,9 @@ def compare(runs: Mapping[tuple[str, str, int], Mapping], resamples: int = 2000)
         for name in next(iter(by_run.values())) if arms else ():
             values = {arm: np.array([_ratio(by_run[ratio, arm, seed][name]) for seed in seeds])
                       for arm, seeds in arms.items()}
+            arm, seeds = next(iter(arms.items()))
             row = {"ratio": ratio, "measure": name, "arms": {arm: values[arm].mean() for arm in arms},
-                   "differences": {}, "chance": chance(runs[ratio, *next((arm, seeds[0]) for arm, seeds in arms.items())]).get(name)}
+                   "chance": chance(runs[ratio, arm, seeds[0]]).get(name), "differences": {}}
             for label, (arm, baseline) in COMPARISONS.items():
                 seeds = sorted(set(arms.get(arm, ())) & set(arms.get(baseline, ())))
                 if not seeds:
