@@ -14,7 +14,7 @@ import shlex
 import gin
 import pytest
 
-from mlx_pretrain import compile
+from mlx_pretrain import compile as aot
 from mlx_pretrain.command_line import parse_flags
 from mlx_pretrain.configuration.command_help import gin_name
 from mlx_pretrain.configuration.gin_files import parse_gin
@@ -69,9 +69,18 @@ def check(words: list[str]) -> None:
         if rest[1].split(".")[0] in {name.split(".")[0] for name in COMMANDS} and len(rest) > 2:
             check_module(rest[1], [word.rstrip(",;") for word in rest[2:] if word not in ("--help", "&")])
     elif not rest[0].startswith("-"):
-        source = (ROOT / rest[0]).read_text()
-        for flag in (word.partition("=")[0] for word in rest[1:] if word.startswith("--")):
-            assert f'"{flag}"' in source, f"{rest[0]} has no {flag}"
+        own, launched = split_at(rest, "--")
+        folder = (ROOT / own[0]).parent.rglob("*.py") if own[0].startswith("scripts/") else [ROOT / own[0]]
+        source = "".join(file.read_text() for file in folder)
+        for flag in (word.partition("=")[0] for word in own[1:] if word.startswith("--")):
+            assert f'"{flag}"' in source, f"{own[0]} has no {flag}"
+        if launched:
+            check(launched)
+
+
+def split_at(words: list[str], separator: str) -> tuple[list[str], list[str]]:
+    at = words.index(separator) if separator in words else len(words)
+    return words[:at], words[at + 1 :]
 
 
 def check_module(module: str, arguments: list[str]) -> None:
@@ -82,7 +91,7 @@ def check_module(module: str, arguments: list[str]) -> None:
         return  # its arguments are those of lm_eval
     if module == "mlx_pretrain.compile":
         importlib.import_module("mlx_pretrain.train")
-        arguments = compile.parse_arguments(arguments).gin
+        arguments = aot.parse_arguments(arguments).gin
     options = {} if call is None else {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     flags = parse_flags(arguments, **options)
     try:
@@ -115,11 +124,15 @@ def test_commands_are_accepted(page):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_settings_exist(page):
-    """`train.microbatches=4` in a text names a parameter."""
+@pytest.fixture(scope="module")
+def everything_imported():
     for module in modules():
         importlib.import_module(module)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_exist(page, everything_imported):
+    """`train.microbatches=4` in a text names a parameter."""
     wrong = []
     for name, parameter in SETTING.findall(page.read_text()):
         selector = name.rpartition("/")[2]
@@ -130,3 +143,18 @@ def test_settings_exist(page):
         finally:
             gin.clear_config()
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_gin_examples_are_accepted(page, everything_imported):
+    """Blocks of gin, which may use functions of the Python examples on the same page."""
+    examples = re.findall(r"```gin\n(.*?)```", page.read_text(), re.DOTALL)
+    try:
+        for code in re.findall(r"```python\n(import gin\n.*?)```", page.read_text(), re.DOTALL) if examples else ():
+            exec(compile(code, str(page), "exec"), {"__name__": "example"})
+        for example in examples:
+            gin.add_config_file_search_path(str(ROOT))
+            gin.parse_config(example)
+            gin.clear_config()
+    finally:
+        gin.clear_config()
