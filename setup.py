@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
-EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile", "wandb")
+EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile", "wandb", "docs")
 
 
 def requirements(name: str) -> list[str]:
