@@ -60,7 +60,7 @@ def folder(tmp_path) -> pathlib.Path:
     return tmp_path
 
 
-ONLY = "--gin.pipeline.only=['hold_out', 'tokenizer', 'languages']"
+ONLY = "--gin.pipeline.only=['hold_out', 'tokenizer']"
 
 
 def children(pid: int) -> list[int]:
@@ -99,16 +99,13 @@ def test_interrupted_at_any_stage_it_goes_on_there(folder):
     whole = run("pipeline", *flags, folder=folder)
     assert whole.code == 0 and "Done in" in whole.err, whole.err
     again = run("pipeline", *flags, folder=folder)
-    assert again.code == 0 and again.err.count("done before") == 3
+    assert again.code == 0 and again.err.count("done before") == 2
     page = (folder / "out/index.html").read_text()
-    assert "in another language" in page and "bits per byte" not in page
+    assert "data_mixtures.tokenizer" in page and "bits per byte" not in page
 
     changed = run("pipeline", *flags, "--gin.DecoderConfig.vocab_size=500", folder=folder)
     assert changed.code == 1 and "vocab_size = 600 (now 500)" in changed.err
     assert "the stage tokenizer ended with exit code 1" in changed.err and "pipeline.overwrite=True" in changed.err
-    replaced = run("pipeline", *flags, "--gin.DecoderConfig.vocab_size=500", "--gin.pipeline.overwrite=True",
-                   folder=folder)
-    assert replaced.code == 0, replaced.err
 
 
 @pytest.mark.slow
@@ -118,6 +115,7 @@ def test_from_documents_to_the_start_page(folder):
     done = run("pipeline", *flags, folder=folder)
     assert done.code == 0, done.err[-2000:]
     page = (folder / "out/index.html").read_text()
+    assert "in another language" in page
     for report in ("selected", "climb", "pretrain", "evals"):
         assert f'href="{report}/report.html"' in page and (folder / f"out/{report}/report.html").exists()
     sheets = os.listdir(folder / "out/video/selected/sheets")
@@ -127,4 +125,4 @@ def test_from_documents_to_the_start_page(folder):
     for a, b in zip(kept, random):
         assert abs(a["kept_tokens"] - b["kept_tokens"]) <= 0.1 * a["kept_tokens"]
     again = run("pipeline", *flags, folder=folder)
-    assert again.code == 0 and again.err.count("done before") == 31
+    assert again.code == 0 and again.err.count("done before") == 21
