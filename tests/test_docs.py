@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
 PREFIXES = ("", "data_mixtures/climb/", "raters/", "evals/", "video/")  # a section of the glossary names its package
 
 
