@@ -39,7 +39,8 @@ class PipelineConfig:
       model: the model to pretrain; its vocab_size is that of the tokenizer, too.
       files: pattern or patterns of the documents' paths below `documents`, see `Corpus.files`. Where they hold no
         {split}, or no file is of the split "heldout", documents are held out by their ids.
-      languages: languages to take; None: all that the paths name.
+      languages: languages to take; None: all. Where records alone name the language, the list decides in which
+        languages tasks are evaluated.
       sequence_length: tokens of a training sequence.
       batch_size: sequences of a training step.
       epochs: how often the training sees the text kept, in the mean over the languages.
@@ -145,7 +146,8 @@ class PipelineConfig:
     @functools.cached_property
     def corpus(self) -> Corpus:
         """The documents as they are given."""
-        return Corpus(self.documents, self.files, languages=self.languages)
+        by_path = all("{language}" in pattern for pattern in self.patterns)
+        return Corpus(self.documents, self.files, languages=self.languages if by_path else None)
 
     @functools.cached_property
     def holds_out(self) -> bool:

@@ -79,3 +79,14 @@ def test_unknown_names_and_missing_files_are_errors(config):
         all_stages(config(documents="elsewhere"))
     with pytest.raises(InputError, match="keep = 0"):
         config(keep=0)
+
+
+def test_languages_that_records_alone_name(config, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/all.jsonl").write_text('{"id": "a", "lang": "de", "text": "x"}\n')
+    mixed = {"documents": "mixed", "files": "*.jsonl"}
+    assert "evaluate" not in names(config(**mixed))
+    chosen = config(**mixed, languages=["de"])
+    assert "evaluate" in names(chosen) and "hold_out" in names(chosen)
+    assert "Corpus.languages" not in text_of(chosen, "hold_out")
+    assert "Corpus.languages = ['de']" in text_of(chosen, "tokenizer")
