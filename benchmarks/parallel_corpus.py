@@ -47,12 +47,14 @@ from matplotlib.figure import Figure
 
 import evals.bmlama
 import evals.completion
-import evals.run
 from data_mixtures import parallel
 from data_mixtures.export import ExportConfig, export_tokens
 from data_mixtures.parallel_rates import with_parallel
 from data_mixtures.tokenizer import TokenizerConfig, train_tokenizer
 from evals.scoring import item_tables
+from evals.scoring.measure import measure
+from evals.tasks.alignment import align_items
+from evals.tasks.task_files import find_tasks
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.data.rates import save_rates
@@ -213,9 +215,12 @@ def rates_of(ratio: str, arm: str) -> dict[str, float]:
 
 
 def train_and_measure(
-    work: pathlib.Path, ratio: str, arm: str, seed: int, steps: int, items: int, dtype: str
+    work: pathlib.Path, scorers: list[Scorer], ratio: str, arm: str, seed: int, steps: int, items: int, dtype: str
 ) -> dict:
-    """Trains one run and returns what was measured; its checkpoint is removed."""
+    """Trains one run and returns what was measured; its checkpoint is removed.
+
+    The scorer in `scorers`, whose programs are compiled, serves all runs; the first puts it there.
+    """
     start, cpu = time.perf_counter(), time.process_time()
     name, rates, store = run_name(ratio, arm, seed), rates_of(ratio, arm), TokenStore(work / "tokens")
     folder = work / "runs" / name
@@ -228,14 +233,17 @@ def train_and_measure(
         eval_sequences=4, checkpoint_every=steps))
     trained = time.perf_counter() - start
     language_model = load_language_model(folder, dtype="float32")
-    scorer = Scorer(language_model.config, language_model.params, language_model.mesh)
+    if not scorers:
+        scorers.append(Scorer(language_model.config, language_model.params, language_model.mesh))
+    scorer = scorers[0]
+    scorer.update(language_model.params)
     tokens = steps * BATCH * LENGTH
     result = {
         "ratio": ratio, "arm": arm, "seed": seed, "tokens": tokens,
         "epochs": {part: rate * tokens / store.part("train", part).tokens for part, rate in rates.items()},
         "documents": {language: document_bits(scorer, language_model, work, language) for language in LANGUAGES},
         "translation": translation(scorer, language_model, work, items),
-        "tasks": task_choices(folder, work, items),
+        "tasks": task_choices(scorer, language_model, folder, work, items),
     }
     result |= {"seconds": {"training": trained, "all": time.perf_counter() - start,
                            "processor": time.process_time() - cpu}}
@@ -273,19 +281,23 @@ def translation(scorer: Scorer, language_model: LanguageModel, work: pathlib.Pat
     return found
 
 
-def task_choices(folder: pathlib.Path, work: pathlib.Path, items: int) -> dict[str, dict]:
+def task_choices(
+    scorer: Scorer, language_model: LanguageModel, folder: pathlib.Path, work: pathlib.Path, items: int
+) -> dict[str, dict]:
     """Returns task -> the right options, number of options, and the options chosen in each language."""
-    evals.run.main(evals.run.EvaluateConfig(
-        str(folder), [str(work / "tasks" / "*" / f"lighteval_{language}_test.jsonl") for language in LANGUAGES],
-        str(folder / "evals"), limit=items, dtype="float32"))
+    files = find_tasks([str(work / "tasks" / "*" / f"lighteval_{language}_test.jsonl") for language in LANGUAGES])
+    tables = measure(
+        folder / "evals", language_model, scorer, {task: align_items(paths, items) for task, paths in files.items()},
+        {task: dict.fromkeys(LANGUAGES, ()) for task in files},
+        {"few_shot": 0, "mutual_information": False, "limit": items}, overwrite=False)
     tasks = {}
-    for path in sorted((folder / "evals" / "log_likelihoods").glob("*/*.parquet")):
-        table = item_tables.load(path)
-        name, metric = ("BMLAMA", "acc") if path.parent.name.startswith("BMLAMA") else ("completion", "acc_norm")
-        task = tasks.setdefault(name, {"chosen": {}})
-        task["labels"] = item_tables.ids_and_labels(table)[1].tolist()
-        task["options"] = [len(options.tokens) for options in item_tables.options_of(table)]
-        task["chosen"][path.stem] = item_tables.choices_of(table)[metric].tolist()
+    for task, by_language in tables.items():
+        table = by_language[LANGUAGES[0]]
+        tasks["BMLAMA" if task.dataset.startswith("BMLAMA") else "completion"] = {
+            "labels": item_tables.ids_and_labels(table)[1].tolist(),
+            "options": [len(options.tokens) for options in item_tables.options_of(table)],
+            "chosen": {language: item_tables.choices_of(by_language[language])[task.main_metric].tolist()
+                       for language in LANGUAGES}}
     return tasks
 
 
@@ -473,11 +485,13 @@ def main() -> None:
         if arguments.bmlama:
             evals.bmlama.main(evals.bmlama.BmlamaConfig(str(arguments.bmlama), str(work / "tasks")))
         write_json(work / "parts.json", sizes)
+    scorers: list[Scorer] = []
     for arm, seed, ratio in settings:
         path = work / "results" / f"{run_name(ratio, arm, seed)}.json"
         if path.exists():
             continue
-        write_json(path, train_and_measure(work, ratio, arm, seed, arguments.steps, arguments.items, arguments.dtype))
+        write_json(path, train_and_measure(
+            work, scorers, ratio, arm, seed, arguments.steps, arguments.items, arguments.dtype))
         print(path, read_json(path)["seconds"], flush=True)
     results = [read_json(path) for path in sorted((work / "results").glob("*.json"))]
     runs = {(result["ratio"], result["arm"], result["seed"]): result for result in results}
