@@ -131,12 +131,12 @@ def _rater_card(folder: epath.Path) -> Card | None:
         return None
     languages = len(per_language(last, "accuracy").keys() - {"monolingual", "cross-lingual"})
     return Card("Rate", f"{100 * last['accuracy']:.0f} %", "of held-out pairs in order",
-                f"the rater's agreement with English preferences carried to {languages} languages; chance is 50 %")
+                f"the rater's agreement with English preferences carried to {_count(languages, 'language')}; chance is 50 %")
 
 
 def _removal_card(folder: epath.Path) -> Card | None:
     counts = {}
-    for name, words in (("languages", "in another language"), ("duplicates", "duplicates"),
+    for name, words in (("languages", "in another language"), ("duplicates", "that repeat others"),
                         ("decontaminate", "with evaluation items")):
         path = folder / f"removed/{name}/removed.jsonl"
         if path.exists():
@@ -166,7 +166,7 @@ def _tokens_card(folder: epath.Path) -> Card | None:
         return None
     parts = read_manifest(folder / "tokens").splits["train"]
     return Card("Export", compact(sum(part.tokens for part in parts.values())), "tokens",
-                f"to train on, in {len(parts)} languages")
+                f"to train on, in {_count(len(parts), 'language')}")
 
 
 def _climb_card(folder: epath.Path) -> Card | None:
@@ -189,13 +189,17 @@ def _evaluation_card(folder: epath.Path) -> Card | None:
     if ours is None:
         return None
     accuracy = ours["mean_accuracy"]
-    note = f"mean over {len(ours['languages'])} languages, interval {_percent(accuracy, 'low')} to " \
+    note = f"mean over {_count(len(ours['languages']), 'language')}, interval {_percent(accuracy, 'low')} to " \
            f"{_percent(accuracy, 'high')} %"
     if ours.get("mlc"):
         note += f"; languages agree on {_percent(ours['mlc'], 'value')} % of the answers"
     if control:
         note += f"; the comparison has {_percent(control['mean_accuracy'], 'value')} %"
     return Card("Evaluate", f"{_percent(accuracy, 'value')} %", "accuracy", note, "evals/report.html")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def _percent(interval: Mapping[str, float], name: str) -> str:
