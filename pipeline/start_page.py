@@ -129,9 +129,9 @@ def _rater_card(folder: epath.Path) -> Card | None:
     last = _last_evaluation(folder / "rater/run")
     if last is None or "accuracy" not in last:
         return None
-    languages = len(per_language(last, "accuracy").keys() - {"monolingual", "cross-lingual"})
+    languages = _count(len(per_language(last, "accuracy").keys() - {"monolingual", "cross-lingual"}), "language")
     return Card("Rate", f"{100 * last['accuracy']:.0f} %", "of held-out pairs in order",
-                f"the rater's agreement with English preferences carried to {_count(languages, 'language')}; chance is 50 %")
+                f"the rater's agreement with English preferences carried to {languages}; chance is 50 %")
 
 
 def _removal_card(folder: epath.Path) -> Card | None:

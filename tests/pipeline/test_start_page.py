@@ -42,8 +42,9 @@ def test_numbers_are_those_of_the_files(config):
     text = text_of(pipeline)
     for words in (
         "After 7 steps the model needs 2.000 bits per byte", "and 2.500 when the same model is trained",
-        "better in the mean, and better in 1 of 2 languages", "61 % of held-out pairs in order", "carried to 1 language;",
-        "3 documents 2 in another language, 1 that repeat others; nothing is left of sw", "10 documents kept of 18",
+        "better in the mean, and better in 1 of 2 languages", "61 % of held-out pairs in order",
+        "carried to 1 language;", "3 documents 2 in another language, 1 that repeat others; nothing is left of sw",
+        "10 documents kept of 18",
         "70.0 % from 43 proxy runs the largest share, de; the smallest is 30.0 %, en", "proxy runs 0.70",
         "25.0 % accuracy mean over 2 languages, interval 20.0 to 31.0 %", "the comparison has 12.5 %",
         "python -m data_mixtures.tokenizer --gin_file=out/stages/tokenizer.gin", "1 min 01 s",
