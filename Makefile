@@ -24,8 +24,8 @@ test: setup lint docs
 
 # Writes the documentation to site/; a broken link ends it.
 docs: setup
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
-	@echo "open site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "Open site/index.html. Search needs a server: $(RUN) -m mkdocs serve"
 
 lint: setup
 	@$(VENV)/bin/ruff check .

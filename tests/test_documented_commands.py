@@ -19,12 +19,12 @@ from mlx_pretrain.command_line import parse_flags
 from mlx_pretrain.configuration.command_help import gin_name
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
-from tests.test_command_help import COMMANDS, modules
+from tests.test_command_help import COMMANDS, PACKAGES, modules
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("notebooks/*.md"))]
 GIN_FILES = sorted(ROOT.glob("gin/**/*.gin"))
-OWN_FILES = {"my.gin": "gin/mixtures/sample.gin"}  # a file that readers make, and the one they copy
+MADE = "runs/"  # gin files that a command makes
 LOOP = re.compile(r"^for (\w+) in ([^;\n]+); do\n(.*?)^done", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"`(?:--gin\.)?((?:\w+/)?\w+)\.(\w+) ?=[^`]*`")
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -66,8 +66,8 @@ def check(words: list[str]) -> None:
             assert all(f'"{name}"' in SETUP for name in extra.split(",")), extra
         assert all((ROOT / file).is_file() for flag, file in itertools.pairwise(rest) if flag == "-r")
     elif rest[0] == "-m":
-        if rest[1].split(".")[0] in {name.split(".")[0] for name in COMMANDS} and len(rest) > 2:
-            check_module(rest[1], [word.rstrip(",;") for word in rest[2:] if word not in ("--help", "&")])
+        if rest[1].partition(".")[0] in PACKAGES and len(rest) > 2 and rest[2] != "--help":
+            check_module(rest[1], [word.rstrip(",;") for word in rest[2:] if word != "&"])
     elif not rest[0].startswith("-"):
         own, launched = split_at(rest, "--")
         folder = (ROOT / own[0]).parent.rglob("*.py") if own[0].startswith("scripts/") else [ROOT / own[0]]
@@ -85,8 +85,9 @@ def split_at(words: list[str], separator: str) -> tuple[list[str], list[str]]:
 
 def check_module(module: str, arguments: list[str]) -> None:
     """Reads a command line as `command_line.run` does, and looks for required parameters that nothing sets."""
-    imported = importlib.import_module(module)
-    call = COMMANDS[module]
+    copied = "gin/pipeline/own.gin" if module == "pipeline" else "gin/mixtures/sample.gin"  # to my.gin, by readers
+    module = module if module in COMMANDS else f"{module}.__main__"
+    imported, call = importlib.import_module(module), COMMANDS[module]
     if module == "evals.harness":
         return  # its arguments are those of lm_eval
     if module == "mlx_pretrain.compile":
@@ -94,8 +95,10 @@ def check_module(module: str, arguments: list[str]) -> None:
         arguments = aot.parse_arguments(arguments).gin
     options = {} if call is None else {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     flags = parse_flags(arguments, **options)
+    if any(file.startswith(MADE) for file in flags.files):
+        return
     try:
-        parse_gin([OWN_FILES.get(file, file) for file in flags.files], flags.bindings, flags.search,
+        parse_gin([copied if file == "my.gin" else file for file in flags.files], flags.bindings, flags.search,
                   fill_macros=module == "mlx_pretrain.compile")
         if call is not None:
             config = eval(ast.unparse(call.args[1]), vars(imported))
