@@ -477,7 +477,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, two settings, few steps: a check, no result")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
-    settings = [(arm, seed, ratio) for arm in ARMS for seed in range(arguments.seeds) for ratio in RATIOS]
+    settings = [(arm, seed, ratio) for arm in ARMS for ratio in reversed(RATIOS) for seed in range(arguments.seeds)]
     if arguments.quick:
         settings, arguments.steps, arguments.items = [("none", 0, "9:1"), ("16%", 0, "9:1")], 12, 20
     if not (work / "parts.json").exists():

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Runs one command on a worker, again and again until it has succeeded. scripts/launch.py calls it on each worker, in the
-# folder of the project:
+# Runs one command on a worker, again and again until it has succeeded. scripts/launch.py calls it on each worker, in
+# the folder of the project:
 #
 #   worker.sh prune                  deletes files sent before that are no longer part of the code
-#   worker.sh install NAME...        makes .venv from requirements/NAME.txt; cuda adds JAX for NVIDIA GPUs
+#   worker.sh install NAME...        makes .venv from requirements/NAME.in; cuda adds JAX for NVIDIA GPUs
 #   worker.sh start NAME COMMAND...  starts the command in the background, unless it runs
 #   worker.sh status NAME            prints one of: running, finished, stopped, failed CODE, gone
 #   worker.sh logs NAME LINES        prints the end of its output
 #   worker.sh stop NAME              sends SIGTERM and waits for the end: training saves a checkpoint
 #
-# Files of a launch: runs/launch/NAME/worker[-JAX_PROCESS_ID].{log,pid,code,lock}. The lock is held as long as the loop or
-# the command lives, so a reboot or kill -9 releases it.
+# Files of a launch: runs/launch/NAME/worker[-JAX_PROCESS_ID].{log,pid,code,lock}. The lock is held as long as the loop
+# or the command lives, so a reboot or kill -9 releases it.
 set -euo pipefail
 
-readonly SHORT=600   # a shorter attempt that fails is counted; a longer one, or a signal from outside, starts the count anew
+# A failed attempt that was shorter is counted; a longer one, or a signal from outside, starts the count anew.
+readonly SHORT=600   # seconds
 readonly MAX_FAILURES=${LAUNCH_MAX_FAILURES:-5}
 readonly PAUSE=${LAUNCH_PAUSE:-15}   # seconds between two attempts
 
@@ -47,6 +48,9 @@ find_python() {
 # Images of TPU VMs have Python 3.10 (Ubuntu 22.04). uv, from PyPI, brings a Python 3.11 of its own, without root.
 make_environment() {
   local python uv
+  if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    return
+  fi
   python=$(find_python)
   if [[ -n $python ]]; then
     "$python" -m venv --clear .venv
@@ -54,28 +58,29 @@ make_environment() {
   fi
   uv=$(command -v uv || true)
   if [[ -z $uv ]]; then
-    python3 -m pip install --quiet --user uv || fail "no Python 3.11 or 3.12 with venv, and uv cannot be installed by pip"
+    python3 -m pip install --quiet --user uv || fail "no Python 3.11 or 3.12 with venv, and pip cannot install uv"
     uv=$(python3 -c 'import uv; print(uv.find_uv_bin())')
   fi
   "$uv" venv --quiet --clear --seed --python 3.11 .venv
 }
 
 install() {
-  local name wanted arguments=()
+  # test.txt pins all requirements so that they fit each other; compile.txt and gcs.txt do not agree on all versions.
+  local name wanted arguments=(--constraint requirements/test.txt)
   for name in "$@"; do
     if [[ $name == cuda ]]; then
-      arguments+=(--constraint requirements/core.txt 'jax[cuda12]')
+      arguments+=('jax[cuda12]')
     else
-      [[ -f requirements/$name.txt ]] || fail "--install: there is no requirements/$name.txt"
-      arguments+=(--requirement "requirements/$name.txt")
+      [[ -f requirements/$name.in ]] || fail "--install: there is no requirements/$name.in"
+      arguments+=(--requirement "requirements/$name.in")
     fi
   done
-  wanted="$* $(cat requirements/*.txt | sha256sum)"
+  wanted="$* $(cat requirements/*.in requirements/*.txt | sha256sum)"
   if [[ -f .venv/.launch_installed && $(<.venv/.launch_installed) == "$wanted" ]]; then
     return
   fi
   make_environment
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" || fail "the installation failed"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" || fail "pip install failed"
   echo "$wanted" >.venv/.launch_installed
 }
 

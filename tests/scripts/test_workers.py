@@ -156,8 +156,8 @@ SRUN = """#!/bin/bash
 # Stands for srun: runs the command as one task, and forwards SIGTERM, as srun does.
 while [[ $1 == --* ]]; do shift; done
 export SLURM_PROCID=0
-"$@" &
 trap 'kill -TERM $!' TERM
+"$@" &
 while true; do wait $!; code=$?; [[ -n $(jobs -pr) ]] || exit $code; done
 """
 SCONTROL = """#!/bin/bash
