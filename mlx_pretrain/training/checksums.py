@@ -60,6 +60,7 @@ def _compiled(out_sharding: Sharding | None):
     return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=out_sharding)
 
 
+@jax.jit  # traced once for all arrays of a shape, e.g. a parameter and its two moments
 def _checksum(x: jax.Array) -> jax.Array:
     """Returns the two sums of an array, uint32 `[2]`."""
     words = _words(x)
