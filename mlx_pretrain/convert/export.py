@@ -1,6 +1,6 @@
 """Exports a decoder as a Hugging Face folder, which transformers and our own commands read:
 
-    python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo --gin.export_model.output=hf/demo
+    python -m mlx_pretrain.convert.export --gin.export_model.model=runs/demo/pretrain --gin.export_model.output=hf/demo
 """
 
 import contextlib

@@ -37,7 +37,7 @@ class LanguageModel:
     """A decoder with its tokenizer.
 
     Example:
-      model = load_language_model("runs/demo")
+      model = load_language_model("runs/demo/pretrain")
       model.generate(["Once upon a time"], max_new_tokens=50, temperature=0.8, seed=1)    # list of str
       Scorer(model.config, model.params, model.mesh)                                      # log-likelihoods
 

@@ -95,7 +95,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of a run: saved asynchronously, the latest and the best kept, damaged ones skipped.
 
-        with contextlib.closing(Checkpoints("runs/demo")) as checkpoints:
+        with contextlib.closing(Checkpoints("runs/demo/pretrain")) as checkpoints:
             checkpoints.save(100, state, DataState(sequences=800, tokens={"en": 51200}), {"eval/loss": 3.2})
             state, data_state = checkpoints.restore(abstract_state(model, optimizer, mesh))
 
