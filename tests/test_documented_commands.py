@@ -72,7 +72,7 @@ def check(words: list[str]) -> None:
         own, launched = split_at(rest, "--")
         folder = (ROOT / own[0]).parent.rglob("*.py") if own[0].startswith("scripts/") else [ROOT / own[0]]
         source = "".join(file.read_text() for file in folder)
-        for flag in (word.partition("=")[0] for word in own[1:] if word.startswith("--")):
+        for flag in (word.partition("=")[0] for word in own[1:] if word.startswith("--") and word != "--help"):
             assert f'"{flag}"' in source, f"{own[0]} has no {flag}"
         if launched:
             check(launched)
