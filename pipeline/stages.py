@@ -268,20 +268,19 @@ class _Stages:
             "VIDEO_LLM": "llm", "LABELS": "labels", "TEST_LABELS": "test_labels", "VOYAGER": "voyager",
             "TOWERS": "towers", "SELECTED": "selected"}
         paths = {macro: f"{self.video}/{name}".rstrip("/") for macro, name in macros.items()}
-        short = {"STEPS": 90, "warmup_cosine.warmup_steps": 10}
+        short = {"STEPS": 60, "warmup_cosine.warmup_steps": 10}
         for name, module, title, output, settings, seconds in (
             ("videos", "synthetic", "Render short videos with questions", "train.jsonl",
              {"synthetic.train_videos": 120, "synthetic.test_videos": 16}, 20),
             ("frames", "decode", "Decode their frames", "frames/manifest.json", {}, 8),
-            ("video_llm", "train", "Train a small Video-LLM", f"llm/checkpoints/{short['STEPS']}",
+            ("video_llm", "train", "Train a small Video-LLM", "llm/checkpoints",
              {**short, "train_video.eval_questions": 40}, 60),
             ("labels", "label", "Compute its losses on combinations of frames", "labels/losses",
              {"label.max_combinations": 64, "label.limit": 300}, 20),
             ("test_labels", "label", "Compute them on held-out videos", "test_labels/losses",
              {"label.max_combinations": 256, "label.limit": 60, "QUESTIONS": paths["TEST"],
               "LABELS": paths["TEST_LABELS"]}, 12),
-            ("voyager", "train_voyager", "Train Frame-Voyager on these losses", "voyager/checkpoints/60",
-             {"STEPS": 60, "warmup_cosine.warmup_steps": 10}, 20),
+            ("voyager", "train_voyager", "Train Frame-Voyager on these losses", "voyager/checkpoints", short, 20),
             ("frame_choice", "select", "Choose 4 of 32 frames for every question", "selected/selected.json",
              {"Selector.candidates": 32, "Selector.num_frames": 4, "select_frames.sheets": 4}, 10),
         ):

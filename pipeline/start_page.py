@@ -33,6 +33,7 @@ from pipeline.stages import Stage
 
 PAGE = "index.html"
 _MAX_SHEETS = 2
+_FIGURE_WIDTH = 476  # CSS pixels, the widest that a phone shows whole: the page shrinks it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _bits_figure(ours: Mapping[str, Any], control: Mapping[str, Any] | None) -> 
     other = per_language(control, "bits_per_byte") if control else {}
     languages = sorted(bits, key=bits.get)
     labels = [LANGUAGES.get(language, (language, language))[1] for language in languages]
-    figure, axes, rows = rows_panel("Bits per byte of held-out text", labels, width=560)
+    figure, axes, rows = rows_panel("Bits per byte of held-out text", labels, width=_FIGURE_WIDTH)
     if other:
         shared = [row for row, language in zip(rows, languages) if language in other]
         ends = [(bits[languages[row]], other[languages[row]]) for row in shared]
