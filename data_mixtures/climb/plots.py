@@ -259,7 +259,8 @@ class Plots:
     @staticmethod
     def _write_cells(axes: Axes, values, known, low, high, cell: float, limit: float) -> None:
         digits = max(0, 1 - math.floor(math.log10(limit)))
-        intervals = low is not None and high is not None and cell >= 50
+        interval_width = 9.5 * digits + 19  # CSS pixels, of two numbers and " to " in the font below
+        intervals = low is not None and high is not None and cell >= max(50, interval_width)
 
         def short(value: float) -> str:
             text = f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
