@@ -393,7 +393,8 @@ def show(rows: list[dict], runs: Mapping[tuple[str, str, int], Mapping]) -> None
             digits = 3 if "bits" in row["measure"] else 1
             _table_row([row["measure"], *(f"{row['arms'][arm]:.{digits}f}" for arm in arms),
                         "" if row["chance"] is None else f"{row['chance']:.1f}"])
-        labels = list(of_ratio[0]["differences"])
+        if not (labels := list(of_ratio[0]["differences"])):
+            continue
         print(f"\n{ratio}, differences [95% over items] (95% over seeds); * where neither holds 0\n")
         _table_head(["", *labels])
         for row in of_ratio:
@@ -474,6 +475,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="most items of each task")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16", help="that of training; evaluation is in float32")
+    parser.add_argument("--tables", action="store_true", help="trains nothing, and shows the results so far")
     parser.add_argument("--quick", action="store_true", help="one seed, two settings, few steps: a check, no result")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -486,7 +488,7 @@ def main() -> None:
             evals.bmlama.main(evals.bmlama.BmlamaConfig(str(arguments.bmlama), str(work / "tasks")))
         write_json(work / "parts.json", sizes)
     scorers: list[Scorer] = []
-    for arm, seed, ratio in settings:
+    for arm, seed, ratio in settings if not arguments.tables else ():
         path = work / "results" / f"{run_name(ratio, arm, seed)}.json"
         if path.exists():
             continue
