@@ -3,8 +3,9 @@
     python benchmarks/convert_memory.py [--quick] [--folder DIR]
 
 Makes a run with random weights, exports it in float32 and in bfloat16, and loads the float32 export again, each in a
-process of its own. The memory is the peak of the resident set above that of a process that only imports the program,
-for the import also without the parameters themselves, which stay. The last line is one JSON object.
+process of its own. CPU seconds are those of all threads. The memory is the peak of the resident set above that of a
+process that only imports the program, for the import also without the parameters themselves, which stay. The last line
+is one JSON object.
 """
 
 import argparse
@@ -56,16 +57,16 @@ def stage(name: str, folder: pathlib.Path) -> None:
     from mlx_pretrain.parallel import partitioning
 
     partitioning.make_mesh()  # starts the backend
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     if name in ("float32", "bfloat16"):
         export_model(ExportConfig(str(folder / "run"), str(folder / name), dtype=name))
     elif name == "load":
         model = load_language_model(folder / "float32")
         assert model.config.n_layers
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     status = pathlib.Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "peak": peak * 1024}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak * 1024}))
 
 
 def child(*arguments: str) -> str:
@@ -101,12 +102,14 @@ def main() -> None:
     baseline = measured.pop("import")["peak"]
     print(f"parameters {parameters / 1e6:.0f} MB, largest tensor {embedding / 1e6:.0f} MB, largest stacked over layers "
           f"{stacked / 1e6:.0f} MB; a process that only imports: {baseline / 1e6:.0f} MB")
-    print(f"{'':<40} {'seconds':>8} {'MB above':>9} {'largest tensors':>16}")
+    print(f"{'':<40} {'seconds':>8} {'CPU s':>7} {'MB above':>9} {'largest tensors':>16}")
     result = {"parameters_mb": round(parameters / 1e6), "largest_tensor_mb": round(embedding / 1e6)}
     for name, row in measured.items():
         above = row["peak"] - baseline - (parameters if name == "load" else 0)
-        print(f"{STAGES[name]:<40} {row['seconds']:>8.1f} {above / 1e6:>9.0f} {above / embedding:>16.2f}")
-        result |= {f"{name}_mb": round(above / 1e6), f"{name}_s": round(row["seconds"], 1)}
+        print(f"{STAGES[name]:<40} {row['seconds']:>8.1f} {row['cpu_seconds']:>7.1f} {above / 1e6:>9.0f} "
+              f"{above / embedding:>16.2f}")
+        result |= {f"{name}_mb": round(above / 1e6), f"{name}_s": round(row["seconds"], 1),
+                   f"{name}_cpu_s": round(row["cpu_seconds"], 1)}
     print(json.dumps(result))
 
 

@@ -68,7 +68,9 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
         start = 8 + int.from_bytes(_read(path, 0, min(8, size)), "little")
         if size < 8 or not 8 < start <= min(size, _MAX_HEADER):
             raise ValueError("its header is cut off")
-        header = json.loads(_read(path, 8, start), object_pairs_hook=_without_duplicates)
+        header = json.loads(_read(path, 8, start).decode(), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         tensors = {name: _stored_tensor(path, name, start, entry) for name, entry in header.items()}
         end = start
@@ -82,7 +84,7 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
         raise InputError(f"{path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError, RecursionError) as error:  # JSON and UnicodeDecode errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSON and UnicodeDecode errors are ValueErrors
         raise InputError(f"{path}: not a safetensors file ({error})") from None
     return tensors
 

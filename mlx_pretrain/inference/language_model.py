@@ -173,17 +173,29 @@ def load_language_model(
       InputError: `path` holds no model, it cannot be read, or the tokenizer's ids exceed the vocabulary.
     """
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
-    if path.suffix != ".gguf" and not (path / CONFIG).exists():
+    if is_run(path, step, weights):
         config = checkpoints.load_model(path)
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
             params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step, weights)
         return from_run(path, step, config, params, mesh, tokenizer)
-    if step is not None or weights != "last":
-        raise InputError(f"{path}: step = {step}, weights = {weights!r}, but this is no training run")
     with open_pretrained(path, dtype or "float32") as (config, params, tokenizer, ids):
         return from_pretrained(path, config, params, mesh, tokenizer, ids)
+
+
+def is_run(path: epath.PathLike, step: int | None = None, weights: str = "last") -> bool:
+    """Returns whether a path is that of a training run, and neither a Hugging Face folder nor a GGUF file.
+
+    Raises:
+      InputError: it is none, but a step or other weights than the last are asked for.
+    """
+    path = epath.Path(path)
+    if path.suffix != ".gguf" and not (path / CONFIG).exists():
+        return True
+    if step is not None or weights != "last":
+        raise InputError(f"{path}: step = {step}, weights = {weights!r}, but this is no training run")
+    return False
 
 
 @contextlib.contextmanager

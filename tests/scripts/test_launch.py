@@ -187,7 +187,7 @@ def echo_folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(arguments=WORDS)
 def test_arguments_reach_workers_unchanged_by_ssh(echo_folder, arguments):
     """ssh and `gcloud ... ssh --command` hand the text to the remote shell; gcloud splits it at blanks and joins it."""
@@ -203,7 +203,7 @@ def test_arguments_reach_workers_unchanged_by_ssh(echo_folder, arguments):
     assert words(done.stdout) == ["start", "one", "printf", *arguments]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(arguments=WORDS)
 def test_arguments_reach_containers_unchanged(arguments):
     manifest = gke.JobSet.manifest(launch.parse(RUNS["jobset"]), arguments)
