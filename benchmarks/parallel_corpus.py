@@ -472,6 +472,8 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/parallel_corpus"))
     parser.add_argument("--steps", type=int, default=192, help=f"steps of {BATCH * LENGTH} tokens")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="those to train now")
+    parser.add_argument("--ratios", nargs="+", default=["9:1", "1:1"], choices=list(RATIOS), help="those to train now")
     parser.add_argument("--items", type=int, default=200, help="most items of each task")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16", help="that of training; evaluation is in float32")
@@ -479,7 +481,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, two settings, few steps: a check, no result")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
-    settings = [(arm, seed, ratio) for arm in ARMS for ratio in reversed(RATIOS) for seed in range(arguments.seeds)]
+    settings = [(arm, seed, ratio) for arm in arguments.arms for ratio in arguments.ratios
+                for seed in range(arguments.seeds)]
     if arguments.quick:
         settings, arguments.steps, arguments.items = [("none", 0, "9:1"), ("16%", 0, "9:1")], 12, 20
     if not (work / "parts.json").exists():
