@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo docs test lint lock clean
 
 setup: $(STAMP)
 
@@ -19,16 +19,21 @@ $(STAMP): requirements/test.txt setup.py
 demo: setup
 	@$(RUN) scripts/demo.py $(ARGS)
 
-test: setup lint
+test: setup lint docs
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Writes the documentation to site/; a broken link ends it.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "Open site/index.html. Search needs a server: $(RUN) -m mkdocs serve"
 
 lint: setup
 	@$(VENV)/bin/ruff check .
 
 # Needs `uv`; rewrites the pinned files from requirements/*.in for Python 3.11 and 3.12 at once.
 lock:
-	@for name in core data raters evals video gcs compile wandb test; do (cd requirements && uv pip compile --quiet --universal --python-version 3.11 \
+	@for name in core data raters evals video gcs compile wandb docs test; do (cd requirements && uv pip compile --quiet --universal --python-version 3.11 \
 	  --no-annotate --custom-compile-command "make lock" $$name.in -o $$name.txt); done
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build site *.egg-info runs

@@ -5,8 +5,8 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
-EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile", "wandb")
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
+EXTRAS = ("data", "raters", "evals", "video", "gcs", "compile", "wandb", "docs")
 
 
 def requirements(name: str) -> list[str]:

@@ -12,7 +12,7 @@ finds all parts whole writes the manifest. The command without `--shard` exports
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import gin
@@ -31,6 +31,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import file_sizes, read_json, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
+HELDOUT = "heldout"
 RECORDS = ".export"  # folder in an unfinished store with a record of each whole part
 _BATCH_BYTES = 1 << 20  # of text tokenised at a time
 _EOS = np.array([EOS_ID], np.int32)
@@ -100,9 +101,9 @@ class PartRecords:
     size and time of change, which are the same for all processes that see the same folder.
     """
 
-    def __init__(self, store: epath.Path, corpus: Corpus, settings: Mapping[str, Any]):
-        """Stores the settings, on which all parts depend in addition to their documents."""
-        self._store, self._corpus, self._settings = store, corpus, settings
+    def __init__(self, store: epath.Path, corpus_of: Callable[[str], Corpus], settings: Mapping[str, Any]):
+        """Stores the corpus of a split, and the settings on which all parts depend in addition to their documents."""
+        self._store, self._corpus_of, self._settings = store, corpus_of, settings
 
     def add(self, split: str, language: str, hashes: Mapping[str, str], files: list[list], part: Part) -> None:
         """Records that a part is whole; `hashes` and `files` (see `fingerprint`) are those before it was made."""
@@ -134,7 +135,7 @@ class PartRecords:
 
     def fingerprint(self, split: str, language: str) -> list[list]:
         """Returns [path relative to the corpus's root, size, time of change] of each file of a part."""
-        stats = {name: path.stat() for name, path in self._corpus.files_of(split, language).items()}
+        stats = {name: path.stat() for name, path in self._corpus_of(split).files_of(split, language).items()}
         return [[name, stat.length, stat.mtime] for name, stat in stats.items()]
 
     def clear(self) -> None:
@@ -184,6 +185,8 @@ class ExportConfig:
       sequence_length: tokens per row.
       num_threads: threads that tokenise.
       overwrite: replaces a store that was made from other documents or settings.
+      heldout: corpus of the split "heldout", where that is another one than `corpus`, e.g. as `corpus` holds only the
+        training documents that a filter kept.
     """
 
     corpus: Corpus = gin.REQUIRED
@@ -192,6 +195,25 @@ class ExportConfig:
     sequence_length: int = gin.REQUIRED
     num_threads: int = 2
     overwrite: bool = False
+    heldout: Corpus | None = None
+
+    def corpus_of(self, split: str) -> Corpus:
+        """Returns the corpus of a split."""
+        return self.heldout if self.heldout is not None and split == HELDOUT else self.corpus
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """(split, language) of all parts. Raises InputError where `heldout` has no such split."""
+        splits = self.corpus.all_splits
+        if self.heldout is not None and HELDOUT not in splits:
+            splits.append(HELDOUT)
+        return [(split, language) for split in splits for language in self.corpus_of(split).languages_of(split)]
+
+    @property
+    def record_settings(self) -> dict[str, Any]:
+        """Settings of the reading of records that a store records."""
+        heldout = {} if self.heldout is None else {"heldout": self.heldout.record_settings}
+        return {**self.corpus.record_settings, **heldout}
 
     def __post_init__(self):
         if not isinstance(self.sequence_length, int) or self.sequence_length < 1:
@@ -207,20 +229,21 @@ def export_tokens(config: ExportConfig) -> None:
     Raises:
       InputError: documents or tokenizer cannot be read, or another store is in the way.
     """
-    corpus, store, model = config.corpus, epath.Path(config.store), Tokenizer(config.tokenizer)
-    parts = [(split, language) for split in corpus.all_splits for language in corpus.languages_of(split)]
+    store, model = epath.Path(config.store), Tokenizer(config.tokenizer)
+    parts = config.parts
     number, count = cluster.shard()
-    bytes_of = {part: sum(path.stat().length for path in corpus.files_of(*part).values()) for part in parts}
+    bytes_of = {part: sum(path.stat().length for path in config.corpus_of(part[0]).files_of(*part).values())
+                for part in parts}
     # The largest first, dealt out in turn.
     own_parts = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()
-    settings = {"program": "data_mixtures.export", "version": __version__, **corpus.record_settings}
+    settings = {"program": "data_mixtures.export", "version": __version__, **config.record_settings}
     # All documents are hashed where a store is in the way, those of this process's parts otherwise.
     exists = (store / token_store.MANIFEST).exists()
-    hashes = {part: corpus.hashes(*part) for part in (parts if exists else own_parts)}
+    hashes = {part: config.corpus_of(part[0]).hashes(*part) for part in (parts if exists else own_parts)}
     planned = Manifest(config.sequence_length, model.vocab_size, model.sha256, {}, {})
     records = PartRecords(
-        store, corpus, {**settings, "sequence_length": config.sequence_length, "tokenizer": model.sha256})
+        store, config.corpus_of, {**settings, "sequence_length": config.sequence_length, "tokenizer": model.sha256})
     if exists:
         made_from = {"sequence_length": config.sequence_length, "tokenizer_sha256": model.sha256,
                      **_with_inputs(planned, settings, hashes).provenance}
@@ -233,8 +256,8 @@ def export_tokens(config: ExportConfig) -> None:
             continue
         records.remove(*part)
         files = records.fingerprint(*part)
-        written = export_part(corpus.documents(*part), model, store / part[0] / part[1], config.sequence_length,
-                              planned.dtype, config.num_threads, "/".join(part))
+        written = export_part(config.corpus_of(part[0]).documents(*part), model, store / part[0] / part[1],
+                              config.sequence_length, planned.dtype, config.num_threads, "/".join(part))
         records.add(*part, hashes[part], files, written)
     whole = {part: record for part in parts
              if (record := records.find(*part, hashes.get(part) if part in own_parts else None))}

@@ -9,6 +9,7 @@ which SentencePiece itself spells the space, is decoded as a space; lone surroga
 
 import dataclasses
 import io
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from mlx_pretrain.artifacts import is_current_file, settings_of, write_with_reco
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.token_store import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 
@@ -91,6 +93,7 @@ def train_model(sentences: Iterator[str], settings: Mapping[str, Any]) -> bytes:
             character_coverage=settings["character_coverage"],
             max_sentence_length=settings["max_sentence_bytes"],
             num_threads=settings["num_threads"],
+            hard_vocab_limit=not settings.get("allow_fewer"),
             pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, bos_id=BOS_ID,
             byte_fallback=True,
             split_digits=True,
@@ -104,6 +107,9 @@ def train_model(sentences: Iterator[str], settings: Mapping[str, Any]) -> bytes:
         )
     except (RuntimeError, ValueError, OSError) as error:
         cause = str(error).splitlines()[0].rpartition("] ")[2] or str(error).splitlines()[0]
+        if most := re.search(r"Vocabulary size too high .*<= (\d+)", cause):
+            raise InputError(f"train_tokenizer.vocab_size = {settings['vocab_size']}: there is too little text for "
+                             f"more than {most[1]} pieces") from None
         raise InputError(f"train_tokenizer: SentencePiece cannot train on this sample: {cause}") from None
     return model.getvalue()
 
@@ -126,6 +132,7 @@ class TokenizerConfig:
         and not the number of cores.
       split: split to train on.
       overwrite: replaces a tokenizer that was made from other files or settings.
+      allow_fewer: makes fewer pieces where there is too little text for vocab_size, instead of failing; for unigram.
     """
 
     corpus: Corpus = gin.REQUIRED
@@ -139,10 +146,13 @@ class TokenizerConfig:
     num_threads: int = 2
     split: str = "train"
     overwrite: bool = False
+    allow_fewer: bool = False
 
     def __post_init__(self):
         if self.model_type not in ("unigram", "bpe"):
             raise InputError(f"train_tokenizer.model_type: {self.model_type!r}, known are unigram and bpe")
+        if self.allow_fewer and self.model_type == "bpe":
+            raise InputError("train_tokenizer.allow_fewer: bpe makes exactly vocab_size pieces")
 
 
 def train_tokenizer(config: TokenizerConfig) -> None:
@@ -158,6 +168,8 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     sidecar = output.with_suffix(".json")
     settings = settings_of(config)
     del settings["corpus"]
+    if not config.allow_fewer:
+        del settings["allow_fewer"]  # earlier versions did not record it
     settings |= corpus.record_settings
     made_from = {"config": settings, "inputs": {l: corpus.hashes(split, l) for l in corpus.languages_of(split)}}
     if is_current_file(output, sidecar, made_from, overwrite=config.overwrite):
@@ -171,7 +183,8 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     record = {"format": FORMAT, "version": VERSION, **made_from, "sampled_bytes": sampled, "provenance": {
         "program": "data_mixtures.tokenizer", "version": __version__, "sentencepiece": sentencepiece.__version__}}
     write_with_record(output, model, sidecar, record)
-    log(f"{output}: trained in {time.perf_counter() - start:.1f} s")
+    pieces = Tokenizer(output).vocab_size
+    log(f"{output}: {pieces} pieces, trained in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class MLXPretrain(LM):
     """A decoder of this project behind the harness's interface of a model.
 
         import lm_eval
-        model = MLXPretrain(path="runs/demo", dtype="bfloat16")
+        model = MLXPretrain(path="runs/demo/pretrain", dtype="bfloat16")
         results = lm_eval.simple_evaluate(model, tasks=["arc_easy"], num_fewshot=0)
         print(results["results"]["arc_easy"]["acc,none"])
     """

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,10 +28,13 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
 
     An error in the block, or a kill, leaves the old file. On gs:// the file is local and temporary, and is uploaded at
     the end: an object appears when it is complete.
+
+    Raises:
+      InputError: the disk is full.
     """
     path = epath.Path(path)
     if gcs.is_gs(path):
-        with tempfile.NamedTemporaryFile() as file:
+        with _full_disk_named(tempfile.gettempdir()), tempfile.NamedTemporaryFile() as file:
             yield file
             file.flush()
             gcs.upload(file.name, path)
@@ -38,12 +42,23 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        with scratch.open("wb") as file:
+        with _full_disk_named(path), scratch.open("wb") as file:
             yield file
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: epath.PathLike) -> Iterator[None]:
+    """Turns the errors of a full disk, a quota or a limit on files into InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def open_to_append(path: epath.PathLike) -> Any:

@@ -24,12 +24,12 @@ from etils import epath
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import match_files, read_documents
+from mlx_pretrain.data.record_files import UnreadableRecords
 from mlx_pretrain.data.word_boundaries import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl
 from mlx_pretrain.parallel.cluster import log
 from raters.filtering import shingles
-from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
 

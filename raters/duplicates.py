@@ -21,10 +21,10 @@ import numpy as np
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.record_files import UnreadableRecords
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 from raters.filtering import shingles
-from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
 from raters.filtering.score_table import read_scores, score_path

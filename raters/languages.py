@@ -22,9 +22,9 @@ import langcodes
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mlx_pretrain.command_line import run
+from mlx_pretrain.data.record_files import UnreadableRecords
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
-from raters.filtering.record_files import UnreadableRecords
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
 
@@ -250,6 +250,11 @@ def main(config: LanguagesConfig) -> None:
         "confirmed", "removed", "undecided", "unknown_to_the_identifier"))
     log(f"{config.output}: {report['documents']:,} documents: {counted}; {unreadable.count:,} unreadable records, "
         f"{time.perf_counter() - started:.1f} s")
+    for language, verdicts in report["languages"].items():
+        if verdicts.keys() == {"removed"}:
+            identified = ", ".join(f"{name} ({count:,})" for name, count in report["identified"][language].items())
+            log(f"note: {language}: all its documents are removed, as they were identified as {identified}; languages "
+                "that are confused may be declared as one in languages.confusable")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_fold
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.record_files import jsonl_writer, output_name, to_record
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_json
 from mlx_pretrain.languages import UNDETERMINED
 from mlx_pretrain.parallel.cluster import log
 from raters.filtering import quotas, score_statistics
-from raters.filtering.record_files import jsonl_writer, output_name, to_record
 from raters.filtering.removal_lists import RemovalLists
 from raters.filtering.score_table import ScoreTable, aligned, document_key, read_scores, score_path
 from raters.scoring.shards import MARKER

@@ -25,7 +25,7 @@ def imported(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("package", ["mlx_pretrain", *sorted(SIBLINGS)])
 def test_arrows_point_down(package):
-    forbidden = (SIBLINGS | HEAVY if package == "mlx_pretrain" else SIBLINGS - {package}) | {"tests"}
+    forbidden = (SIBLINGS | HEAVY if package == "mlx_pretrain" else SIBLINGS - {package}) | {"tests", "pipeline"}
     for path in (ROOT / package).rglob("*.py"):
         assert not imported(path) & forbidden, path
 

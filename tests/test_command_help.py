@@ -1,4 +1,4 @@
-"""`--help` of every command describes all its parameters, whose names are unique over the five packages."""
+"""`--help` of every command describes all its parameters, whose names are unique over all packages."""
 
 import ast
 import collections
@@ -15,12 +15,12 @@ from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
 OWN_FLAGS = {"mlx_pretrain.compile", "evals.harness"}  # commands that are not configured by gin alone
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """Returns module -> file, of all modules of the five packages."""
+    """Returns module -> file, of all modules."""
     paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
@@ -42,7 +42,8 @@ COMMANDS = commands()
 def test_all_commands_run_the_same_way():
     assert len(COMMANDS) > 30
     assert {name for name, call in COMMANDS.items() if call is None} == OWN_FLAGS
-    assert all(ast.literal_eval(call.args[-1]) == name for name, call in COMMANDS.items() if call)
+    assert all(ast.literal_eval(call.args[-1]) == name.removesuffix(".__main__")
+               for name, call in COMMANDS.items() if call)
 
 
 @pytest.fixture(params=sorted(COMMANDS.keys() - OWN_FLAGS))

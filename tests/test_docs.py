@@ -6,8 +6,8 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
 PREFIXES = ("", "data_mixtures/climb/", "raters/", "evals/", "video/")  # a section of the glossary names its package
 
 
@@ -16,7 +16,7 @@ def is_module(name: str, prefixes: tuple[str, ...] = ("",)) -> bool:
     return any(path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() for path in paths)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_commands_and_files_exist(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (page.parent / link).exists()]

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video")
+PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
 
 
 def call(*command, **options) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from mlx_pretrain.convert.fields import check_fields
-from mlx_pretrain.convert.weights import Read, get_number, open_weights, read_object, stack_layers
+from mlx_pretrain.convert.weights import Read, as_float32, get_number, open_weights, read_object, stack_layers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.encoder import EncoderConfig
 
@@ -46,7 +46,8 @@ def load_encoder(folder: epath.PathLike, dtype: str = "float32") -> tuple[Encode
         than config.json says, or is neither used nor among IGNORED.
     """
     config = read_config(folder, dtype)
-    with open_weights(folder, _rename, IGNORED) as read:
+    with open_weights(folder, _rename, IGNORED) as stored:
+        read = as_float32(stored)
         return config, {"embeddings": _embeddings(config, read), "layers": _layers(config, read)}
 
 

@@ -1,6 +1,8 @@
 """LLaMA decoders from GGUF files, dequantised, with their tokenizer, through the `gguf` library."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlx_pretrain.convert.decoders import decoder_params
+from mlx_pretrain.convert.decoders import read_all, stored_params
 from mlx_pretrain.convert.special_ids import SpecialIds
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
@@ -85,6 +87,12 @@ class GGUF:
           InputError: the architecture is another, or a tensor is missing, has another shape, or is not used.
         """
         config = self.decoder_config(dtype)
+        with self.open_decoder(config) as params:
+            return config, read_all(params)
+
+    @contextlib.contextmanager
+    def open_decoder(self, config: DecoderConfig) -> Iterator[dict[str, Any]]:
+        """Opens the weights for the configuration of the file, as `decoders.open_decoder`; errors of `load_decoder`."""
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         used = set()
 
@@ -109,15 +117,14 @@ class GGUF:
                 values = pairs.swapaxes(1, 2).reshape(shape)
             return values
 
-        params = decoder_params(config, read)
         if ROPE_FACTORS in tensors:
             factors = tensors[ROPE_FACTORS]
             if not (np.asarray(self._dequantize(factors.data, factors.tensor_type)) == 1).all():
                 raise InputError(f"{self.path}: {ROPE_FACTORS} scales the rotary positions; a decoder here does not")
+        yield stored_params(config, read)
         unknown = sorted(set(tensors) - used - {ROPE_FACTORS})
         if unknown:
             raise InputError(f"{self.path}: tensor {unknown[0]} has no place in this model ({len(unknown)} such)")
-        return config, params
 
     def tokenizer(self) -> bytes:
         """Returns the tokenizer.json that the file's metadata describe.
@@ -157,7 +164,8 @@ class GGUF:
     def special_ids(self) -> SpecialIds:
         """Returns the ids that begin and end a document; ends of turns and messages end it too, as in llama.cpp."""
         bos_id, *eos_ids = (self._get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos", "eot", "eom"))
-        return SpecialIds(bos_id, tuple(dict.fromkeys(token for token in eos_ids if token is not None)))
+        return SpecialIds(bos_id, tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
+                          pad_id=self._get("tokenizer.ggml.padding_token_id", None))
 
     def decoder_config(self, dtype: str = "float32") -> DecoderConfig:
         """Returns the configuration; raises InputError for another architecture."""

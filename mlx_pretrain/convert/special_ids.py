@@ -20,11 +20,13 @@ class SpecialIds(NamedTuple):
       bos_id: id that begins a document; None: not stated.
       eos_ids: ids that end a document; empty: not stated.
       prefix_ids: ids put before every text; None: those of the template in tokenizer.json.
+      pad_id: id of padding; None: not stated.
     """
 
     bos_id: int | None
     eos_ids: tuple[int, ...]
     prefix_ids: tuple[int, ...] | None = None
+    pad_id: int | None = None
 
 
 def read_special_ids(folder: epath.PathLike, raw: Mapping[str, Any], tokenizer: SubwordTokenizer) -> SpecialIds:
@@ -43,13 +45,14 @@ def read_special_ids(folder: epath.PathLike, raw: Mapping[str, Any], tokenizer: 
     """
     folder = epath.Path(folder)
     described = [(folder / GENERATION_CONFIG, _optional(folder / GENERATION_CONFIG)), (folder / CONFIG, raw)]
-    bos_ids, eos_ids = (next(filter(None, (_ids(path, content, name) for path, content in described)), ())
-                        for name in ("bos", "eos"))
+    bos_ids, eos_ids, pad_ids = (next(filter(None, (_ids(path, content, name) for path, content in described)), ())
+                                 for name in ("bos", "eos", "pad"))
     settings = read_tokenizer_settings(folder)
     bos_id = bos_ids[0] if bos_ids else None
     if not eos_ids and (named := _named_id(folder, settings, "eos_token", tokenizer)) is not None:
         eos_ids = (named,)
-    return SpecialIds(bos_id, eos_ids, _prefix_ids(folder, settings, tokenizer, bos_id))
+    return SpecialIds(bos_id, eos_ids, _prefix_ids(folder, settings, tokenizer, bos_id),
+                      pad_ids[0] if pad_ids else None)
 
 
 def read_tokenizer_settings(folder: epath.PathLike) -> dict[str, Any]:

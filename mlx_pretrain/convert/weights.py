@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
 from etils import epath
 
+from mlx_pretrain.convert.safetensors_files import DTYPES, StoredTensor, read_header
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("F64", "F32", "F16", "BF16")  # smaller dtypes are quantised, with scales beside them
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
@@ -24,42 +24,46 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
     """Opens a folder's safetensors.
 
     Args:
-      folder: local folder with model.safetensors or model.safetensors.index.json with its files.
+      folder: local or gs:// folder with model.safetensors or model.safetensors.index.json with its files.
       rename: function from a tensor's name in the file to the name it is read by.
       ignored: pattern of names that need not be read.
 
     Yields:
-      `read(name, shape)`, which returns a tensor as a numpy float32 array.
+      `read(name, shape)`, which returns a tensor in the dtype of the file, see `StoredTensor.view`.
 
     Raises:
       InputError: a file is missing or malformed; a tensor is missing, stored twice, quantised, or of another shape;
         at the end of the block, a tensor that does not match `ignored` has not been read.
     """
     folder = epath.Path(folder)
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(folder, stack, rename)
-        used = set()
+    tensors, used = _find_tensors(folder, rename), set()
 
-        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name not in tensors:
-                raise InputError(f"{folder}: no tensor {name} in its safetensors")
-            used.add(name)
-            path, stored, file = tensors[name]
-            part = file.get_slice(stored)
-            if (dtype := part.get_dtype()) not in DTYPES:
-                raise InputError(f"{path}: tensor {stored} is stored as {dtype}; only {', '.join(DTYPES)} are read")
-            if (stored_shape := part.get_shape()) != list(shape):
-                raise InputError(f"{path}: tensor {stored} has shape {stored_shape}, config.json says {list(shape)}")
-            return np.asarray(file.get_tensor(stored), np.float32)
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in tensors:
+            raise InputError(f"{folder}: no tensor {name} in its safetensors")
+        used.add(name)
+        stored, tensor = tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{tensor.path}: tensor {stored} is stored as {tensor.dtype}; only {', '.join(DTYPES)} "
+                             "are read")
+        if tensor.shape != tuple(shape):
+            raise InputError(f"{tensor.path}: tensor {stored} has shape {list(tensor.shape)}, config.json says "
+                             f"{list(shape)}")
+        return tensor.view()
 
-        yield read
-        rest = sorted(set(tensors) - used)
-        unknown = [name for name in rest if not ignored.fullmatch(name)]
-        if unknown:
-            path, stored, _ = tensors[unknown[0]]
-            raise InputError(f"{path}: tensor {stored} has no place in this model ({len(unknown)} such in all)")
+    yield read
+    rest = sorted(set(tensors) - used)
+    unknown = [name for name in rest if not ignored.fullmatch(name)]
+    if unknown:
+        stored, tensor = tensors[unknown[0]]
+        raise InputError(f"{tensor.path}: tensor {stored} has no place in this model ({len(unknown)} such in all)")
     if rest:
         log.info("%s: ignored %s", folder, ", ".join(rest))
+
+
+def as_float32(read: Read) -> Read:
+    """Returns a function like `read` whose tensors are float32 arrays in memory."""
+    return lambda name, shape: np.array(read(name, shape), np.float32)
 
 
 def stack_layers(trees: list[Any]) -> Any:
@@ -84,34 +88,26 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     return raw
 
 
-def _open_tensors(
-    folder: epath.Path, stack: contextlib.ExitStack, rename: Callable[[str], str]
-) -> dict[str, tuple[epath.Path, str, Any]]:
-    """Opens a folder's files: new name of a tensor -> (file, name in the file, open file)."""
+def _find_tensors(folder: epath.Path, rename: Callable[[str], str]) -> dict[str, tuple[str, StoredTensor]]:
+    """Reads the headers of a folder's files: new name of a tensor -> (name in the file, tensor)."""
     tensors = {}
     for path, names in _files(folder):
-        try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a safetensors file ({error})") from None
-        names_in_file = set(file.keys())
-        if names is not None and (missing := sorted(names - names_in_file)):
+        in_file = read_header(path)
+        if names is not None and (missing := sorted(names - set(in_file))):
             raise InputError(f"{path}: no tensor {missing[0]}, which the index lists for it")
-        for stored in sorted(names_in_file):
+        for stored, tensor in sorted(in_file.items()):
             name = rename(stored)
             if name in tensors:
-                raise InputError(f"{path}: tensor {stored} is stored twice, also in {tensors[name][0].name}")
-            tensors[name] = (path, stored, file)
+                raise InputError(f"{path}: tensor {stored} is stored twice, also in {tensors[name][1].path.name}")
+            tensors[name] = stored, tensor
     return tensors
 
 
 def _files(folder: epath.Path) -> Iterator[tuple[epath.Path, set[str] | None]]:
     """Yields (file, names that the index expects in it; None without an index)."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        yield folder / "model.safetensors", None
+    index = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
+        yield folder / WEIGHTS, None
         return
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:

@@ -1,10 +1,12 @@
 """Decoders with their tokenizers, read from a training run, a Hugging Face folder or a GGUF file."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlx_pretrain.convert.decoders import CONFIG, load_decoder, read_config
+from mlx_pretrain.convert.decoders import CONFIG, open_decoder, read_config
 from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.convert.special_ids import SpecialIds, read_special_ids
 from mlx_pretrain.convert.weights import read_object
@@ -35,7 +37,7 @@ class LanguageModel:
     """A decoder with its tokenizer.
 
     Example:
-      model = load_language_model("runs/demo")
+      model = load_language_model("runs/demo/pretrain")
       model.generate(["Once upon a time"], max_new_tokens=50, temperature=0.8, seed=1)    # list of str
       Scorer(model.config, model.params, model.mesh)                                      # log-likelihoods
 
@@ -43,24 +45,26 @@ class LanguageModel:
       path: file or folder that the model was read from.
       step: step of the checkpoint; None for models that are no training run of ours.
       config, params: configuration and parameters of the decoder; `params` on `mesh`.
-      mesh: devices of the parameters.
+      mesh: devices of the parameters; None: they are on none.
       tokenizer: our own or Hugging Face's.
       prefix_ids: ids put before every text: BOS where the model was trained with one.
       bos_id: id from which the first token is predicted where no other precedes it: BOS, or else an id of `eos_ids`.
       eos_ids: ids that end a document.
       suppressed_ids: ids that occur in no text.
+      pad_id: id of padding; None: not stated.
     """
 
     path: str
     step: int | None
     config: DecoderConfig
     params: Any
-    mesh: Mesh
+    mesh: Mesh | None
     tokenizer: Tokenizer | SubwordTokenizer
     prefix_ids: tuple[int, ...]
     bos_id: int
     eos_ids: tuple[int, ...]
     suppressed_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
 
     def fingerprint(self) -> str:
         """Returns a digest of configuration, tokenizer, special ids and parameters, the same on any mesh."""
@@ -158,7 +162,8 @@ def load_language_model(
     """Reads a decoder with its tokenizer.
 
     Args:
-      path: folder of a training run; or local folder with config.json, safetensors and tokenizer.json; or a .gguf file.
+      path: folder of a training run, or folder with config.json, safetensors and tokenizer.json, local or gs://; or a
+        local .gguf file.
       mesh: devices for the parameters; None: all devices, replicated.
       step: step of a run's checkpoint; None: the latest.
       weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.
@@ -168,24 +173,55 @@ def load_language_model(
       InputError: `path` holds no model, it cannot be read, or the tokenizer's ids exceed the vocabulary.
     """
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
-    if path.suffix != ".gguf" and not (path / CONFIG).exists():
+    if is_run(path, step, weights):
         config = checkpoints.load_model(path)
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         tokenizer = Tokenizer(path / TOKENIZER)
         with partitioning.use(mesh):
             params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step, weights)
         return from_run(path, step, config, params, mesh, tokenizer)
+    with open_pretrained(path, dtype or "float32") as (config, params, tokenizer, ids):
+        return from_pretrained(path, config, params, mesh, tokenizer, ids)
+
+
+def is_run(path: epath.PathLike, step: int | None = None, weights: str = "last") -> bool:
+    """Returns whether a path is that of a training run, and neither a Hugging Face folder nor a GGUF file.
+
+    Raises:
+      InputError: it is none, but a step or other weights than the last are asked for.
+    """
+    path = epath.Path(path)
+    if path.suffix != ".gguf" and not (path / CONFIG).exists():
+        return True
     if step is not None or weights != "last":
         raise InputError(f"{path}: step = {step}, weights = {weights!r}, but this is no training run")
+    return False
+
+
+@contextlib.contextmanager
+def open_pretrained(
+    path: epath.PathLike, dtype: str = "float32"
+) -> Iterator[tuple[DecoderConfig, Any, SubwordTokenizer, SpecialIds]]:
+    """Opens a Hugging Face folder or a GGUF file.
+
+    Yields:
+      The configuration, a tree of parameters that are read when they are indexed (`decoders.StoredParameter`), the
+      tokenizer and the ids that begin and end a text.
+
+    Raises:
+      InputError: a file is missing or malformed; at the end of the block, a tensor has not been read.
+    """
+    path = epath.Path(path)
     if path.suffix == ".gguf":
         file = GGUF(path)
-        config, params = file.load_decoder(dtype or "float32")
+        config, opened = file.decoder_config(dtype), file.open_decoder
         tokenizer, ids = SubwordTokenizer(path, file.tokenizer()), file.special_ids()
     else:
-        config, params = load_decoder(path, dtype or "float32")
+        config, opened = read_config(path, dtype), functools.partial(open_decoder, path)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         ids = read_special_ids(path, read_object(path / CONFIG), tokenizer)
-    return from_pretrained(path, config, params, mesh, tokenizer, ids)
+    with opened(config) as params:
+        yield config, params, tokenizer, ids
 
 
 def read_model_config(path: epath.PathLike) -> DecoderConfig:
@@ -204,11 +240,13 @@ def from_pretrained(
     path: epath.PathLike,
     config: DecoderConfig,
     params: Any,
-    mesh: Mesh,
+    mesh: Mesh | None,
     tokenizer: SubwordTokenizer,
     ids: SpecialIds,
 ) -> LanguageModel:
-    """Returns a model with a Hugging Face tokenizer; parameters in host memory are put on `mesh`.
+    """Returns a model with a Hugging Face tokenizer.
+
+    Parameters in host memory or in files (`open_pretrained`) are put on `mesh`; without one they stay as they are.
 
     Raises:
       InputError: the tokenizer's ids, or those that begin or end a document, exceed the vocabulary, or no id begins or
@@ -223,16 +261,16 @@ def from_pretrained(
     for name, tokens in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
         if beyond := [token for token in tokens if not 0 <= token < config.vocab_size]:
             raise InputError(f"{path}: {name} {beyond[0]} is not one of the model's {config.vocab_size} ids")
-    with partitioning.use(mesh):
-        params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put(x, like.sharding),
+    if mesh is not None:
+        params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put_parts(x, like),
                               params, abstract_params(config, mesh))
     return LanguageModel(str(path), None, config, params, mesh, tokenizer, prefix_ids, (bos or ids.eos_ids)[0],
-                         ids.eos_ids or bos)
+                         ids.eos_ids or bos, pad_id=ids.pad_id)
 
 
 def from_run(
-    path: epath.PathLike, step: int | None, config: DecoderConfig, params: Any, mesh: Mesh, tokenizer: Tokenizer
+    path: epath.PathLike, step: int | None, config: DecoderConfig, params: Any, mesh: Mesh | None, tokenizer: Tokenizer
 ) -> LanguageModel:
     """Returns a model with one of our own tokenizers; `params` may be None where only texts are encoded."""
     return LanguageModel(str(path), step, config, params, mesh, tokenizer, (BOS_ID,), BOS_ID, (EOS_ID,),
-                         (PAD_ID, UNK_ID, BOS_ID))
+                         (PAD_ID, UNK_ID, BOS_ID), PAD_ID)

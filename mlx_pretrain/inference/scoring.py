@@ -80,7 +80,7 @@ class Scorer:
     """Scores windows of requests.
 
     Example:
-      scorer = Scorer(model.config, model.params, model.mesh)        # model = load_language_model("runs/demo")
+      scorer = Scorer(model.config, model.params, model.mesh)        # model = load_language_model("runs/demo/pretrain")
       context, *options = (np.array(ids) for ids in ([BOS_ID, 17, 42], [99], [5, 8]))
       scores = scorer.score([Request(context, option) for option in options])
       best = max(range(len(options)), key=lambda i: scores[i].log_likelihood)

@@ -7,6 +7,7 @@ MLP width and vocabulary split within a layer). The same code runs on one CPU de
 import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import gin
@@ -162,6 +163,25 @@ def put(array, sharding: NamedSharding) -> jax.Array:
     `jax.device_put` does the same, but first sends the array over the network to check that all processes agree.
     """
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+
+
+def put_parts(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Lays out an array of which each process reads the parts of its devices, and holds one of them at a time.
+
+    Args:
+      array: gives a part as a numpy array when it is indexed by slices, as a numpy array does.
+      like: shape, dtype and layout of the result.
+    """
+    devices: dict[str, list[Any]] = {}  # slices cannot be keys
+    indices = like.sharding.addressable_devices_indices_map(like.shape)
+    for device, index in indices.items():
+        devices.setdefault(str(index), []).append(device)
+    parts = {}
+    for copies in devices.values():
+        part = np.asarray(array[indices[copies[0]]], like.dtype)
+        parts |= {device: jax.device_put(part, device) for device in copies}
+        jax.block_until_ready([parts[device] for device in copies])
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, [parts[device] for device in indices])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -55,14 +55,14 @@ def plot_style() -> Iterator[None]:
 
 
 def panel(
-    title: str, height: float, left: float = 46, width: float = FIGURE_WIDTH, top: float = 28
+    title: str, height: float, left: float = 46, width: float = FIGURE_WIDTH, top: float = 28, bottom: float = 42
 ) -> tuple[Figure, Axes]:
     """Returns a figure of one plot with fixed margins, so that neighbours align; sizes in CSS pixels.
 
     The title names the y axis: it reads better than text turned by 90 degrees.
     """
     figure = Figure(figsize=(width / 72, height / 72))
-    figure.subplots_adjust(left=left / width, right=1 - 14 / width, bottom=42 / height, top=1 - top / height)
+    figure.subplots_adjust(left=left / width, right=1 - 14 / width, bottom=bottom / height, top=1 - top / height)
     axes = figure.subplots()
     axes.set_title(title, x=-left / (width - left - 14), pad=top - 18)
     return figure, axes
@@ -105,8 +105,8 @@ def matrix_panel(
     cell = min(max((PAGE_WIDTH - left - 14) / len(columns), widths[0]), widths[1])
     total = 60 + (height or cell) * len(rows)
     width = max(left + cell * len(columns) + 14, FIGURE_WIDTH)
-    figure, axes = panel(title, total, left, width, 52)
-    figure.subplots_adjust(bottom=8 / total, right=(left + cell * len(columns)) / width)
+    figure, axes = panel(title, total, left, width, 52, 8)
+    figure.subplots_adjust(right=(left + cell * len(columns)) / width)
     label_rows(axes, rows)
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axes.xaxis.tick_top()

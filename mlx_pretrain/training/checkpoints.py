@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import gin
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -49,6 +50,8 @@ _CHECKPOINTS = "checkpoints"
 # Files of more bytes are compared by their size alone on object stores, which check contents themselves, and where
 # parameters alone are restored; arrays are compared by their checksums everywhere.
 _SMALL = 1 << 20
+# Largest chunk of the weights in bytes; a chunk is the least that can be read.
+_CHUNK = 1 << 25
 # Files that Orbax writes when all others of a checkpoint are complete.
 _LAST_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -92,7 +95,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of a run: saved asynchronously, the latest and the best kept, damaged ones skipped.
 
-        with contextlib.closing(Checkpoints("runs/demo")) as checkpoints:
+        with contextlib.closing(Checkpoints("runs/demo/pretrain")) as checkpoints:
             checkpoints.save(100, state, DataState(sequences=800, tokens={"en": 51200}), {"eval/loss": 3.2})
             state, data_state = checkpoints.restore(abstract_state(model, optimizer, mesh))
 
@@ -145,7 +148,8 @@ class Checkpoints:
         if data_state.mixture is not None:
             meta["mixture"] = data_state.mixture.to_json()
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state, save_args=_chunks(state)),
+                                          meta=ocp.args.JsonSave(meta))
         )
 
     def _write_digests(self) -> None:
@@ -253,6 +257,17 @@ class Checkpoints:
         """Waits until all saves are complete, and releases Orbax's threads."""
         self.wait()
         self._manager.close()
+
+
+def _chunks(state: TrainState) -> Any:
+    """Returns how arrays are divided into chunks: weights by layers, so that `saved_arrays` can read one alone."""
+    def chunks(path: Any, leaf: Any) -> ocp.SaveArgs:
+        keys = tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+        if not any(keys[: len(weights)] == weights for weights in _WEIGHTS.values()):
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(shard_axes=(0,) * ("layers" in keys and leaf.ndim > 0), chunk_byte_size=_CHUNK)
+
+    return jax.tree_util.tree_map_with_path(chunks, state)
 
 
 def _agree(damage: str | None) -> str | None:
@@ -397,6 +412,31 @@ def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
 _WEIGHTS = {"last": ("params",), "ema": AVERAGE_PATH}
 
 
+def find_params(
+    run_dir: epath.PathLike, abstract: Any, step: int | None, weights: str
+) -> tuple[int, epath.Path, tuple[str, ...]]:
+    """Finds a checkpoint's weights; compares their shapes and dtypes, and the sizes of all files.
+
+    Arguments and errors as those of `restore_params`.
+
+    Returns:
+      The step, the checkpoint's folder, and the keys of the weights in its state.
+    """
+    if weights not in _WEIGHTS:
+        raise InputError(f"weights = {weights!r}: must be {' or '.join(map(repr, _WEIGHTS))}")
+    step, path = find_step(run_dir, step), _WEIGHTS[weights]
+    folder = absolute(run_dir) / _CHECKPOINTS / str(step)
+    if damage := changed_files(folder, _SMALL):
+        raise InputError(f"{folder}: damaged: {damage}")
+    try:
+        check_fits(folder, abstract, path)
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise InputError(f"{folder}: damaged: {cause_line(error)}") from None
+    return step, folder, path
+
+
 def restore_params(
     run_dir: epath.PathLike, abstract: Any, step: int | None = None, weights: str = "last"
 ) -> tuple[Any, int]:
@@ -417,19 +457,13 @@ def restore_params(
       InputError: there are no such checkpoint or weights, or they do not fit `abstract` or are damaged.
       Exception: an error of Orbax, TensorStore or the file system that does not mean damage.
     """
-    if weights not in _WEIGHTS:
-        raise InputError(f"weights = {weights!r}: must be {' or '.join(map(repr, _WEIGHTS))}")
-    step, path = find_step(run_dir, step), _WEIGHTS[weights]
-    directory, item = absolute(run_dir) / _CHECKPOINTS, abstract
+    step, folder, path = find_params(run_dir, abstract, step, weights)
+    item = abstract
     for key in reversed(path):
         item = {key: item}
-    folder = directory / str(step)
-    if damage := changed_files(folder, _SMALL):
-        raise InputError(f"{folder}: damaged: {damage}")
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(folder.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         try:
-            check_fits(folder, abstract, path)
             restored = manager.restore(
                 step,
                 args=ocp.args.Composite(

@@ -60,10 +60,34 @@ def _compiled(out_sharding: Sharding | None):
     return jax.jit(lambda arrays: jnp.stack([_checksum(x) for x in arrays]), out_shardings=out_sharding)
 
 
-def _checksum(x: jax.Array) -> jax.Array:
-    """Returns the two sums of an array, uint32 `[2]`."""
+class RunningChecksum:
+    """The checksum of an array whose rows are added in parts, equal to that of the whole array."""
+
+    def __init__(self):
+        self._sums = np.zeros(2, np.uint32)
+
+    def add(self, rows: np.ndarray, first: int) -> None:
+        """Adds rows of the first axis, once each.
+
+        Args:
+          rows: array of which at most 16 MB at a time are copied to the device.
+          first: number of the first of them.
+        """
+        words_per_row = rows[0].size * (2 if rows.dtype.itemsize == 8 else 1)
+        block = max(1, (_BLOCK << 2) // max(rows[0].nbytes, 1))
+        for begin in range(0, len(rows), block):
+            first_word = np.uint32((first + begin) * words_per_row % 2**32)
+            self._sums += np.asarray(_compiled_part(rows[begin : begin + block], first_word))
+
+    def digits(self) -> str:
+        """Returns 16 hexadecimal digits."""
+        return "".join(f"{part:08x}" for part in self._sums)
+
+
+def _checksum(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Returns the two sums of an array, uint32 `[2]`; `first` is the index of its first word in the whole array."""
     words = _words(x)
-    index, stride = jnp.zeros((), jnp.uint32), 1
+    index, stride = jnp.full((), first, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         index += lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
@@ -78,6 +102,9 @@ def _checksum(x: jax.Array) -> jax.Array:
     zero = np.uint32(0)
     both = lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(words.ndim)))
     return jnp.stack(both)
+
+
+_compiled_part = jax.jit(_checksum)
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Reads the weights that a new run starts from: another run's or a Hugging Face model's (continued pretraining).
 
-    weights = InitialWeights("runs/demo", config, "tokens/tokenizer.model")   # or runs/demo/checkpoints/2000, hf/demo
+    weights = InitialWeights("runs/demo/pretrain", config, "tokens/tokenizer.model")  # or its checkpoints/360, hf/demo
     params = weights.load(mesh)
 
 The optimizer and the data start from their beginning.
@@ -11,7 +11,6 @@ import json
 from typing import Any
 
 import jax
-import numpy as np
 import tokenizers
 from etils import epath
 from jax.sharding import Mesh
@@ -24,6 +23,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256
 from mlx_pretrain.inference.language_model import HF_TOKENIZER
 from mlx_pretrain.models.decoder import DecoderConfig
+from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.checksums import checksums
 from mlx_pretrain.training.train_state import abstract_params
@@ -36,8 +36,8 @@ class InitialWeights:
         """Reads the folder's descriptions; the weights are read by `load`.
 
         Args:
-          path: folder of a training run, for its latest checkpoint, or RUN/checkpoints/<step>; or a local folder with
-            config.json, safetensors and tokenizer.json.
+          path: folder of a training run, for its latest checkpoint, or RUN/checkpoints/<step>; or a folder with
+            config.json, safetensors and tokenizer.json, local or gs://.
           config: configuration of the model to train; may differ from the folder's in `checkpoints.COMPUTE_FIELDS`.
           tokenizer: the SentencePiece model of the token store.
 
@@ -84,7 +84,7 @@ class InitialWeights:
                              f"{tokenizer.sha256[:12]}): its pieces or their ids differ")
 
     def load(self, mesh: Mesh) -> Any:
-        """Reads the parameters, each process the parts of its devices; at most one array is whole on a host at a time.
+        """Reads the parameters, each process the parts of its devices; a host holds the part of one device at a time.
 
         Returns:
           Parameters of `Decoder`, laid out as `train_state.abstract_params(config, mesh)`.
@@ -96,8 +96,8 @@ class InitialWeights:
         if self._is_run:
             params, _ = checkpoints.restore_params(self._path, abstract, self._step)
         else:
-            with open_decoder(self._path, self._config) as readers:
-                params = jax.tree.map(lambda read, like: _put(read(), like), readers, abstract)
+            with open_decoder(self._path, self._config) as stored:
+                params = jax.tree.map(partitioning.put_parts, stored, abstract)
         self._checksum = hashlib.sha256(json.dumps(checksums(params), sort_keys=True).encode()).hexdigest()
         return params
 
@@ -105,7 +105,3 @@ class InitialWeights:
         """Returns what run.json says of the weights that were loaded; `checksum` is that of the parameters' values."""
         source = "run" if self._is_run else "hugging_face"
         return {"path": str(self._path), "kind": source, "step": self._step, "checksum": self._checksum}
-
-
-def _put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index].astype(like.dtype))

@@ -18,10 +18,10 @@ from etils import epath
 from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.record_files import UnreadableRecords, jsonl_writer, output_name, to_record
 from mlx_pretrain.files import sha256, write_json
 from mlx_pretrain.parallel import cluster
 from raters.filtering import map_files
-from raters.filtering.record_files import UnreadableRecords, jsonl_writer, output_name, to_record
 from raters.filtering.removal_lists import REMOVED, REPORT, RemovalLists
 
 DOCUMENTS = "documents"

@@ -1,5 +1,6 @@
 """The benchmark scripts run from the command line and end with the JSON line that others read."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -8,14 +9,14 @@ import sys
 
 import pytest
 
+from tests.conftest import QUICK_COMPILES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def last_line(script: str, *arguments: str) -> dict:
     """Runs benchmarks/`script` --quick on one CPU device; returns the JSON of its last line."""
-    # Not the eight simulated devices of these tests.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILES}
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -86,6 +87,69 @@ def test_evidence_on_raters_runs_on_the_sample(tmp_path):
     assert set(kept) == {"best half", "best half of each source", "random half", "worst half"}
     assert kept["worst half"] + kept["best half"] == pytest.approx(2 * kept["random half"], abs=0.2)
     assert all(len(values["loss"]) == 1 for values in result["pretraining"].values())
+
+
+@pytest.fixture
+def parallel_corpus(monkeypatch):
+    """The module benchmarks/parallel_corpus.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("parallel_corpus")
+
+
+def test_no_text_of_the_study_is_on_two_sides(parallel_corpus):
+    documents = parallel_corpus.read_corpus(ROOT / "samples/text/train")
+    divided = parallel_corpus.divide(documents)
+    keys = {(part, language): {(document.source, document.id) for document in texts}
+            for part, by_language in divided.items() for language, texts in by_language.items()}
+    assert all(len(part) > 3 for part in keys.values())
+    assert keys["heldout", "en"] == keys["heldout", "zh"] and keys["parallel", "en"] == keys["parallel", "zh"]
+    # Neither a held-out document nor the translation of one, and no pair but in the parallel text.
+    parts = [keys["heldout", "en"], keys["parallel", "en"], keys["train", "en"], keys["train", "zh"]]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    long = {language: {line for document in divided["heldout"][language] for line in document.text.split("\n")
+                       if len(line.strip().encode()) >= 80} for language in ("en", "zh")}
+    assert all(long.values())
+    for part in ("parallel", "train"):
+        for language in ("en", "zh"):
+            assert not [line for document in divided[part][language] for line in document.text.split("\n")
+                        if line in long[language]]
+
+
+def test_differences_are_paired_by_seed_and_item(parallel_corpus):
+    def run(gain, noise):
+        rows = [[10.0 - gain + noise, 10.0 + noise, 11.0 + noise, 12.0 + noise, 5] for noise in (noise, 2 * noise)]
+        return {"documents": {"en": [[20.0 - gain + noise, 10], [40.0 - gain + noise, 10]]},
+                "translation": {"en to zh": rows}, "tasks": {"completion": {
+                    "labels": [0, 1], "options": [4, 2], "chosen": {"en": [0, 0], "zh": [0, 1 if gain else 0]}}}}
+    noises = {0: 0.0, 1: 3.0, 2: -2.0}
+    runs = {("1:1", arm, seed): run(gain, noise)
+            for arm, gain in (("none", 0.0), ("8%", 1.0)) for seed, noise in noises.items()}
+    rows = {row["measure"]: row for row in parallel_corpus.compare(runs)}
+    assert rows["bits per byte, en"]["arms"]["none"] == pytest.approx((60 + 2 * sum(noises.values()) / 3) / 20)
+    difference = rows["bits per byte, en"]["differences"]["8% - none"]  # 1 bit in 10 bytes, whatever the seed's noise
+    assert [difference["mean"], *difference["items"], *difference["t"]] == pytest.approx([-0.1] * 5)
+    assert parallel_corpus.is_clear(difference)
+    saved = rows["bits saved by the translation, en to zh"]["arms"]
+    assert saved == pytest.approx({"none": 1 / 5, "8%": 2 / 5})
+    found = rows["translation found, %, en to zh"]["arms"]
+    assert found == {"none": 0, "8%": 100}  # a tie with another context is no success
+    assert rows["completion, MLC, %"]["arms"] == {"none": 100, "8%": 50}
+    assert rows["completion, accuracy, %, zh"]["arms"] == {"none": 50, "8%": 100}
+    assert rows["completion, accuracy, %, zh"]["chance"] == pytest.approx(37.5)
+    assert not parallel_corpus.is_clear(rows["completion, accuracy, %, en"]["differences"]["8% - none"])
+
+
+@pytest.mark.slow
+def test_the_study_of_parallel_text_runs_on_the_sample(tmp_path):
+    result = last_line("parallel_corpus.py", "--corpus", str(ROOT / "samples/text/train"), "--work", str(tmp_path))
+    assert {row["ratio"] for row in result["rows"]} == {"9:1"}
+    for row in result["rows"]:
+        assert set(row["arms"]) == {"none", "16%"} and set(row["differences"]) == {"16% - none"}
+    parts = result["parts"]["train"]
+    assert parts["en-zh"]["bytes"] == pytest.approx(parts["unpaired"]["bytes"], rel=1e-3)
+    assert parts["unpaired"]["documents"] == 2 * parts["en-zh"]["documents"]
+    assert 0 < result["epochs"]["9-1_16_0"]["en-zh"] < 1 and "en-zh" not in result["epochs"]["9-1_none_0"]
+    assert (tmp_path / "parallel_corpus.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow

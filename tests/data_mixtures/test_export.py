@@ -312,3 +312,23 @@ def test_killed_or_shared_among_commands_the_store_is_the_same(
     assert "M tokens/s" in said[0]
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 16))
     assert contents(tmp_path / "killed") == contents(tmp_path / "shared") == contents(tmp_path / "clean")
+
+
+def test_heldout_documents_of_another_corpus(corpus, tokenizer_path, tmp_path):
+    for language in corpus.languages_of("train"):
+        (tmp_path / "kept/train").mkdir(parents=True, exist_ok=True)
+        (path,) = corpus.files_of("train", language).values()
+        shutil.copy(path, tmp_path / "kept/train" / path.name)
+    kept = Corpus(tmp_path / "kept")
+    config = ExportConfig(kept, tokenizer_path, tmp_path / "store", 32, heldout=corpus)
+    export_tokens(config)
+    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "one", 32))
+    store, of_one_corpus = TokenStore(tmp_path / "store"), TokenStore(tmp_path / "one")
+    assert store.manifest.splits == of_one_corpus.manifest.splits
+    before = contents(tmp_path / "store")
+    export_tokens(config)  # kept
+    assert contents(tmp_path / "store") == before
+    with pytest.raises(InputError, match="overwrite"):
+        export_tokens(ExportConfig(kept, tokenizer_path, tmp_path / "store", 32))
+    with pytest.raises(InputError, match="no split 'heldout'"):
+        export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "other", 32, heldout=kept))

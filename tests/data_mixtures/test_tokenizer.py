@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import sentencepiece
@@ -155,12 +156,17 @@ def test_a_damaged_tokenizer_is_made_again_and_one_without_a_record_is_left(tmp_
 
 
 def test_a_vocabulary_the_text_cannot_fill_is_one_clear_line(corpus, tmp_path):
-    with pytest.raises(InputError, match=r"cannot train on this sample: Vocabulary size .*too high") as error:
+    with pytest.raises(InputError, match=r"vocab_size = 50000: there is too little text for more than \d+") as error:
         train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 50_000))
     assert "\n" not in str(error.value).partition("\n  In call to configurable")[0]  # which gin adds
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match=r"model_type"):
         train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 300, model_type="wordpiece"))
+    most = int(re.search(r"more than (\d+)", str(error.value))[1])
+    train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 50_000, allow_fewer=True))
+    assert Tokenizer(tmp_path / "t.model").vocab_size == pytest.approx(most, rel=0.05)
+    with pytest.raises(InputError, match="allow_fewer: bpe"):
+        TokenizerConfig(corpus, tmp_path / "t.model", 300, model_type="bpe", allow_fewer=True)
 
 
 def test_files_that_are_no_tokenizer_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """gs:// through the real clients, epath on gcsfs and TensorStore, against a server on loopback."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -11,14 +12,18 @@ import urllib.parse
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tensorstore as ts
 from etils import epath
+from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+from data_mixtures.tokenizer import train_model
 from mlx_pretrain.command_line import errors_as_one_line
+from mlx_pretrain.convert.export import ExportConfig, export_model
 from mlx_pretrain.data import token_store as token_store
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.loader import BatchSource, store_mixture
@@ -34,9 +39,14 @@ from mlx_pretrain.files import (
     write_json,
 )
 from mlx_pretrain.gcs import Appender
+from mlx_pretrain.inference.language_model import load_language_model
+from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.reports.run_history import read_history
+from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.checkpoints import Checkpoints, DataState
+from mlx_pretrain.training.initial_weights import InitialWeights
 from mlx_pretrain.training.metric_writer import METRICS, MetricWriter
+from mlx_pretrain.training.train_state import TrainState, abstract_state, make_initial_state
 from tests.conftest import RATES
 
 
@@ -320,3 +330,39 @@ def test_documents(folder):
         assert corpus.folder == folder and list(corpus.paths()) == ["a.jsonl.gz", "b.parquet"]
         for name in corpus.paths():
             assert [document.text for document in corpus.read(name)] == ["text 0", "text 1", "text 2"]
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs's way
+def test_a_run_is_converted_to_a_hugging_face_folder_and_back(gcs, folder, tmp_path, tiny_config):
+    """From gs:// to gs://, in shards; files of an interrupted export do not count."""
+    (tmp_path / "own.model").write_bytes(train_model(iter(["the cat sat"] * 20), {
+        "model_type": "bpe", "vocab_size": 272, "character_coverage": 1.0, "max_sentence_bytes": 999,
+        "num_threads": 1}))
+    config = dataclasses.replace(tiny_config, vocab_size=288)
+    mesh = partitioning.make_mesh(1, 4, 2)
+    checkpoints.save_model(folder / "run", config, tmp_path / "own.model")
+    with partitioning.use(mesh):
+        params = make_initial_state(config, optax.sgd(1.0), abstract_state(config, optax.sgd(1.0), mesh))(0).params
+    zero, saver = jnp.int32(0), Checkpoints(folder / "run")
+    saver.save(1, TrainState(zero, zero, params, {}), DataState(1, {}), {})
+    saver.close()
+    write_json(folder / ".hf.partial/config.json", {})  # of a killed export
+    export_model(ExportConfig(str(folder / "run"), str(folder / "hf"), max_shard_size="30KB"))
+    name = str(folder).removeprefix("gs://bucket/")
+    assert not any(path.startswith(f"{name}/.hf.partial") for path in gcs.buckets["bucket"])
+    shards = [path for path in gcs.buckets["bucket"] if path.startswith(f"{name}/hf/model-")]
+    assert len(shards) > 2
+    (tmp_path / "hf").mkdir()
+    for shard in shards:
+        (tmp_path / "hf" / shard.rpartition("/")[2]).write_bytes(gcs.buckets["bucket"][shard].content)
+        load_file(tmp_path / "hf" / shard.rpartition("/")[2])
+    model = load_language_model(folder / "hf", mesh)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    weights = InitialWeights(folder / "hf", config, tmp_path / "own.model")
+    jax.tree.map(np.testing.assert_array_equal, weights.load(mesh), params)
+    uploaded = len(uploads(gcs.requests))
+    export_model(ExportConfig(str(folder / "run"), str(folder / "hf"), max_shard_size="30KB"))
+    assert len(uploads(gcs.requests)) == uploaded  # kept
+    (folder / "hf" / shards[-1].rpartition("/")[2]).unlink()
+    with pytest.raises(InputError, match=r"gs://.*/model-.*\.safetensors: no such file"):
+        load_language_model(folder / "hf", mesh)

@@ -37,7 +37,7 @@ def test_real_text_in_many_languages_is_left_alone(tmp_path):
     assert report["confirmed"] >= 0.95 * report["documents"] and "unknown_to_the_identifier" not in report
 
 
-def test_a_wrong_label_and_a_half_translated_document_are_found(tmp_path):
+def test_a_wrong_label_and_a_half_translated_document_are_found(tmp_path, capsys):
     german, english = ("\n".join(record["text"] for record in sample(code)) for code in ("de", "en"))
     write_documents(tmp_path / "in/x.jsonl", [
         {"id": "german", "lang": "de", "text": german[:900]},
@@ -47,10 +47,13 @@ def test_a_wrong_label_and_a_half_translated_document_are_found(tmp_path):
         {"id": "short", "lang": "de", "text": "OK 12"},
         {"id": "region", "lang": "de_AT", "text": german[:900]},
         {"id": "constructed", "lang": "tlh", "text": english[:900]},
+        {"id": "swahili", "lang": "sw", "text": english[:900]},
     ])
     removed, report = run(tmp_path)
     assert [(one["id"], one["declared"], one["found"]) for one in removed] == [
-        ("english", "de", "en"), ("untranslated", "de", "en")]
+        ("english", "de", "en"), ("untranslated", "de", "en"), ("swahili", "sw", "en")]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1 and "sw: all its documents are removed, as they were identified as en (1)" in notes[0]
     assert report["languages"]["de"] == {"confirmed": 2, "removed": 2, "undecided": 1}
     assert report["languages"]["tlh"] == {"unknown_to_the_identifier": 1}
     assert report["removed_examples"]["de as en"][0]["text"] == english[:200]

@@ -10,7 +10,7 @@ from mlx_pretrain.convert.decoders import CONFIG, decoder_config, decoder_params
 from mlx_pretrain.convert.decoders import IGNORED as ROTARY
 from mlx_pretrain.convert.fields import check_fields
 from mlx_pretrain.convert.vision import vision_config, vision_params
-from mlx_pretrain.convert.weights import get_number, open_weights, read_object
+from mlx_pretrain.convert.weights import as_float32, get_number, open_weights, read_object
 from mlx_pretrain.errors import InputError
 from video.llm.model import VideoLLMConfig
 
@@ -63,14 +63,14 @@ def load_llava(
     decoder = decoder_config(path, {"model_type": "llama", **parts["text_config"]}, dtype)
     config = VideoLLMConfig(vision, decoder, pooled_side, prompt)
     ignored = [ROTARY.pattern, _UNUSED] + (["lm_head\\.weight"] if decoder.tie_embeddings else [])
-    with open_weights(folder, _rename, re.compile("|".join(ignored))) as read:
-        embed = decoder.embed_dim
+    with open_weights(folder, _rename, re.compile("|".join(ignored))) as stored:
+        read, embed = as_float32(stored), decoder.embed_dim
         linear = functools.partial(_linear, read)
         first, first_bias = linear("projector.linear_1", vision.embed_dim, embed)
         second, second_bias = linear("projector.linear_2", embed, embed)
         projector = {"first": first, "first_bias": first_bias, "second": second, "second_bias": second_bias}
         params = {"frames": {"vision": vision_params(vision, read, "vision."), "projector": projector},
-                  "decoder": decoder_params(decoder, read)}
+                  "decoder": decoder_params(decoder, stored)}
     return config, params
 
 

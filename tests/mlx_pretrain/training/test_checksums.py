@@ -9,7 +9,15 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mlx_pretrain.training.checksums import DIGESTS, _compiled, changed_arrays, changed_files, checksums, write_digests
+from mlx_pretrain.training.checksums import (
+    DIGESTS,
+    RunningChecksum,
+    _compiled,
+    changed_arrays,
+    changed_files,
+    checksums,
+    write_digests,
+)
 
 
 def reference(array: np.ndarray) -> str:
@@ -45,6 +53,18 @@ def test_is_as_defined(tree):
     assert sums.pop("key") == reference(np.asarray(jax.random.key_data(jax.random.key(3))))
     assert sums == {**{name: x for name, x in expected.items() if name != "list"},
                      "list/0": expected["list"][0], "list/1": expected["list"][1]}
+
+
+@pytest.mark.parametrize("shape, dtype", [
+    ((8, 6, 16), np.float32), ((50, 3), np.float16), ((9,), np.int64), ((7, 2), np.float64)])
+def test_rows_may_come_in_parts_and_in_any_order(shape, dtype, monkeypatch):
+    monkeypatch.setattr("mlx_pretrain.training.checksums._BLOCK", 64)  # a part is copied in several blocks
+    x = (100 * np.random.default_rng(4).normal(size=shape)).astype(dtype)
+    with jax.enable_x64(True):
+        running = RunningChecksum()
+        for begin in reversed(range(0, len(x), 4)):
+            running.add(x[begin : begin + 4], begin)
+    assert running.digits() == reference(x)
 
 
 @pytest.mark.parametrize("spec", [(), ("a",), (None, "b"), ("b", None, "a"), (("a", "b"),)])

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_pretrain.data.documents import Document
-from raters.filtering.record_files import output_name, to_record
+from mlx_pretrain.data.record_files import output_name, to_record
 
 
 @pytest.mark.parametrize(("name", "output"), [

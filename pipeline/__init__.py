@@ -1,0 +1,1 @@
+"""The whole way from a corpus to a report, by the commands of the five packages: `python -m pipeline`."""

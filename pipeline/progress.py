@@ -1,0 +1,129 @@
+"""What is done and what is left: `OUTPUT/pipeline.json`, and the gin file of each stage.
+
+A stage is done if it ended without an error, with the gin files and documents as they are now, and no stage before it
+has run since. The record only saves the time to start commands that would find their outputs whole: where it is lost,
+each command finds out again.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from mlx_pretrain import __version__
+from mlx_pretrain.configuration.gin_files import GIN_ROOT
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import read_json, write_atomic, write_json
+from pipeline.settings import PipelineConfig
+from pipeline.stages import Stage
+
+RECORD, STAGES = "pipeline.json", "stages"
+_INCLUDE = re.compile(r"^\s*include\s+['\"]([^'\"]+)['\"]", re.MULTILINE)
+_SAMPLE_BYTES, _DEMO_FLOPS = 2.9e6, 3.6e13  # of `make demo`, in which the stages' seconds were measured
+
+
+def _gin_value(value: Any) -> str:
+    """Returns a value as gin writes it; references (@) and macros (%) as they are."""
+    return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
+
+
+def gin_text(config: PipelineConfig, stage: Stage) -> str:
+    """Returns the gin file of a stage. The user's settings come last, as gin takes the last value."""
+    includes = (*stage.gin_files, *config.gin_files.get(stage.name, ()))
+    settings = {**stage.settings(), **config.settings.get(stage.name, {})}
+    return "\n".join([
+        f"# {stage.title}: made by `python -m pipeline` for", f"#   python -m {stage.module} --gin_file=...", "",
+        *(f"include '{name}'" for name in includes),
+        *(f"{name} = {_gin_value(value)}" for name, value in settings.items())]) + "\n"
+
+
+def _with_includes(text: str, seen: set[str]) -> str:
+    """Returns a gin text and those of all files that it includes."""
+    texts = [text]
+    for name in _INCLUDE.findall(text):
+        path = next((p for p in (epath.Path(name), epath.Path(GIN_ROOT) / name) if p.exists()), None)
+        if path is None:
+            raise InputError(f"{name}: no such gin file")
+        if name not in seen:
+            seen.add(name)
+            texts.append(_with_includes(path.read_text(), seen))
+    return "\n".join(texts)
+
+
+class Progress:
+    """The record of a pipeline.
+
+        progress = Progress(config, stages)
+        progress.is_done(stage)
+        progress.start(stage)   # writes the stage's gin file; this stage and all after it are no longer done
+        progress.end(stage, seconds)
+    """
+
+    def __init__(self, config: PipelineConfig, stages: Sequence[Stage]):
+        """Reads the record, and lists the documents.
+
+        Raises:
+          InputError: the record is damaged, or a file of the corpus is missing.
+        """
+        self._config, self._stages = config, stages
+        self._path = config.folder / RECORD
+        record = read_json(self._path, "record") if self._path.exists() else {}
+        self._done: dict[str, str] = record.get("done", {})
+        self.seconds: dict[str, float] = record.get("seconds", {})
+        self._interrupted: str | None = record.get("running")
+        self._running: str | None = None
+        stats = {name: path.stat() for name, path in config.corpus.paths().items()}
+        self._documents = [[name, stat.length, stat.mtime] for name, stat in stats.items()]
+        self.bytes = sum(stat.length for stat in stats.values())
+
+    def _key(self, stage: Stage) -> str:
+        """Returns a hash of all that a stage depends on, but for the outputs of earlier stages."""
+        text = _with_includes(gin_text(self._config, stage), set())
+        return hashlib.sha256(f"{__version__}\n{stage.module}\n{text}\n{self._documents}".encode()).hexdigest()
+
+    def is_done(self, stage: Stage) -> bool:
+        """Returns whether a stage need not run."""
+        return (self._config.folder / stage.output).exists() and self._done.get(stage.name) == self._key(stage)
+
+    def estimate(self, stage: Stage) -> float:
+        """Returns the seconds that a stage took when it last ran, or else those of the demo, scaled by its work."""
+        if stage.name in self.seconds:
+            return self.seconds[stage.name]
+        scale = 1.0
+        if stage.grows == "text":
+            scale = self.bytes / _SAMPLE_BYTES
+        elif stage.grows == "training":
+            config = self._config
+            scale = config.model.flops_per_token(config.sequence_length) * config.tokens / _DEMO_FLOPS
+        return stage.demo_seconds * max(scale, 0.1)
+
+    def start(self, stage: Stage) -> epath.Path:
+        """Writes the gin file of a stage and returns its path; it and all stages after it count as not done."""
+        first = [other.name for other in self._stages].index(stage.name)
+        for other in self._stages[first:]:
+            self._done.pop(other.name, None)
+        self._running = stage.name
+        self._write()
+        return self.write_gin(stage)
+
+    def write_gin(self, stage: Stage) -> epath.Path:
+        """Writes the gin file of a stage and returns its path."""
+        path = self._config.folder / STAGES / f"{stage.name}.gin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, gin_text(self._config, stage))
+        return path
+
+    def end(self, stage: Stage, seconds: float) -> None:
+        """Records that a stage ended without an error, and its time, unless it went on after an interruption."""
+        self._done[stage.name] = self._key(stage)
+        if self._interrupted != stage.name:
+            self.seconds[stage.name] = round(seconds, 1)
+        self._interrupted = self._running = None
+        self._write()
+
+    def _write(self) -> None:
+        self._config.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, {"version": __version__, "done": self._done, "seconds": self.seconds,
+                                "running": self._running})
