@@ -393,7 +393,8 @@ def show(rows: list[dict], runs: Mapping[tuple[str, str, int], Mapping]) -> None
             digits = 3 if "bits" in row["measure"] else 1
             _table_row([row["measure"], *(f"{row['arms'][arm]:.{digits}f}" for arm in arms),
                         "" if row["chance"] is None else f"{row['chance']:.1f}"])
-        labels = list(of_ratio[0]["differences"])
+        if not (labels := list(of_ratio[0]["differences"])):
+            continue
         print(f"\n{ratio}, differences [95% over items] (95% over seeds); * where neither holds 0\n")
         _table_head(["", *labels])
         for row in of_ratio:
@@ -471,13 +472,17 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/parallel_corpus"))
     parser.add_argument("--steps", type=int, default=192, help=f"steps of {BATCH * LENGTH} tokens")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="those to train now")
+    parser.add_argument("--ratios", nargs="+", default=["9:1", "1:1"], choices=list(RATIOS), help="those to train now")
     parser.add_argument("--items", type=int, default=200, help="most items of each task")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16", help="that of training; evaluation is in float32")
+    parser.add_argument("--tables", action="store_true", help="trains nothing, and shows the results so far")
     parser.add_argument("--quick", action="store_true", help="one seed, two settings, few steps: a check, no result")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
-    settings = [(arm, seed, ratio) for arm in ARMS for ratio in reversed(RATIOS) for seed in range(arguments.seeds)]
+    settings = [(arm, seed, ratio) for arm in arguments.arms for ratio in arguments.ratios
+                for seed in range(arguments.seeds)]
     if arguments.quick:
         settings, arguments.steps, arguments.items = [("none", 0, "9:1"), ("16%", 0, "9:1")], 12, 20
     if not (work / "parts.json").exists():
@@ -486,7 +491,7 @@ def main() -> None:
             evals.bmlama.main(evals.bmlama.BmlamaConfig(str(arguments.bmlama), str(work / "tasks")))
         write_json(work / "parts.json", sizes)
     scorers: list[Scorer] = []
-    for arm, seed, ratio in settings:
+    for arm, seed, ratio in settings if not arguments.tables else ():
         path = work / "results" / f"{run_name(ratio, arm, seed)}.json"
         if path.exists():
             continue

@@ -18,6 +18,7 @@ from mlx_pretrain import compile as aot
 from mlx_pretrain.command_line import parse_flags
 from mlx_pretrain.configuration.command_help import gin_name
 from mlx_pretrain.configuration.gin_files import parse_gin
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
 from tests.test_command_help import COMMANDS, PACKAGES, modules
 
@@ -72,7 +73,7 @@ def check(words: list[str]) -> None:
         own, launched = split_at(rest, "--")
         folder = (ROOT / own[0]).parent.rglob("*.py") if own[0].startswith("scripts/") else [ROOT / own[0]]
         source = "".join(file.read_text() for file in folder)
-        for flag in (word.partition("=")[0] for word in own[1:] if word.startswith("--")):
+        for flag in (word.partition("=")[0] for word in own[1:] if word.startswith("--") and word != "--help"):
             assert f'"{flag}"' in source, f"{own[0]} has no {flag}"
         if launched:
             check(launched)
@@ -148,14 +149,26 @@ def test_settings_exist(page, everything_imported):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.fixture(scope="module")
+def recipes(everything_imported) -> dict:
+    """The classes and functions that the examples of docs/recipes.md define."""
+    names = {"__name__": "recipes"}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL):
+        exec(compile(code, "recipes.md", "exec"), names)
+    return names
+
+
+def test_the_recipes_work(recipes):
+    documents = [Document(text, text, "en", "") for text in ("a bb", "dddd", "")]
+    assert recipes["LongWords"]().score(documents).tolist() == [1.5, 4.0, 0.0]
+    schedule = recipes["inverse_square_root"](1e-3, 100)
+    assert [round(float(schedule(step)), 9) for step in (0, 49, 99, 399)] == [1e-5, 5e-4, 1e-3, 5e-4]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_gin_examples_are_accepted(page, everything_imported):
-    """Blocks of gin, which may use functions of the Python examples on the same page."""
-    examples = re.findall(r"```gin\n(.*?)```", page.read_text(), re.DOTALL)
+def test_gin_examples_are_accepted(page, recipes):
     try:
-        for code in re.findall(r"```python\n(import gin\n.*?)```", page.read_text(), re.DOTALL) if examples else ():
-            exec(compile(code, str(page), "exec"), {"__name__": "example"})
-        for example in examples:
+        for example in re.findall(r"```gin\n(.*?)```", page.read_text(), re.DOTALL):
             gin.add_config_file_search_path(str(ROOT))
             gin.parse_config(example)
             gin.clear_config()

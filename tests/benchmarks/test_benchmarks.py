@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
+from tests.conftest import QUICK_COMPILES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def last_line(script: str, *arguments: str) -> dict:
     """Runs benchmarks/`script` --quick on one CPU device; returns the JSON of its last line."""
-    # Not the eight simulated devices of these tests.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILES}
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

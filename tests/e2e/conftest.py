@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.conftest import QUICK_COMPILES
 from tests.e2e.forked import REPOSITORY, Forked, Forker
 
 DEADLINE = 180  # seconds; generous, for busy machines
@@ -78,14 +79,11 @@ class Process:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a command on simulated CPU devices.
-
-    LLVM's optimisations are off: they take longer than these programs run.
-    """
+    """Returns the environment of a command on simulated CPU devices."""
     return {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILES}",
     }
 
 

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_pretrain.data.corpus import Corpus
@@ -72,7 +72,6 @@ def test_set_phrases_show_in_the_report(tmp_path):
     assert report["most_frequent_ngrams"][0]["ngram"] in phrase
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=13, max_size=60), st.data())
 def test_every_shared_ngram_is_found_and_nothing_else(words, data):
     item = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=5, max_size=30))

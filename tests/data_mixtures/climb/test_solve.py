@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_mixtures.climb.complementarity import solve_complementarity
@@ -193,7 +193,7 @@ def test_two_step_solution_is_the_furthest_along_the_curve_on_an_exhaustive_grid
 
 
 @pytest.mark.parametrize("n", LAWS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_problem_is_solved_within_its_bounds(n, data):
     problem = data.draw(problems(n))
@@ -225,7 +225,7 @@ def test_any_problem_is_solved_within_its_bounds(n, data):
         assert (ahead[(two_step.ratios == upper) & (lower < upper)] < 1e-6).all()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(weights=st.lists(st.floats(0.1, 1), min_size=4, max_size=4), floor=st.sampled_from([0.0, 0.1, 0.2]))
 def test_without_transfer_both_solvers_agree(weights, floor):
     allocation = solve_two_step(WITHOUT_TRANSFER, N, D, weights, Constraints(floor=floor), starts=2)
@@ -236,7 +236,7 @@ def test_without_transfer_both_solvers_agree(weights, floor):
 WITHOUT_TRANSFER = Synthetic(4, seed=1, transfer=0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(problem=problems(5), scale=st.sampled_from([1e-6, 3.0, 1e6]))
 def test_scaling_all_weights_changes_nothing(problem, scale):
     plain = solve_two_step(**problem)

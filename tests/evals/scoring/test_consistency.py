@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evals.scoring.consistency import consistency, mean_over_pairs, mean_with_reference
@@ -13,7 +13,6 @@ CHOICES = st.integers(2, 5).flatmap(lambda n: st.lists(
     st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=2, max_size=12))
 
 
-@settings(deadline=None)
 @given(CHOICES, st.data())
 def test_consistency_is_what_the_formulas_say(rows, data):
     choices = np.array(rows).T

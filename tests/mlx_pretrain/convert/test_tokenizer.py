@@ -5,7 +5,7 @@ import lzma
 import pathlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_mixtures.tokenizer import train_model
@@ -46,7 +46,6 @@ def test_lines_of_documents_have_the_same_ids(both):
 CHARACTERS = st.one_of(st.sampled_from(" \n\tab ▁ßé中文नम🤖09."), st.characters(exclude_categories=["Cs"]))
 
 
-@settings(deadline=None)
 @given(text=st.text(CHARACTERS, max_size=40))
 def test_any_text_has_the_same_ids_and_comes_back(both, text):
     ours, theirs = both

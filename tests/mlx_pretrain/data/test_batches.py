@@ -10,7 +10,7 @@ from mlx_pretrain.data.batches import decoder_batch
 ROWS = st.lists(st.lists(st.sampled_from([0, 1, 1, 5, 6, 7, 8]), min_size=9, max_size=9), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS)
 def test_equals_plain_loop(rows):
     batch = decoder_batch(jnp.asarray(rows, jnp.int32))

@@ -116,7 +116,7 @@ CHANGES = st.lists(st.tuples(
 ), min_size=1, max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(CHANGES)
 def test_after_any_changes_every_language_goes_on_where_it_was(store, changes):
     mixture, read = None, {language: [] for language in LANGUAGES}

@@ -10,7 +10,7 @@ from mlx_pretrain.data.mixture_order import MixtureOrder
 RATES = st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RATES, st.integers(0, 3000))
 def test_shares_are_exact_within_the_stated_bound(rates, stop):
     order = MixtureOrder(rates)
@@ -19,7 +19,7 @@ def test_shares_are_exact_within_the_stated_bound(rates, stop):
     np.testing.assert_array_equal(counts, order.counts(stop))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RATES, st.integers(0, 500), st.integers(0, 500))
 def test_any_part_equals_that_part_of_the_whole(rates, start, length):
     order = MixtureOrder(rates)
@@ -29,7 +29,7 @@ def test_any_part_equals_that_part_of_the_whole(rates, start, length):
     np.testing.assert_array_equal(part_index, index[start:])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RATES)
 def test_each_source_is_taken_in_sequence(rates):
     source, index = MixtureOrder(rates)(0, 400)

@@ -70,7 +70,7 @@ def fewest_batches(lengths, rows):
     return best
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5))
 def test_no_other_way_takes_fewer_batches(lengths):
     rows = {1: 4, 2: 2, 4: 1}

@@ -32,7 +32,6 @@ def sequences_with_targets(draw):
     return sequences, starts
 
 
-@settings(deadline=None)
 @given(sequences_with_targets(), st.integers(12, 80))
 def test_packed_rows_hold_every_sequence_and_score_its_targets(case, shortest):
     sequences, starts = case
@@ -202,7 +201,7 @@ def test_tied_embeddings(tiny_config, tiny_params):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
-@settings(max_examples=8, deadline=None)  # programs are compiled in some
+@settings(max_examples=8)  # programs are compiled in some
 @given(case=sequences_with_targets())
 def test_any_requests(scorer, alone, case):
     requests = [Request(sequence[:start], sequence[start:]) for sequence, start in zip(*case)]

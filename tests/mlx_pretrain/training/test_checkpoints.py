@@ -23,6 +23,7 @@ from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints, checksums, optimizers
 from mlx_pretrain.training.checkpoints import Checkpoints, DataState
 from mlx_pretrain.training.train_state import TrainState, abstract_params, abstract_state, initial_state
+from tests.conftest import QUICK_COMPILES
 from tests.mlx_pretrain.training import checkpoint_job
 
 # A restore that fails leaves reads under way in Orbax; they complain when they end, to whichever test runs then.
@@ -350,7 +351,7 @@ def test_two_processes_save_restore_and_notice_together(tmp_path):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[3]), "JAX_PLATFORMS": "cpu",
-                                "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+                                "XLA_FLAGS": QUICK_COMPILES}
     job = [subprocess.Popen(
         [sys.executable, "-m", checkpoint_job.__name__, str(port), str(process), str(tmp_path)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for process in range(2)]

@@ -36,7 +36,7 @@ def test_schedules_that_do_not_fit_are_refused():
     peak=st.floats(0, 1), total=st.integers(1, 50), warmup=st.integers(0, 50), decay=st.integers(0, 50),
     final=st.floats(0, 1), cosine=st.booleans(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_schedules_take_all_steps_that_fit(peak, total, warmup, decay, final, cosine):
     def make():
         if cosine:
@@ -47,7 +47,7 @@ def test_schedules_take_all_steps_that_fit(peak, total, warmup, decay, final, co
         with pytest.raises(InputError, match="do not fit"):
             make()
         return
-    rates = jax.vmap(make())(jnp.arange(total + 1))
+    rates = np.asarray(jax.vmap(make())(jnp.arange(51)))[: total + 1]  # one shape for all examples compiles once
     assert np.all((rates >= 0) & (rates <= peak * (1 + 1e-5)))
     assert rates[0] == (0 if warmup else pytest.approx(peak, rel=1e-5))
     assert rates[warmup] == pytest.approx(peak if cosine or warmup < total or not decay else peak * final, rel=1e-5)

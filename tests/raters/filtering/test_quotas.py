@@ -28,7 +28,6 @@ def total(scores: ScoreTable) -> np.ndarray:
     return np.bincount(scores.language[known], scores.tokens[known], len(scores.languages))
 
 
-@settings(deadline=None)
 @given(rated(), st.floats(0, 1), st.sampled_from([0.0, 0.5]))
 def test_the_quota_is_exceeded_by_less_than_one_document_and_nothing_left_out_is_better(scores, fraction, temperature):
     targets = fraction * total(scores)
@@ -46,7 +45,6 @@ def test_the_quota_is_exceeded_by_less_than_one_document_and_nothing_left_out_is
             assert preference[taken].min() >= preference[left].max()
 
 
-@settings(deadline=None)
 @given(rated(), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=3, max_size=3))
 def test_no_source_takes_more_than_its_cap_but_for_one_document(scores, fraction, caps):
     targets = fraction * total(scores)
@@ -62,7 +60,6 @@ def test_no_source_takes_more_than_its_cap_but_for_one_document(scores, fraction
                 assert scores.score[rows].min() >= scores.score[left].max()
 
 
-@settings(deadline=None)
 @given(rated(), st.floats(0, 1))
 def test_quotas_for_each_source_keep_the_quota_of_the_language(scores, fraction):
     targets = fraction * total(scores)
@@ -101,7 +98,7 @@ def test_quotas_of_sources_that_are_no_whole_numbers_add_up():
     assert np.bincount(source[kept]).tolist() == [4, 3, 3]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_files_and_their_order_do_not_change_what_is_kept(data, tmp_path_factory):
     """Also among equal scores, and when sampling."""

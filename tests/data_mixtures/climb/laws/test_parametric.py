@@ -257,7 +257,7 @@ def test_languages_without_ratios_or_runs_are_refused():
 
 @pytest.mark.parametrize("family", TRANSFER_FAMILIES)
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_transfer_is_nothing_without_others_and_finite_always(family, data):
     """Transfer is exactly 0 without other languages, and effective ratios are positive over the whole prior."""
     transfer = TRANSFER_FAMILIES[family](True)
