@@ -457,6 +457,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
                     axes.plot(difference["mean"], y, "o", color=colour, markersize=5,
                               label=f"en:zh {ratio}" if position == 0 else None)
             axes.axvline(0, color=MUTED, linewidth=0.9)
+            axes.locator_params(axis="x", nbins=6)
         for axes in list(panels)[len(titles):]:
             axes.set_visible(False)
         handles, names = figure.axes[0].get_legend_handles_labels()
