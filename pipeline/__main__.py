@@ -7,6 +7,8 @@ where it stopped; OUTPUT/index.html links what was made.
 import contextlib
 import ctypes
 import fcntl
+import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -14,8 +16,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import gin
+from etils import epath
+
 from mlx_pretrain import gcs
 from mlx_pretrain.command_line import run
+from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 from mlx_pretrain.training.goodput import duration
@@ -36,6 +42,7 @@ def main(config: PipelineConfig) -> None:
     """
     stages = all_stages(config)
     progress = Progress(config, stages)
+    _check_settings(config, progress, stages)
     chosen = [stage for stage in stages if config.only is None or stage.name in config.only]
     if config.dry_run:
         _print_plan(config, progress, chosen)
@@ -44,10 +51,11 @@ def main(config: PipelineConfig) -> None:
     with _only_one(config):
         for number, stage in enumerate(chosen, 1):
             head = f"[{number}/{len(chosen)}] {stage.title}"
-            if progress.is_done(stage):
+            done = progress.done()
+            if stage.name in done:
                 log(f"{head}: done before")
                 continue
-            left = sum(progress.estimate(other) for other in chosen[number - 1:] if not progress.is_done(other))
+            left = sum(progress.estimate(other) for other in chosen[number - 1:] if other.name not in done)
             log(f"\n{head}  (about {duration(progress.estimate(stage))}; all that is left: about {duration(left)})")
             _run_stage(config, progress, stage)
     page = write_start_page(config, stages, progress.seconds)
@@ -62,32 +70,66 @@ def _command(stage: Stage, gin_file: os.PathLike, overwrite: bool) -> list[str]:
 
 def _print_plan(config: PipelineConfig, progress: Progress, stages: Sequence[Stage]) -> None:
     """Prints each stage, its state and its command, and writes the gin files, so that the commands can be run."""
-    left = 0.0
+    left, done = 0.0, progress.done()
     for number, stage in enumerate(stages, 1):
-        done = progress.is_done(stage)
         seconds = progress.estimate(stage)
-        left += 0 if done else seconds
-        state = "done" if done else f"about {duration(seconds)}"
+        left += 0 if stage.name in done else seconds
+        state = "done" if stage.name in done else f"about {duration(seconds)}"
         print(f"{number:>2}. {stage.title} [{stage.name}]: {state}\n"
               f"    python {' '.join(_command(stage, progress.write_gin(stage), config.overwrite))}")
-    print(f"Left: about {duration(left)}, from the times of the demo on two CPU cores where a stage has not run yet.")
+    print(f"Training: {config.training_steps:,} steps, {config.tokens:,} tokens, about "
+          f"{config.tokens / sum(config.unique_tokens.values()):.1f} epochs of the text kept.")
+    if not config.uses_climb and config.climb is None:
+        print("Shares: natural, small languages raised; there is too little text for Climb's proxy runs "
+              "(pipeline.climb=True tries all the same).")
+    print(f"Left: about {duration(left)} (minutes:seconds), from the times of the demo on two CPU cores where a stage "
+          "has not run yet.")
 
 
 def _run_stage(config: PipelineConfig, progress: Progress, stage: Stage) -> None:
     """Runs one stage to its end. Raises SystemExit with the exit code of a stage that fails."""
-    arguments = _command(stage, progress.start(stage), config.overwrite)
+    resumes = progress.start(stage)
+    if config.overwrite and stage.run_folder and not resumes:
+        _move_aside(config.folder / stage.run_folder)
+    arguments = _command(stage, progress.write_gin(stage), config.overwrite)
     log(f"  python {' '.join(arguments)}")
     started = time.monotonic()
     code = _wait([sys.executable, *arguments])
     if code:
         code = 128 - code if code < 0 else code
         if code not in (130, 143):
-            log(f"the stage {stage.name} ended with exit code {code}. The same command goes on there; with "
-                "--gin.pipeline.overwrite=True it replaces outputs that were made from other inputs or settings")
+            log(f"the stage {stage.name} ended with exit code {code}. Once the cause is mended, the same command goes "
+                "on there. Outputs made from other inputs or settings: --gin.pipeline.overwrite=True replaces them")
         else:
             log(f"stopped in the stage {stage.name}; the same command goes on there")
         raise SystemExit(code)
     progress.end(stage, time.monotonic() - started)
+
+
+def _move_aside(folder: epath.Path) -> None:
+    """Renames the folder of a run that was made with other settings or inputs; its command would not replace it."""
+    if not folder.exists():
+        return
+    former = next(path for number in itertools.count(1)
+                  if not (path := folder.parent / f"{folder.name}.former-{number}").exists())
+    folder.rename(former)
+    log(f"{folder}: of other settings or inputs, moved to {former}")
+
+
+def _check_settings(config: PipelineConfig, progress: Progress, stages: Sequence[Stage]) -> None:
+    """Reads the gin files of the stages that the user has changed, so that mistakes show before the first stage.
+
+    Raises:
+      InputError: a gin file does not fit its command.
+    """
+    for stage in stages:
+        if stage.name in config.settings or stage.name in config.gin_files:
+            importlib.import_module(stage.module)
+            gin.clear_config()
+            try:
+                parse_gin([os.fspath(progress.write_gin(stage))], [])
+            except InputError as error:
+                raise InputError(f"pipeline.settings and gin_files of {stage.name!r}: {error}") from None
 
 
 def _wait(command: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ each command finds out again.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -56,8 +57,8 @@ class Progress:
     """The record of a pipeline.
 
         progress = Progress(config, stages)
-        progress.is_done(stage)
-        progress.start(stage)   # writes the stage's gin file; this stage and all after it are no longer done
+        progress.done()         # names of stages
+        progress.start(stage)   # this stage and all after it are no longer done
         progress.end(stage, seconds)
     """
 
@@ -72,8 +73,7 @@ class Progress:
         record = read_json(self._path, "record") if self._path.exists() else {}
         self._done: dict[str, str] = record.get("done", {})
         self.seconds: dict[str, float] = record.get("seconds", {})
-        self._interrupted: str | None = record.get("running")
-        self._running: str | None = None
+        self._begun: dict[str, str] = record.get("begun", {})  # stage -> key with which it began
         stats = {name: path.stat() for name, path in config.corpus.paths().items()}
         self._documents = [[name, stat.length, stat.mtime] for name, stat in stats.items()]
         self.bytes = sum(stat.length for stat in stats.values())
@@ -83,8 +83,11 @@ class Progress:
         text = _with_includes(gin_text(self._config, stage), set())
         return hashlib.sha256(f"{__version__}\n{stage.module}\n{text}\n{self._documents}".encode()).hexdigest()
 
-    def is_done(self, stage: Stage) -> bool:
-        """Returns whether a stage need not run."""
+    def done(self) -> set[str]:
+        """Returns the names of the stages that need not run: those before the first that has to run."""
+        return {stage.name for stage in itertools.takewhile(self._is_done, self._stages)}
+
+    def _is_done(self, stage: Stage) -> bool:
         return (self._config.folder / stage.output).exists() and self._done.get(stage.name) == self._key(stage)
 
     def estimate(self, stage: Stage) -> float:
@@ -99,14 +102,21 @@ class Progress:
             scale = config.model.flops_per_token(config.sequence_length) * config.tokens / _DEMO_FLOPS
         return stage.demo_seconds * max(scale, 0.1)
 
-    def start(self, stage: Stage) -> epath.Path:
-        """Writes the gin file of a stage and returns its path; it and all stages after it count as not done."""
-        first = [other.name for other in self._stages].index(stage.name)
-        for other in self._stages[first:]:
-            self._done.pop(other.name, None)
-        self._running = stage.name
+    def start(self, stage: Stage) -> bool:
+        """Notes that a stage begins; it and all stages after it count as not done.
+
+        Returns:
+          Whether it goes on where it was interrupted: it began before, and nothing it depends on has changed since.
+        """
+        names, key = [other.name for other in self._stages], self._key(stage)
+        for name in names[names.index(stage.name):]:
+            self._done.pop(name, None)
+        for name in names[names.index(stage.name) + 1:]:
+            self._begun.pop(name, None)
+        self._resumed = self._begun.get(stage.name) == key
+        self._begun[stage.name] = key
         self._write()
-        return self.write_gin(stage)
+        return self._resumed
 
     def write_gin(self, stage: Stage) -> epath.Path:
         """Writes the gin file of a stage and returns its path."""
@@ -118,12 +128,12 @@ class Progress:
     def end(self, stage: Stage, seconds: float) -> None:
         """Records that a stage ended without an error, and its time, unless it went on after an interruption."""
         self._done[stage.name] = self._key(stage)
-        if self._interrupted != stage.name:
+        if not self._resumed:
             self.seconds[stage.name] = round(seconds, 1)
-        self._interrupted = self._running = None
+        del self._begun[stage.name]
         self._write()
 
     def _write(self) -> None:
         self._config.folder.mkdir(parents=True, exist_ok=True)
         write_json(self._path, {"version": __version__, "done": self._done, "seconds": self.seconds,
-                                "running": self._running})
+                                "begun": self._begun})

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import glob
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
 from etils import epath
 
-from mlx_pretrain.configuration.gin_files import GIN_ROOT
+from mlx_pretrain.configuration.gin_files import find_shipped
 from mlx_pretrain.data.corpus import SPLITS, Corpus
 from mlx_pretrain.data.token_store import MANIFEST, read_manifest
 from mlx_pretrain.errors import InputError
@@ -20,12 +19,9 @@ TRAIN, HELDOUT = SPLITS
 # Of the repository; where only the wheel is installed they are not there.
 _SAMPLE_TEXT = "samples/text/train/{language}.jsonl.xz"
 _BYTES_PER_TOKEN = 3.5  # roughly, of uncompressed text
+_CLIMB_BYTES = 30_000  # least bytes of text kept that all but the smallest languages need for proxy runs
+_RECORD_FIELDS = ("text_key", "id_key", "language_key", "source_key", "text_unit")
 _SAMPLE_TASKS = "samples/tasks/*/lighteval_*_test.jsonl"
-
-
-def _in_repository(path: str) -> str:
-    """Returns a path or glob of the repository as it is seen from the current folder."""
-    return path if glob.glob(path.replace("{language}", "*")) else os.path.join(GIN_ROOT, path)
 
 
 @gin.configurable("pipeline")
@@ -46,7 +42,8 @@ class PipelineConfig:
       epochs: how often the training sees the text kept, in the mean over the languages.
       steps: training steps, in place of `epochs`.
       keep: share of each language's and source's tokens that the rater keeps.
-      climb: finds the languages' shares by proxy runs; False: natural shares, with small languages raised.
+      climb: finds the languages' shares by proxy runs; False: natural shares, with small languages raised; None: Climb
+        where there is enough text for proxy runs.
       rater: run of `raters.train` to rate with; None: one is trained on `rater_documents`.
       rater_documents: aligned documents in English and other languages, on which the rater is trained; {language}
         stands in their paths.
@@ -71,7 +68,7 @@ class PipelineConfig:
     epochs: float = 2.0
     steps: int | None = None
     keep: float = 0.5
-    climb: bool = True
+    climb: bool | None = None
     rater: str | None = None
     rater_documents: str = _SAMPLE_TEXT
     tasks: Sequence[str] = (_SAMPLE_TASKS,)
@@ -103,17 +100,40 @@ class PipelineConfig:
     @functools.cached_property
     def task_files(self) -> list[str]:
         """The globs of evaluation tasks."""
-        return [_in_repository(pattern) for pattern in self.tasks]
+        return [find_shipped(pattern) for pattern in self.tasks]
 
     @functools.cached_property
     def rated_text(self) -> str:
         """The path of the documents that the rater is trained on, with {language}."""
-        return _in_repository(self.rater_documents)
+        whole = find_shipped(self.rater_documents.replace("{language}", "*"))
+        return whole.removesuffix(self.rater_documents.replace("{language}", "*")) + self.rater_documents
 
     @property
     def folder(self) -> epath.Path:
         """The folder of everything that is made."""
         return epath.Path(self.output)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Language -> bytes of its files, of the languages that paths name."""
+        sizes: dict[str, int] = {}
+        for name, path in self.corpus.paths().items():
+            language = self.corpus.language_of_path(name)
+            sizes[language] = sizes.get(language, 0) + path.stat().length
+        return sizes
+
+    @property
+    def uses_climb(self) -> bool:
+        """True if proxy runs find the languages' shares."""
+        sizes = sorted(self.sizes.values())
+        return self.keep * sizes[len(sizes) // 4] >= _CLIMB_BYTES if self.climb is None else self.climb
+
+    @property
+    def record_settings(self) -> dict[str, Any]:
+        """Fields of `Corpus` for reading the documents' records that gin sets, e.g. "text_key"."""
+        fields = {field.name: field for field in dataclasses.fields(self.corpus)}
+        return {name: getattr(self.corpus, name) for name in _RECORD_FIELDS
+                if getattr(self.corpus, name) != fields[name].default}
 
     @property
     def unique_tokens(self) -> dict[str, int]:
@@ -121,11 +141,7 @@ class PipelineConfig:
         if (self.folder / "tokens" / MANIFEST).exists():
             parts = read_manifest(self.folder / "tokens").splits[TRAIN]
             return {language: part.tokens for language, part in parts.items()}
-        sizes: dict[str, int] = {}
-        for name, path in self.corpus.paths().items():
-            language = self.corpus.language_of_path(name)
-            sizes[language] = sizes.get(language, 0) + path.stat().length
-        return {language: int(self.keep * size / _BYTES_PER_TOKEN) + 1 for language, size in sizes.items()}
+        return {language: int(self.keep * size / _BYTES_PER_TOKEN) + 1 for language, size in self.sizes.items()}
 
     @property
     def training_steps(self) -> int:

@@ -32,6 +32,8 @@ class Stage:
       settings: returns parameters and macros. Called when the stage begins, as some follow from earlier outputs.
       gin_files: gin files that come before the settings.
       overwrite: the parameter that lets the command replace an output of other settings; None: it never does.
+      run_folder: path below the pipeline's folder of a run that its command goes on with and never replaces; None:
+        there is none. `pipeline.overwrite` moves a run with other settings or inputs aside.
       demo_seconds: seconds that the stage took in `make demo` on two CPU cores.
       grows: "text" if the time grows with the bytes of the documents, "training" with the FLOPs of the run; None: not.
     """
@@ -45,6 +47,7 @@ class Stage:
     overwrite: str | None = None
     demo_seconds: float = 5.0
     grows: str | None = None
+    run_folder: str | None = None
 
 
 def all_stages(config: PipelineConfig) -> list[Stage]:
@@ -93,9 +96,9 @@ class _Stages:
             Stage("selection_report", "Report on what was kept", "raters.selection_report", "selected/report.html",
                   lambda: {"selection_report.folder": self.selected}, demo_seconds=6),
             self._export("export", "Turn the text kept into tokens", self.selected, self.tokens, "tokens")]
-        yield config.climb, [*self._climb()]
+        yield config.uses_climb, [*self._climb()]
         rates = f"{self.climb}/rates.json"
-        yield not config.climb, [self._baseline("rates", "Take the languages' natural shares, small ones raised",
+        yield not config.uses_climb, [self._baseline("rates", "Take the languages' natural shares, small ones raised",
                                                 self.tokens, rates, "climb/rates.json", 3.33)]
         yield True, [self._train("pretrain", "Pretrain on the text kept", self.tokens, rates, self.run, "pretrain")]
         yield config.control, [*self._control()]
@@ -112,9 +115,15 @@ class _Stages:
     def _corpus(self, text: tuple[str, list[str]], name: str = "Corpus") -> Settings:
         folder, patterns = text
         settings = {f"{name}.root": folder, f"{name}.files": patterns[0] if len(patterns) == 1 else patterns}
+        settings |= self._records(folder, name)
         if self._config.languages is not None and any("{language}" in pattern for pattern in patterns):
             settings[f"{name}.languages"] = list(self._config.languages)
         return settings
+
+    def _records(self, folder: str, name: str = "Corpus") -> Settings:
+        """Returns how records are read in the user's own files; commands write theirs with the usual keys."""
+        own = folder == self._config.documents
+        return {f"{name}.{field}": value for field, value in self._config.record_settings.items()} if own else {}
 
     def _hold_out(self) -> Stage:
         return Stage("hold_out", "Hold documents out for evaluation", "data_mixtures.hold_out",
@@ -144,7 +153,7 @@ class _Stages:
             "RUN_DIR": self.rater, "STEPS": 200, "train_rater.pairs": f"{folder}/pairs.jsonl",
             "train_rater.validation": f"{folder}/validation_pairs.jsonl", "train_rater.tokenizer": self.tokenizer,
             "QualityConfig.vocab_size": self._config.model.vocab_size,
-        }, ("gin/raters/train.gin",), None, 80)
+        }, ("gin/raters/train.gin",), None, 80, run_folder="rater/run")
 
     def _filters(self) -> Iterator[Stage]:
         documents = self._training_text()
@@ -159,7 +168,7 @@ class _Stages:
     def _training_text(self) -> Settings:
         """Returns the macros of the training documents, the same for all, so that all lists mean the same documents."""
         folder, patterns = self._config.training_text
-        return {"ROOT": folder, "DOCUMENTS": patterns}
+        return {"ROOT": folder, "DOCUMENTS": patterns, **self._records(folder)}
 
     def _removal(self, name: str, title: str, macros: Settings) -> Stage:
         return Stage(name, title, f"raters.{name}", f"removed/{name}/report.json",
@@ -188,7 +197,8 @@ class _Stages:
         shape = {"VOCAB_SIZE": config.model.vocab_size, "SEQUENCE_LENGTH": config.sequence_length,
                  "TOKEN_STORE": self.tokens, "PROXIES": self.proxies}
         yield Stage("proxies", "Train tiny models on mixtures", "data_mixtures.climb.proxies", "proxies/settings.json",
-                    lambda: {**shape, "proxies.tokens": self._proxy_tokens()}, ("gin/pipeline/proxies.gin",), None, 135)
+                    lambda: {**shape, "proxies.tokens": self._proxy_tokens()}, ("gin/pipeline/proxies.gin",), None, 135,
+                    run_folder="proxies")
         yield Stage("allocate", "Choose the languages' shares", "data_mixtures.climb.allocate", "climb/rates.json",
                     lambda: {"TOKEN_STORE": self.tokens, "PROXIES": self.proxies, "ALLOCATION": self.climb,
                              "N_PARAMS": config.model.parameters(), "TOKENS": config.tokens},
@@ -216,7 +226,7 @@ class _Stages:
             "warmup_cosine.warmup_steps": max(config.training_steps // 12, 1),
             **{f"DecoderConfig.{field.name}": getattr(config.model, field.name)
                for field in dataclasses.fields(config.model) if getattr(config.model, field.name) != field.default},
-        }, ("gin/pipeline/train.gin",), None, 190, "training")
+        }, ("gin/pipeline/train.gin",), None, 190, "training", output)
 
     def _generate(self) -> Stage:
         prompts = self._config.prompts

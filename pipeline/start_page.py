@@ -175,10 +175,12 @@ def _climb_card(folder: epath.Path) -> Card | None:
     if not path.exists():
         return None
     rates = load_rates(path)
-    allocation = read_json(folder / "climb/allocation.json")
-    validation = allocation["validation"].get(allocation["law"]["name"])
     largest, smallest = max(rates, key=rates.get), min(rates, key=rates.get)
     note = f"the largest share, {largest}; the smallest is {100 * rates[smallest]:.1f} %, {smallest}"
+    if not (folder / "climb/allocation.json").exists():
+        return Card("Mixture", f"{100 * rates[largest]:.1f} %", "without proxy runs", note)
+    allocation = read_json(folder / "climb/allocation.json")
+    validation = allocation["validation"].get(allocation["law"]["name"])
     if validation:
         note += f"; R² of held-out proxy runs {statistics.fmean(validation['r2']):.2f}"
     return Card("Climb", f"{100 * rates[largest]:.1f} %", f"from {allocation['proxies']['runs']} proxy runs", note,

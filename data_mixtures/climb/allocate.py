@@ -335,8 +335,8 @@ def main(config: AllocateConfig) -> None:
     notes += validation.notes
     if weakness := _weakness(allocator.law.name, validation, runs.targets):
         if not config.allow_poor_law:
-            raise InputError(f"{config.output}: nothing is written: {weakness}; look at the rows named above, choose "
-                             "another allocate.law, or set allocate.allow_poor_law = True")
+            raise InputError(f"{config.output}: nothing is written: {weakness}; train more or longer proxy runs, "
+                             "choose another allocate.law, or set allocate.allow_poor_law = True")
         log(f"WARNING: {weakness}; its recommendation is written because allocate.allow_poor_law is True")
         notes.append(weakness)
     recommended, methods = allocator.recommended()

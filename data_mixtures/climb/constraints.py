@@ -126,4 +126,5 @@ class Constraints:
         if free.any():
             limit = "unique_tokens" if self.max_epochs is None else f"max_epochs {self.max_epochs:g}"
             parts.append(f"what {limit} allows sums to {caps[free].sum():.6g} ({_listed(languages, caps, free)})")
-        raise InputError(f"constraints: {' and '.join(parts)}: less than 1 at {tokens:.6g} tokens")
+        raise InputError(f"constraints: {' and '.join(parts)}: less than 1 at {tokens:.6g} tokens; train on "
+                         "fewer tokens, or allow more epochs")

@@ -11,6 +11,7 @@ A file that a command made has a record beside it, FOLDER/<dataset>/made_from.<m
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from etils import epath
 
 from evals.tasks.language_families import UNSPACED, by_family
 from mlx_pretrain import artifacts
+from mlx_pretrain.configuration.gin_files import find_shipped
 from mlx_pretrain.data.documents import match_files
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
@@ -91,7 +93,8 @@ def find_tasks(
     """Returns the files that match, by task and language.
 
     Args:
-      patterns: globs of files, local or gs://, e.g. "mubench/*/lighteval_*_test.jsonl".
+      patterns: globs of files, local or gs://, e.g. "mubench/*/lighteval_*_test.jsonl". Those of the repository
+        (samples/tasks) are found from any folder.
       languages: languages to take; None: all.
       split: end of the file names.
 
@@ -102,7 +105,7 @@ def find_tasks(
     tasks: dict[Task, dict[str, epath.Path]] = {}
     all_languages: set[str] = set()
     for pattern in patterns:
-        for path in match_files(pattern):
+        for path in match_files(find_shipped(os.fspath(pattern))):
             if path.name.startswith(_RECORD):
                 continue
             match = _FILE_NAME.fullmatch(path.name)

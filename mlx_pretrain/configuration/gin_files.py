@@ -21,6 +21,15 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIN_ROOT = _PACKAGE if os.path.isdir(os.path.join(_PACKAGE, "gin")) else os.path.dirname(_PACKAGE)
 
 
+def find_shipped(pattern: str) -> str:
+    """Returns a path or glob of the repository, such as `samples/tasks/*/*.jsonl`, as the current folder sees it.
+
+    Unchanged where something in the current folder matches, or nothing of the repository does.
+    """
+    beside = os.path.join(GIN_ROOT, pattern)
+    return beside if not glob.glob(pattern) and glob.glob(beside) else pattern
+
+
 class _AnyName(gin.config_parser.ParserDelegate):
     """Accepts every reference: the gin files, not read yet, may import what it names."""
 

@@ -49,7 +49,8 @@ def warmup_stable_decay(
 
 def _check_steps(name: str, warmup: int, decay: int, total: int) -> None:
     if warmup < 0 or decay < 0 or warmup + decay > total:
-        raise InputError(f"{name}: {warmup} steps of warm-up and {decay} of decay do not fit {total} steps")
+        raise InputError(f"{name}: {warmup} steps of warm-up and {decay} of decay do not fit {total} steps; "
+                         f"set {name}.warmup_steps")
 
 
 def decay_mask(params: Any) -> Any:

@@ -69,8 +69,8 @@ class Trainer:
           Scalars of the evaluator named "eval" after the last step; empty when all steps were done before.
 
         Raises:
-          InputError: a non-finite loss with on_non_finite="stop"; a run folder that belongs to another model, or is in
-            use by another job.
+          InputError: a non-finite loss with on_non_finite="stop"; a run folder that belongs to another model or, when
+            all its steps are done, to other data, or is in use by another job.
           SystemExit: code 143 after SIGTERM, 130 after Ctrl-C, when the state has been saved.
         """
         config, module, mesh, run_dir, clock = self._config, self._module, self._mesh, self._run_dir, self._clock
@@ -95,13 +95,15 @@ class Trainer:
                 events = ["train", *(evaluator.name for evaluator in evaluators)]
                 stop_rules = StopRules(config.stop_rules, run_dir, step or -1, events)
                 stop_reason = stop_rules.reason()
+            mixture, changes = continued_mixture(module.mixture, restored, step, str(run_dir))
             if (step >= config.steps or stop_reason) and not unfinished:
+                if changes:
+                    raise InputError(f"{run_dir}: its {step} steps are done, with other data ({'; '.join(changes)}); "
+                                     "name a new run folder, or more steps")
                 if cluster.is_main():
                     how = f"stopped after step {step}: {stop_reason}" if stop_reason else f"{step} steps are done"
                     print(f"{run_dir}: nothing left to do, {how}")
                 return {}
-
-            mixture, changes = continued_mixture(module.mixture, restored, step, str(run_dir))
             if step == 0:
                 unfinished = [evaluator.name for evaluator in evaluators]
             state = RunState(train, step, restored, mixture, unfinished, evaluated, stop_reason)

@@ -14,9 +14,10 @@ from pipeline.stages import all_stages
 
 def test_the_gin_file_of_every_stage_fits_its_command(config, tmp_path):
     """Every parameter exists and has the right type, and every macro is read; tests/e2e runs the commands."""
-    pipeline = config(prompts={"de": "Das"}, videos=True)
+    pipeline = config(prompts={"de": "Das"}, videos=True, climb=True)
     stages = all_stages(pipeline)
     assert len({stage.name for stage in stages}) == len(stages) == 31
+    stages += [stage for stage in all_stages(config(climb=False)) if stage.name == "rates"]
     for stage in stages:
         importlib.import_module(stage.module)
         path = tmp_path / "stage.gin"
@@ -35,6 +36,8 @@ def names(config):
 def test_settings_decide_which_stages_there_are(config, tmp_path):
     assert {"hold_out", "rater", "decontaminate", "control_pretrain"} < set(names(config()))
     assert "videos" not in names(config())
+    assert "rates" in names(config()) and "proxies" not in names(config())  # so little text
+    assert "rates" not in names(config(climb=True)) and "proxies" in names(config(climb=True))
     assert not {"control_select", "control_evaluate"} & set(names(config(control=False)))
     assert not {"ngrams", "pairs", "rater"} & set(names(config(rater="run")))
     assert not {"decontaminate", "evaluate"} & set(names(config(tasks=[])))
@@ -49,6 +52,24 @@ def test_settings_decide_which_stages_there_are(config, tmp_path):
 def text_of(config, name):
     (stage,) = (stage for stage in all_stages(config) if stage.name == name)
     return gin_text(config, stage)
+
+
+def test_keys_of_the_records_hold_for_the_users_own_files(config, tmp_path):
+    """As an error about them says: set Corpus.text_key."""
+    gin.bind_parameter("Corpus.text_key", "content")
+    try:
+        held_out = config()
+        assert "\nCorpus.text_key = 'content'\n" in text_of(held_out, "hold_out")
+        assert "text_key" not in text_of(held_out, "score") + text_of(held_out, "export")
+        for split in ("train", "heldout"):
+            (tmp_path / "both" / split).mkdir(parents=True)
+            (tmp_path / "both" / split / "de.jsonl").write_text('{"content": "text"}\n')
+        both = config(documents="both", files="{split}/{language}.*")
+        assert "\nCorpus.text_key = 'content'\n" in text_of(both, "score")
+        exported = text_of(both, "export")
+        assert "heldout/Corpus.text_key = 'content'" in exported and "kept/Corpus.text_key" not in exported
+    finally:
+        gin.clear_config()
 
 
 def test_settings_of_a_stage_replace_the_pipelines(config):

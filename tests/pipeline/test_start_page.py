@@ -53,6 +53,11 @@ def test_numbers_are_those_of_the_files(config):
     assert "Choose frames" not in text
 
 
+def test_a_page_without_proxy_runs(config):
+    save_rates(config().folder / "climb/rates.json", {"de": 0.7, "en": 0.3}, {})
+    assert "70.0 % without proxy runs the largest share, de" in text_of(config())
+
+
 def test_a_page_of_an_unfinished_pipeline(config):
     text = text_of(config(control=False))
     assert "bits per byte" not in text and "held-out pairs" not in text and "python -m raters.score" in text

@@ -104,3 +104,13 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_word(config):
     assert told == ["the checkpoint is of an earlier version, which read the data in another order"]
     assert mixture.changes == ({"step": 2, "change": told[0]},)
     assert mixture.sequences_read() == {"aa": 8, "bb": 5, "cc": 3}
+
+
+def test_a_finished_run_does_not_pass_for_one_on_other_data(config, store_dir, tmp_path, capsys):
+    finished = dataclasses.replace(config, steps=2)
+    train(finished)
+    assert "nothing left to do, 2 steps are done" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"run: its 2 steps are done, with other data \(rates aa 0.5 -> 0.2.*new run"):
+        train(dataclasses.replace(finished, rates=finished.rates.replace("rates.json", "other.json")))
+    with pytest.raises(InputError, match=r"bb"):
+        train(dataclasses.replace(finished, token_store=other_store(store_dir, tmp_path / "store")))
