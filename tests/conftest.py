@@ -124,3 +124,9 @@ def tiny_params(tiny_config):
 
     tokens = jnp.zeros((1, 2), jnp.int32)
     return nn.unbox(jax.jit(Decoder(tiny_config).init)(jax.random.key(1), tokens, tokens, tokens))["params"]
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage walk what tests made, not the imported libraries too."""
+    gc.collect()
+    gc.freeze()
