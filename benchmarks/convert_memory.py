@@ -79,8 +79,8 @@ def child(*arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="22M parameters instead of 0.27B")
-    parser.add_argument("--folder", help="folder for the files, 4 GB; by default a temporary one")
+    parser.add_argument("--quick", action="store_true", help="34M parameters instead of 280M")
+    parser.add_argument("--folder", help="folder for the files, 3 GB; by default a temporary one")
     parser.add_argument("--stage", choices=["make", *STAGES], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else SIZES

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from data_mixtures.climb import proxies
+from data_mixtures.climb.laws import Isolated
 from data_mixtures.climb.proxy_folder import ProxyFolder
 from data_mixtures.climb.proxy_plan import ProxyRun
+from data_mixtures.climb.proxy_table import make_runs
 from evals.scoring.item_tables import LOG_LIKELIHOODS
 from evals.scoring.results import compute_results, results_json, write_samples
 from evals.tasks.alignment import AlignedItems
@@ -25,6 +27,7 @@ from mlx_pretrain.training.optimizers import constant
 from raters import pairs, score, select
 from raters.rater_plugins.heuristics import Heuristics
 from raters.scoring.shards import SCHEMA
+from tests.data_mixtures.climb import test_allocate as allocate_tests
 from tests.evals.scoring.test_results import ITEMS, RIGHT, TASK
 from tests.evals.scoring.test_results import table as item_table
 from tests.raters import test_decontaminate, test_duplicates, test_languages
@@ -42,9 +45,9 @@ from video.select import main as select_frames
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "formats.md").read_text()
 # The keys of these objects are names of languages, raters, files or tasks, or they depend on other settings.
-OPEN = {"arrays", "config", "consistency", "files", "groups", "higher_is_better", "layout", "left_out", "n-samples",
-        "n-shot", "outputs", "over_all", "provenance", "raters", "rates", "results", "settings", "train_sequences",
-        "within_languages"}
+OPEN = {"arrays", "config", "consistency", "epochs", "expected_loss", "expected_loss_interval", "files", "groups",
+        "higher_is_better", "layout", "left_out", "n-samples", "n-shot", "outputs", "over_all", "provenance", "raters",
+        "rates", "rates_interval", "results", "settings", "train_sequences", "within_languages"}
 
 
 def examples(section: str) -> list[Any]:
@@ -93,7 +96,15 @@ def test_the_document_is_one_of_the_sample():
 
 def test_token_store_and_rates(store_dir):
     assert_same_keys(*examples("Token store"), json.loads(pathlib.Path(store_dir, "manifest.json").read_text()))
-    assert_same_keys(*examples("Rates"), json.loads(pathlib.Path(store_dir, "rates.json").read_text()))
+    assert_same_keys(examples("Rates")[0], json.loads(pathlib.Path(store_dir, "rates.json").read_text()))
+
+
+def test_rates_of_climb(tmp_path):
+    ratios = np.random.default_rng(0).dirichlet(np.full(3, 2.0), 12)
+    runs = make_runs("made up", allocate_tests.LANGUAGES, allocate_tests.LANGUAGES, [f"run{i}" for i in range(12)],
+                     [1e6] * 12, [1e6] * 12, ratios, allocate_tests.isolated_losses(ratios, np.full(12, 1e6)))
+    allocate_tests.run(tmp_path, runs=runs, law=Isolated(starts=1), replicates=2)
+    assert_same_keys(examples("Rates")[1], json.loads((tmp_path / "rates.json").read_text()))
 
 
 def test_proxy_runs(tmp_path, tiny_config):

@@ -97,7 +97,7 @@ def keep_compiled(folder: str | None) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         # Small models consist of dozens of programs that compile in moments, and are restarted often.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def describe_devices() -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import re
 import shlex
 
 from . import base, workers
 from .base import LaunchError, Shell
 
+NODES = ("gcloud", "compute", "tpus", "tpu-vm")
 TPU = ("gcloud", "compute", "tpus", "queued-resources")
 FOLDER = "mlx-pretrain"  # below the home folder of the VMs
 ARCHIVE = "mlx-pretrain-code.tar.gz"
@@ -44,6 +46,7 @@ class QueuedResource:
         self._options, self._shell = options, shell
         self._place = (f"--project={options.project}", f"--zone={options.zone}", "--quiet")
         self._workers = (*self._place, "--node=all", "--worker=all", *(["--tunnel-through-iap"] if options.iap else []))
+        self._number: int | None = None
 
     def create(self) -> None:
         options = self._options
@@ -75,16 +78,40 @@ class QueuedResource:
     def delete_command(self) -> tuple[str, ...]:
         return (*TPU, "delete", self._options.name, *self._place, "--force")
 
+    def count_workers(self) -> None:
+        """Asks for the number of workers in all slices: gcloud leaves out a slice that it cannot reach, and succeeds.
+
+        Raises:
+          LaunchError: gcloud cannot tell.
+        """
+        code, text = self._shell.read(
+            *NODES, "list", *self._place, f'--filter=name~"/nodes/{self._options.name}(-[0-9]+)?$"',
+            "--format=value(networkEndpoints.len())", dry_run="0")
+        numbers = text.split()
+        if code or not numbers or not all(map(str.isdecimal, numbers)):
+            raise LaunchError(f"{self._options.name}: gcloud does not tell the number of workers")
+        self._number = sum(map(int, numbers))
+
+    def _ssh(self, text: str) -> tuple[int, str]:
+        """Runs a shell command on all workers; the exit code is not 0 either if fewer than all print their state."""
+        code, answer = self._shell.read(*TPU, "ssh", self._options.name, *self._workers, f"--command={text}")
+        reached = len(re.findall(r"launch-state: ", answer))
+        if not code and self._number and reached < self._number:
+            self._shell.note(f"{self._options.name}: {reached} of {self._number} workers answered")
+            code = 1
+        return code, answer
+
     def send(self, archive: pathlib.Path) -> None:
         """See `workers.Workers`."""
         self._shell.run(*TPU, "scp", str(archive), f"{self._options.name}:{ARCHIVE}", *self._workers)
-        text = f"mkdir -p {FOLDER} && cd {FOLDER} && tar xzf ~/{ARCHIVE} && bash {base.WORKER} prune"
-        self._shell.run(*TPU, "ssh", self._options.name, *self._workers, f"--command={text}")
+        code, _ = self._ssh(f"mkdir -p {FOLDER} && cd {FOLDER} && tar xzf ~/{ARCHIVE} && rm ~/{ARCHIVE} && "
+                            f"bash {base.WORKER} prune")
+        if code:
+            raise LaunchError(f"{self._options.name}: the code could not be sent to all workers")
 
     def call(self, *arguments: str) -> list[tuple[int, str]]:
         """See `workers.Workers`; gcloud connects to all workers at once, so there is one answer."""
-        text = f"cd {FOLDER} && bash {base.WORKER} {shlex.join(arguments)}"
-        return [self._shell.read(*TPU, "ssh", self._options.name, *self._workers, f"--command={text}")]
+        return [self._ssh(f"cd {FOLDER} && bash {base.WORKER} {shlex.join(arguments)}")]
 
 
 def _wait_until_active(resource: QueuedResource, options: argparse.Namespace, shell: Shell) -> str:
@@ -105,6 +132,7 @@ def _deploy(resource: QueuedResource, archive: pathlib.Path, options: argparse.N
     """Deploys with five tries, because new machines refuse connections for a while."""
     for left in reversed(range(5)):
         try:
+            resource.count_workers()
             return workers.deploy(resource, archive, options, command)
         except LaunchError as error:
             if not left or resource.state() != "ACTIVE":
@@ -140,6 +168,7 @@ def run(options: argparse.Namespace, shell: Shell) -> None:
             try:
                 if watched:
                     shell.note(f"{options.name} runs already: watches it")
+                    resource.count_workers()
                 else:
                     _deploy(resource, archive, options, command, shell)
                 outcome = workers.watch(resource, shell, options, command,

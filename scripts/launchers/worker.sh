@@ -31,6 +31,7 @@ prune() {
     comm -23 <(sort .launch_files) <(sort .launch_files.new) | while IFS= read -r file; do rm -f -- "$file"; done
   fi
   mv .launch_files.new .launch_files
+  echo "launch-state: sent"
 }
 
 # Prints a Python that can make the environment; nothing if there is none.
@@ -76,12 +77,12 @@ install() {
     fi
   done
   wanted="$* $(cat requirements/*.in requirements/*.txt | sha256sum)"
-  if [[ -f .venv/.launch_installed && $(<.venv/.launch_installed) == "$wanted" ]]; then
-    return
+  if [[ ! -f .venv/.launch_installed || $(<.venv/.launch_installed) != "$wanted" ]]; then
+    make_environment
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" || fail "pip install failed"
+    echo "$wanted" >.venv/.launch_installed
   fi
-  make_environment
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" || fail "pip install failed"
-  echo "$wanted" >.venv/.launch_installed
+  echo "launch-state: installed"
 }
 
 start() {

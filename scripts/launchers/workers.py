@@ -60,12 +60,9 @@ def watch(
     Returns:
       "finished", "stopped", "failed CODE", or "lost" when the machines no longer exist.
     """
-    disturbed, shown, number = False, None, 0
+    disturbed, shown = False, None
     while True:
         now = states(workers.call("status", options.name))
-        number = max(number, len(now))
-        if len(now) < number:  # gcloud leaves out a slice that it cannot connect to, and succeeds
-            now.append("unreachable")
         summary = ", ".join(f"{now.count(state)} {state}" for state in sorted(set(now)))
         if shell.dry_run:
             shell.note(f"the line above is repeated every {options.poll:g} s until all workers say `finished`; the "

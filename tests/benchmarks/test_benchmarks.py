@@ -163,3 +163,11 @@ def test_the_race_of_evaluations_without_a_rival_has_our_own_speed():
 def test_losses_of_combinations_are_those_of_the_naive_loop():
     result = last_line("video_label.py")
     assert result["max_abs_diff"] < 1e-4 and result["ratio"] > 0 and result["combinations"] == 70
+
+
+@pytest.mark.slow
+def test_conversions_hold_less_than_the_model():
+    """A fixed 70 MB and a few tensors of 17 MB; with the model whole in memory it was 676, 495 and 141 MB."""
+    result = last_line("convert_memory.py")
+    assert result["parameters_mb"] == 134
+    assert max(result["float32_mb"], result["bfloat16_mb"]) < 180 and result["load_mb"] < 90

@@ -83,6 +83,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # commands are run many times
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILES}",
     }
 

@@ -105,7 +105,9 @@ def test_tasks_give_the_same_figures_while_it_trains_afterwards_and_exported(fol
     np.testing.assert_allclose(found["run"]["log_likelihood"], found["exported"]["log_likelihood"], atol=1e-4)
     assert found["run"]["tokens"] == found["exported"]["tokens"]
     again = run(*export, folder=folder)
-    assert again.code == 1 and "exists already" in again.err
+    assert again.code == 0 and "kept" in again.err
+    other = run(*export, "--gin.export_model.dtype=bfloat16", folder=folder)
+    assert other.code == 1 and 'exists, made with settings dtype = "float32" (now "bfloat16")' in other.err
 
 
 def test_generates_and_reports(folder):

@@ -19,6 +19,10 @@ def flag(name: str) -> str:
 def main() -> None:
     """Does what the subcommand does; `list` prints the next of the states in $CLOUD/states."""
     check(["gcloud", *sys.argv[1:]])
+    if sys.argv[3] == "tpu-vm":
+        assert flag("filter") == 'name~"/nodes/one(-[0-9]+)?$"'
+        print((FOLDER / "workers").read_text())
+        return
     assert sys.argv[1:4] == ["compute", "tpus", "queued-resources"]
     with (FOLDER / "calls").open("a") as calls:
         calls.write(f"{sys.argv[4]}\n")

@@ -231,6 +231,7 @@ class Cloud:
                            "from tests.scripts.cloud import main; main()\n")
         program.chmod(0o755)
         (folder / "home").mkdir()
+        (folder / "workers").write_text("1")
         monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
         monkeypatch.setenv("CLOUD", str(folder))
         monkeypatch.setenv("LAUNCH_PAUSE", ".1")
@@ -269,6 +270,15 @@ def test_a_tpu_is_created_runs_and_is_deleted(cloud):
     assert calls[:8] == ["list", "create", "list", "list", "list", "scp", "ssh", "ssh"] and calls[-1] == "delete"
     assert (cloud.folder / "home/mlx-pretrain/ran").read_text() == "a 'b' $c\n"
     assert (cloud.folder / "home/mlx-pretrain/setup.py").exists()
+
+
+def test_a_slice_that_gcloud_silently_leaves_out_is_noticed(cloud, capfd):
+    """gcloud warns of a slice that it cannot reach, and succeeds."""
+    (cloud.folder / "workers").write_text("1\n1")
+    message = cloud.run(["", "ACTIVE"], "true", flags=("--slices=2",))
+    assert message == "one: the code could not be sent to all workers"
+    assert capfd.readouterr().err.count("one: 1 of 2 workers answered") == 5
+    assert not list(cloud.folder.rglob("worker.pid"))
 
 
 def test_a_preempted_tpu_is_created_again(cloud):

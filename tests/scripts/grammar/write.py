@@ -22,6 +22,7 @@ import yaml
 
 HERE = pathlib.Path(__file__).parent
 GCLOUD = [f"compute tpus queued-resources {name}" for name in ("create", "delete", "describe", "list", "scp", "ssh")]
+GCLOUD.append("compute tpus tpu-vm list")
 XPK = ["workload create", "workload delete", "workload list"]
 KUBECTL = ["apply", "get", "logs", "delete"]
 

@@ -141,7 +141,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(law):
     held = {"losses": [], "ratios": []}
     for seed in range(6):
         runs = table(mixtures(13, seed), lambda r, d, _: climb_losses(r, d), noise=0.01, seed=seed)
-        replicates = law.fit(runs).replicates(runs, 40, seed)
+        replicates = law.fit(runs).replicates(runs, 24, seed)
         for name, true, draws in (
             ("losses", climb_losses(points, np.full(len(points), further)),
              [each.at(points, 1e6, further) for each in replicates]),
