@@ -429,8 +429,8 @@ def _bounds(interval: list[float] | None, digits: int, brackets: str) -> str:
 
 PANELS = {
     "Bits per byte, Chinese": "bits per byte, zh", "Bits per byte, English": "bits per byte, en",
-    "Bits a byte saved by the translation, en to zh": "bits saved by the translation, en to zh",
-    "Bits a byte saved by the translation, zh to en": "bits saved by the translation, zh to en",
+    "Translation found among four, en to zh, points": "translation found, %, en to zh",
+    "Translation found among four, zh to en, points": "translation found, %, zh to en",
     "Completion, MLC, points": "completion, MLC, %", "BMLAMA, MLC, points": "BMLAMA, MLC, %",
 }
 
