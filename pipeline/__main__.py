@@ -124,8 +124,8 @@ def _check_settings(config: PipelineConfig, progress: Progress, stages: Sequence
     """
     for stage in stages:
         if stage.name in config.settings or stage.name in config.gin_files:
+            gin.clear_config()  # which is locked, so that nothing could be imported that gin configures
             importlib.import_module(stage.module)
-            gin.clear_config()
             try:
                 parse_gin([os.fspath(progress.write_gin(stage))], [])
             except InputError as error:
@@ -145,9 +145,13 @@ def _wait(command: Sequence[str]) -> int:
             ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(143)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
+    # Blocked until the command runs, so that no SIGTERM is missed between its start and the handler.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent) as process:
         previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         try:
             while True:
                 try:

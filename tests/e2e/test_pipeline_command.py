@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import time
 
@@ -77,6 +78,9 @@ def test_interrupted_at_any_stage_it_goes_on_there(folder):
     ended_ = run("pipeline", *flags, "--gin.pipeline.dry_run=True", folder=folder)
     assert ended_.code == 0 and "[tokenizer]: about" in ended_.out and "Left: about" in ended_.out
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["stages"]
+    typo = run("pipeline", *flags, "--gin.pipeline.settings={'select': {'select.temprature': 1}}", folder=folder)
+    assert typo.code == 1 and re.fullmatch(
+        r"error: pipeline\.settings and gin_files of 'select': .*temprature.*\n", typo.err), typo.err
 
     with started("pipeline", *flags, folder=folder) as process:  # killed: its stage must not run on
         process.wait_for(lambda: children(process.pid) != [])
@@ -89,10 +93,13 @@ def test_interrupted_at_any_stage_it_goes_on_there(folder):
         time.sleep(0.05)
 
     with started("pipeline", *flags, folder=folder) as process:
-        process.wait_for((folder / "out/documents/held_out.json").exists)
+        process.wait_for(lambda: children(process.pid) != [])
+        (stage,) = children(process.pid)
+        os.kill(stage, signal.SIGSTOP)  # so that it does not end meanwhile
         refused = run("pipeline", *flags, folder=folder)
         assert (refused.code, refused.err) == (1, "error: out: another pipeline is at work here\n")
         process.signal(signal.SIGTERM)  # passed on to the stage
+        os.kill(stage, signal.SIGCONT)
         stopped = process.end()
     assert stopped.code == 143 and "goes on there" in stopped.err.splitlines()[-1], stopped.err
 
