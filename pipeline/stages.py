@@ -114,16 +114,22 @@ class _Stages:
 
     def _corpus(self, text: tuple[str, list[str]], name: str = "Corpus") -> Settings:
         folder, patterns = text
-        settings = {f"{name}.root": folder, f"{name}.files": patterns[0] if len(patterns) == 1 else patterns}
-        settings |= self._records(folder, name)
-        if self._config.languages is not None and any("{language}" in pattern for pattern in patterns):
+        return {f"{name}.root": folder, f"{name}.files": patterns[0] if len(patterns) == 1 else patterns,
+                **self._reading(text, name)}
+
+    def _reading(self, text: tuple[str, list[str]], name: str = "Corpus") -> Settings:
+        """Returns the languages to take, and the keys of the records in the user's own files.
+
+        Commands write theirs with the usual keys, and what was kept may lack a language.
+        """
+        folder, patterns = text
+        settings: dict[str, Any] = {}
+        if folder == self._config.documents:
+            settings = {f"{name}.{field}": value for field, value in self._config.record_settings.items()}
+        if (self._config.languages is not None and folder in (self._config.documents, self._config.text[0])
+                and all("{language}" in pattern for pattern in patterns)):
             settings[f"{name}.languages"] = list(self._config.languages)
         return settings
-
-    def _records(self, folder: str, name: str = "Corpus") -> Settings:
-        """Returns how records are read in the user's own files; commands write theirs with the usual keys."""
-        own = folder == self._config.documents
-        return {f"{name}.{field}": value for field, value in self._config.record_settings.items()} if own else {}
 
     def _hold_out(self) -> Stage:
         return Stage("hold_out", "Hold documents out for evaluation", "data_mixtures.hold_out",
@@ -168,7 +174,7 @@ class _Stages:
     def _training_text(self) -> Settings:
         """Returns the macros of the training documents, the same for all, so that all lists mean the same documents."""
         folder, patterns = self._config.training_text
-        return {"ROOT": folder, "DOCUMENTS": patterns, **self._records(folder)}
+        return {"ROOT": folder, "DOCUMENTS": patterns, **self._reading((folder, patterns))}
 
     def _removal(self, name: str, title: str, macros: Settings) -> Stage:
         return Stage(name, title, f"raters.{name}", f"removed/{name}/report.json",

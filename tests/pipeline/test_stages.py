@@ -111,3 +111,5 @@ def test_languages_that_records_alone_name(config, tmp_path):
     assert "evaluate" in names(chosen) and "hold_out" in names(chosen)
     assert "Corpus.languages" not in text_of(chosen, "hold_out")
     assert "Corpus.languages = ['de']" in text_of(chosen, "tokenizer")
+    assert "Corpus.languages = ['de']" in text_of(chosen, "score")
+    assert "kept/Corpus.languages" not in text_of(chosen, "export")
