@@ -23,7 +23,7 @@ from video.frame_choice.rules import even
 from video.frames.frame_store import FrameStore
 from video.questions import read_questions
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
