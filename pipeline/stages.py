@@ -94,7 +94,7 @@ class _Stages:
         yield True, [
             self._select("select", "Keep the best documents of every language and source", self.selected),
             Stage("selection_report", "Report on what was kept", "raters.selection_report", "selected/report.html",
-                  lambda: {"selection_report.folder": self.selected}, demo_seconds=6),
+                  lambda: {"selection_report.folder": self.selected}, demo_seconds=2),
             self._export("export", "Turn the text kept into tokens", self.selected, self.tokens, "tokens")]
         yield config.uses_climb, [*self._climb()]
         rates = f"{self.climb}/rates.json"
@@ -152,20 +152,20 @@ class _Stages:
         pairs = {**macros, "DOCUMENTS": documents.replace("{language}", "*"), "PAIRS": f"{folder}/pairs.jsonl",
                  "VALIDATION_PAIRS": f"{folder}/validation_pairs.jsonl"}
         yield Stage("ngrams", "Train a rater of English on n-grams", "raters.ngrams", "rater/ngrams.npz",
-                    lambda: pairs, ("gin/raters/pairs.gin",), "train_ngrams.overwrite", 6)
+                    lambda: pairs, ("gin/raters/pairs.gin",), "train_ngrams.overwrite", 4)
         yield Stage("pairs", "Carry English preferences to all languages", "raters.pairs", "rater/pairs.jsonl",
-                    lambda: pairs, ("gin/raters/pairs.gin",), "pairs.overwrite", 10)
+                    lambda: pairs, ("gin/raters/pairs.gin",), "pairs.overwrite", 5)
         yield Stage("rater", "Train a multilingual rater", "raters.train", "rater/run/checkpoints", lambda: {
             "RUN_DIR": self.rater, "STEPS": 200, "train_rater.pairs": f"{folder}/pairs.jsonl",
             "train_rater.validation": f"{folder}/validation_pairs.jsonl", "train_rater.tokenizer": self.tokenizer,
             "QualityConfig.vocab_size": self._config.model.vocab_size,
-        }, ("gin/raters/train.gin",), None, 80, run_folder="rater/run")
+        }, ("gin/raters/train.gin",), None, 85, run_folder="rater/run")
 
     def _filters(self) -> Iterator[Stage]:
         documents = self._training_text()
         yield Stage("score", "Rate the documents", "raters.score", "scores", lambda: {
             **documents, "RATER_DIR": self.rater, "SCORES": self.scores,
-        }, ("gin/raters/score.gin",), "score.overwrite", 60, "text")
+        }, ("gin/raters/score.gin",), "score.overwrite", 90, "text")
         yield self._removal("languages", "Find documents in another language than declared",
                             {"MISLABELLED": f"{self.out}/removed/languages"})
         yield self._removal("duplicates", "Find duplicates, of which the best-rated stays",
@@ -187,7 +187,7 @@ class _Stages:
         best = {"select.fraction": self._config.keep, "select.per_source": True, "select.exclude": removed}
         return Stage(name, title, "raters.select", f"{output.removeprefix(self.out)[1:]}/selection.json", lambda: {
             **self._training_text(), "SCORES": self.scores, "SELECTED": output, **(more() if more else best),
-        }, ("gin/raters/select.gin",), "select.overwrite", 8, "text")
+        }, ("gin/raters/select.gin",), "select.overwrite", 2, "text")
 
     def _export(self, name: str, title: str, selected: str, store: str, output: str) -> Stage:
         return Stage(name, title, "data_mixtures.export", f"{output}/manifest.json", lambda: {
@@ -196,21 +196,21 @@ class _Stages:
             "export_tokens.corpus": "@kept/Corpus()", "export_tokens.heldout": "@heldout/Corpus()",
             "export_tokens.tokenizer": self.tokenizer, "export_tokens.store": store,
             "export_tokens.sequence_length": self._config.sequence_length,
-        }, overwrite="export_tokens.overwrite", demo_seconds=4, grows="text")
+        }, overwrite="export_tokens.overwrite", demo_seconds=2, grows="text")
 
     def _climb(self) -> Iterator[Stage]:
         config = self._config
         shape = {"VOCAB_SIZE": config.model.vocab_size, "SEQUENCE_LENGTH": config.sequence_length,
                  "TOKEN_STORE": self.tokens, "PROXIES": self.proxies}
         yield Stage("proxies", "Train tiny models on mixtures", "data_mixtures.climb.proxies", "proxies/settings.json",
-                    lambda: {**shape, "proxies.tokens": self._proxy_tokens()}, ("gin/pipeline/proxies.gin",), None, 135,
+                    lambda: {**shape, "proxies.tokens": self._proxy_tokens()}, ("gin/pipeline/proxies.gin",), None, 115,
                     run_folder="proxies")
         yield Stage("allocate", "Choose the languages' shares", "data_mixtures.climb.allocate", "climb/rates.json",
                     lambda: {"TOKEN_STORE": self.tokens, "PROXIES": self.proxies, "ALLOCATION": self.climb,
                              "N_PARAMS": config.model.parameters(), "TOKENS": config.tokens},
-                    ("gin/pipeline/allocate.gin",), "allocate.overwrite", 60)
+                    ("gin/pipeline/allocate.gin",), "allocate.overwrite", 100)
         yield Stage("climb_report", "Report on the shares", "data_mixtures.climb.report", "climb/report.html",
-                    lambda: {"climb_report.folder": self.climb}, demo_seconds=12)
+                    lambda: {"climb_report.folder": self.climb}, demo_seconds=5)
 
     def _proxy_tokens(self) -> list[int]:
         """Returns the token counts at which proxy runs are evaluated: as many as most languages have text for."""
@@ -232,7 +232,7 @@ class _Stages:
             "warmup_cosine.warmup_steps": max(config.training_steps // 12, 1),
             **{f"DecoderConfig.{field.name}": getattr(config.model, field.name)
                for field in dataclasses.fields(config.model) if getattr(config.model, field.name) != field.default},
-        }, ("gin/pipeline/train.gin",), None, 190, "training", output)
+        }, ("gin/pipeline/train.gin",), None, 115, "training", output)
 
     def _generate(self) -> Stage:
         prompts = self._config.prompts
