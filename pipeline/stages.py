@@ -232,7 +232,7 @@ class _Stages:
             "warmup_cosine.warmup_steps": max(config.training_steps // 12, 1),
             **{f"DecoderConfig.{field.name}": getattr(config.model, field.name)
                for field in dataclasses.fields(config.model) if getattr(config.model, field.name) != field.default},
-        }, ("gin/pipeline/train.gin",), None, 115, "training", output)
+        }, ("gin/pipeline/train.gin",), None, 145, "training", output)
 
     def _generate(self) -> Stage:
         prompts = self._config.prompts

@@ -1,6 +1,6 @@
 """Reads the weights that a new run starts from: another run's or a Hugging Face model's (continued pretraining).
 
-    weights = InitialWeights("runs/demo/pretrain", config, "tokens/tokenizer.model")  # or its checkpoints/360, hf/demo
+    weights = InitialWeights("runs/demo/pretrain", config, "tokens/tokenizer.model")  # or its checkpoints/300, hf/demo
     params = weights.load(mesh)
 
 The optimizer and the data start from their beginning.
