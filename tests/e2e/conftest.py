@@ -73,8 +73,8 @@ class Process:
             assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.002)
 
-    def end(self) -> Ended:
-        out, err = self._forked.communicate(timeout=DEADLINE)
+    def end(self, deadline: float = DEADLINE) -> Ended:
+        out, err = self._forked.communicate(timeout=deadline)
         return Ended(self._forked.returncode, out, err)
 
 
@@ -106,10 +106,10 @@ def started(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) ->
         yield Process(forked)
 
 
-def run(module: str, *flags: str, folder: pathlib.Path, devices: int = 1) -> Ended:
-    """Runs `python -m module flags` in `folder` to its end."""
+def run(module: str, *flags: str, folder: pathlib.Path, devices: int = 1, deadline: float = DEADLINE) -> Ended:
+    """Runs `python -m module flags` in `folder` to its end, at most `deadline` seconds."""
     with started(module, *flags, folder=folder, devices=devices) as process:
-        return process.end()
+        return process.end(deadline)
 
 
 def assert_refused(message: str, folder: pathlib.Path, *flags: str, devices: int = 1) -> None:

@@ -119,7 +119,7 @@ def test_interrupted_at_any_stage_it_goes_on_there(folder):
 def test_from_documents_to_the_start_page(folder):
     """All stages, as their commands are started by hand too."""
     flags = ("--gin_file=my.gin", "--gin.pipeline.videos=True")
-    done = run("pipeline", *flags, folder=folder)
+    done = run("pipeline", *flags, folder=folder, deadline=1200)
     assert done.code == 0, done.err[-2000:]
     page = (folder / "out/index.html").read_text()
     assert "in another language" in page

@@ -112,7 +112,9 @@ def test_shards_need_no_connection_and_each_scores_its_own_again(score_gin, undi
     first = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)
     assert first.code == 0 and json.loads(first.out.splitlines()[-1])["scored"] == FILES // 2
     own = outputs(scores)
-    assert own == {name: content for name, content in undisturbed.items() if name.split(".")[0] in ("1", "3", "5", "7")}
+    shared = {name: content for name, content in undisturbed.items()
+              if name.split(".")[0] in ("1", "3", "5", "7", "corpus")}
+    assert own == shared
     (scores / "3.jsonl.gz.done.json").unlink()
     again = run(SCORE, score_gin, "--shard=1/2", folder=tmp_path)
     summary = json.loads(again.out.splitlines()[-1])
