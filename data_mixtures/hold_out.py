@@ -25,7 +25,7 @@ from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_fold
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import SPLITS, Corpus
 from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.record_files import jsonl_writer, output_name, to_record
+from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer, to_record
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256, write_json
 from mlx_pretrain.languages import UNDETERMINED
@@ -124,7 +124,7 @@ def _divide(config: HoldOutConfig, name: str, thresholds: Mapping[str, int], fol
             split = HELDOUT if _key(document, config.seed) <= thresholds[document.language] else TRAIN
             part = split, document.language
             if part not in writers:
-                path = folder / split / document.language / output_name(name).replace("/", "-")
+                path = folder / split / document.language / flat_output_name(name)
                 writers[part] = stack.enter_context(jsonl_writer(path))
             writers[part](to_record(document))
             counts[split][document.language] += 1

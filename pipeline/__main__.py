@@ -48,10 +48,10 @@ def main(config: PipelineConfig) -> None:
         _print_plan(config, progress, chosen)
         return
     started = time.monotonic()
+    done = progress.done()  # stages that run do not change it, as it holds none after the first of them
     with _only_one(config):
         for number, stage in enumerate(chosen, 1):
             head = f"[{number}/{len(chosen)}] {stage.title}"
-            done = progress.done()
             if stage.name in done:
                 log(f"{head}: done before")
                 continue

@@ -31,7 +31,7 @@ def _gin_value(value: Any) -> str:
 
 
 def gin_text(config: PipelineConfig, stage: Stage) -> str:
-    """Returns the gin file of a stage. The user's settings come last, as gin takes the last value."""
+    """Returns the gin file of a stage. The user's settings replace the pipeline's; their gin files come before both."""
     includes = (*stage.gin_files, *config.gin_files.get(stage.name, ()))
     settings = {**stage.settings(), **config.settings.get(stage.name, {})}
     return "\n".join([
@@ -75,8 +75,8 @@ class Progress:
         self.seconds: dict[str, float] = record.get("seconds", {})
         self._begun: dict[str, str] = record.get("begun", {})  # stage -> key with which it began
         stats = {name: path.stat() for name, path in config.corpus.paths().items()}
-        self._documents = [[name, stat.length, stat.mtime] for name, stat in stats.items()]
-        self.bytes = sum(stat.length for stat in stats.values())
+        listing = [[name, stat.length, stat.mtime] for name, stat in stats.items()]
+        self._documents = hashlib.sha256(repr(listing).encode()).hexdigest()
 
     def _key(self, stage: Stage) -> str:
         """Returns a hash of all that a stage depends on, but for the outputs of earlier stages."""
@@ -96,7 +96,7 @@ class Progress:
             return self.seconds[stage.name]
         scale = 1.0
         if stage.grows == "text":
-            scale = self.bytes / _SAMPLE_BYTES
+            scale = sum(self._config.sizes.values()) / _SAMPLE_BYTES
         elif stage.grows == "training":
             config = self._config
             scale = config.model.flops_per_token(config.sequence_length) * config.tokens / _DEMO_FLOPS

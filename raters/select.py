@@ -25,7 +25,7 @@ from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_fold
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.record_files import jsonl_writer, output_name, to_record
+from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer, to_record
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_json, sha256, write_json
 from mlx_pretrain.languages import UNDETERMINED
@@ -154,7 +154,7 @@ class DocumentCopier:
         rows = np.flatnonzero(scores.file == scores.files.index(name))
         rated = ((int(number), int(row)) for number, row in zip(scores.number[rows], rows))
         rated_number, row = next(rated, (math.inf, -1))
-        output = _flat_name(name)
+        output = flat_output_name(name)
         self.excluded += len(set(self._removed.numbers(name).tolist()))
 
         def unscored(number: int, document_id: str | None, reason: str, category: str) -> None:
@@ -197,11 +197,6 @@ class DocumentCopier:
         if document_key(self._config.seed, language, source, document.id) != int(scores.key[row]):
             raise InputError(f"{path}:{document.number}: {document.id!r} is not the document that was rated here; "
                              "rate the file again")
-
-
-def _flat_name(name: str) -> str:
-    """Returns the name of an input file's output in the folder of a language."""
-    return output_name(name).replace("/", "-")
 
 
 def _without(scores: ScoreTable, removed: RemovalLists) -> ScoreTable:
@@ -313,7 +308,7 @@ def main(config: SelectConfig) -> None:
     """
     started = time.perf_counter()
     files, failed = _rated_files(config)
-    if len(set(map(_flat_name, files))) < len(files):
+    if len(set(map(flat_output_name, files))) < len(files):
         raise InputError(f"{config.corpus.location}: two files would have one name in the output")
     score_files = {f"{folder}/{name}": score_path(folder, name, config.corpus.folder)
                    for folder in (config.scores, *config.others) for name in files}

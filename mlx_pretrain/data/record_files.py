@@ -17,6 +17,11 @@ def output_name(name: str) -> str:
     return without_extension(name) + ".jsonl.gz"
 
 
+def flat_output_name(name: str) -> str:
+    """Returns the name of the output of an input file in a folder without subfolders."""
+    return output_name(name).replace("/", "-")
+
+
 def to_record(document: Document, **more: Any) -> dict[str, Any]:
     """Returns the document as a record with its further fields and `more`, without empty fields."""
     language = "" if document.language == UNDETERMINED else document.language
