@@ -22,12 +22,20 @@ from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
 from mlx_pretrain.training.train_module import TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.llm.loading import load_video_llm
 from video.llm.prompts import PaddedPrompts
-from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
+from video.voyager.frame_voyager import (
+    OBJECTIVES,
+    VoyagerConfig,
+    bottom_layers,
+    combination_rewards,
+    ranking_loss,
+    rewards,
+)
 from video.voyager.loss_labels import Labels, read_labels
 from video.voyager.ranking_metrics import ranking_metrics
 
@@ -45,8 +53,9 @@ class TrainVoyagerConfig(TrainerConfig):
       video_llm: the Video-LLM whose bottom layers are reused.
       layers: number of these layers.
       frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
-      head_dim: width of the head, see `VoyagerConfig`.
-      tune_layers: True: trains the layers too; False: the head alone.
+      head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
+      tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
+      objective, temperature: see `ranking_loss`.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
       max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
       min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.
@@ -64,7 +73,12 @@ class TrainVoyagerConfig(TrainerConfig):
     layers: int = 2
     frame_tokens: int | None = 1
     head_dim: int = 128
+    frame_layers: int = 2
+    frame_heads: int = 4
+    rank: int = 16
     tune_layers: bool = True
+    objective: str = "pairs"
+    temperature: float = 0.1
     combinations: int | None = 64
     max_mean_loss: float | None = None
     min_deviation: float | None = None
@@ -74,6 +88,10 @@ class TrainVoyagerConfig(TrainerConfig):
         super().__post_init__()
         optional = [name for name in ("combinations", "frame_tokens") if getattr(self, name) is not None]
         self.check_counts("layers", "head_dim", "eval_batch_size", *optional)
+        if self.objective not in OBJECTIVES:
+            raise self.config_error("objective", f"must be one of {', '.join(OBJECTIVES)}")
+        if not self.temperature > 0:
+            raise self.config_error("temperature", "must be above 0 nats")
 
 
 class VoyagerTraining(TrainModule):
@@ -99,8 +117,9 @@ class VoyagerTraining(TrainModule):
         if tokens not in (1, llm.config.frame_tokens):
             raise config.config_error("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
-        self._params = {"decoder": jax.device_get(params), "head": None}
-        self.model = VoyagerConfig(decoder, tokens, config.head_dim)
+        self._bottom = jax.device_get(params)
+        self.model = VoyagerConfig(decoder, tokens, config.head_dim, config.frame_layers, config.frame_heads,
+                                   config.rank)
         self.tokenizer_path = llm.tokenizer_path
         self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
             question.question for labels in (self._train, self._validation) for question in labels.questions])
@@ -115,7 +134,10 @@ class VoyagerTraining(TrainModule):
             "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
             "tokens": jax.ShapeDtypeStruct((length,), int32),
             "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
+            "times": jax.ShapeDtypeStruct((candidates,), float32),
+            "segments": jax.ShapeDtypeStruct((candidates,), int32),
             "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
+            "sizes": jax.ShapeDtypeStruct((self._row_combinations,), int32),
             "losses": jax.ShapeDtypeStruct((self._row_combinations,), float32),
         }
         self.tokens_per_sequence = length
@@ -124,8 +146,10 @@ class VoyagerTraining(TrainModule):
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         if not self._config.tune_layers:
             params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
-        frame_rewards = rewards(self.model, params, batch["features"], batch["tokens"], batch["indices"])
-        losses, right, usable = ranking_loss(combination_rewards(frame_rewards, batch["combinations"]), batch["losses"])
+        frame_rewards = rewards(self.model, params, *(batch[name] for name in _INPUTS))
+        losses, right, usable = ranking_loss(
+            combination_rewards(frame_rewards, batch["combinations"]), batch["losses"], batch["sizes"],
+            self._config.objective, self._config.temperature)
         total, weight = (losses * usable).sum(), usable.sum()
         means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
         return total, LossParts(weight, means)
@@ -138,17 +162,16 @@ class VoyagerTraining(TrainModule):
 
     def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
-        labels = self._validation
 
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
-            frame_rewards = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
-            return ranking_metrics(frame_rewards, labels)
+            return ranking_metrics(predict(params, self._validation), self._validation)
 
         return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 
     def initial_params(self, mesh: Mesh) -> Any:
-        return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
+        drawn = jax.tree.map(lambda _: None, abstract_params(self.model, mesh))
+        return {**drawn, "decoder": self._bottom}
 
     def describe_data(self) -> str:
         labels, config = self._train, self._config
@@ -167,6 +190,10 @@ class VoyagerTraining(TrainModule):
         }
 
 
+# Arguments of `rewards` in a batch, in order.
+_INPUTS = ("features", "tokens", "indices", "times", "segments")
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelProvenance:
     """The question and the epoch that a row comes from."""
@@ -181,7 +208,7 @@ class LabelSource(MixtureSource):
     def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, mixture: Mixture,
                  rows: np.ndarray | None = None):
         """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
-        self._labels, self._row_combinations = labels, combinations
+        self._labels, self._row_combinations, self._sizes = labels, combinations, labels.sizes
         super().__init__(mixture, rows)
         self._tokens, self._indices = prompts([question.question for question in labels.questions],
                                              labels.features.shape[1])
@@ -193,10 +220,11 @@ class LabelSource(MixtureSource):
         drawn = np.stack([np.random.default_rng([self.mixture.seed, int(row), int(epoch)]).permutation(
             labels.losses.shape[1])[: self._row_combinations] for row, epoch in zip(rows, epochs)])
         return {
-            "features": labels.features[labels.video[rows]],
+            **label_inputs(labels, rows),
             "tokens": self._tokens[rows],
             "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
+            "sizes": np.take_along_axis(self._sizes[rows], drawn, 1).astype(np.int32),
             "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
         }
 
@@ -206,33 +234,35 @@ class LabelSource(MixtureSource):
         return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
+def label_inputs(labels: Labels, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns what `rewards` reads of questions besides their tokens: features, times, segments, `[rows, M, ...]`."""
+    videos = labels.video[rows]
+    return {"features": labels.features[videos], "times": labels.times[videos].astype(np.float32),
+            "segments": np.ones((len(rows), labels.times.shape[1]), np.int32)}
+
+
 class RewardPredictor:
-    """Computes the rewards of the candidates of many questions, a batch at a time."""
+    """Computes the rewards of the labelled combinations of many questions, a batch at a time."""
 
     def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
         """Stores the model; `batch_size` counts questions, over all devices."""
         self._prompts, self._batch_size = prompts, batch_size
         self._sharding = partitioning.batch_sharding(mesh)
-        self._step = jax.jit(lambda *arguments: rewards(config, *arguments),
-                             out_shardings=partitioning.replicated(mesh))
+        self._step = jax.jit(
+            lambda params, combinations, *inputs: combination_rewards(rewards(config, params, *inputs), combinations),
+            out_shardings=partitioning.replicated(mesh))
 
-    def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
-        """Returns rewards, float32 `[questions, candidates]`.
-
-        Args:
-          params: parameters of Frame-Voyager.
-          features: float32 `[videos, candidates, tokens, embed]`.
-          video: int `[questions]`, the row of each question's video in `features`.
-          questions: their texts.
-        """
+    def __call__(self, params: Any, labels: Labels) -> np.ndarray:
+        """Returns rewards of combinations, float32 `[questions, combinations]`."""
+        tokens, indices = self._prompts([question.question for question in labels.questions], labels.times.shape[1])
         batches = []
-        tokens, indices = self._prompts(questions, features.shape[1])
-        for start in range(0, len(questions), self._batch_size):
+        for start in range(0, len(labels), self._batch_size):
             # The last batch repeats a question to keep its shape.
-            rows = np.minimum(np.arange(start, start + self._batch_size), len(questions) - 1)
-            arrays = features[video[rows]], tokens[rows], indices[rows]
+            rows = np.minimum(np.arange(start, start + self._batch_size), len(labels) - 1)
+            inputs = label_inputs(labels, rows) | {"tokens": tokens[rows], "indices": indices[rows]}
+            arrays = labels.combinations[rows].astype(np.int32), *(inputs[name] for name in _INPUTS)
             batches.append(self._step(params, *(partitioning.put(x, self._sharding) for x in arrays)))
-        return np.concatenate(jax.device_get(batches))[: len(questions)]
+        return np.concatenate(jax.device_get(batches))[: len(labels)]
 
 
 def format_ranking(metrics: Mapping[str, float]) -> str:

@@ -38,6 +38,10 @@ class FeatureStore:
         """Reads the features of all videos: float32 `[videos, M, frame_tokens, embed]`."""
         return self._rows.read("features")
 
+    def times(self) -> np.ndarray:
+        """Reads the times of the frames of all videos: float64 `[videos, M]`, seconds."""
+        return self._rows.read("times")
+
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
@@ -50,7 +54,9 @@ class Labels:
       features: float32 `[videos, M, frame_tokens, embed]`.
       video: int64 `[questions]`, row of `features`.
       losses: float32 `[questions, K]`, mean over the right answer's tokens, nats.
-      combinations: uint16 `[questions, K, T]`, the candidates that each loss was computed with.
+      combinations: uint16 `[questions, K, T]`, the candidates that each loss was computed with; a place that holds M is
+        empty.
+      times: float64 `[videos, M]`, seconds.
       dropped: filter -> number of questions it left out; a question counts for the first such filter.
     """
 
@@ -61,10 +67,16 @@ class Labels:
     video: np.ndarray
     losses: np.ndarray
     combinations: np.ndarray
+    times: np.ndarray
     dropped: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of frames of each combination, int64 `[questions, K]`."""
+        return (self.combinations < self.times.shape[1]).sum(axis=2)
 
 
 def read_labels(
@@ -100,4 +112,4 @@ def read_labels(
         raise InputError(f"{path}: no question is left ({', '.join(f'{name}: {n}' for name, n in dropped.items())})")
     return Labels(path, losses.settings, [by_id[losses.rows[row]["id"]] for row in kept], features.read(),
                   np.array([features.row[losses.rows[row]["video"]] for row in kept]), values[kept],
-                  losses.read("combinations", kept), dropped)
+                  losses.read("combinations", kept), features.times(), dropped)

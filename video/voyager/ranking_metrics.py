@@ -6,12 +6,12 @@ import scipy.stats
 from video.voyager.loss_labels import Labels
 
 
-def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, float]:
-    """Returns means over the questions whose losses are not all equal.
+def ranking_metrics(predicted: np.ndarray, labels: Labels) -> dict[str, float]:
+    """Returns means over groups: a question's combinations of one size, unless their losses are all equal.
 
     Args:
-      frame_rewards: `[questions, candidates]`.
-      labels: losses of combinations of these candidates.
+      predicted: rewards of the labelled combinations, `[questions, combinations]`.
+      labels: the Video-LLM's losses on them.
 
     Returns:
       loss: reward-ranking loss over all pairs, see `frame_voyager.ranking_loss`.
@@ -23,23 +23,24 @@ def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, floa
     """
     values: dict[str, list[float]] = {name: [] for name in (
         "loss", "ranking_accuracy", "kendall", "spearman", "regret", "random_regret")}
-    for rewards, losses, combinations, question in zip(
-            frame_rewards, labels.losses, labels.combinations, labels.questions):
-        if losses.min() == losses.max():
-            continue
-        predicted = rewards[combinations].mean(axis=1)
-        loss, accuracy = _pairs(predicted, losses)
-        values["loss"].append(loss)
-        values["ranking_accuracy"].append(accuracy)
-        # Before training all rewards are equal, and correlations are undefined: they count as 0.
-        flat = predicted.min() == predicted.max()
-        values["kendall"].append(0.0 if flat else scipy.stats.kendalltau(predicted, -losses).statistic)
-        values["spearman"].append(0.0 if flat else scipy.stats.spearmanr(predicted, -losses).statistic)
-        regret = losses[predicted.argmax()] - losses.min()
-        values["regret"].append(regret)
-        values["random_regret"].append(losses.mean() - losses.min())
-        if question.type:
-            values.setdefault(f"regret/{question.type}", []).append(regret)
+    for row, question in enumerate(labels.questions):
+        for size in np.unique(labels.sizes[row]):
+            group = labels.sizes[row] == size
+            rewards, losses = predicted[row, group], labels.losses[row, group]
+            if losses.min() == losses.max():
+                continue
+            loss, accuracy = _pairs(rewards, losses)
+            values["loss"].append(loss)
+            values["ranking_accuracy"].append(accuracy)
+            # Before training all rewards are equal, and correlations are undefined: they count as 0.
+            flat = rewards.min() == rewards.max()
+            values["kendall"].append(0.0 if flat else scipy.stats.kendalltau(rewards, -losses).statistic)
+            values["spearman"].append(0.0 if flat else scipy.stats.spearmanr(rewards, -losses).statistic)
+            regret = losses[rewards.argmax()] - losses.min()
+            values["regret"].append(regret)
+            values["random_regret"].append(losses.mean() - losses.min())
+            if question.type:
+                values.setdefault(f"regret/{question.type}", []).append(regret)
     return {name: float(np.mean(x)) if x else float("nan") for name, x in values.items()}
 
 
