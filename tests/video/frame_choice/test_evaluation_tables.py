@@ -1,4 +1,4 @@
-"""Accuracies by the frames that were shown: means, intervals by video, differences and the report, against plain loops."""
+"""Accuracies by the frames that were shown: means, intervals by video, differences and the report, by plain loops."""
 
 import numpy as np
 import pytest
@@ -35,8 +35,8 @@ def test_accuracies_are_means_over_questions_and_seeds(trials, results):
     assert (results["questions"], results["videos"], results["trials"]) == (7, 4, 2)
     for method in set(METHODS):
         for name in ("all", "count", "same"):
-            right = [is_right for trial in trials for line in trial for _, _, shown_by, _, is_right, _ in line["choices"]
-                     if shown_by == method and name in ("all", line["type"])]
+            right = [choice[4] for trial in trials for line in trial for choice in line["choices"]
+                     if choice[2] == method and name in ("all", line["type"])]
             assert rows[method]["accuracy"][name]["value"] == pytest.approx(np.mean(right))
     ours, other = rows["Frame-Voyager"], rows["similarity"]
     assert len(ours["of_seeds"]) == 4 and np.mean(ours["of_seeds"]) == pytest.approx(ours["accuracy"]["all"]["value"])
