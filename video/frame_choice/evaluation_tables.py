@@ -94,7 +94,7 @@ def summarise(
         intervals = {}
         for name, group in groups.items():
             drawn = weights[:, group]
-            low, high = _bounds(drawn @ values[group] / np.maximum(drawn.sum(axis=1), 1))
+            low, high = _bounds(_ratios(drawn @ values[group], drawn.sum(axis=1)))
             intervals[name] = {"value": float(values[group].mean()), "low": low, "high": high}
         return intervals
 
@@ -116,18 +116,24 @@ def summarise(
                 rows[method]["less"] = interval(ours - values)
         entry = {"candidates": candidates, "frames": num_frames, "methods": rows}
         if ours is not None and EVIDENCE in methods:
-            resampled = {name: weights @ methods[name] for name in (UNIFORM, VOYAGER, EVIDENCE)}
-            with np.errstate(divide="ignore", invalid="ignore"):
-                way = ((resampled[VOYAGER] - resampled[UNIFORM]) / (resampled[EVIDENCE] - resampled[UNIFORM]))
-            gap = methods[EVIDENCE].mean() - methods[UNIFORM].mean()
-            low, high = _bounds(way)
-            entry["way"] = {"value": float((ours.mean() - methods[UNIFORM].mean()) / gap) if gap else None,
+            gained, possible = methods[VOYAGER] - methods[UNIFORM], methods[EVIDENCE] - methods[UNIFORM]
+            low, high = _bounds(_ratios(weights @ gained, weights @ possible))
+            gap = possible.mean()
+            entry["way"] = {"value": float(gained.mean() / gap) if gap > 0 else None,
                             "low": low, "high": high}
         content.append(entry)
     return {"questions": len(first.ids), "videos": len(videos), "trials": len(answered), "settings": content}
 
 
-def _bounds(resampled: np.ndarray) -> tuple[float, float]:
+def _ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Returns ratios `[resamples]`; NaN where the denominator is not above 0."""
+    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+
+
+def _bounds(resampled: np.ndarray) -> tuple[float | None, float | None]:
+    """Returns the bounds of the percentile interval; None where no resample has a value."""
+    if np.isnan(resampled).all():
+        return None, None
     return tuple(float(x) for x in np.nanquantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
 
 

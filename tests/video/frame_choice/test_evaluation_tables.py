@@ -7,6 +7,7 @@ from mlx_pretrain.errors import InputError
 from video.frame_choice.evaluation_tables import Answered, Cost, summarise, write_report
 
 METHODS = ("uniform", "similarity", "Frame-Voyager", "Frame-Voyager", "frames that matter")
+CHANCES = {"uniform": 0.2, "frames that matter": 0.95}
 VIDEOS = ["a", "a", "a", "b", "c", "c", "d"]
 TYPES = ["count", "same", "count", "same", "count", "count", "same"]
 
@@ -14,7 +15,7 @@ TYPES = ["count", "same", "count", "same", "count", "count", "same"]
 def lines(seed):
     rng = np.random.default_rng(seed)
     return [{"id": str(n), "video": video, "type": type_, "choices": [
-        [16, 4, method, [0, 3], bool(rng.random() < 0.6), 0.5] for method in METHODS]}
+        [16, 4, method, [0, 3], bool(rng.random() < CHANCES.get(method, 0.6)), 0.5] for method in METHODS]}
         for n, (video, type_) in enumerate(zip(VIDEOS, TYPES))]
 
 

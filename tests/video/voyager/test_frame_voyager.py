@@ -56,6 +56,7 @@ VALUES = st.lists(st.tuples(st.integers(-8, 8), st.integers(0, 5), st.integers(1
 @given(VALUES)
 def test_ranking_loss_is_the_mean_over_pairs(values):
     predicted, losses, sizes = (np.array(x, np.float32)[None] / 4 for x in zip(*values))
+    sizes = (4 * sizes).astype(int)
     for objective in OBJECTIVES:
         loss, right, usable = (float(x[0]) for x in _loss(predicted, losses, sizes, objective))
         expected, in_order = pairs(predicted[0], losses[0], sizes[0], {"gaps": float}.get(objective, lambda gap: 1.0))
@@ -135,7 +136,8 @@ def test_what_a_reward_depends_on(config, params, frame_tokens, frame_layers):
         "times": np.array([[0.5, 1.5, 2.5, 3.5, 4.5]], np.float32),
         "segments": np.array([[1, 1, 1, 1, 2]]),
     }
-    run = jax.jit(lambda inputs: rewards(voyager, drawn, *inputs.values()))
+    run = jax.jit(lambda inputs: rewards(voyager, drawn, *(inputs[name] for name in (
+        "features", "tokens", "indices", "times", "segments"))))
     first = run(inputs)
     assert first.values.shape == (1, 5) and first.values.dtype == np.float32 and first.pairs.shape == (1, 5, 5)
     np.testing.assert_allclose(first.pairs[0], first.pairs[0].T, atol=1e-6)
