@@ -58,8 +58,8 @@ def main() -> None:
         "uniform": [even(count, num_frames) for _ in questions],
         "random": [np.sort(rng.choice(count, num_frames, replace=False)) for _ in questions],
         "similarity": [RULES["top"](scores, num_frames) for scores in similarities],
-        "bolt": [RULES["bolt"](scores, num_frames) for scores in similarities],
-        "aks": [RULES["aks"](scores, num_frames) for scores in similarities],
+        **{rule: [RULES[rule](scores, num_frames) for scores in similarities]
+           for rule in ("bolt", "aks", "mmr", "mdp3")},
     }
     latency = collections.defaultdict(list)
     for number, run_dir in enumerate(arguments.voyager):
