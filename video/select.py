@@ -5,7 +5,7 @@ for chosen frames, so they are written in both forms that are in use:
 
     OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}
     OUT/selected_frames.json  AKS's: a list of frame numbers for each question, in the order of the questions
-    OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and the rewards
+    OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and their scores
     OUT/rejects.jsonl         {"id", "reason"} of questions whose video cannot be decoded
     OUT/provenance.json       the settings and inputs that the frames were chosen by
 
@@ -126,7 +126,7 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
                 started = time.perf_counter()
                 selection = selector.choose(video, candidates, question.question)
                 spent.append(time.perf_counter() - started)
-                selections[question.id] = dataclasses.replace(selection, candidates=None)
+                selections[question.id] = dataclasses.replace(selection, candidates=None, scores=None)
                 if question.id in with_sheet:
                     _draw(output / "sheets", question, selection)
     if not selections:
@@ -141,13 +141,14 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
     cluster.log(
         f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
-        f"on {len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without "
-        f"decoding); {len(rejects):,} rejected")
+        f"on {len(by_video):,} videos, {statistics.median(s.frames_encoded for s in selections.values()):g} "
+        f"frames encoded and {1000 * statistics.median(spent):.1f} ms a question (medians, without decoding); "
+        f"{len(rejects):,} rejected")
 
 
 def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:
     """Saves the contact sheet of a question."""
-    curves = {} if selection.scores is None else {"reward": selection.scores}
+    curves = {} if selection.scores is None else {"score": selection.scores.values}
     count = f"{len(selection.indices)} of {len(selection.candidates.frames)} frames"
     figure = contact_sheet(selection.candidates.frames, selection.candidates.times, selection.indices,
                            question.question, f"answer: {question.answer} · {question.video} · {count}", curves,

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_pretrain.errors import InputError
 from tests.video.conftest import write_grey
+from video.frame_choice.rules import RULES
+from video.frame_choice.scores import Scores
 from video.frame_choice.selector import Selector
 from video.select import SelectFramesConfig, main, sheet_name
 
@@ -20,11 +22,15 @@ class Level:
     size, resize_mode, settings = 16, "stretch", "level"
 
     def __call__(self, video, frames, question):
-        return frames[:, 8, 8, 0].astype(np.float32)
+        values = frames[:, 8, 8, 0].astype(np.float32)
+        return Scores(values, -np.abs(values[:, None] - values) / 255)
+
+    def score_some(self, video, frames, question, indices):
+        return self(video, frames, question).values[indices]
 
 
 @pytest.mark.parametrize("scorer", [None, Level()])
-@pytest.mark.parametrize("choice", ["top", "bolt", "aks"])
+@pytest.mark.parametrize("choice", sorted(RULES))
 def test_every_frame_is_chosen_once(tmp_path, scorer, choice):
     path = write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
     with pytest.warns(UserWarning, match=r"q\.mp4: 5 different frames, fewer than the 8 requested"):
