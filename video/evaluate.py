@@ -250,7 +250,7 @@ def _choose(
     if rule in ASKING:
         asked = AskedScores(lambda some: scorer.score_some(question.video, frames, question.question, some), candidates)
         return RULES[rule](asked, num_frames), asked.count
-    scores: Scores = scorer(question.video, frames, question.question, times)
+    scores: Scores = scorer(question.video, frames, times, question.question)
     return RULES[rule](scores, num_frames), candidates
 
 

@@ -126,8 +126,8 @@ class VoyagerTraining(TrainModule):
         candidates = self._train.features.shape[1]
         self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
         length = self._prompts.length(candidates)
-        if length > decoder.max_length:
-            raise InputError(f"{config.labels}: {length} tokens with {candidates} candidates, the decoder has "
+        if (longest := self._prompts.length(1)) > decoder.max_length:
+            raise InputError(f"{config.labels}: {longest} tokens of a question and a frame, the decoder has "
                              f"max_length={decoder.max_length}")
         float32, int32 = np.float32, np.int32
         self.batch_row = {

@@ -408,7 +408,8 @@ def find_step(run_dir: epath.PathLike, step: int | Literal["best"] | None = None
 
     Args:
       run_dir: the run's folder.
-      step: its step; None: the latest; "best": the one with the lowest `Checkpoints.best_metric`, the later of equals.
+      step: its step; None: the latest; "best": the one with the lowest `Checkpoints.best_metric`, the later of equals,
+        or the latest where none was saved together with an evaluation.
 
     Raises:
       InputError: the run has no such checkpoint.
@@ -418,9 +419,7 @@ def find_step(run_dir: epath.PathLike, step: int | Literal["best"] | None = None
         raise InputError(f"{directory}: no checkpoints")
     if step == "best":
         values = [(value, -saved) for saved in steps for value in _saved_metrics(directory / str(saved)).values()]
-        if not values:
-            raise InputError(f"{directory}: no checkpoint was saved together with an evaluation, so none is the best")
-        return -min(values)[1]
+        step = -min(values)[1] if values else None
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
     return steps[-1] if step is None else step

@@ -21,12 +21,12 @@ class Level:
 
     size, resize_mode, settings = 16, "stretch", "level"
 
-    def __call__(self, video, frames, question):
+    def __call__(self, video, frames, times, question):
         values = frames[:, 8, 8, 0].astype(np.float32)
         return Scores(values, -np.abs(values[:, None] - values) / 255)
 
     def score_some(self, video, frames, question, indices):
-        return self(video, frames, question).values[indices]
+        return self(video, frames, None, question).values[indices]
 
 
 @pytest.mark.parametrize("scorer", [None, Level()])

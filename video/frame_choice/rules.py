@@ -91,7 +91,7 @@ def mmr(scores: Scores, num_frames: int, relevance: float = 0.5) -> np.ndarray:
 
 
 def greedy(scores: Scores, num_frames: int) -> np.ndarray:
-    """Maximises a reward of sets, the mean of the values plus the mean of the pairs i < j (our own).
+    """Maximises a reward of sets, the sum of the values plus the sum of the pairs i < j (our own, see `voyager`).
 
     Frames are added by the highest gain; then the swap of a chosen frame for another that gains most is made until none
     gains. As the swaps begin also from the frames of `top` and the better end is taken, no set is worse than theirs.
@@ -100,28 +100,27 @@ def greedy(scores: Scores, num_frames: int) -> np.ndarray:
     start = top(scores, num_frames)
     if scores.pairs is None or len(start) in (1, len(scores)):
         return start
-    count = len(start)
-    gains = scores.values.astype(np.float64) / count
+    values = scores.values.astype(np.float64)
     pairs = scores.pairs.astype(np.float64)
-    pairs = (pairs + pairs.T) / (count * (count - 1))
+    pairs = (pairs + pairs.T) / 2
     np.fill_diagonal(pairs, 0)
-    added, marginal = [], gains.copy()
-    for _ in range(count):
+    added, marginal = [], values.copy()
+    for _ in start:
         added.append(int(np.argmax(marginal)))
         marginal += pairs[added[-1]]
         marginal[added] = -np.inf
-    ends = [_swapped(gains, pairs, np.array(begin)) for begin in (added, start)]
+    ends = [_swapped(values, pairs, np.array(begin)) for begin in (added, start)]
     return np.sort(max(ends, key=lambda chosen: set_reward(scores, chosen)))
 
 
 def set_reward(scores: Scores, chosen: np.ndarray) -> float:
-    """Returns the mean of the values of a set, int `[chosen]`, plus the mean of its pairs i < j."""
+    """Returns the sum of the values of a set, int `[chosen]`, plus the sum of its pairs i < j."""
     rows, columns = np.triu_indices(len(chosen), 1)
-    reward = float(scores.values[chosen].mean(dtype=np.float64))
-    if scores.pairs is None or not len(rows):
+    reward = float(scores.values[chosen].sum(dtype=np.float64))
+    if scores.pairs is None:
         return reward
     pairs = scores.pairs[np.ix_(chosen, chosen)].astype(np.float64)
-    return reward + float((pairs + pairs.T)[rows, columns].mean()) / 2
+    return reward + float((pairs + pairs.T)[rows, columns].sum()) / 2
 
 
 def focus(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import gin
 import jax
@@ -40,12 +40,13 @@ class Scorer(Protocol):
     resize_mode: str
     settings: Any
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> Scores:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         """Returns the scores of all candidates.
 
         Args:
           video: path of the video, for messages and stored embeddings.
           frames: candidates uint8 `[candidates, size, size, 3]`.
+          times: float `[candidates]`, seconds.
           question: text.
         """
 
@@ -76,19 +77,20 @@ class Voyager:
 
         voyager = Voyager("runs/video/voyager", "runs/video/llm")
         candidates = read_frames("clip.mp4", voyager.size, count=128)
-        voyager("clip.mp4", candidates.frames, "What colour was the star?").values   # float32 [128]
+        scores = voyager("clip.mp4", candidates.frames, candidates.times, "What colour was the star?")
+        scores.values, scores.pairs   # float32 [128], [128, 128]
     """
 
     resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
-                 step: int | None = None):
+                 step: int | Literal["best"] | None = "best"):
         """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
 
         Args:
           run_dir: folder of the run.
           video_llm: folder of the Video-LLM, see `load_video_llm`.
-          step: checkpoint of the run; None: the latest.
+          step: checkpoint of the run, see `checkpoints.find_step`.
 
         Raises:
           InputError: one of them is missing, or the run was trained for another Video-LLM.
@@ -110,13 +112,15 @@ class Voyager:
         return {"scorer": "Voyager", "video_llm": self._trained_for,
                 "fingerprint": fingerprint(self._params, dataclasses.asdict(self._config))}
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> Scores:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         tokens, frame_positions = self._prompts([question], len(frames))
-        if tokens.shape[1] > self._config.decoder.max_length:
-            raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
+        own = tokens.shape[1] - (len(frames) - 1) * self._config.frame_tokens  # the question and one frame
+        if own > self._config.decoder.max_length:
+            raise InputError(f"{video}: the question has {own} tokens with a frame, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
-        values = self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions)
-        return Scores(np.asarray(values)[0])
+        times, segments = times.astype(np.float32)[None], np.ones((1, len(frames)), np.int32)
+        scores = self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions, times, segments)
+        return Scores(np.asarray(scores.values)[0], np.asarray(scores.pairs)[0] if self._config.rank else None)
 
 
 @gin.configurable
@@ -147,7 +151,7 @@ class Similarity:
         return {"scorer": "Similarity", "fingerprint": fingerprint(
             self._params, dataclasses.asdict(self._config), self._tokenizer.sha256)}
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> Scores:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         vectors = np.asarray(self._frames(frames))
         return Scores(vectors @ self._text(question), vectors @ vectors.T)
 
@@ -191,7 +195,7 @@ class Embeddings:
         """Hash of the file."""
         return {"scorer": "Embeddings", "file": sha256(self._path)}
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> Scores:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         frame_vectors, question_vector = self._read(f"video:{video}"), self._read(f"question:{question}")
         if frame_vectors.shape != (len(frames), *question_vector.shape) or question_vector.ndim != 1:
             raise InputError(f"{self._path}: video:{video} has shape {list(frame_vectors.shape)}, its question "
@@ -201,7 +205,7 @@ class Embeddings:
         return Scores(frame_vectors @ question_vector, frame_vectors @ frame_vectors.T)
 
     def score_some(self, video: str, frames: np.ndarray, question: str, indices: np.ndarray) -> np.ndarray:
-        return self(video, frames, question).values[indices]
+        return self(video, frames, np.zeros(len(frames)), question).values[indices]
 
     def _read(self, name: str) -> np.ndarray:
         if name not in self._names:

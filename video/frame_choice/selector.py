@@ -95,7 +95,7 @@ class Selector:
             chosen = RULES[self.choice](asked, self.num_frames)
             scores, encoded = Scores(asked.values[place]), asked.count
         else:
-            scores, encoded = scorer(video, frames, question), len(frames)
+            scores, encoded = scorer(video, frames, candidates.times, question), len(frames)
             chosen = RULES[self.choice](scores.subset(distinct), self.num_frames)
         indices = distinct[chosen]
         return Selection(indices, candidates.numbers[indices], candidates.times[indices], scores, encoded, candidates)

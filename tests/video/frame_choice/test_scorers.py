@@ -24,7 +24,7 @@ def test_cosines_of_a_file(tmp_path):
     save_file({"video:a.mp4": frames, "question:Who?": question}, tmp_path / "e.safetensors")
     scorer = Embeddings(tmp_path / "e.safetensors")
     expected = [f @ question / np.sqrt((f @ f) * (question @ question)) for f in frames]
-    scores = scorer("a.mp4", np.zeros((5, 64, 64, 3)), "Who?")
+    scores = scorer("a.mp4", np.zeros((5, 64, 64, 3)), np.arange(5.0), "Who?")
     np.testing.assert_allclose(scores.values, expected, rtol=1e-5)
     for i, j in ((0, 1), (3, 2), (4, 4)):
         cosine = frames[i] @ frames[j] / np.sqrt((frames[i] @ frames[i]) * (frames[j] @ frames[j]))
@@ -32,9 +32,9 @@ def test_cosines_of_a_file(tmp_path):
     some = scorer.score_some("a.mp4", np.zeros((5, 64, 64, 3)), "Who?", np.array([4, 1]))
     assert some.tolist() == scores.values[[4, 1]].tolist()
     with pytest.raises(InputError, match=r"e\.safetensors: no tensor 'question:What\?'"):
-        scorer("a.mp4", np.zeros((5, 64, 64, 3)), "What?")
+        scorer("a.mp4", np.zeros((5, 64, 64, 3)), np.arange(5.0), "What?")
     with pytest.raises(InputError, match=r"shape \[5, 8\].*with 4 candidates"):
-        scorer("a.mp4", np.zeros((4, 64, 64, 3)), "Who?")
+        scorer("a.mp4", np.zeros((4, 64, 64, 3)), np.arange(4.0), "Who?")
 
 
 def test_missing_files_and_other_files_are_named(tmp_path):
@@ -75,7 +75,7 @@ def similarity(tmp_path_factory) -> Similarity:
 
 def test_similarity_of_some_frames_is_that_of_all(similarity):
     frames = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
-    scores = similarity("a.mp4", frames, "which star came first")
+    scores = similarity("a.mp4", frames, np.arange(float(len(frames))), "which star came first")
     some = np.array([3, 17, 4, 5, 6, 7, 8, 9, 0])
     np.testing.assert_allclose(similarity.score_some("a.mp4", frames, "which star came first", some),
                                scores.values[some], atol=1e-5)
