@@ -105,9 +105,11 @@ def test_mmr_weighs_relevance_against_the_closest_chosen_frame():
 
 
 def log_likelihood(scores, chosen) -> float:
-    """Returns that of frames chosen together in MDP3, from distances, with a sum of kernels, without Cholesky factors."""
+    """Returns that of frames chosen together in MDP3, from distances and a determinant."""
+
     def kernel(cosine):
         return np.sum([np.exp(-(2 - 2 * cosine) / (2 * alpha)) for alpha in (1 / 8, 1 / 4, 1 / 2, 1, 2)], axis=0)
+
     matrix = kernel(scores.pairs[np.ix_(chosen, chosen)].astype(float))
     return 10 * np.log(kernel(scores.values[chosen].astype(float))).sum() + np.linalg.slogdet(matrix)[1]
 
