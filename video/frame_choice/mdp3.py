@@ -9,20 +9,22 @@ _BANDWIDTHS = 2.0 ** np.arange(-3, 2)
 _LEAST_VARIANCE = 1e-10  # of a frame whose likes are all chosen, where rounding may leave zero or less
 
 
-def mdp3(scores: Scores, num_frames: int, relevance_weight: float = 5.0) -> np.ndarray:
+def mdp3(scores: Scores, num_frames: int, relevance_weight: float = 5.0, recount: bool = True) -> np.ndarray:
     """MDP3 (arXiv 2501.02885): a determinantal point process with the question, and a dynamic program over segments.
 
     For unit vectors a and b the kernel is the mean of exp(-|a - b|^2 / 2 alpha) over alpha = 1/8, 1/4, 1/2, 1, 2, which
     is a function of their cosine. A set of frames has the log-likelihood sum of 2 w log k(frame, question) + log det of
     the frames' kernel matrix (equation 9, w = 1 / lambda = 5). In each segment frames are added greedily, conditioned
-    on the last frame chosen before the segment; a dynamic program over the segments finds how many each one gets. Where
-    the published code counts the terms of that last frame again in every segment, ours counts each frame once.
+    on the last frame chosen before the segment; a dynamic program over the segments finds how many each one gets. The
+    published code adds that last frame's own terms again in every segment that gets frames, with a kernel that is a sum
+    and no mean, so that it spreads frames over segments: this is `recount`.
 
     Args:
       scores: cosines of frames and question, cosines of pairs of frames. Other values take part by exp(-(1 - value) /
         alpha) all the same; pairs are cut to -1 to 1.
       num_frames: T.
       relevance_weight: w.
+      recount: chooses what the published code does; False counts each frame once (ours).
 
     Raises:
       InputError: the scorer gives no pairs.
@@ -45,10 +47,13 @@ def mdp3(scores: Scores, num_frames: int, relevance_weight: float = 5.0) -> np.n
         last = np.array([kernel[lists[count][-1], segment] if lists[count] else np.zeros(len(segment))
                          for count in reached])
         gains, added = _greedy(kernel[np.ix_(segment, segment)], log_relevance[segment], last, most)
+        # What each list's last frame adds again; the sum of the kernels is that many times their mean.
+        again = [log_relevance[lists[count][-1]] + (2 * relevance_weight + 1) * np.log(len(_BANDWIDTHS))
+                 if recount and lists[count] else 0.0 for count in reached]
         totals = np.full((num_frames + 1, most + 1), -np.inf)  # [chosen in the end, of these in the segment]
         for row, count in enumerate(reached):
             steps = np.arange(min(most, num_frames - count) + 1)
-            totals[count + steps, steps] = likelihoods[count] + gains[row, steps]
+            totals[count + steps, steps] = likelihoods[count] + gains[row, steps] + again[row] * (steps > 0)
         steps = totals.argmax(axis=1)
         likelihoods = totals.max(axis=1)
         rows = {count: row for row, count in enumerate(reached.tolist())}

@@ -1,8 +1,9 @@
-"""BOLT and AKS against what their published code chooses.
+"""BOLT, AKS and MDP3 against what their published code chooses.
 
 The values below were printed by `inverse_transform_sampling(scores, T, 3.0)` of select_frames.py in
 github.com/sming256/BOLT, and by frame_select.py of github.com/ncTimTang/AKS with its own settings (t1 = 0.8, t2 = -100,
-depth 5), on the sequences of `sequence`; frames that were chosen twice are listed once.
+depth 5), on the sequences of `sequence`; frames that were chosen twice are listed once. Those of MDP3 are what
+`_select_frames_fast` of its class `MDP3` chose (segments of 32, lambda 0.2, conditioned on one frame) from the `vectors`.
 """
 
 import numpy as np
@@ -87,3 +88,32 @@ def test_the_values_cover_both_sides():
     for table in (BOLT, AKS):
         complete = {len(frames) == num_frames for (_, num_frames), frames in table.items() if num_frames < 32}
         assert complete == {True, False}
+
+
+# (candidates, T): frames; the question is the last of the vectors.
+MDP3 = {
+    (32, 1): [27],
+    (32, 2): [3, 27],
+    (32, 4): [3, 8, 23, 27],
+    (32, 8): [3, 6, 8, 10, 18, 19, 23, 27],
+    (32, 16): [2, 3, 4, 5, 6, 7, 8, 10, 14, 18, 19, 20, 23, 27, 29, 30],
+    (96, 1): [27],
+    (96, 2): [27, 37],
+    (96, 4): [3, 27, 37, 92],
+    (96, 8): [3, 27, 37, 72, 73, 89, 92, 94],
+    (96, 16): [3, 8, 18, 19, 23, 27, 33, 37, 42, 48, 55, 59, 72, 89, 92, 94],
+}
+
+
+def vectors() -> np.ndarray:
+    """Returns 97 unit vectors float64 `[97, 8]`."""
+    i, j = np.meshgrid(np.arange(97), np.arange(8), indexing="ij")
+    drawn = (i * i * (7919 + 104729 * j) + 31 * i * j + 17 * j) % 1009 / 1009 - 0.3
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("candidates, num_frames", MDP3)
+def test_mdp3_chooses_what_its_code_does(candidates, num_frames):
+    frames, question = vectors()[:candidates], vectors()[-1]
+    scores = Scores(frames @ question, frames @ frames.T)
+    assert RULES["mdp3"](scores, num_frames).tolist() == MDP3[candidates, num_frames]

@@ -105,14 +105,16 @@ def test_mmr_weighs_relevance_against_the_closest_chosen_frame():
 
 
 def log_likelihood(scores, chosen) -> float:
-    """MDP3's, for frames chosen together: from the distances of the vectors, without Cholesky factors."""
+    """Returns that of frames chosen together in MDP3, from distances and a determinant."""
+
     def kernel(cosine):
-        return np.mean([np.exp(-(2 - 2 * cosine) / (2 * alpha)) for alpha in (1 / 8, 1 / 4, 1 / 2, 1, 2)], axis=0)
+        return np.sum([np.exp(-(2 - 2 * cosine) / (2 * alpha)) for alpha in (1 / 8, 1 / 4, 1 / 2, 1, 2)], axis=0)
+
     matrix = kernel(scores.pairs[np.ix_(chosen, chosen)].astype(float))
     return 10 * np.log(kernel(scores.values[chosen].astype(float))).sum() + np.linalg.slogdet(matrix)[1]
 
 
-def plain_mdp3(scores, num_frames, segment=32) -> list[int]:
+def plain_mdp3(scores, num_frames, recount, segment=32) -> list[int]:
     best = {0: (0.0, [])}
     for start in range(0, len(scores), segment):
         after = {}
@@ -122,7 +124,8 @@ def plain_mdp3(scores, num_frames, segment=32) -> list[int]:
                 if count:
                     rest = [i for i in range(start, min(start + segment, len(scores))) if i not in added]
                     added.append(max(rest, key=lambda i: log_likelihood(scores, last + added + [i])))
-                    gain = log_likelihood(scores, last + added) - (log_likelihood(scores, last) if last else 0)
+                    gain = log_likelihood(scores, last + added) - (
+                        0 if recount or not last else log_likelihood(scores, last))
                 if total + gain > after.get(len(frames) + count, (-np.inf,))[0]:
                     after[len(frames) + count] = total + gain, frames + sorted(added)
         best = after
@@ -131,20 +134,20 @@ def plain_mdp3(scores, num_frames, segment=32) -> list[int]:
 
 @pytest.mark.parametrize("candidates, num_frames", [(10, 1), (10, 4), (32, 5), (33, 3), (70, 6), (100, 3)])
 def test_mdp3_is_a_greedy_choice_by_determinants_within_a_dynamic_program(candidates, num_frames):
-    for seed in range(3):
+    for seed, recount in itertools.product(range(2), (True, False)):
         scores = drawn(seed, candidates, dim=24)
-        assert RULES["mdp3"](scores, num_frames).tolist() == plain_mdp3(scores, num_frames)
+        assert RULES["mdp3"](scores, num_frames, recount=recount).tolist() == plain_mdp3(scores, num_frames, recount)
 
 
 def test_greedy_finds_the_best_set_in_most_draws_and_none_below_the_top():
     exact, better = 0, 0
-    for seed in range(100):
+    for seed in range(40):
         scores = drawn(seed, 12, dim=3)
         chosen = RULES["greedy"](scores, 4)
         rewards = [set_reward(scores, np.array(c)) for c in itertools.combinations(range(12), 4)]
         exact += set_reward(scores, chosen) > max(rewards) - 1e-6
         better += set_reward(scores, chosen) > set_reward(scores, RULES["top"](scores, 4)) + 1e-3
-    assert exact >= 90 and better >= 50, (exact, better)
+    assert exact >= 36 and better >= 20, (exact, better)
 
 
 @given(any_scores(), st.integers(1, 12))
