@@ -1,7 +1,7 @@
 """Measures the effect of the frames that a Video-LLM sees, and of Frame-Voyager's choice.
 
     python benchmarks/video_evidence.py --video_llm=RUN --voyager=RUN [RUN ...] --towers=RUN --frame_store=DIR
-        --questions=FILE [--candidates=16] [--frames=4] [--limit=300] [--labels=DIR]
+        --questions=runs/video/test.jsonl [--candidates=16] [--frames=4] [--limit=300] [--labels=DIR]
 
 One frozen Video-LLM answers held-out questions with T of M frames chosen by each selector; its answer is the option
 with the highest likelihood. `oracle` is the combination with the lowest loss on the right answer (with --labels, where
