@@ -13,17 +13,16 @@ other events beside them, wherever they lie, do not make this answer wrong:
     after       "What came right after the red star?" -> a shape. The star's frame, and the next event's: no event lies
                 between them, so of the events that are shown behind the star this is always the first.
     before      "What came right before the cross?" -> a shape. Likewise, backwards.
-    first       "Which shape came first?" One frame of the first event, which precedes all others.
-    last        "Which shape came last?" One frame of the last event.
+    first       "Which coloured shape came first?" One frame of the first event, which precedes all others.
+    last        "Which coloured shape came last?" One frame of the last event.
     appearance  "What colour was the ring the first time?", "the second time?", "the last time?" The first, the first
-                two, or the last appearance. All appearances before the one in question are part of the evidence, so
-                others that are shown lie behind it; for the last time, before it.
+                two, or the last appearance: others that are shown lie behind the first two, or before the last.
     same        "Did the first and the last heart have the same colour?" Both of them; one between them is neither the
                 first nor the last that is shown.
     again       "Which shape came again in the same colour?" Both appearances. They differ in their side from one
                 another, and no other two events agree in shape and colour.
     order       "Which came first, the ring or the blue heart?" Both, each named so that no other event is meant.
-    count       "How many times was there a ring?" All appearances, which differ in colour or side.
+    count       "How many times was there a coloured ring?" All appearances, which differ in colour or side.
 
 "Which shape came twice in a row?" is not asked: where the event between two rings is not shown, they look like it.
 
@@ -49,7 +48,7 @@ _APPEARANCES = ((3, 2, 1), (3, 2, 1, 1), (3, 2, 1, 1, 1), (3, 2, 2, 1), (3, 2, 1
                 (3, 2, 2, 1, 1, 1))  # fmt: skip
 _LONGEST = 6  # times `shown`
 _MAX_SHARE = 0.75  # of the video in which there is an event
-_TRIES = 12  # to find a free time for a distractor
+_TRIES = 24  # to find a free time for a distractor
 
 
 def draw_events(rng: np.random.Generator, seconds: float, shown: float) -> list[Event]:
@@ -123,8 +122,8 @@ def make_questions(events: list[Event], video: str, name: str, rng: np.random.Ge
                                     if anchor in named and anchor.shape != neighbour.shape])
         add(question_type, f"What came right {question_type} the {named[anchor]}?", neighbour.shape,
             [shape for shape in SHAPES if shape != anchor.shape], [anchor, neighbour])
-    add("first", "Which shape came first?", events[0].shape, SHAPES, events[:1])
-    add("last", "Which shape came last?", events[-1].shape, SHAPES, events[-1:])
+    add("first", "Which coloured shape came first?", events[0].shape, SHAPES, events[:1])
+    add("last", "Which coloured shape came last?", events[-1].shape, SHAPES, events[-1:])
     appearances = choose([by_shape[shape] for shape in repeated
                           if len({event.colour for event in by_shape[shape]}) > 1])
     ordinal = choose(ORDINALS)
@@ -143,7 +142,7 @@ def make_questions(events: list[Event], video: str, name: str, rng: np.random.Ge
     add("order", f"Which came first, the {options[0]} or the {options[1]}?", named[first], options, both)
     times = int(rng.integers(1, 4))
     shape = choose([shape for shape in by_shape if len(by_shape[shape]) == times])
-    add("count", f"How many times was there a {shape}?", NUMBERS[times - 1], NUMBERS, by_shape[shape])
+    add("count", f"How many times was there a coloured {shape}?", NUMBERS[times - 1], NUMBERS, by_shape[shape])
     return questions
 
 

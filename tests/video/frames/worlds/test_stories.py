@@ -45,7 +45,7 @@ def read(question: str, seen: list[tuple[str, str, str]]) -> str:
     if found := asked(r"What came right (after|before) the (.+)\?"):
         neighbours = [place + {"after": 1, "before": -1}[found[0]] for place in places(found[1])]
         return "".join(seen[place][0] for place in neighbours if 0 <= place < len(seen))
-    if found := asked(r"Which shape came (first|last)\?"):
+    if found := asked(r"Which coloured shape came (first|last)\?"):
         return seen[{"first": 0, "last": -1}[found[0]]][0] if seen else ""
     if found := asked(r"What colour was the (\w+) the (first|second|last) time\?"):
         place = {"first": 0, "second": 1, "last": -1}[found[1]]
@@ -60,7 +60,7 @@ def read(question: str, seen: list[tuple[str, str, str]]) -> str:
     if found := asked(r"Which came first, the (.+) or the (.+)\?"):
         order = sorted((place, name) for name in found for place in places(name))
         return order[0][1] if len(order) == 2 else ""
-    (shape,) = asked(r"How many times was there a (\w+)\?")
+    (shape,) = asked(r"How many times was there a coloured (\w+)\?")
     return ["", "one", "two", "three"][len(places(shape))]
 
 
@@ -134,5 +134,5 @@ def test_the_reader_above_reads_as_a_person_would():
     assert read("What colour was the star the second time?", [star, ring, blue]) == "blue"
     assert read("What colour was the star the second time?", [star, ring]) == ""
     assert read("Which came first, the ring or the blue star?", [star, ring, blue]) == "ring"
-    assert read("How many times was there a star?", [star, ring, blue]) == "two"
+    assert read("How many times was there a coloured star?", [star, ring, blue]) == "two"
     assert seen_at([Event("star", "red", 1.0, 3.0, 0.3, 0.5)], [1.5, 2.5]) == [star]
