@@ -4,7 +4,8 @@ For every question T of M candidates are chosen by Frame-Voyager or one of its r
 for chosen frames, so they are written in both forms that are in use:
 
     OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}
-    OUT/selected_frames.json  AKS's: a list of frame numbers for each question, in the order of the questions
+    OUT/selected_frames.json  AKS's: a list of frame numbers for each question of the file, in its order, and [] for
+                              those that no frames were chosen for
     OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and their scores
     OUT/rejects.jsonl         {"id", "reason"} of questions whose video cannot be decoded
     OUT/provenance.json       the settings and inputs that the frames were chosen by
@@ -24,6 +25,7 @@ import urllib.parse
 from collections.abc import Iterable
 
 import gin
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -56,8 +58,8 @@ class SelectFramesConfig:
       output: folder; kept where it was made from the same questions, videos and settings.
       overwrite: replaces an output of other settings or inputs, which is an error otherwise.
       selector: @Selector(); its scorer is @Voyager(), @Similarity() or @Embeddings().
-      limit: number of questions, the first of the file; None: all.
-      sheets: number of questions with a contact sheet, evenly spread over the file.
+      limit: number of questions, drawn at random from the file, the same ones every time; None: all.
+      sheets: number of these questions with a contact sheet, evenly spread.
       processes: number of processes that decode.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
@@ -81,10 +83,12 @@ def main(config: SelectFramesConfig) -> None:
     hardware.keep_compiled(config.compilation_cache)
     if not cluster.is_main():  # the selector's models were loaded by all: reading checkpoints takes the whole job
         return
-    questions, folder = read_questions(config.questions)[: config.limit], epath.Path(config.questions).parent
+    questions, folder = read_questions(config.questions), epath.Path(config.questions).parent
+    # The first ones would be on few videos, and every n-th perhaps of one type.
+    drawn = np.sort(np.random.default_rng(0).permutation(len(questions))[: config.limit])
     by_video: dict[str, list[Question]] = collections.defaultdict(list)
-    for question in questions:
-        by_video[question.video].append(question)
+    for number in drawn:
+        by_video[questions[number].video].append(questions[number])
     made_from = provenance("video.select", config, {
         "questions": sha256(config.questions), "videos": _file_sizes(folder / video for video in by_video)})
     for name in ("processes", "compilation_cache"):  # they change no result
@@ -108,8 +112,9 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
             folder: epath.Path, output: epath.Path) -> None:
     """Chooses frames of the videos below `folder`, and writes all but the record to `output`."""
     selector = config.selector
-    sheets = min(config.sheets, len(questions))
-    with_sheet = {questions[n * len(questions) // config.sheets].id for n in range(sheets)}
+    drawn = [question for on_video in by_video.values() for question in on_video]
+    sheets = min(config.sheets, len(drawn))
+    with_sheet = {drawn[n * len(drawn) // config.sheets].id for n in range(sheets)}
     read = functools.partial(try_read_frames, size=selector.size, count=selector.candidates,
                              resize_mode=selector.resize_mode)
     selections: dict[str, Selection] = {}
