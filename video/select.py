@@ -3,7 +3,7 @@
 For every question T of M candidates are chosen by Frame-Voyager or one of its rivals. There is no common file format
 for chosen frames, so they are written in both forms that are in use:
 
-    OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}
+    OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}, and "numbers" of them
     OUT/selected_frames.json  AKS's: a list of frame numbers for each question of the file, in its order, and [] for
                               those that no frames were chosen for
     OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and their scores
@@ -54,7 +54,8 @@ class SelectFramesConfig:
     """Settings of `video.select`.
 
     Attributes:
-      questions: file of `video.questions`.
+      questions: file of `video.questions`; answers are neither needed nor shown to the selector.
+      videos: folder of the videos; None: that of the questions.
       output: folder; kept where it was made from the same questions, videos and settings.
       overwrite: replaces an output of other settings or inputs, which is an error otherwise.
       selector: @Selector(); its scorer is @Voyager(), @Similarity() or @Embeddings().
@@ -65,6 +66,7 @@ class SelectFramesConfig:
     """
 
     questions: str = gin.REQUIRED
+    videos: str | None = None
     output: str = gin.REQUIRED
     overwrite: bool = False
     selector: Selector = gin.REQUIRED
@@ -83,7 +85,8 @@ def main(config: SelectFramesConfig) -> None:
     hardware.keep_compiled(config.compilation_cache)
     if not cluster.is_main():  # the selector's models were loaded by all: reading checkpoints takes the whole job
         return
-    questions, folder = read_questions(config.questions), epath.Path(config.questions).parent
+    questions = read_questions(config.questions, answers=False)
+    folder = epath.Path(config.videos or epath.Path(config.questions).parent)
     # The first ones would be on few videos, and every n-th perhaps of one type.
     drawn = np.sort(np.random.default_rng(0).permutation(len(questions))[: config.limit])
     by_video: dict[str, list[Question]] = collections.defaultdict(list)
@@ -137,7 +140,8 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     if not selections:
         raise InputError(f"{config.questions}: no video can be decoded; the first: {rejects[0]['reason']}")
     seconds = {video: [{"question_id": question.id, "question": question.question,
-                        "frames": [round(float(t), 4) for t in selections[question.id].seconds]}
+                        "frames": [round(float(t), 4) for t in selections[question.id].seconds],
+                        "numbers": selections[question.id].numbers.tolist()}
                        for question in on_video if question.id in selections] for video, on_video in by_video.items()}
     write_json(output / "selected.json", {video: entries for video, entries in seconds.items() if entries})
     write_json(output / "selected_frames.json",
@@ -155,8 +159,9 @@ def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:
     """Saves the contact sheet of a question."""
     curves = {} if selection.scores is None else {"score": selection.scores.values}
     count = f"{len(selection.indices)} of {len(selection.candidates.frames)} frames"
+    answer = [f"answer: {question.answer}"] if question.answer else []
     figure = contact_sheet(selection.candidates.frames, selection.candidates.times, selection.indices,
-                           question.question, f"answer: {question.answer} · {question.video} · {count}", curves,
+                           question.question, " · ".join([*answer, question.video, count]), curves,
                            question.evidence)
     save_figure(figure, folder, sheet_name(question.id))
 
