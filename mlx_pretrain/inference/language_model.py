@@ -30,6 +30,8 @@ from mlx_pretrain.training.checksums import checksums
 from mlx_pretrain.training.train_state import abstract_params
 
 HF_TOKENIZER = "tokenizer.json"
+# Fields that digests leave out: they do not change the parameters, or these show them.
+NOT_DIGESTED = (*COMPUTE_FIELDS, "attention_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Returns a digest of configuration, tokenizer, special ids and parameters, the same on any mesh."""
-        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
+        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_DIGESTED}
         ids = [self.prefix_ids, self.bos_id, self.eos_ids, self.suppressed_ids]
         return fingerprint(self.params, config, self.tokenizer.sha256, ids)
 

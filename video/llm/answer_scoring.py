@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.scoring import Request, Scorer
 from mlx_pretrain.parallel import partitioning
-from video.llm.model import VideoLLMConfig, encode_frames
+from video.llm.model import VideoLLMConfig, encode_frames, with_newline
 from video.llm.prompts import Prompts
 from video.questions import Question
 
@@ -108,7 +108,8 @@ class AnswerScorer:
                 if length > max_length:
                     raise InputError(f"question {question.id}: {length} tokens with its frames, the decoder has "
                                      f"max_length={max_length}")
-                yield number, requests, embeddings.reshape(-1, embeddings.shape[-1])
+                rows = embeddings.reshape(1, -1, embeddings.shape[-1])
+                yield number, requests, with_newline(self.config, self._params, rows)[0]
 
         for number, scores in self.scorer(windows()):
             question = questions[number]

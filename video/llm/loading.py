@@ -1,4 +1,4 @@
-"""Loads Video-LLMs: runs of `video.train`, and LLaVA folders of Hugging Face."""
+"""Loads Video-LLMs: runs of `video.train`, and LLaVA and LLaVA-OneVision folders of Hugging Face."""
 
 import dataclasses
 from typing import Any
@@ -15,6 +15,7 @@ from mlx_pretrain.data.token_store import TOKENIZER
 from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer
 from mlx_pretrain.inference.language_model import (
     HF_TOKENIZER,
+    NOT_DIGESTED,
     LanguageModel,
     fingerprint,
     from_pretrained,
@@ -22,9 +23,9 @@ from mlx_pretrain.inference.language_model import (
 )
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
-from mlx_pretrain.training.checkpoints import COMPUTE_FIELDS
+from mlx_pretrain.training.optimizers import decay_mask
 from mlx_pretrain.training.train_state import abstract_params
-from video.llm.llava import load_llava
+from video.llm.llava import open_llava
 from video.llm.model import VideoLLMConfig
 from video.llm.prompts import Prompts
 
@@ -66,8 +67,9 @@ class VideoLLM:
     def fingerprint(self) -> str:
         """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         content = dataclasses.asdict(self.config)
+        del content["variant"]  # the parameters show it
         for part in ("vision", "decoder"):
-            content[part] = {name: value for name, value in content[part].items() if name not in COMPUTE_FIELDS}
+            content[part] = {name: value for name, value in content[part].items() if name not in NOT_DIGESTED}
         model = self.language_model
         return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids])
 
@@ -84,11 +86,13 @@ def load_video_llm(
     """Loads a Video-LLM.
 
     Args:
-      path: folder of a run of `video.train`; or local folder of a LLaVA: config.json, safetensors, tokenizer.json.
+      path: folder of a run of `video.train`; or local folder of a LLaVA or LLaVA-OneVision: config.json, safetensors,
+        tokenizer.json.
       mesh: devices for the parameters; None: all devices, replicated.
       step: checkpoint of a run; None: the latest.
-      dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA.
-      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those that LLaVA was trained with.
+      dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA, whose matrices are then kept
+        in this dtype too: they are read tensor by tensor, each device its own parts.
+      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those of the LLaVA, see `open_llava`.
 
     Raises:
       InputError: the folder holds neither of them, or a file cannot be read.
@@ -96,12 +100,11 @@ def load_video_llm(
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
     changes = {name: value for name, value in (("pooled_side", pooled_side), ("prompt", prompt)) if value is not None}
     if (path / CONFIG).exists():
-        config, params = load_llava(path, dtype or "float32", **changes)
+        with open_llava(path, dtype or "float32", **changes) as (config, stored), partitioning.use(mesh):
+            params = jax.tree.map(lambda x, like: partitioning.put_parts(x.astype(like.dtype), like), stored,
+                                  _compute_layout(abstract_params(config, mesh), config.dtype))
         raw = read_object(path / CONFIG)
         stated = {name: value for name, value in raw.items() if value is not None}
-        with partitioning.use(mesh):
-            layout = abstract_params(config, mesh)
-            params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         ids = read_special_ids(path, {**raw["text_config"], **stated}, tokenizer)
         decoder = from_pretrained(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
@@ -115,3 +118,12 @@ def load_video_llm(
     tokenizer = Tokenizer(path / TOKENIZER)
     return VideoLLM(str(path), step, config, params, mesh,
                     from_run(path, step, config.decoder, params["decoder"], mesh, tokenizer))
+
+
+def _compute_layout(layout: Any, dtype: str) -> Any:
+    """Returns shapes and layouts with matrices in the compute dtype, which they are cast to where they are used.
+
+    Scales and biases, which are added and multiplied in float32, stay as they are.
+    """
+    return jax.tree.map(lambda like, is_matrix: jax.ShapeDtypeStruct(
+        like.shape, dtype if is_matrix else like.dtype, sharding=like.sharding), layout, decay_mask(layout))

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarra
     def norm(x, scale):
         return x / np.sqrt((x * x).mean() + config.norm_epsilon) * scale
 
+    def bias(weights, name, head):
+        return weights[f"{name}_bias"][head] if config.attention_bias else 0
+
     def rope(x, position):  # [head_dim], as complex rotations of the pairs (i, i + half)
         half = config.head_dim // 2
         angle = position * config.rope_theta ** (-np.arange(half) * 2 / config.head_dim)
@@ -37,11 +41,11 @@ def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarra
         keys, values, outputs = [], [], []
         for t, x in enumerate(stream):
             x = norm(x, w["attention_norm"]["scale"])
-            keys.append([rope(x @ a["key"][:, k], t) for k in range(config.n_kv_heads)])
-            values.append([x @ a["value"][:, k] for k in range(config.n_kv_heads)])
+            keys.append([rope(x @ a["key"][:, k] + bias(a, "key", k), t) for k in range(config.n_kv_heads)])
+            values.append([x @ a["value"][:, k] + bias(a, "value", k) for k in range(config.n_kv_heads)])
             out = np.zeros(config.embed_dim)
             for head in range(config.n_heads):
-                q = rope(x @ a["query"][:, head], t)
+                q = rope(x @ a["query"][:, head] + bias(a, "query", head), t)
                 k = head // (config.n_heads // config.n_kv_heads)
                 scores = np.array([q @ keys[s][k] for s in range(t + 1)]) / np.sqrt(config.head_dim)
                 weights = np.exp(scores - scores.max())
@@ -78,6 +82,20 @@ def test_logits_equal_numpy(tiny_config, tiny_params, tied):
     np.testing.assert_allclose(
         jax_logits(params, config, tokens)[0], numpy_logits(params, config, tokens), atol=2e-5, rtol=1e-4
     )
+
+
+def test_attention_biases(tiny_config):
+    config = dataclasses.replace(tiny_config, attention_bias=True)
+    rng = np.random.default_rng(3)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: rng.normal(0, 0.5, x.shape).astype(np.float32) if path[-1].key.endswith("_bias") else x,
+        nn.unbox(config.init(jax.random.key(0))))
+    tokens = rng.integers(4, 96, 11)
+    np.testing.assert_allclose(
+        jax_logits(params, config, tokens)[0], numpy_logits(params, config, tokens), atol=2e-5, rtol=1e-4
+    )
+    assert config.parameters() == sum(x.size for x in jax.tree.leaves(params))
+    assert config.flops_per_token(8) == dataclasses.replace(config, attention_bias=False).flops_per_token(8)
 
 
 def test_packed_documents_do_not_see_each_other(tiny_config, tiny_params):
