@@ -26,7 +26,8 @@ class Level:
 
     def __call__(self, video, frames, times, question):
         values = frames[:, 8, 8, 0].astype(np.float32)
-        return Scores(values, -np.abs(values[:, None] - values) / 255)
+        alike = -np.abs(values[:, None] - values) / 255
+        return Scores(values, cosines=alike)
 
     def score_some(self, video, frames, question, indices):
         return self(video, frames, None, question).values[indices]
@@ -83,9 +84,9 @@ class Listener(Level):
     def __init__(self):
         self.heard = []
 
-    def __call__(self, video, frames, question):
+    def __call__(self, video, frames, times, question):
         self.heard.append((video, question))
-        return super().__call__(video, frames, question)
+        return super().__call__(video, frames, times, question)
 
 
 def test_videos_elsewhere_and_answers_that_no_scorer_sees(tmp_path):

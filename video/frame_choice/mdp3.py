@@ -21,15 +21,15 @@ def mdp3(scores: Scores, num_frames: int, relevance_weight: float = 5.0, recount
 
     Args:
       scores: cosines of frames and question, cosines of pairs of frames. Other values take part by exp(-(1 - value) /
-        alpha) all the same; pairs are cut to -1 to 1.
+        alpha) all the same; cosines are cut to -1 to 1.
       num_frames: T.
       relevance_weight: w.
       recount: chooses what the published code does; False counts each frame once (ours).
 
     Raises:
-      InputError: the scorer gives no pairs.
+      InputError: the scorer gives no cosines.
     """
-    kernel = _kernel(np.clip(scores.required_pairs("mdp3"), -1, 1).astype(np.float64))
+    kernel = _kernel(np.clip(scores.required_cosines("mdp3"), -1, 1).astype(np.float64))
     candidates = len(scores)
     if num_frames >= candidates:
         return np.arange(candidates)
@@ -95,7 +95,7 @@ def _greedy(
         added[:, step] = frame
         free[everyone, frame] = -np.inf
         known = np.einsum("sbn,sb->bn", factor[: step + 1], factor[: step + 1, everyone, frame])
-        # No covariance exceeds the deviations; where pairs are no cosines of vectors, it is cut to that.
+        # No covariance exceeds the deviations; where they are no cosines of vectors, it is cut to that.
         deviations = np.sqrt(variances)
         row = (kernel[frame] - known) / deviations[everyone, frame][:, None]
         factor[step + 1] = np.clip(row, -deviations, deviations)

@@ -72,21 +72,21 @@ def aks(scores: Scores, num_frames: int, threshold: float = 0.8, depth: int = 5)
 def mmr(scores: Scores, num_frames: int, relevance: float = 0.5) -> np.ndarray:
     """Maximal marginal relevance (Carbonell and Goldstein 1998), one frame after another.
 
-    The next frame has the highest relevance * value - (1 - relevance) * its highest pair with a chosen frame. Values
+    The next frame has the highest relevance * value - (1 - relevance) * its highest cosine with a chosen frame. Values
     are scaled to 0 to 1 over the video (ours), as cosines of frames and text spread far less than those of frames.
 
     Raises:
-      InputError: the scorer gives no pairs.
+      InputError: the scorer gives no cosines.
     """
-    pairs = scores.required_pairs("mmr")
+    cosines = scores.required_cosines("mmr")
     gains = relevance * _scaled(scores.values)
     chosen = [int(np.argmax(gains))]
-    closest = pairs[chosen[0]].astype(np.float64)
+    closest = cosines[chosen[0]].astype(np.float64)
     while len(chosen) < min(num_frames, len(scores)):
         marginal = gains - (1 - relevance) * closest
         marginal[chosen] = -np.inf
         chosen.append(int(np.argmax(marginal)))
-        closest = np.maximum(closest, pairs[chosen[-1]])
+        closest = np.maximum(closest, cosines[chosen[-1]])
     return np.sort(chosen)
 
 

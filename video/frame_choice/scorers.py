@@ -153,7 +153,7 @@ class Similarity:
 
     def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         vectors = np.asarray(self._frames(frames))
-        return Scores(vectors @ self._text(question), vectors @ vectors.T)
+        return Scores(vectors @ self._text(question), cosines=vectors @ vectors.T)
 
     def score_some(self, video: str, frames: np.ndarray, question: str, indices: np.ndarray) -> np.ndarray:
         # Whole multiples of 8 frames, so that few shapes are compiled.
@@ -202,7 +202,7 @@ class Embeddings:
                              f"{list(question_vector.shape)}; with {len(frames)} candidates [{len(frames)}, dim] and "
                              "[dim] are needed")
         frame_vectors, question_vector = _unit(frame_vectors), _unit(question_vector)
-        return Scores(frame_vectors @ question_vector, frame_vectors @ frame_vectors.T)
+        return Scores(frame_vectors @ question_vector, cosines=frame_vectors @ frame_vectors.T)
 
     def score_some(self, video: str, frames: np.ndarray, question: str, indices: np.ndarray) -> np.ndarray:
         return self(video, frames, np.zeros(len(frames)), question).values[indices]

@@ -1,4 +1,4 @@
-"""What a scorer says about the candidates of a question: a value for each, and for pairs of them."""
+"""What a scorer says about the candidates of a question: a value for each, and for two of them together."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,35 +14,40 @@ class Scores:
 
     Attributes:
       values: float32 `[candidates]`, by frame: similarity of frame and question, or a reward.
-      pairs: float32 `[candidates, candidates]`, symmetric, by two frames: for similarity the cosine of frames i and j,
-        for a learnt reward what i and j are worth together; the diagonal is not read. None: the scorer has none.
+      pairs: float32 `[candidates, candidates]`, symmetric, what two frames are worth together besides their values; the
+        diagonal is not read. None: nothing.
+      cosines: float32 `[candidates, candidates]`, how much two frames are alike; None: the scorer does not say.
     """
 
     values: np.ndarray
     pairs: np.ndarray | None = None
+    cosines: np.ndarray | None = None
 
     def __post_init__(self):
-        if self.values.ndim != 1 or (self.pairs is not None and self.pairs.shape != 2 * self.values.shape):
-            raise ValueError(f"Scores: values has shape {list(self.values.shape)}, pairs "
-                             f"{None if self.pairs is None else list(self.pairs.shape)}")
+        for name in ("pairs", "cosines"):
+            matrix = getattr(self, name)
+            if self.values.ndim != 1 or (matrix is not None and matrix.shape != 2 * self.values.shape):
+                raise ValueError(f"Scores: values has shape {list(self.values.shape)}, {name} "
+                                 f"{None if matrix is None else list(matrix.shape)}")
 
     def __len__(self) -> int:
         return len(self.values)
 
     def subset(self, indices: np.ndarray) -> "Scores":
         """Returns the scores of some candidates, int `[chosen]`."""
-        return Scores(self.values[indices], None if self.pairs is None else self.pairs[np.ix_(indices, indices)])
+        return Scores(self.values[indices], *(None if matrix is None else matrix[np.ix_(indices, indices)]
+                                              for matrix in (self.pairs, self.cosines)))
 
     def ask(self, indices: np.ndarray) -> np.ndarray:
         """Returns the values of some candidates, float32 `[asked]`; see `AskedScores`."""
         return self.values[indices]
 
-    def required_pairs(self, rule: str) -> np.ndarray:
-        """Returns `pairs` for a rule of this name; raises InputError where there are none."""
-        if self.pairs is None:
-            raise InputError(f"Selector.choice = '{rule}': compares frames with each other, and the scorer gives no "
-                             "scores of pairs")
-        return self.pairs
+    def required_cosines(self, rule: str) -> np.ndarray:
+        """Returns `cosines` for a rule of this name; raises InputError where there are none."""
+        if self.cosines is None:
+            raise InputError(f"Selector.choice = '{rule}': compares frames with each other, and the scorer does not "
+                             "say how much two frames are alike")
+        return self.cosines
 
 
 class AskedScores:

@@ -48,7 +48,9 @@ class Selector:
         selector.choose("clip.mp4", candidates, "Which came first?").seconds
     """
 
-    def __init__(self, scorer: Scorer | None = None, choice: str = "top", candidates: int = 128, num_frames: int = 8):
+    def __init__(
+        self, scorer: Scorer | None = None, choice: str = "greedy", candidates: int = 128, num_frames: int = 8
+    ):
         """Checks the settings.
 
         Args:

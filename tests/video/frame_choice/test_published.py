@@ -115,5 +115,5 @@ def vectors() -> np.ndarray:
 @pytest.mark.parametrize("candidates, num_frames", MDP3)
 def test_mdp3_chooses_what_its_code_does(candidates, num_frames):
     frames, question = vectors()[:candidates], vectors()[-1]
-    scores = Scores(frames @ question, frames @ frames.T)
+    scores = Scores(frames @ question, cosines=frames @ frames.T)
     assert RULES["mdp3"](scores, num_frames).tolist() == MDP3[candidates, num_frames]

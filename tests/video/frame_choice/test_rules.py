@@ -13,14 +13,14 @@ from video.frame_choice.scores import AskedScores, Scores
 
 
 def drawn(seed, candidates, *, levels=None, dim=4) -> Scores:
-    """Values and pairs as cosines of drawn vectors; `levels`: rounded to so many values, so that many are equal."""
+    """Cosines of drawn vectors, as pairs too; `levels`: rounded to so many values, so that many are equal."""
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(candidates + 1, dim))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     values, pairs = vectors[:-1] @ vectors[-1], vectors[:-1] @ vectors[:-1].T
     if levels:
         values, pairs = np.round(values * levels) / levels, np.round(pairs * levels) / levels
-    return Scores(values.astype(np.float32), pairs.astype(np.float32))
+    return Scores(values.astype(np.float32), pairs.astype(np.float32), pairs.astype(np.float32))
 
 
 @st.composite
@@ -29,7 +29,8 @@ def any_scores(draw):
     values = np.array(draw(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=70)), np.float32)
     scores = drawn(draw(st.integers(0, 99)), len(values), levels=draw(st.sampled_from([None, 1, 2])))
     size = draw(st.sampled_from([0, 1, 1000]))
-    return Scores(draw(st.sampled_from([values, scores.values, np.zeros_like(values)])), size * scores.pairs)
+    values = draw(st.sampled_from([values, scores.values, np.zeros_like(values)]))
+    return Scores(values, size * scores.pairs, size * scores.cosines)
 
 
 @pytest.mark.parametrize("rule", [lambda s, n: even(len(s), n), *RULES.values()])
@@ -44,13 +45,13 @@ def test_t_distinct_indices_in_order(rule, scores, num_frames):
 @given(any_scores(), st.integers(1, 10), st.integers(1, 8))
 def test_scores_on_another_scale_choose_the_same(name, scores, num_frames, factor):
     values, pairs = np.round(scores.values, 3), np.round(scores.pairs, 3)
-    larger = Scores(np.float32(2.0**factor) * values, np.float32(2.0**factor) * pairs)
-    assert RULES[name](Scores(values, pairs), num_frames).tolist() == RULES[name](larger, num_frames).tolist()
+    larger = Scores(*(np.float32(2.0**factor) * array for array in (values, pairs, pairs)))
+    assert RULES[name](Scores(values, pairs, pairs), num_frames).tolist() == RULES[name](larger, num_frames).tolist()
 
 
 @pytest.mark.parametrize("name", ["mmr", "mdp3"])
-def test_rules_that_compare_frames_need_pairs(name):
-    with pytest.raises(InputError, match=f"^Selector.choice = '{name}': compares frames .* no scores of pairs$"):
+def test_rules_that_compare_frames_need_cosines(name):
+    with pytest.raises(InputError, match=f"^Selector.choice = '{name}': compares frames .* alike$"):
         RULES[name](Scores(np.arange(5.0)), 2)
 
 
@@ -100,7 +101,7 @@ def test_mmr_weighs_relevance_against_the_closest_chosen_frame():
         for _ in range(num_frames):
             chosen.append(max(
                 (i for i in range(12) if i not in chosen),
-                key=lambda i: 0.5 * relevance[i] - 0.5 * max((scores.pairs[i, j] for j in chosen), default=0)))
+                key=lambda i: 0.5 * relevance[i] - 0.5 * max((scores.cosines[i, j] for j in chosen), default=0)))
         assert RULES["mmr"](scores, num_frames).tolist() == sorted(chosen)
 
 
@@ -110,7 +111,7 @@ def log_likelihood(scores, chosen) -> float:
     def kernel(cosine):
         return np.sum([np.exp(-(2 - 2 * cosine) / (2 * alpha)) for alpha in (1 / 8, 1 / 4, 1 / 2, 1, 2)], axis=0)
 
-    matrix = kernel(scores.pairs[np.ix_(chosen, chosen)].astype(float))
+    matrix = kernel(scores.cosines[np.ix_(chosen, chosen)].astype(float))
     return 10 * np.log(kernel(scores.values[chosen].astype(float))).sum() + np.linalg.slogdet(matrix)[1]
 
 

@@ -28,7 +28,7 @@ def test_cosines_of_a_file(tmp_path):
     np.testing.assert_allclose(scores.values, expected, rtol=1e-5)
     for i, j in ((0, 1), (3, 2), (4, 4)):
         cosine = frames[i] @ frames[j] / np.sqrt((frames[i] @ frames[i]) * (frames[j] @ frames[j]))
-        assert scores.pairs[i, j] == pytest.approx(cosine, rel=1e-5)
+        assert scores.cosines[i, j] == pytest.approx(cosine, rel=1e-5)
     some = scorer.score_some("a.mp4", np.zeros((5, 64, 64, 3)), "Who?", np.array([4, 1]))
     assert some.tolist() == scores.values[[4, 1]].tolist()
     with pytest.raises(InputError, match=r"e\.safetensors: no tensor 'question:What\?'"):
@@ -80,8 +80,8 @@ def test_similarity_of_some_frames_is_that_of_all(similarity):
     np.testing.assert_allclose(similarity.score_some("a.mp4", frames, "which star came first", some),
                                scores.values[some], atol=1e-5)
     assert np.ptp(scores.values) > 0.01
-    np.testing.assert_allclose(np.diag(scores.pairs), 1, atol=1e-5)
-    np.testing.assert_array_equal(scores.pairs, scores.pairs.T)
+    np.testing.assert_allclose(np.diag(scores.cosines), 1, atol=1e-5)
+    np.testing.assert_array_equal(scores.cosines, scores.cosines.T)
 
 
 def test_a_rule_that_asks_encodes_few_frames(similarity):
