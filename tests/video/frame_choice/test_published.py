@@ -2,8 +2,8 @@
 
 The values below were printed by `inverse_transform_sampling(scores, T, 3.0)` of select_frames.py in
 github.com/sming256/BOLT, and by frame_select.py of github.com/ncTimTang/AKS with its own settings (t1 = 0.8, t2 = -100,
-depth 5), on the sequences of `sequence`; frames that were chosen twice are listed once. Those of MDP3 are what
-`_select_frames_fast` of its class `MDP3` chose (segments of 32, lambda 0.2, conditioned on one frame) from the `vectors`.
+depth 5), on the sequences of `sequence`; frames that were chosen twice are listed once. Those of MDP3 were chosen by
+`_select_frames_fast` of its class `MDP3` (segments of 32, lambda 0.2, conditioned on one frame) from the `vectors`.
 """
 
 import numpy as np
