@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 
 from mlx_pretrain.errors import InputError
+from video.frame_choice.coarse_to_fine import times_within
 from video.frame_choice.rules import RULES, even
-from video.frame_choice.scorers import Scorer
+from video.frame_choice.scorers import Embeddings, Scorer
 from video.frames.reading import Candidates, read_frames, reading_notes
 
 
@@ -44,7 +45,8 @@ class Selector:
         selector.choose("clip.mp4", candidates, "Which came first?").seconds
     """
 
-    def __init__(self, scorer: Scorer | None = None, choice: str = "top", candidates: int = 128, num_frames: int = 8):
+    def __init__(self, scorer: Scorer | None = None, choice: str = "top", candidates: int = 128, num_frames: int = 8,
+                 key_frames: bool = False, stretches: int | None = None):
         """Checks the settings.
 
         Args:
@@ -52,13 +54,19 @@ class Selector:
           choice: rule that chooses by the scores, a name in `rules.RULES`: "top", "bolt" or "aks".
           candidates: M, frames of a video that are scored.
           num_frames: T, frames that are chosen.
+          key_frames: takes key frames as candidates, for long videos, see `read_frames`.
+          stretches: looks twice: the frames are chosen among M new candidates, exact ones, inside this many stretches
+            around the candidates with the best scores, see `coarse_to_fine`; None: looks once.
 
         Raises:
           InputError: a setting is wrong.
         """
         if choice not in RULES or not 1 <= num_frames <= candidates:
             raise InputError(f"Selector: choice must be one of {', '.join(RULES)}; num_frames, from 1 to candidates")
+        if stretches is not None and (stretches < 1 or scorer is None or isinstance(scorer, Embeddings)):
+            raise InputError("Selector: stretches must be positive, and needs a scorer that looks at the frames")
         self.scorer, self.choice, self.candidates, self.num_frames = scorer, choice, candidates, num_frames
+        self.key_frames, self.stretches = key_frames, stretches
 
     @property
     def size(self) -> int:
@@ -74,7 +82,8 @@ class Selector:
     def settings(self) -> dict[str, Any]:
         """Settings on which the choice depends, apart from video and question, as JSON."""
         scorer = self.scorer and self.scorer.settings
-        return {"scorer": scorer, "choice": self.choice, "candidates": self.candidates, "num_frames": self.num_frames}
+        return {"scorer": scorer, "choice": self.choice, "candidates": self.candidates, "num_frames": self.num_frames,
+                "key_frames": self.key_frames, "stretches": self.stretches}
 
     def choose(self, video: str, candidates: Candidates, question: str) -> Selection:
         """Chooses from frames that were decoded before."""
@@ -84,13 +93,26 @@ class Selector:
                            else RULES[self.choice](scores[distinct], self.num_frames)]
         return Selection(indices, candidates.numbers[indices], candidates.times[indices], scores, candidates)
 
+    def choose_closely(self, path: epath.PathLike, first: Selection, question: str) -> Selection:
+        """Chooses again, inside the stretches of a video file that scored best in a first choice.
+
+        Raises:
+          InputError: see `read_frames`.
+        """
+        times = times_within(first.candidates.times, first.candidates.duration, first.scores, self.stretches)
+        return self.choose(str(path), read_frames(path, self.size, times=times, resize_mode=self.resize_mode), question)
+
     def select(self, video: epath.PathLike, question: str) -> list[int]:
         """Returns the numbers of the frames of a video file to show for a question; warns of damage or too few frames.
 
         Raises:
           InputError: see `read_frames`.
         """
-        candidates = read_frames(video, self.size, count=self.candidates, resize_mode=self.resize_mode)
+        candidates = read_frames(video, self.size, count=self.candidates, resize_mode=self.resize_mode,
+                                 key_frames=self.key_frames)
         for note in reading_notes(str(video), candidates, self.num_frames):
             warnings.warn(note, stacklevel=2)
-        return self.choose(str(video), candidates, question).numbers.tolist()
+        selection = self.choose(str(video), candidates, question)
+        if self.stretches:
+            selection = self.choose_closely(video, selection, question)
+        return selection.numbers.tolist()
