@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import statistics
 import time
@@ -119,7 +120,7 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     sheets = min(config.sheets, len(drawn))
     with_sheet = {drawn[n * len(drawn) // config.sheets].id for n in range(sheets)}
     read = functools.partial(try_read_frames, size=selector.size, count=selector.candidates,
-                             resize_mode=selector.resize_mode)
+                             resize_mode=selector.resize_mode, key_frames=selector.key_frames)
     selections: dict[str, Selection] = {}
     rejects, spent = [], []
     with Workers(read, config.processes) as workers:
@@ -133,14 +134,17 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
             for question in by_video[video]:
                 started = time.perf_counter()
                 selection = selector.choose(video, candidates, question.question)
+                if selector.stretches:
+                    selection = selector.choose_closely(folder / video, selection, question.question)
                 spent.append(time.perf_counter() - started)
                 selections[question.id] = dataclasses.replace(selection, candidates=None, scores=None)
                 if question.id in with_sheet:
                     _draw(output / "sheets", question, selection)
     if not selections:
         raise InputError(f"{config.questions}: no video can be decoded; the first: {rejects[0]['reason']}")
+    # Rounded up: the time of a key frame is its first moment, and just before it another frame is on screen.
     seconds = {video: [{"question_id": question.id, "question": question.question,
-                        "frames": [round(float(t), 4) for t in selections[question.id].seconds],
+                        "frames": [math.ceil(float(t) * 1e4 - 0.01) / 1e4 for t in selections[question.id].seconds],
                         "numbers": selections[question.id].numbers.tolist()}
                        for question in on_video if question.id in selections] for video, on_video in by_video.items()}
     write_json(output / "selected.json", {video: entries for video, entries in seconds.items() if entries})
@@ -151,8 +155,8 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     cluster.log(
         f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
         f"on {len(by_video):,} videos, {statistics.median(s.frames_encoded for s in selections.values()):g} "
-        f"frames encoded and {1000 * statistics.median(spent):.1f} ms a question (medians, without decoding); "
-        f"{len(rejects):,} rejected")
+        f"frames encoded and {1000 * statistics.median(spent):.1f} ms a question (medians, "
+        f"{'with the second' if selector.stretches else 'without'} decoding); {len(rejects):,} rejected")
 
 
 def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 
 from mlx_pretrain.errors import InputError
+from video.frame_choice.coarse_to_fine import times_within
 from video.frame_choice.rules import ASKING, RULES, even
-from video.frame_choice.scorers import Scorer
+from video.frame_choice.scorers import Embeddings, Scorer
 from video.frame_choice.scores import AskedScores, Scores
 from video.frames.reading import Candidates, read_frames, reading_notes
 
@@ -49,7 +50,8 @@ class Selector:
     """
 
     def __init__(
-        self, scorer: Scorer | None = None, choice: str = "greedy", candidates: int = 128, num_frames: int = 8
+        self, scorer: Scorer | None = None, choice: str = "greedy", candidates: int = 128, num_frames: int = 8,
+        key_frames: bool = False, stretches: int | None = None,
     ):
         """Checks the settings.
 
@@ -59,6 +61,9 @@ class Selector:
           choice: rule that chooses by the scores, a name in `rules.RULES`.
           candidates: M, frames of a video that are scored.
           num_frames: T, frames that are chosen.
+          key_frames: takes key frames as candidates, for long videos, see `read_frames`.
+          stretches: looks twice: the frames are chosen among M new candidates, exact ones, inside this many stretches
+            around the candidates with the best scores, see `coarse_to_fine`; None: looks once.
 
         Raises:
           InputError: a setting is wrong.
@@ -68,7 +73,10 @@ class Selector:
         if choice in ASKING and scorer is not None and not hasattr(scorer, "score_some"):
             raise InputError(f"Selector: choice = '{choice}' asks for the scores of some candidates, and "
                              f"{type(scorer).__name__} scores all of them together")
+        if stretches is not None and (stretches < 1 or scorer is None or isinstance(scorer, Embeddings)):
+            raise InputError("Selector: stretches must be positive, and needs a scorer that looks at the frames")
         self.scorer, self.choice, self.candidates, self.num_frames = scorer, choice, candidates, num_frames
+        self.key_frames, self.stretches = key_frames, stretches
 
     @property
     def size(self) -> int:
@@ -84,7 +92,8 @@ class Selector:
     def settings(self) -> dict[str, Any]:
         """Settings on which the choice depends, apart from video and question, as JSON."""
         scorer = self.scorer and self.scorer.settings
-        return {"scorer": scorer, "choice": self.choice, "candidates": self.candidates, "num_frames": self.num_frames}
+        return {"scorer": scorer, "choice": self.choice, "candidates": self.candidates, "num_frames": self.num_frames,
+                "key_frames": self.key_frames, "stretches": self.stretches}
 
     def choose(self, video: str, candidates: Candidates, question: str) -> Selection:
         """Chooses from frames that were decoded before."""
@@ -102,13 +111,26 @@ class Selector:
         indices = distinct[chosen]
         return Selection(indices, candidates.numbers[indices], candidates.times[indices], scores, encoded, candidates)
 
+    def choose_closely(self, path: epath.PathLike, first: Selection, question: str) -> Selection:
+        """Chooses again, inside the stretches of a video file that scored best in a first choice.
+
+        Raises:
+          InputError: see `read_frames`.
+        """
+        times = times_within(first.candidates.times, first.candidates.duration, first.scores.values, self.stretches)
+        return self.choose(str(path), read_frames(path, self.size, times=times, resize_mode=self.resize_mode), question)
+
     def select(self, video: epath.PathLike, question: str) -> list[int]:
         """Returns the numbers of the frames of a video file to show for a question; warns of damage or too few frames.
 
         Raises:
           InputError: see `read_frames`.
         """
-        candidates = read_frames(video, self.size, count=self.candidates, resize_mode=self.resize_mode)
+        candidates = read_frames(video, self.size, count=self.candidates, resize_mode=self.resize_mode,
+                                 key_frames=self.key_frames)
         for note in reading_notes(str(video), candidates, self.num_frames):
             warnings.warn(note, stacklevel=2)
-        return self.choose(str(video), candidates, question).numbers.tolist()
+        selection = self.choose(str(video), candidates, question)
+        if self.stretches:
+            selection = self.choose_closely(video, selection, question)
+        return selection.numbers.tolist()
