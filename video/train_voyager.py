@@ -27,8 +27,9 @@ from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.llm.loading import load_video_llm
 from video.llm.prompts import PaddedPrompts
+from video.voyager.frame_features import FeatureStore
 from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
-from video.voyager.loss_labels import Labels, read_labels
+from video.voyager.loss_labels import Labels, combination_sizes, read_labels
 from video.voyager.ranking_metrics import ranking_metrics
 
 
@@ -44,7 +45,7 @@ class TrainVoyagerConfig(TrainerConfig):
       validation_questions: file of `video.questions` that was labelled there.
       video_llm: the Video-LLM whose bottom layers are reused.
       layers: number of these layers.
-      frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
+      frame_tokens: tokens of a frame, 1 or, for None, as many as the labels store, see `video.label`.
       head_dim: width of the head, see `VoyagerConfig`.
       tune_layers: True: trains the layers too; False: the head alone.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
@@ -86,7 +87,8 @@ class VoyagerTraining(TrainModule):
           InputError: losses, questions and Video-LLM do not fit each other, or a file is damaged.
         """
         self._config = config
-        llm = load_video_llm(config.video_llm, partitioning.make_mesh(devices=jax.local_devices()[:1]))
+        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+        llm = load_video_llm(config.video_llm, mesh, layers=config.layers, frames=False)
         self._train = read_labels(config.labels, config.questions, config.max_mean_loss, config.min_deviation)
         self._validation = read_labels(config.validation, config.validation_questions)
         data = f"{sha256(config.questions)} {hashlib.sha256(self._train.losses.tobytes()).hexdigest()}"
@@ -95,16 +97,18 @@ class VoyagerTraining(TrainModule):
         for labels in (self._train, self._validation):
             if labels.settings["model"] != fingerprint:
                 raise InputError(f"{labels.path}: losses of another Video-LLM than {config.video_llm}")
-        tokens = config.frame_tokens or llm.config.frame_tokens
-        if tokens not in (1, llm.config.frame_tokens):
-            raise config.config_error("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
+        candidates, stored_tokens, _ = self._train.features.shape
+        tokens = config.frame_tokens or stored_tokens
+        for labels in (self._train, self._validation):
+            if tokens not in (1, labels.features.shape[1]):
+                raise config.config_error("frame_tokens", f"must be 1 or the {labels.features.shape[1]} that "
+                                          f"{labels.path} stores of a frame")
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
         self._params = {"decoder": jax.device_get(params), "head": None}
         self.model = VoyagerConfig(decoder, tokens, config.head_dim)
         self.tokenizer_path = llm.tokenizer_path
         self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
             question.question for labels in (self._train, self._validation) for question in labels.questions])
-        candidates = self._train.features.shape[1]
         self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
         length = self._prompts.length(candidates)
         if length > decoder.max_length:
@@ -112,7 +116,7 @@ class VoyagerTraining(TrainModule):
                              f"max_length={decoder.max_length}")
         float32, int32 = np.float32, np.int32
         self.batch_row = {
-            "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
+            "features": jax.ShapeDtypeStruct(self._train.features.shape, float32),
             "tokens": jax.ShapeDtypeStruct((length,), int32),
             "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
             "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
@@ -125,7 +129,9 @@ class VoyagerTraining(TrainModule):
         if not self._config.tune_layers:
             params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
         frame_rewards = rewards(self.model, params, batch["features"], batch["tokens"], batch["indices"])
-        losses, right, usable = ranking_loss(combination_rewards(frame_rewards, batch["combinations"]), batch["losses"])
+        sizes = (batch["combinations"] < frame_rewards.shape[1]).sum(axis=-1)
+        losses, right, usable = ranking_loss(
+            combination_rewards(frame_rewards, batch["combinations"]), batch["losses"], sizes)
         total, weight = (losses * usable).sum(), usable.sum()
         means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
         return total, LossParts(weight, means)
@@ -151,10 +157,10 @@ class VoyagerTraining(TrainModule):
         return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
 
     def describe_data(self) -> str:
-        labels, config = self._train, self._config
+        labels, config, candidates = self._train, self._config, self._train.features.shape[0]
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
-        size, candidates = labels.combinations.shape[2], labels.features.shape[1]
-        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {size} out of "
+        sizes = " or ".join(map(str, np.unique(combination_sizes(labels.combinations[:1], candidates))))
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {sizes} out of "
                 f"{candidates} frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
@@ -184,7 +190,7 @@ class LabelSource(MixtureSource):
         self._labels, self._row_combinations = labels, combinations
         super().__init__(mixture, rows)
         self._tokens, self._indices = prompts([question.question for question in labels.questions],
-                                             labels.features.shape[1])
+                                             labels.features.shape[0])
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
@@ -193,7 +199,7 @@ class LabelSource(MixtureSource):
         drawn = np.stack([np.random.default_rng([self.mixture.seed, int(row), int(epoch)]).permutation(
             labels.losses.shape[1])[: self._row_combinations] for row, epoch in zip(rows, epochs)])
         return {
-            "features": labels.features[labels.video[rows]],
+            "features": labels.features.features_of(labels.video[rows]),
             "tokens": self._tokens[rows],
             "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
@@ -216,21 +222,21 @@ class RewardPredictor:
         self._step = jax.jit(lambda *arguments: rewards(config, *arguments),
                              out_shardings=partitioning.replicated(mesh))
 
-    def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
+    def __call__(self, params: Any, features: FeatureStore, video: np.ndarray, questions: list[str]) -> np.ndarray:
         """Returns rewards, float32 `[questions, candidates]`.
 
         Args:
           params: parameters of Frame-Voyager.
-          features: float32 `[videos, candidates, tokens, embed]`.
+          features: features of the videos.
           video: int `[questions]`, the row of each question's video in `features`.
           questions: their texts.
         """
         batches = []
-        tokens, indices = self._prompts(questions, features.shape[1])
+        tokens, indices = self._prompts(questions, features.shape[0])
         for start in range(0, len(questions), self._batch_size):
             # The last batch repeats a question to keep its shape.
             rows = np.minimum(np.arange(start, start + self._batch_size), len(questions) - 1)
-            arrays = features[video[rows]], tokens[rows], indices[rows]
+            arrays = features.features_of(video[rows]), tokens[rows], indices[rows]
             batches.append(self._step(params, *(partitioning.put(x, self._sharding) for x in arrays)))
         return np.concatenate(jax.device_get(batches))[: len(questions)]
 

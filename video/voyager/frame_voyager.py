@@ -20,6 +20,7 @@ from mlx_pretrain.models.decoder import Decoder, DecoderConfig
 from mlx_pretrain.models.encoder import gelu, vector
 from mlx_pretrain.models.layers import matrix
 from video.llm.model import PROMPT, VideoLLMConfig
+from video.voyager.frame_features import pool_tokens
 
 
 @gin.configurable
@@ -29,8 +30,7 @@ class VoyagerConfig:
 
     Attributes:
       decoder: the Video-LLM's decoder, cut to the layers that are used, see `bottom_layers`.
-      frame_tokens: tokens of a frame. 1: the Video-LLM's tokens are averaged before the layers; the Video-LLM's number:
-        their final states are averaged.
+      frame_tokens: tokens of a frame, averages of the Video-LLM's (`pool_tokens`), whose final states are averaged.
       head_dim: hidden units of the head.
       prompt: {question} and {frames}; the frames come last, so that their states depend on the question.
     """
@@ -87,8 +87,7 @@ class FrameVoyager(nn.Module):
           frame_positions: int `[batch, candidates, frame_tokens]`, positions of those ids in `tokens`.
         """
         config, embed = self.config, self.config.decoder.embed_dim
-        if features.shape[2] != config.frame_tokens:
-            features = features.mean(axis=2, keepdims=True)
+        features = pool_tokens(features, config.frame_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         hidden, _ = Decoder(config.decoder, name="decoder")(
             tokens, positions, features=features.reshape(len(features), -1, embed))
@@ -129,26 +128,35 @@ def combination_rewards(
 
     Args:
       frame_rewards: `[batch, candidates]`.
-      combinations: int `[batch, combinations, num_frames]`, indices of candidates.
+      combinations: int `[batch, combinations, num_frames]`, indices of candidates; unused places hold M.
     """
-    batch = jnp.arange(frame_rewards.shape[0])[:, None, None]
-    return frame_rewards[batch, combinations].mean(axis=-1)
+    batch, candidates = jnp.arange(frame_rewards.shape[0])[:, None, None], frame_rewards.shape[1]
+    used = combinations < candidates
+    chosen = frame_rewards[batch, jnp.minimum(combinations, candidates - 1)]
+    return jnp.where(used, chosen, 0).sum(axis=-1) / used.sum(axis=-1)
 
 
 def ranking_loss(
-    predicted: Float32[Array, "batch combinations"], losses: Float32[Array, "batch combinations"]
+    predicted: Float32[Array, "batch combinations"],
+    losses: Float32[Array, "batch combinations"],
+    sizes: Int[ArrayLike, "batch combinations"] | None = None,
 ) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"], Float32[Array, " batch"]]:
     """Returns the means of -log sigmoid(r_w - r_l) over pairs of a question's combinations; w has the lower loss.
 
     Args:
       predicted: rewards of combinations `[batch, combinations]`.
       losses: the Video-LLM's losses `[batch, combinations]`; pairs of equal losses are left out.
+      sizes: frames of each combination `[batch, combinations]`; pairs of two sizes are left out, since more frames
+        lower the loss whichever they are. None: all have the same size.
 
     Returns:
       For every question, float32 `[batch]` each: the mean over its pairs, the share of pairs in the right order, and
       1 where it has pairs, else 0.
     """
-    better = (losses[:, :, None] < losses[:, None, :]).astype(jnp.float32)
+    better = losses[:, :, None] < losses[:, None, :]
+    if sizes is not None:
+        better &= sizes[:, :, None] == sizes[:, None, :]
+    better = better.astype(jnp.float32)
     margin = predicted[:, :, None] - predicted[:, None, :]
     pairs = better.sum(axis=(1, 2))
     mean = lambda x: (better * x).sum(axis=(1, 2)) / jnp.maximum(pairs, 1)  # noqa: E731

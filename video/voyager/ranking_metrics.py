@@ -1,9 +1,12 @@
 """Measures of the agreement between rewards of combinations and the Video-LLM's losses on them."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.stats
 
-from video.voyager.loss_labels import Labels
+from video.questions import Question
+from video.voyager.loss_labels import Labels, combination_sizes
 
 
 def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, float]:
@@ -11,7 +14,8 @@ def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, floa
 
     Args:
       frame_rewards: `[questions, candidates]`.
-      labels: losses of combinations of these candidates.
+      labels: losses of combinations of these candidates. Combinations of several sizes are compared within a size; a
+        question counts once for each.
 
     Returns:
       loss: reward-ranking loss over all pairs, see `frame_voyager.ranking_loss`.
@@ -23,11 +27,9 @@ def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, floa
     """
     values: dict[str, list[float]] = {name: [] for name in (
         "loss", "ranking_accuracy", "kendall", "spearman", "regret", "random_regret")}
-    for rewards, losses, combinations, question in zip(
-            frame_rewards, labels.losses, labels.combinations, labels.questions):
+    for question, predicted, losses in _by_size(frame_rewards, labels):
         if losses.min() == losses.max():
             continue
-        predicted = rewards[combinations].mean(axis=1)
         loss, accuracy = _pairs(predicted, losses)
         values["loss"].append(loss)
         values["ranking_accuracy"].append(accuracy)
@@ -41,6 +43,16 @@ def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, floa
         if question.type:
             values.setdefault(f"regret/{question.type}", []).append(regret)
     return {name: float(np.mean(x)) if x else float("nan") for name, x in values.items()}
+
+
+def _by_size(frame_rewards: np.ndarray, labels: Labels) -> Iterator[tuple[Question, np.ndarray, np.ndarray]]:
+    """Yields (question, mean rewards, losses) of the combinations of each size."""
+    for question, rewards, losses, combinations in zip(
+            labels.questions, frame_rewards, labels.losses, labels.combinations):
+        sizes = combination_sizes(combinations, len(rewards))
+        for size in np.unique(sizes):
+            own = sizes == size
+            yield question, rewards[combinations[own, :size]].mean(axis=1), losses[own]
 
 
 def _pairs(predicted: np.ndarray, losses: np.ndarray, rows: int = 256) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder
 from mlx_pretrain.training.train_state import abstract_params
+from video.voyager.combinations import combinations
 from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
 from video.voyager.loss_labels import Labels
 from video.voyager.ranking_metrics import ranking_metrics
@@ -43,10 +44,20 @@ def test_ranking_loss_is_the_mean_over_pairs(values):
         assert loss == 0
 
 
+def test_ranking_loss_compares_combinations_of_one_size():
+    predicted, losses = jnp.float32([[1, 3, 2, 9, 0.5]]), jnp.float32([[0.3, 0.1, 0.2, 0.0, 0.6]])
+    loss, right, usable = (float(x[0]) for x in ranking_loss(predicted, losses, np.array([[2, 2, 4, 4, 7]])))
+    parts = [pairs(predicted[0, own], losses[0, own]) for own in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_allclose((loss, right, usable), (*np.mean(parts, axis=0), 1), rtol=1e-5)
+    assert float(ranking_loss(predicted, losses, np.arange(5)[None])[2][0]) == 0
+
+
 def test_a_combinations_reward_is_the_mean_of_its_frames():
     frame_rewards = jnp.arange(10, dtype=jnp.float32).reshape(2, 5)
     chosen = np.array([[[0, 1], [3, 4]], [[0, 4], [2, 2]]])
     np.testing.assert_allclose(combination_rewards(frame_rewards, chosen), [[0.5, 3.5], [7, 7]])
+    padded = np.array([[[0, 1, 4], [3, 5, 5]], [[0, 4, 5], [2, 5, 5]]])  # 5: no frame
+    np.testing.assert_allclose(combination_rewards(frame_rewards, padded), [[5 / 3, 3], [7, 7]], rtol=1e-6)
 
 
 def test_ranking_metrics_are_scipys():
@@ -71,6 +82,20 @@ def test_ranking_metrics_are_scipys():
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(np.mean(values), rel=1e-4), name
     assert metrics["regret/a"] == pytest.approx(np.mean(expected["regret"])) and "regret/b" not in metrics
+
+
+def test_ranking_metrics_compare_combinations_of_one_size():
+    rng = np.random.default_rng(1)
+    losses, frame_rewards = rng.normal(1, 0.2, (1, 35)).astype(np.float32), rng.normal(size=(1, 6)).astype(np.float32)
+
+    def metrics(chosen, own):
+        return ranking_metrics(frame_rewards, Labels(
+            None, {}, [_Question("a")], None, np.zeros(1, int), losses[:, own], chosen[None].astype(np.uint16), {}))
+
+    both = combinations(6, (2, 3))
+    parts = metrics(both[:15, :2], slice(15)), metrics(both[15:], slice(15, None))
+    for name, value in metrics(both, slice(None)).items():
+        assert value == pytest.approx((parts[0][name] + parts[1][name]) / 2), name
 
 
 class _Question:
