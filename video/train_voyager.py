@@ -36,7 +36,7 @@ from video.voyager.frame_voyager import (
     ranking_loss,
     rewards,
 )
-from video.voyager.loss_labels import Labels, read_labels
+from video.voyager.loss_labels import Labels, combination_sizes, read_labels
 from video.voyager.ranking_metrics import ranking_metrics
 
 
@@ -52,7 +52,7 @@ class TrainVoyagerConfig(TrainerConfig):
       validation_questions: file of `video.questions` that was labelled there.
       video_llm: the Video-LLM whose bottom layers are reused.
       layers: number of these layers.
-      frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
+      frame_tokens: tokens of a frame, 1 or, for None, as many as the labels store, see `video.label`.
       head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
       tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
       objective, temperature: see `ranking_loss`.
@@ -104,7 +104,8 @@ class VoyagerTraining(TrainModule):
           InputError: losses, questions and Video-LLM do not fit each other, or a file is damaged.
         """
         self._config = config
-        llm = load_video_llm(config.video_llm, partitioning.make_mesh(devices=jax.local_devices()[:1]))
+        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+        llm = load_video_llm(config.video_llm, mesh, layers=config.layers, frames=False)
         self._train = read_labels(config.labels, config.questions, config.max_mean_loss, config.min_deviation)
         self._validation = read_labels(config.validation, config.validation_questions)
         data = f"{sha256(config.questions)} {hashlib.sha256(self._train.losses.tobytes()).hexdigest()}"
@@ -113,9 +114,12 @@ class VoyagerTraining(TrainModule):
         for labels in (self._train, self._validation):
             if labels.settings["model"] != fingerprint:
                 raise InputError(f"{labels.path}: losses of another Video-LLM than {config.video_llm}")
-        tokens = config.frame_tokens or llm.config.frame_tokens
-        if tokens not in (1, llm.config.frame_tokens):
-            raise config.config_error("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
+        candidates, stored_tokens, _ = self._train.features.shape
+        tokens = config.frame_tokens or stored_tokens
+        for labels in (self._train, self._validation):
+            if tokens not in (1, labels.features.shape[1]):
+                raise config.config_error("frame_tokens", f"must be 1 or the {labels.features.shape[1]} that "
+                                          f"{labels.path} stores of a frame")
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
         self._bottom = jax.device_get(params)
         self.model = VoyagerConfig(decoder, tokens, config.head_dim, config.frame_layers, config.frame_heads,
@@ -123,7 +127,6 @@ class VoyagerTraining(TrainModule):
         self.tokenizer_path = llm.tokenizer_path
         self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
             question.question for labels in (self._train, self._validation) for question in labels.questions])
-        candidates = self._train.features.shape[1]
         self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
         length = self._prompts.length(candidates)
         if (longest := self._prompts.length(1)) > decoder.max_length:
@@ -131,13 +134,12 @@ class VoyagerTraining(TrainModule):
                              f"max_length={decoder.max_length}")
         float32, int32 = np.float32, np.int32
         self.batch_row = {
-            "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
+            "features": jax.ShapeDtypeStruct(self._train.features.shape, float32),
             "tokens": jax.ShapeDtypeStruct((length,), int32),
             "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
             "times": jax.ShapeDtypeStruct((candidates,), float32),
             "segments": jax.ShapeDtypeStruct((candidates,), int32),
             "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
-            "sizes": jax.ShapeDtypeStruct((self._row_combinations,), int32),
             "losses": jax.ShapeDtypeStruct((self._row_combinations,), float32),
         }
         self.tokens_per_sequence = length
@@ -147,9 +149,11 @@ class VoyagerTraining(TrainModule):
         if not self._config.tune_layers:
             params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
         frame_rewards = rewards(self.model, params, *(batch[name] for name in _INPUTS))
+        combinations = batch["combinations"]
         losses, right, usable = ranking_loss(
-            combination_rewards(frame_rewards, batch["combinations"]), batch["losses"], batch["sizes"],
-            self._config.objective, self._config.temperature)
+            combination_rewards(frame_rewards, combinations), batch["losses"],
+            (combinations < frame_rewards.values.shape[1]).sum(axis=-1), self._config.objective,
+            self._config.temperature)
         total, weight = (losses * usable).sum(), usable.sum()
         means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
         return total, LossParts(weight, means)
@@ -174,10 +178,10 @@ class VoyagerTraining(TrainModule):
         return {**drawn, "decoder": self._bottom}
 
     def describe_data(self) -> str:
-        labels, config = self._train, self._config
+        labels, config, candidates = self._train, self._config, self._train.features.shape[0]
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
-        size, candidates = labels.combinations.shape[2], labels.features.shape[1]
-        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {size} out of "
+        sizes = " or ".join(map(str, np.unique(combination_sizes(labels.combinations[:1], candidates))))
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {sizes} out of "
                 f"{candidates} frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
@@ -208,10 +212,10 @@ class LabelSource(MixtureSource):
     def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, mixture: Mixture,
                  rows: np.ndarray | None = None):
         """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
-        self._labels, self._row_combinations, self._sizes = labels, combinations, labels.sizes
+        self._labels, self._row_combinations = labels, combinations
         super().__init__(mixture, rows)
         self._tokens, self._indices = prompts([question.question for question in labels.questions],
-                                             labels.features.shape[1])
+                                             labels.features.shape[0])
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
@@ -224,7 +228,6 @@ class LabelSource(MixtureSource):
             "tokens": self._tokens[rows],
             "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
-            "sizes": np.take_along_axis(self._sizes[rows], drawn, 1).astype(np.int32),
             "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
         }
 
@@ -236,9 +239,9 @@ class LabelSource(MixtureSource):
 
 def label_inputs(labels: Labels, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Returns what `rewards` reads of questions besides their tokens: features, times, segments, `[rows, M, ...]`."""
-    videos = labels.video[rows]
-    return {"features": labels.features[videos], "times": labels.times[videos].astype(np.float32),
-            "segments": np.ones((len(rows), labels.times.shape[1]), np.int32)}
+    videos, candidates = labels.video[rows], labels.features.shape[0]
+    return {"features": labels.features.features_of(videos), "times": labels.features.times[videos].astype(np.float32),
+            "segments": np.ones((len(rows), candidates), np.int32)}
 
 
 class RewardPredictor:
@@ -254,7 +257,7 @@ class RewardPredictor:
 
     def __call__(self, params: Any, labels: Labels) -> np.ndarray:
         """Returns rewards of combinations, float32 `[questions, combinations]`."""
-        tokens, indices = self._prompts([question.question for question in labels.questions], labels.times.shape[1])
+        tokens, indices = self._prompts([question.question for question in labels.questions], labels.features.shape[0])
         batches = []
         for start in range(0, len(labels), self._batch_size):
             # The last batch repeats a question to keep its shape.

@@ -496,3 +496,20 @@ def restore_params(
     if saved is not None and (damage := changed_arrays(saved, checksums(restored.state))):
         raise InputError(f"{folder}: damaged: {damage}")
     return functools.reduce(operator.getitem, path, restored.state), step
+
+
+def saved_checksums(run_dir: epath.PathLike, step: int) -> dict[str, str] | None:
+    """Returns the checksums of a checkpoint's weights without reading them; errors as those of `restore_params`.
+
+    Returns:
+      What `checksums` says of the weights; None: an earlier version, which saved no checksums, wrote the checkpoint.
+    """
+    folder = absolute(run_dir) / _CHECKPOINTS / str(step)
+    try:
+        saved = ocp.handlers.JsonCheckpointHandler().restore(folder / "meta").get("checksums")
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise InputError(f"{folder}: damaged: {cause_line(error)}") from None
+    prefix = "params/"
+    return saved and {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}

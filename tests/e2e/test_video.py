@@ -2,14 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from tests.e2e.conftest import REPOSITORY, lines, run, started
 from tests.e2e.hosts import run_job
 from video.frame_choice.selector import Selector
+from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowStore
-from video.voyager.loss_labels import FeatureStore, read_labels
+from video.llm.loading import load_video_llm
+from video.voyager.frame_features import FeatureStore
+from video.voyager.frame_voyager import bottom_layers
+from video.voyager.loss_labels import read_labels
 
 # Over the files in gin/video: paths, and sizes for seconds instead of minutes.
 PATHS = """
@@ -141,7 +146,11 @@ def labelled(command, trained):
 def test_labels_are_whole(labelled):
     found = read_labels(labelled / "labels", labelled / "videos/labels.jsonl")
     assert found.losses.shape == (len(found), 15) and found.combinations.shape == (len(found), 15, 2)
-    assert found.features.shape == (4, 6, 4, 32)
+    assert found.features.shape == (6, 1, 32) and len(found.features.row) == 7
+    store = FrameStore(labelled / "frames")
+    for video, row in found.features.row.items():
+        assert found.features.durations[row] == store.durations[store.row(video)] > 5
+        np.testing.assert_array_equal(found.features.times[row], store.times[store.row(video)][1::2])
     assert found.dropped["rejected"] > 0 and np.isfinite(found.losses).all()
     strict = read_labels(labelled / "labels", labelled / "videos/labels.jsonl",
                          max_mean_loss=float(np.median(found.losses.mean(axis=1))))
@@ -154,11 +163,40 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
     with started("video.label", *flags, folder=labelled, devices=2) as process:
         process.wait_for(lambda: rows.exists() and rows.read_text().count('"row"') >= 3)
     kept = rows.read_text().count('"row"')
-    assert f"{kept} of " in good(run("video.label", *flags, folder=labelled), kept="killed/features")
+    assert f"{kept} of " in good(run("video.label", *flags, folder=labelled))
     whole, killed = (RowStore(labelled / name / "losses", "losses") for name in ("labels", "killed"))
     assert whole.rows == killed.rows
     np.testing.assert_allclose(killed.read("losses"), whole.read("losses"), atol=1e-4)
     np.testing.assert_array_equal(killed.read("combinations"), whole.read("combinations"))
+    whole, killed = (FeatureStore(labelled / name / "features") for name in ("labels", "killed"))
+    assert whole.row == killed.row
+    rows = list(whole.row.values())
+    np.testing.assert_allclose(killed.features_of(rows), whole.features_of(rows), atol=0.02)  # bfloat16
+
+
+def test_shuffled_questions_and_several_sizes(command, labelled):
+    questions = (labelled / "videos/train.jsonl").read_text().splitlines()
+    np.random.default_rng(0).shuffle(questions)
+    (labelled / "videos/shuffled.jsonl").write_text("\n".join(questions) + "\n")
+    flags = ("--gin.LABELS=shuffled", "--gin.QUESTIONS=videos/shuffled.jsonl")
+    said = good(command("label", *flags, "--gin.label.num_frames=(1, 2)", "--gin.label.feature_tokens=4",
+                        "--gin.label.limit=20"))
+    assert "combinations of 1 or 2 out of 6 frames" in said
+    one = read_labels(labelled / "labels", labelled / "videos/train.jsonl")
+    both = read_labels(labelled / "shuffled", labelled / "videos/shuffled.jsonl")
+    assert len(both) + both.dropped["rejected"] == 20 and len({question.video for question in both.questions}) > 4
+    np.testing.assert_array_equal(both.combinations[0, :6], [[frame, 6] for frame in range(6)])
+    row = {question.id: row for row, question in enumerate(one.questions)}
+    rows = [row[question.id] for question in both.questions]
+    np.testing.assert_array_equal(both.combinations[:, 6:], one.combinations[rows])
+    np.testing.assert_allclose(both.losses[:, 6:], one.losses[rows], atol=1e-4)
+    assert both.features.shape == (6, 4, 32)
+    np.testing.assert_allclose(both.features.features_of(both.video).mean(axis=2, keepdims=True),
+                               one.features.features_of(one.video[rows]), atol=0.02)  # bfloat16
+    said = good(command("train_voyager", *flags, "--gin.VOYAGER=mixed"))
+    assert "21 combinations of 1 or 2 out of 6 frames" in said and "pairs in order" in said
+    ended = command("train_voyager", *flags, "--gin.VOYAGER=other", "--gin.train_voyager.frame_tokens=None")
+    assert ended.code == 1 and "must be 1 or the 1 that test_labels stores" in ended.err
 
 
 @pytest.mark.slow
@@ -172,7 +210,8 @@ def test_two_processes_label_the_same_and_share_the_work(labelled):
     np.testing.assert_array_equal(two.read("combinations"), whole.read("combinations"))
     whole, two = (FeatureStore(labelled / name / "features") for name in ("labels", "two"))
     assert whole.row == two.row
-    np.testing.assert_allclose(two.read(), whole.read(), atol=1e-5)
+    rows = list(whole.row.values())
+    np.testing.assert_allclose(two.features_of(rows), whole.features_of(rows), atol=0.02)  # bfloat16
 
 
 @pytest.mark.slow
@@ -191,6 +230,19 @@ def test_two_processes_train_the_same(labelled, name, configurable, macro):
         for a, b in zip(one, two):
             for key in ("loss", "grad_norm", "accuracy", "retrieval_accuracy", "kendall", "regret"):
                 assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), (kind, a["step"], key)
+
+
+def test_parts_of_a_video_llm_are_those_of_the_whole(trained):
+    whole, tower = load_video_llm(trained / "llm"), load_video_llm(trained / "llm", layers=0)
+    bottom = load_video_llm(trained / "llm", layers=2, frames=False)
+    assert set(bottom.params) == {"decoder"} and set(tower.params) == {"frames"}
+    assert bottom.fingerprint() == tower.fingerprint() == whole.fingerprint()
+    jax.tree.map(np.testing.assert_array_equal, tower.params["frames"], whole.params["frames"])
+    decoder, params = bottom_layers(bottom.config, bottom.params, 2)
+    expected, expected_params = bottom_layers(whole.config, whole.params, 2)
+    assert decoder == expected and decoder.n_layers == 2
+    jax.tree.map(np.testing.assert_array_equal, params, expected_params)
+    assert bottom.params["decoder"]["layers"]["mlp"]["up"].shape[0] == 2  # of 3
 
 
 def test_other_inputs_into_the_same_folder_are_refused(command, labelled):
@@ -233,7 +285,7 @@ def test_similarity_of_own_towers(command, labelled):
 @pytest.mark.parametrize("stage, flags, message", [
     ("train", ["--gin.VisionConfig.image_size=32", "--gin.VIDEO_LLM=other"], "frames of 24 pixels"),
     ("train", ["--gin.train_video.length=20", "--gin.VIDEO_LLM=other"], "sequences have 20"),
-    ("label", ["--gin.label.candidates=40"], "each must be at most the next"),
+    ("label", ["--gin.label.candidates=40"], "candidates = 40, but the frame store has 12"),
     ("select", ["--gin.VIDEO_LLM=nowhere"], "nowhere/model.json: no such"),
     ("decode", ["--gin.TEST=nowhere.jsonl"], "files in one folder"),
 ])

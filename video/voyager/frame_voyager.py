@@ -31,6 +31,7 @@ from mlx_pretrain.models.layers import matrix
 from mlx_pretrain.models.tree_attention import TreeMask
 from mlx_pretrain.models.vision import LayersConfig, layers
 from video.llm.model import PROMPT, VideoLLMConfig
+from video.voyager.frame_features import pool_tokens
 
 _PERIODS = tuple(0.5 * 2.0**k for k in range(16))  # seconds: half a second to four and a half hours
 OBJECTIVES = ("pairs", "gaps", "list")
@@ -55,8 +56,7 @@ class VoyagerConfig:
 
     Attributes:
       decoder: the Video-LLM's decoder, cut to the layers that are used, see `bottom_layers`.
-      frame_tokens: tokens of a frame. 1: the Video-LLM's tokens are averaged before the layers; the Video-LLM's number:
-        their final states are averaged.
+      frame_tokens: tokens of a frame, averages of the Video-LLM's (`pool_tokens`), whose final states are averaged.
       head_dim: hidden units of the head.
       frame_layers: layers in which the frames see each other; 0: none.
       frame_heads: heads of such a layer.
@@ -138,7 +138,7 @@ class FrameVoyager(nn.Module):
         """
         config, embed = self.config, self.config.decoder.embed_dim
         if features.shape[2] != config.frame_tokens:
-            features = features.mean(axis=2, keepdims=True)
+            features = pool_tokens(features, config.frame_tokens)
         positions, tree_mask = _each_frame_alone(frame_positions, tokens.shape[1])
         hidden, _ = Decoder(config.decoder, name="decoder")(
             tokens, positions, features=features.reshape(len(features), -1, embed), tree_mask=tree_mask)

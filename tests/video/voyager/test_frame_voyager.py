@@ -87,8 +87,8 @@ def test_ranking_metrics_are_scipys():
     losses = rng.normal(1, 0.2, (3, len(chosen))).round(1).astype(np.float32)
     losses[1] = 0.5  # no information
     predicted = rng.normal(size=losses.shape).astype(np.float32)
-    labels = Labels(None, {}, [_Question("a"), _Question("b"), _Question("a")], None, np.zeros(3, int), losses,
-                    np.stack([chosen] * 3), np.zeros((1, 6)), {})
+    labels = Labels(None, {}, [_Question("a"), _Question("b"), _Question("a")], _Features, np.zeros(3, int), losses,
+                    np.stack([chosen] * 3), {})
     metrics = ranking_metrics(predicted, labels)
     expected = {"kendall": [], "spearman": [], "regret": [], "random_regret": [], "loss": [], "ranking_accuracy": []}
     for row, group in itertools.product((0, 2), (slice(0, 15), slice(15, 35))):
@@ -103,6 +103,10 @@ def test_ranking_metrics_are_scipys():
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(np.mean(values), rel=1e-4), name
     assert metrics["regret/a"] == pytest.approx(np.mean(expected["regret"])) and "regret/b" not in metrics
+
+
+class _Features:
+    shape = (6, 1, 8)
 
 
 class _Question:
