@@ -56,6 +56,9 @@ class LabelConfig:
       max_combinations: K, number of combinations drawn for each question where there are more; None: all.
       nested: True: drawn combinations share their first frames, which the Video-LLM then reads once for all of them;
         False: they are drawn one by one, see `voyager.combinations`.
+      compare_options: True: the loss of a question with options is the negative logarithm of the right option's share
+        of the options' likelihoods (our own: it decides which option is chosen); False: the mean over the tokens of the
+        right answer, as without options (the paper's).
       feature_tokens: vectors that are stored of a frame for Frame-Voyager, averages over equal parts of the frame; 1,
         or a square up to the Video-LLM's own number.
       limit: number of questions, drawn at random from the file; None: all.
@@ -71,6 +74,7 @@ class LabelConfig:
     num_frames: int | Sequence[int] = 4
     max_combinations: int | None = None
     nested: bool = True
+    compare_options: bool = True
     feature_tokens: int = 1
     limit: int | None = None
     seed: int = 0
@@ -139,7 +143,8 @@ class _Labelling:
                                              (config.candidates, tokens, embed))
         sizes = frame_counts(config.candidates, config.num_frames)
         settings |= {"questions": sha256(config.questions), "frames": sizes if len(sizes) > 1 else sizes[0],
-                     "most": config.max_combinations, "nested": config.nested, "seed": config.seed}
+                     "most": config.max_combinations, "nested": config.nested, "seed": config.seed,
+                     "compare_options": config.compare_options}
         self._losses = RowWriter(output / LOSSES, LOSSES, settings, len(questions), {
             "losses": (shape[:1], np.dtype(np.float32)), "combinations": (shape, np.dtype(np.uint16))})
         for question in questions:
@@ -153,12 +158,15 @@ class _Labelling:
         if 0 < len(remaining) < len(self._usable):
             cluster.log(f"{len(self._usable) - len(remaining):,} of {len(self._usable):,} questions were done before")
         drawn: collections.deque[np.ndarray] = collections.deque()
-        answered = self.scorer(self._encode, remaining, self._draw(remaining, drawn), options=False)
+        answered = self.scorer(self._encode, remaining, self._draw(remaining, drawn),
+                               options=self._config.compare_options)
         disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
         for question, answers in tqdm(zip(remaining, answered), "questions", len(remaining), disable=disable):
             self._write_features(question.video)
+            compares = self._config.compare_options and question.options
+            losses = answers.option_losses if compares else answers.losses
             self._losses.add(question.id, {
-                "losses": answers.losses, "combinations": drawn.popleft().astype(np.uint16)}, video=question.video)
+                "losses": losses, "combinations": drawn.popleft().astype(np.uint16)}, video=question.video)
         for video in self._videos:
             if video not in self._features.done:  # its questions were done before, its features are gone
                 self._encode(video)
