@@ -11,7 +11,9 @@ from tests.e2e.hosts import run_job
 from video.frame_choice.selector import Selector
 from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowStore
+from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
+from video.questions import read_questions
 from video.voyager.frame_features import FeatureStore
 from video.voyager.frame_voyager import bottom_layers
 from video.voyager.loss_labels import read_labels
@@ -33,6 +35,7 @@ VALIDATION_LABELS = 'validation_labels'
 VOYAGER = 'voyager'
 TOWERS = 'towers'
 SELECTED = 'selected'
+EVALUATION = 'evaluation'
 """
 SMALL = {
     "synthetic": """
@@ -90,6 +93,11 @@ VisionConfig.n_layers = 1
 VisionConfig.mlp_dim = 48
 VisionConfig.unroll = 1
 """,
+    "evaluate": """
+evaluate.settings = [(6, 2), (12, 3)]
+evaluate.resamples = 50
+evaluate.compilation_cache = None
+""",
     "select": """
 Selector.candidates = 10
 Selector.num_frames = 3
@@ -146,7 +154,7 @@ def labelled(command, trained):
 def test_labels_are_whole(labelled):
     found = read_labels(labelled / "labels", labelled / "videos/labels.jsonl")
     assert found.losses.shape == (len(found), 15) and found.combinations.shape == (len(found), 15, 2)
-    assert found.features.shape == (6, 1, 32) and len(found.features.row) == 7
+    assert found.features.shape == (6, 1, 32) and len(found.features.row) == 4
     store = FrameStore(labelled / "frames")
     for video, row in found.features.row.items():
         assert found.features.durations[row] == store.durations[store.row(video)] > 5
@@ -175,16 +183,16 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
 
 
 def test_shuffled_questions_and_several_sizes(command, labelled):
-    questions = (labelled / "videos/train.jsonl").read_text().splitlines()
+    questions = (labelled / "videos/labels.jsonl").read_text().splitlines()
     np.random.default_rng(0).shuffle(questions)
     (labelled / "videos/shuffled.jsonl").write_text("\n".join(questions) + "\n")
-    flags = ("--gin.LABELS=shuffled", "--gin.QUESTIONS=videos/shuffled.jsonl")
+    flags = ("--gin.LABELS=shuffled", "--gin.LABEL_QUESTIONS=videos/shuffled.jsonl")
     said = good(command("label", *flags, "--gin.label.num_frames=(1, 2)", "--gin.label.feature_tokens=4",
-                        "--gin.label.limit=20"))
+                        "--gin.label.limit=14"))
     assert "combinations of 1 or 2 out of 6 frames" in said
-    one = read_labels(labelled / "labels", labelled / "videos/train.jsonl")
+    one = read_labels(labelled / "labels", labelled / "videos/labels.jsonl")
     both = read_labels(labelled / "shuffled", labelled / "videos/shuffled.jsonl")
-    assert len(both) + both.dropped["rejected"] == 20 and len({question.video for question in both.questions}) > 4
+    assert len(both) + both.dropped["rejected"] == 14 and len({question.video for question in both.questions}) > 2
     np.testing.assert_array_equal(both.combinations[0, :6], [[frame, 6] for frame in range(6)])
     row = {question.id: row for row, question in enumerate(one.questions)}
     rows = [row[question.id] for question in both.questions]
@@ -196,7 +204,7 @@ def test_shuffled_questions_and_several_sizes(command, labelled):
     said = good(command("train_voyager", *flags, "--gin.VOYAGER=mixed"))
     assert "21 combinations of 1 or 2 out of 6 frames" in said and "pairs in order" in said
     ended = command("train_voyager", *flags, "--gin.VOYAGER=other", "--gin.train_voyager.frame_tokens=None")
-    assert ended.code == 1 and "must be 1 or the 1 that test_labels stores" in ended.err
+    assert ended.code == 1 and "must be 1 or the 1 that validation_labels stores" in ended.err
 
 
 @pytest.mark.slow
@@ -282,6 +290,43 @@ def test_similarity_of_own_towers(command, labelled):
     assert sorted(map(len, found)) == [0] * (len(questions) - 4) + [3] * 4
 
 
+def test_accuracy_with_the_frames_of_every_chooser(command, labelled):
+    """The answers in the table are those that the Video-LLM gives to the frames that are listed beside them."""
+    good(command("train_towers", "--gin.TOWERS=rivals"))
+    good(command("train_voyager", "--gin.VOYAGER=evaluated"))
+    flags = ("--gin.TOWERS=rivals", "--gin.VOYAGER=evaluated")
+    said = good(command("evaluate", *flags))
+    report = (labelled / "evaluation/report.md").read_text()
+    assert report in said and "## 2 of 6 frames" in report and "## 3 of 12 frames" in report
+    results = json.loads((labelled / "evaluation/results.json").read_text())
+    answers = [json.loads(line) for line in (labelled / "evaluation/answers/seed0.jsonl").read_text().splitlines()]
+    questions = {question.id: question for question in read_questions(labelled / "videos/test.jsonl")}
+    assert results["questions"] == len(answers) == len(questions)
+    llm, store = load_video_llm(labelled / "llm"), FrameStore(labelled / "frames")
+    scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
+    methods = {"uniform", "random", "similarity", "BOLT", "AKS", "MMR", "MDP3", "FOCUS", "Frame-Voyager",
+               "frames that matter"}
+    right = {}
+    for line in answers[:3]:
+        assert {(choice[0], choice[1]) for choice in line["choices"]} == {(6, 2), (12, 3)}
+        assert {choice[2] for choice in line["choices"]} == methods
+        features = scorer.features(store.frames([store.row(line["video"])])[0])
+        for candidates, count, _, frames, is_right, loss in line["choices"]:
+            assert len(set(frames)) == count and set(frames) <= set(range(1, 12, 2) if candidates == 6 else range(12))
+            (alone,) = scorer(lambda video, features=features: features, [questions[line["id"]]], [[frames]])
+            assert alone.right[0] == is_right and alone.losses[0] == pytest.approx(loss, abs=1e-3)
+    for line in answers:
+        for candidates, _, method, _, is_right, _ in line["choices"]:
+            right.setdefault((candidates, method), []).append(is_right)
+    for setting in results["settings"]:
+        for method, row in setting["methods"].items():
+            assert row["accuracy"]["all"]["value"] == pytest.approx(np.mean(right[setting["candidates"], method]))
+    assert (labelled / "evaluation/cost.png").stat().st_size > 10_000
+    good(command("evaluate", *flags), kept="evaluation")
+    ended = command("evaluate", *flags, "--gin.evaluate.limit=3")
+    assert ended.code == 1 and "limit" in ended.err and ended.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("stage, flags, message", [
     ("train", ["--gin.VisionConfig.image_size=32", "--gin.VIDEO_LLM=other"], "frames of 24 pixels"),
     ("train", ["--gin.train_video.length=20", "--gin.VIDEO_LLM=other"], "sequences have 20"),
@@ -298,5 +343,5 @@ def test_wrong_inputs_are_one_line(command, labelled, stage, flags, message):
 def test_the_gin_files_name_the_same_paths():
     """A path that gin/video/paths.gin gained has to be redirected here too."""
     names = [line.split(" =")[0] for line in (REPOSITORY / "gin/video/paths.gin").read_text().splitlines()
-             if " = " in line]
+             if " = " in line and not line.startswith(("WORLD", "CANDIDATES"))]
     assert sorted(names) == sorted(line.split(" =")[0] for line in PATHS.strip().splitlines())
