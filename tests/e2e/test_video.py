@@ -71,7 +71,7 @@ DecoderConfig.mlp_dim = 48
 DecoderConfig.unroll = 1
 VisionConfig.unroll = 1
 """,
-    "label": "label.candidates = 6\nlabel.num_frames = 2\nlabel.compilation_cache = None\n",
+    "label": "label.candidates = 6\nlabel.num_frames = 2\nlabel.feature_tokens = 1\nlabel.compilation_cache = None\n",
     "train_voyager": """
 STEPS = 6
 train_voyager.batch_size = 4
