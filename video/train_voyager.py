@@ -7,7 +7,7 @@ to start from, and is not needed otherwise.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gin
@@ -56,6 +56,8 @@ class TrainVoyagerConfig(TrainerConfig):
       head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
       tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
       objective, temperature: see `ranking_loss`.
+      strides: in training, one of these is drawn for each question, and only every so many candidates see each other: so
+        rewards are learnt for several M from labels of one.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
       max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
       min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.
@@ -79,6 +81,7 @@ class TrainVoyagerConfig(TrainerConfig):
     tune_layers: bool = True
     objective: str = "pairs"
     temperature: float = 0.1
+    strides: Sequence[int] = (1, 2)
     combinations: int | None = 64
     max_mean_loss: float | None = None
     min_deviation: float | None = None
@@ -90,6 +93,8 @@ class TrainVoyagerConfig(TrainerConfig):
         self.check_counts("layers", "head_dim", "eval_batch_size", *optional)
         if self.objective not in OBJECTIVES:
             raise self.config_error("objective", f"must be one of {', '.join(OBJECTIVES)}")
+        if not self.strides or any(not isinstance(n, int) or n < 1 for n in self.strides):
+            raise self.config_error("strides", "must be a list of positive integers")
         if not self.temperature > 0:
             raise self.config_error("temperature", "must be above 0 nats")
 
@@ -159,7 +164,7 @@ class VoyagerTraining(TrainModule):
         return total, LossParts(weight, means)
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> "LabelSource":
-        return LabelSource(self._train, self._prompts, self._row_combinations, mixture, rows)
+        return LabelSource(self._train, self._prompts, self._row_combinations, self._config.strides, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"questions": len(batch["tokens"])})
@@ -209,10 +214,10 @@ class LabelProvenance:
 class LabelSource(MixtureSource):
     """Batches of questions with some of their labels."""
 
-    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, mixture: Mixture,
-                 rows: np.ndarray | None = None):
+    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, strides: Sequence[int],
+                 mixture: Mixture, rows: np.ndarray | None = None):
         """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
-        self._labels, self._row_combinations = labels, combinations
+        self._labels, self._row_combinations, self._strides = labels, combinations, strides
         super().__init__(mixture, rows)
         self._tokens, self._indices = prompts([question.question for question in labels.questions],
                                              labels.features.shape[0])
@@ -221,10 +226,15 @@ class LabelSource(MixtureSource):
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
         labels = self._labels
         _, rows, epochs = self.sampler.locate(batch, self.rows)
-        drawn = np.stack([np.random.default_rng([self.mixture.seed, int(row), int(epoch)]).permutation(
-            labels.losses.shape[1])[: self._row_combinations] for row, epoch in zip(rows, epochs)])
+        drawn, segments = [], []
+        for row, epoch in zip(rows, epochs):
+            rng = np.random.default_rng([self.mixture.seed, int(row), int(epoch)])
+            drawn.append(rng.permutation(labels.losses.shape[1])[: self._row_combinations])
+            segments.append(np.arange(labels.features.shape[0], dtype=np.int32) % rng.choice(self._strides) + 1)
+        drawn = np.stack(drawn)
         return {
             **label_inputs(labels, rows),
+            "segments": np.stack(segments).astype(np.int32),
             "tokens": self._tokens[rows],
             "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
