@@ -56,8 +56,8 @@ class TrainVoyagerConfig(TrainerConfig):
       head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
       tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
       objective, temperature: see `ranking_loss`.
-      strides: in training, one of these is drawn for each question, and only every so many candidates see each other: so
-        rewards are learnt for several M from labels of one.
+      strides: in training, one of these is drawn for each question, and only every so many candidates see each other,
+        so that rewards are learnt for several M from labels of one.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
       max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
       min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.
