@@ -1,6 +1,6 @@
 """Makes llava_onevision/: a small LLaVA-OneVision with random weights, and what transformers computes with it.
 
-    pip install torch==2.13.0 transformers==5.24.0 && python make_llava_onevision_goldens.py
+    pip install torch==2.13.0 torchvision==0.28.0 transformers==5.24.0 jinja2 && python make_llava_onevision_goldens.py
 
 golden.safetensors holds a question on a video of three frames, as transformers' processor writes it, another without a
 video, and the logits of both. The weights are stored in bfloat16, and computed with in float32.
