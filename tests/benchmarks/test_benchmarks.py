@@ -180,6 +180,14 @@ def test_nested_combinations_take_fewer_tokens_and_favour_no_frame():
 
 
 @pytest.mark.slow
+def test_key_frames_are_the_exact_ones_and_cost_less():
+    result = last_line("video_decode.py")
+    assert (result["duration"], result["frames"], result["key_frames"]) == (120, 2880, 12)
+    spent = result["processor_seconds"]
+    assert 0 < spent["key_frames"][0] < spent["exact"][0]
+
+
+@pytest.mark.slow
 def test_conversions_hold_less_than_the_model():
     """A fixed 70 MB and a few tensors of 17 MB; with the model whole in memory it was 676, 495 and 141 MB."""
     result = last_line("convert_memory.py")
