@@ -87,8 +87,8 @@ class Brightest:
 
     size, resize_mode, settings = 16, "stretch", "brightest"
 
-    def __call__(self, video, frames, question):
-        return frames[:, 8, 8, 0].astype(np.float32)
+    def __call__(self, video, frames, times, question):
+        return Scores(frames[:, 8, 8, 0].astype(np.float32))
 
 
 def entry_points(folder, name, lines):
