@@ -34,6 +34,7 @@ class DecodeConfig:
       size: pixels of a side of the square frames.
       candidates: M, frames of each video, evenly spread.
       resize_mode: "stretch" or "crop", see `read_frames`.
+      key_frames: takes the key frames nearest to the even times, for long videos, see `read_frames`.
       processes: number of worker processes.
     """
 
@@ -43,6 +44,7 @@ class DecodeConfig:
     size: int = gin.REQUIRED
     candidates: int = 16
     resize_mode: str = "stretch"
+    key_frames: bool = False
     processes: int = 2
 
     def __post_init__(self):
@@ -66,12 +68,12 @@ def main(config: DecodeConfig) -> None:
     (folder,) = folders
     videos = list(dict.fromkeys(question.video for file in files for question in read_questions(file, answers=False)))
     writer = open_frame_writer(config.output, len(videos), size=config.size, candidates=config.candidates,
-                               resize_mode=config.resize_mode)
+                               resize_mode=config.resize_mode, key_frames=config.key_frames)
     remaining = [video for video in videos if video not in writer.done]
     if 0 < len(remaining) < len(videos):
         log(f"{len(videos) - len(remaining):,} of {len(videos):,} videos were done before")
     read = functools.partial(try_read_frames, size=config.size, count=config.candidates,
-                             resize_mode=config.resize_mode)
+                             resize_mode=config.resize_mode, key_frames=config.key_frames)
     with Workers(read, config.processes) as workers:
         items = ((video, str(folder / video)) for video in remaining)
         for video, candidates in tqdm(workers.map(items), "videos", len(remaining), disable=None):

@@ -12,6 +12,8 @@ from mlx_pretrain.errors import InputError
 from tests.video.conftest import write_grey
 from video.decode import DecodeConfig
 from video.decode import main as decode
+from video.frame_choice.rules import RULES
+from video.frame_choice.scores import Scores
 from video.frame_choice.selector import Selector
 from video.frames.frame_store import FrameStore
 from video.select import SelectFramesConfig, main, sheet_name
@@ -22,12 +24,17 @@ class Level:
 
     size, resize_mode, settings = 16, "stretch", "level"
 
-    def __call__(self, video, frames, question):
-        return frames[:, 8, 8, 0].astype(np.float32)
+    def __call__(self, video, frames, times, question):
+        values = frames[:, 8, 8, 0].astype(np.float32)
+        alike = -np.abs(values[:, None] - values) / 255
+        return Scores(values, cosines=alike)
+
+    def score_some(self, video, frames, question, indices):
+        return self(video, frames, None, question).values[indices]
 
 
 @pytest.mark.parametrize("scorer", [None, Level()])
-@pytest.mark.parametrize("choice", ["top", "bolt", "aks"])
+@pytest.mark.parametrize("choice", sorted(RULES))
 def test_every_frame_is_chosen_once(tmp_path, scorer, choice):
     path = write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
     with pytest.warns(UserWarning, match=r"q\.mp4: 5 different frames, fewer than the 8 requested"):
@@ -77,9 +84,9 @@ class Listener(Level):
     def __init__(self):
         self.heard = []
 
-    def __call__(self, video, frames, question):
+    def __call__(self, video, frames, times, question):
         self.heard.append((video, question))
-        return super().__call__(video, frames, question)
+        return super().__call__(video, frames, times, question)
 
 
 def test_videos_elsewhere_and_answers_that_no_scorer_sees(tmp_path):
