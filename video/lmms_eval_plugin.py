@@ -36,7 +36,7 @@ class ShortVideos:
         self._folder = pathlib.Path(folder)
         try:
             videos = json.loads((self._folder / "index.json").read_text())["videos"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self._folder}: no folder of video.export_frames ({error})") from None
         self._by_name: dict[str, dict[str, tuple[str, str]]] = collections.defaultdict(dict)
         for video, entries in videos.items():

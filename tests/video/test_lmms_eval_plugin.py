@@ -3,10 +3,8 @@
 Skipped where lmms-eval is not installed: it is no requirement, and needs PyTorch.
 """
 
-import collections
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -126,61 +124,74 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluate(folder, model, arguments):
-    """Runs lmms-eval in a process of its own.
+# Evaluates models on both tasks in one process, as importing lmms-eval takes seconds.
+EVALUATE = '''
+import json, os, pathlib, sys
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
 
-    Returns:
-      What it says; task -> metric -> value; task -> levels of the frames that the model saw, for each document.
-    """
-    seen, output = folder / "seen.jsonl", folder / "results"
+ended = {}
+for name, model, arguments in json.loads(sys.argv[1]):
+    seen = pathlib.Path(os.environ["SEEN"])
     seen.write_text("")
-    shutil.rmtree(output, ignore_errors=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--batch_size", "1",
-         "--tasks", "videomme_local,mlvu_dev_local", "--include_path", folder / "tasks", "--verbosity", "DEBUG",
-         "--output_path", output],
-        capture_output=True, text=True, cwd=folder, env={
-            "PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HOME": str(folder / "home"), "SEEN": str(seen),
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": ":".join([str(folder), str(ROOT), *sys.path[1:]])})
-    levels = collections.defaultdict(dict)
-    for line in seen.read_text().splitlines():
-        record = json.loads(line)
-        levels[record["task"].removesuffix("_local")][record["document"]] = record["levels"]
-    results = {}
-    for path in output.rglob("*results.json"):
-        results |= json.loads(path.read_text())["results"]
-    return done.stdout + done.stderr, results, levels
+    error = results = None
+    try:
+        tasks = TaskManager(include_path="tasks", include_defaults=False, model_name=model)
+        results = simple_evaluate(
+            model=model, model_args=arguments, tasks=["videomme_local", "mlvu_dev_local"], task_manager=tasks,
+            batch_size=1, bootstrap_iters=0)["results"]
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    ended[name] = error, results, [json.loads(line) for line in seen.read_text().splitlines()]
+pathlib.Path("ended.json").write_text(json.dumps(ended, default=str))
+'''
 
 
-@pytest.mark.parametrize("model", ["seer", "talker"])
-def test_a_model_sees_the_chosen_frames(folder, model):
-    said, results, levels = evaluate(folder, "chosen_frames", f"frames={folder}/exported,model={model},letter=C")
-    for task in ("videomme", "mlvu_dev"):
-        for n in range(2):
-            # The last three of ten candidates, evenly spread, are the brightest.
-            expected = [20 + 4 * int((k + 0.5) * (40 - 10 * n) / 10) for k in (7, 8, 9)]
-            np.testing.assert_allclose(levels[task][n], expected, atol=1.9, err_msg=said)
-    # One of the two answers to Video-MME's questions is C, none of those to MLVU's.
-    scores = {task: {value for value in metrics.values() if isinstance(value, float)}
-              for task, metrics in results.items()}
-    assert 50.0 in scores["videomme_local"] and scores["mlvu_dev_local"] <= {0.0}, results
-
-
-def test_the_same_model_sees_whole_videos_without_the_plugin(folder):
-    said, _, levels = evaluate(folder, "seer", "letter=B")
-    assert {task: [len(own[n]) for n in range(2)] for task, own in levels.items()} == {
-        "videomme": [40, 30], "mlvu_dev": [40, 30]}, said
-
-
-def test_a_question_without_frames_ends_the_evaluation_before_the_model_answers(folder):
+@pytest.fixture(scope="module")
+def ended(folder):
+    """Returns case -> the error, the tasks' metrics, and (task, document, levels of frames) of all that a model saw."""
     index = json.loads((folder / "exported/index.json").read_text())
     del index["videos"]["video1.mp4"][-1]
     (folder / "fewer").mkdir()
     (folder / "fewer/index.json").write_text(json.dumps(index))
-    said, results, levels = evaluate(folder, "chosen_frames", f"frames={folder}/fewer,model=seer")
-    assert r"fewer: no frames were chosen from " in said and "'Which 1? \\n(A) one\\n(B) two'" in said
-    assert not results and not levels
+    cases = [
+        ("seer", "chosen_frames", "frames=exported,model=seer,letter=C"),
+        ("talker", "chosen_frames", "frames=exported,model=talker,letter=C"),
+        ("whole", "seer", "letter=C"),
+        ("fewer", "chosen_frames", "frames=fewer,model=seer"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EVALUATE, json.dumps(cases)], capture_output=True, text=True, cwd=folder, env={
+            "PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HOME": str(folder / "home"), "SEEN": str(folder / "seen"),
+            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": ":".join([str(folder), str(ROOT), *sys.path[1:]])})
+    assert (folder / "ended.json").exists(), done.stdout + done.stderr
+    return json.loads((folder / "ended.json").read_text())
+
+
+@pytest.mark.parametrize("model", ["seer", "talker"])
+def test_a_model_sees_the_chosen_frames(ended, model):
+    error, results, seen = ended[model]
+    assert not error and len(seen) == 4
+    for record in seen:
+        # The last three of ten candidates, evenly spread, are the brightest.
+        expected = [20 + 4 * int((k + 0.5) * (40 - 10 * record["document"]) / 10) for k in (7, 8, 9)]
+        np.testing.assert_allclose(record["levels"], expected, atol=2)
+    # One of the two answers to Video-MME's questions is C, none of those to MLVU's.
+    scores = {task: [value for name, value in metrics.items() if "score" in name and isinstance(value, float)]
+              for task, metrics in results.items()}
+    assert 50.0 in scores["videomme_local"] and set(scores["mlvu_dev_local"]) == {0.0}, results
+
+
+def test_the_same_model_sees_whole_videos_without_the_plugin(ended):
+    error, _, seen = ended["whole"]
+    assert not error and sorted(len(record["levels"]) for record in seen) == [30, 30, 40, 40]
+
+
+def test_a_question_without_frames_ends_the_evaluation_before_the_model_answers(ended):
+    error, results, seen = ended["fewer"]
+    assert error.startswith("InputError: fewer: no frames were chosen from ") and "'Which 1? \\n(A) one" in error
+    assert not results and not seen
 
 
 def test_short_videos_are_found_by_name_and_question(tmp_path):
