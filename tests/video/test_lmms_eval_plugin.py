@@ -17,6 +17,7 @@ from mlx_pretrain.errors import InputError
 from tests.video.conftest import write_grey
 from video.export_frames import ExportFramesConfig
 from video.export_frames import main as export_frames
+from video.frame_choice.scores import Scores
 from video.frame_choice.selector import Selector
 from video.select import SelectFramesConfig
 from video.select import main as select_frames
