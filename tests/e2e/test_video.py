@@ -20,6 +20,8 @@ from video.voyager.loss_labels import read_labels
 
 # Over the files in gin/video: paths, and sizes for seconds instead of minutes.
 PATHS = """
+WORLD = 'moments'
+CANDIDATES = 12
 VIDEOS = 'videos'
 LLM_QUESTIONS = 'videos/llm.jsonl'
 LLM_CAPTIONS = 'videos/llm_captions.jsonl'
@@ -48,7 +50,7 @@ synthetic.shown = 0.5
 synthetic.fps = 6
 synthetic.size = 32
 """,
-    "decode": "decode.size = 24\ndecode.candidates = 12\n",
+    "decode": "decode.size = 24\n",
     "train": """
 STEPS = 6
 train_video.batch_size = 2
@@ -341,7 +343,7 @@ def test_wrong_inputs_are_one_line(command, labelled, stage, flags, message):
 
 
 def test_the_gin_files_name_the_same_paths():
-    """A path that gin/video/paths.gin gained has to be redirected here too."""
-    names = [line.split(" =")[0] for line in (REPOSITORY / "gin/video/paths.gin").read_text().splitlines()
-             if " = " in line and not line.startswith(("WORLD", "CANDIDATES"))]
-    assert sorted(names) == sorted(line.split(" =")[0] for line in PATHS.strip().splitlines())
+    """A path that gin/video/paths.gin gained has to be redirected here and for the other world too."""
+    texts = [PATHS, *((REPOSITORY / f"gin/video/{name}.gin").read_text() for name in ("paths", "stories"))]
+    here, paths, stories = ([line.split(" =")[0] for line in text.splitlines() if " = " in line] for text in texts)
+    assert sorted(here) == sorted(paths) == sorted(stories)

@@ -126,3 +126,20 @@ def test_decode_takes_videos_from_another_folder(tmp_path):
         decode(DecodeConfig(**settings))
     decode(DecodeConfig(**settings, videos=tmp_path))
     assert FrameStore(tmp_path / "store").videos == ["v.mp4"]
+
+
+def test_a_limit_draws_questions_from_the_whole_file(tmp_path):
+    for name in ("a", "b"):
+        write_grey(tmp_path / f"{name}.mp4", "libx264", np.arange(5) / 5, 5, 5)
+    lines = [{"id": f"q{n}", "video": "ab"[n // 20] + ".mp4", "question": "Which?", "answer": "red"} for n in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(SelectFramesConfig(
+        questions=tmp_path / "q.jsonl", output=tmp_path / "out", limit=8, sheets=1, processes=1, compilation_cache=None,
+        selector=Selector(None, candidates=4, num_frames=2)))
+    numbers = json.loads((tmp_path / "out/selected_frames.json").read_text())
+    drawn = [f"q{n}" for n, own in enumerate(numbers) if own]
+    selected = json.loads((tmp_path / "out/selected.json").read_text())
+    assert len(numbers) == 40 and len(drawn) == 8
+    assert drawn == [entry["question_id"] for entries in selected.values() for entry in entries]
+    assert list(selected) == ["a.mp4", "b.mp4"] and min(map(len, selected.values())) > 1
+    assert len(list((tmp_path / "out/sheets").glob("*.png"))) == 1
