@@ -94,7 +94,7 @@ def main() -> None:
     if arguments.evaluate:
         settings = {key: value for part in parts for key, value in part.items()}
         run("evaluate", f"evaluate_{name}", **settings, **{
-            "evaluate_frames.trials": f"[{', '.join(trials)}]", "evaluate_frames.output": f"{output}/evaluation_{name}"})
+            "evaluate_frames.trials": f"[{', '.join(trials)}]", "EVALUATION": f"{output}/evaluation_{name}"})
 
 
 if __name__ == "__main__":
