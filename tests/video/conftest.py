@@ -1,5 +1,6 @@
 """Small videos, a small Video-LLM on drawn weights, and frames of noise."""
 
+import collections
 import fractions
 import pathlib
 
@@ -106,3 +107,27 @@ def prompts(config):
 def frames():
     """uint8 `[7, 29, 29, 3]`."""
     return np.random.default_rng(1).integers(0, 256, (7, 29, 29, 3)).astype(np.uint8)
+
+
+def question_only_accuracy(questions):
+    """Returns for every type of question (chance, accuracy of the best rule that sees no video, its standard error).
+
+    The rules give the most frequent answer, the most frequent place among the options, or the most frequent answer to
+    this very question, each counted on the first half of the questions of a type; the accuracy is that on the others.
+    """
+    results = {}
+    for name in dict.fromkeys(question.type for question in questions):
+        of_type = [question for question in questions if question.type == name]
+        learnt, others = of_type[: len(of_type) // 2], of_type[len(of_type) // 2 :]
+        rules = [(lambda q: "", lambda q: q.answer), (lambda q: "", lambda q: q.options.index(q.answer)),
+                 (lambda q: q.question, lambda q: q.answer)]
+        accuracies = []
+        for key, answer in rules:
+            counts = collections.defaultdict(collections.Counter)
+            for question in learnt:
+                counts[key(question)][answer(question)] += 1
+            guesses = [counts[key(q)].most_common(1)[0][0] if key(q) in counts else None for q in others]
+            accuracies.append(np.mean([guess == answer(q) for guess, q in zip(guesses, others)]))
+        chance = np.mean([1 / len(question.options) for question in others])
+        results[name] = chance, max(accuracies), (chance * (1 - chance) / len(others)) ** 0.5
+    return results

@@ -10,6 +10,7 @@ from mlx_pretrain.errors import InputError
 from tests.video.conftest import write_grey
 from video.frame_choice.coarse_to_fine import times_within
 from video.frame_choice.scorers import Embeddings
+from video.frame_choice.scores import Scores
 from video.frame_choice.selector import Selector
 
 
@@ -18,8 +19,8 @@ class Level:
 
     size, resize_mode, settings = 16, "stretch", "level"
 
-    def __call__(self, video, frames, question):
-        return frames[:, 8, 8, 0].astype(np.float32)
+    def __call__(self, video, frames, times, question):
+        return Scores(frames[:, 8, 8, 0].astype(np.float32))
 
 
 @given(st.lists(st.tuples(st.floats(0.5, 9), st.integers(0, 5)), min_size=1, max_size=12), st.integers(1, 14))
