@@ -22,7 +22,7 @@ QUICK = {
     "train": {"STEPS": 4, "train_video.batch_size": 4, "train_video.eval_questions": 8},
     "label": {"label.max_combinations": 12},
     "train_voyager": {"STEPS": 4},
-    "evaluate": {"evaluate_frames.limit": 6},
+    "evaluate": {"evaluate_frames.limit": 6, "evaluate_frames.resamples": 50},
 }
 
 
@@ -95,6 +95,11 @@ def main() -> None:
         settings = {key: value for part in parts for key, value in part.items()}
         run("evaluate", f"evaluate_{name}", **settings, **{
             "evaluate_frames.trials": f"[{', '.join(trials)}]", "EVALUATION": f"{output}/evaluation_{name}"})
+        results = json.loads((output / f"evaluation_{name}/results.json").read_text())
+        print(json.dumps({"questions": results["questions"], "trials": results["trials"], "accuracy": {
+            f"{setting['frames']} of {setting['candidates']}": {
+                method: round(row["accuracy"]["all"]["value"], 4) for method, row in setting["methods"].items()}
+            for setting in results["settings"]}}))
 
 
 if __name__ == "__main__":

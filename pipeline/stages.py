@@ -293,7 +293,7 @@ class _Stages:
               "synthetic.test_videos": 16}, 20),
             ("frames", "decode", "Decode their frames", "frames/manifest.json", {"CANDIDATES": 32}, 8),
             ("video_llm", "train", "Train a small Video-LLM", "llm/checkpoints",
-             {**short, "train_video.eval_questions": 40}, 60),
+             {**short, "train_video.towers": None, "train_video.eval_questions": 40}, 60),
             ("labels", "label", "Compute its losses on combinations of frames", "labels/losses",
              {**labels, "label.max_combinations": 64}, 20),
             ("validation_labels", "label", "Compute them on held-out videos", "validation_labels/losses",

@@ -59,6 +59,7 @@ train_video.eval_questions = 6
 train_video.eval_every = 3
 train_video.checkpoint_every = 3
 train_video.compilation_cache = None
+train_video.towers = None
 warmup_cosine.warmup_steps = 2
 VisionConfig.image_size = 24
 VisionConfig.embed_dim = 24
