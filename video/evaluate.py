@@ -18,7 +18,9 @@ its mean over seeds, so intervals do not hold the spread between seeds; that is 
 
 import collections
 import dataclasses
+import itertools
 import json
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +58,7 @@ from video.llm.training_rows import evidence_frames
 from video.questions import Question, read_questions
 
 RESULTS, ANSWERS = "results.json", "answers"
+_TIMED = 20  # videos on which choosing is timed
 _CONTENTS = (RESULTS, ANSWERS, REPORT, f"{COST}.svg", f"{COST}.png", "config.gin")
 # Rule on similarities -> its name in tables.
 _NAMES = {"top": "similarity", "bolt": "BOLT", "aks": "AKS", "mmr": "MMR", "mdp3": "MDP3", "focus": "FOCUS"}
@@ -199,27 +202,28 @@ def _answer(
     """Returns a line for every question with the answers of all choices, and the cost of choosing."""
     store.check_size(llm.config.vision.image_size)
     spent = collections.defaultdict(list)
-    chosen = []
-    for question, before in tqdm(list(zip(questions, [None, *questions])), f"{name}: choose", disable=None):
-        if before is None or question.video != before.video:
-            row = store.row(question.video)
-            frames, times = store.frames([row])[0], store.times[row]
-            grids = {candidates: even(store.candidates, candidates) for candidates, _ in config.settings}
-            parts = {candidates: frames[grid] for candidates, grid in grids.items()}  # scorers keep what they encoded
-        first = before is None or question.video != before.video
-        of_question = []
-        for candidates, num_frames in config.settings:
-            grid = grids[candidates]
-            for chooser in choosers:
+    chosen: dict[str, list] = {question.id: [] for question in questions}
+    by_video: dict[str, list[Question]] = {}
+    for question in questions:
+        by_video.setdefault(question.video, []).append(question)
+    for number, (video, group) in enumerate(tqdm(by_video.items(), f"{name}: choose", disable=None)):
+        row = store.row(video)
+        frames, times = store.frames([row])[0], store.times[row]
+        for candidates, settings in itertools.groupby(sorted(config.settings), operator.itemgetter(0)):
+            grid = even(store.candidates, candidates)
+            part = frames[grid]  # one array for all that follows: scorers keep what they encoded of the last one
+            for (_, num_frames), question, chooser in itertools.product(settings, group, choosers):
+                # On a copy, nothing is encoded yet.
+                timed = question is group[0] and number < _TIMED
+                shown = part.copy() if timed else part
                 started = time.perf_counter()
-                indices, encoded = _choose(chooser, question, parts[candidates], times[grid], num_frames, config.seed)
-                if first:
+                indices, encoded = _choose(chooser, question, shown, times[grid], num_frames, config.seed)
+                if timed:
                     spent[candidates, num_frames, chooser.method].append((time.perf_counter() - started, encoded))
-                of_question.append((candidates, num_frames, chooser.method, grid[indices]))
-        chosen.append(of_question)
+                chosen[question.id].append((candidates, num_frames, chooser.method, grid[indices]))
     scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
     answers = scorer(lambda video: scorer.features(store.frames([store.row(video)])[0]), questions,
-                     [[indices.tolist() for *_, indices in of_question] for of_question in chosen])
+                     [[indices.tolist() for *_, indices in of_question] for of_question in chosen.values()])
     # The first video is left out where there are others: its choices compile programs.
     costs = {key: Cost(float(np.median([seconds for seconds, _ in values[1:] or values])),
                        float(np.mean([encoded for _, encoded in values]))) for key, values in spent.items()}
@@ -228,7 +232,7 @@ def _answer(
                           for (candidates, num_frames, method, indices), right, loss
                           in zip(of_question, answer.right, answer.losses)]}
              for question, of_question, answer
-             in tqdm(zip(questions, chosen, answers), f"{name}: answer", len(questions), disable=None))
+             in tqdm(zip(questions, chosen.values(), answers), f"{name}: answer", len(questions), disable=None))
     return lines, costs
 
 
