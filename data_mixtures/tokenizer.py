@@ -178,7 +178,7 @@ def train_tokenizer(config: TokenizerConfig) -> None:
     sentences, sampled = sample_sentences(corpus, split, config.max_bytes, config.temperature,
                                           config.max_sentence_bytes)
     log(f"training a {config.model_type} tokenizer of {config.vocab_size} pieces on "
-        f"{sum(sampled.values()) / 1e6:.1f} MB of text in {len(sampled)} languages")
+        f"{sum(sampled.values()) / 1e3:,.0f} KB of text in {len(sampled)} languages")
     model = train_model(sentences, settings)
     record = {"format": FORMAT, "version": VERSION, **made_from, "sampled_bytes": sampled, "provenance": {
         "program": "data_mixtures.tokenizer", "version": __version__, "sentencepiece": sentencepiece.__version__}}

@@ -2,9 +2,9 @@
 
     python -m evals.harness run --model mlx_pretrain --model_args path=RUN --tasks arc_easy
 
-The arguments are those of `lm_eval`. The model is a training run, a Hugging Face folder of a LLaMA, or a GGUF file;
-`model_args` are `path`, `step`, `weights`, `dtype`, `max_length` and `max_gen_toks`. Common prefixes are computed once
-(`Scorer`).
+The arguments are those of `lm_eval`. The model is a training run, a Hugging Face folder of a LLaMA or Qwen2, or a GGUF
+file; `model_args` are `path`, `step`, `weights`, `dtype`, `max_length` and `max_gen_toks`. Common prefixes are computed
+once (`Scorer`).
 """
 
 from collections.abc import Sequence

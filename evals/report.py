@@ -61,6 +61,11 @@ class TaskSummary:
         return self._content.get(name)
 
     @property
+    def guessing(self) -> float | None:
+        """Accuracy of options chosen at random; None where there are none, or in results of earlier versions."""
+        return self._content.get("guessing")
+
+    @property
     def generated(self) -> bool:
         """True if answers were generated instead of chosen among the options."""
         return self.metric == EXACT_MATCH
@@ -91,6 +96,8 @@ def accuracy_figure(task: TaskSummary) -> Figure:
     axes.plot(value, rows, "o", color=ACCENT, markersize=4.5)
     if task.english is not None:
         axes.axvline(100 * task.english, color=WARM, linewidth=1, linestyle=(0, (4, 3)))
+    if task.guessing is not None:
+        axes.axvline(100 * task.guessing, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
     if not high.max() > 0:
         axes.set_xlim(0, 100)
     return figure

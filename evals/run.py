@@ -32,7 +32,7 @@ class EvaluateConfig:
     """Settings of an evaluation.
 
     Attributes:
-      model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
+      model: folder of a training run, Hugging Face folder of a LLaMA or Qwen2, or GGUF file.
       tasks: globs of files named as MuBench's, e.g. ["mubench/*/lighteval_*_test.jsonl"].
       output: folder of the results; the same command resumes.
       languages: languages to evaluate; None: all.

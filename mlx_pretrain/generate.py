@@ -25,7 +25,7 @@ class GenerateConfig:
     """Parameters of the generation.
 
     Attributes:
-      run_dir: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
+      run_dir: folder of a training run, Hugging Face folder of a LLaMA or Qwen2, or GGUF file.
       prompts: texts to continue; "" starts from nothing.
       languages: languages of the prompts, noted in the output file.
       step: step of the checkpoint of a run; None: the latest.

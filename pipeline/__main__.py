@@ -24,7 +24,7 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
-from mlx_pretrain.training.goodput import duration
+from mlx_pretrain.reports.figures import duration
 from pipeline.progress import Progress
 from pipeline.settings import PipelineConfig
 from pipeline.stages import Stage, all_stages
@@ -82,7 +82,7 @@ def _print_plan(config: PipelineConfig, progress: Progress, stages: Sequence[Sta
     if not config.uses_climb and config.climb is None:
         print("Shares: natural, small languages raised; there is too little text for Climb's proxy runs "
               "(pipeline.climb=True tries all the same).")
-    print(f"Left: about {duration(left)} (minutes:seconds), from the times of the demo on two CPU cores where a stage "
+    print(f"Left: about {duration(left)}, from the times of the demo on two CPU cores where a stage "
           "has not run yet.")
 
 

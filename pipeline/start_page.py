@@ -64,14 +64,15 @@ def write_start_page(config: PipelineConfig, stages: Sequence[Stage], seconds: M
       seconds: stage -> seconds that it took.
     """
     folder = config.folder
-    ours, control = (_last_evaluation(folder / name) for name in ("pretrain", "control/run"))
+    evaluations = _evaluations(folder / "pretrain")
+    ours, control = evaluations[-1] if evaluations else None, _last_evaluation(folder / "control/run")
     with plot_style():
         figure = inline_svg(_bits_figure(ours, control), "bits", "bits per byte by language") if ours else None
     sheets = sorted((folder / "video/selected/sheets").glob("*.png"))[:_MAX_SHEETS]
     page = render_page(
         epath.Path(__file__).parent / "start_page.html.j2", name=folder.name, output=config.output,
         version=__version__,
-        cards=_cards(folder, ours, control), figure=figure, steps=ours.get("step") if ours else None,
+        cards=_cards(folder, evaluations, control), figure=figure, steps=ours.get("step") if ours else None,
         ours=mean_bits(ours) if ours else None, control=mean_bits(control) if control else None,
         better=_better(ours, control) if ours and control else None,
         sheets=[str(path.relative_to(folder)) for path in sheets],
@@ -80,11 +81,15 @@ def write_start_page(config: PipelineConfig, stages: Sequence[Stage], seconds: M
     return folder / PAGE
 
 
-def _last_evaluation(run_dir: epath.Path) -> dict[str, Any] | None:
-    """Returns the last evaluation on held-out text of a run; None without one."""
+def _evaluations(run_dir: epath.Path) -> list[dict[str, Any]]:
+    """Returns the evaluations of a run on held-out data, in order."""
     path = run_dir / "metrics.jsonl"
-    lines = [line for _, line in read_jsonl(path) if line.get("kind") == "eval"] if path.exists() else []
-    return lines[-1] if lines else None
+    return [line for _, line in read_jsonl(path) if line.get("kind") == "eval"] if path.exists() else []
+
+
+def _last_evaluation(run_dir: epath.Path) -> dict[str, Any] | None:
+    """Returns the last evaluation on held-out data of a run; None without one."""
+    return next(reversed(_evaluations(run_dir)), None)
 
 
 def _better(ours: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[int, int]:
@@ -113,12 +118,17 @@ def _bits_figure(ours: Mapping[str, Any], control: Mapping[str, Any] | None) -> 
     return figure
 
 
-def _cards(folder: epath.Path, ours: Mapping[str, Any] | None, control: Mapping[str, Any] | None) -> list[Card]:
+def _cards(
+    folder: epath.Path, evaluations: Sequence[Mapping[str, Any]], control: Mapping[str, Any] | None
+) -> list[Card]:
     """Returns the parts of the pipeline that have results, in order."""
     makers = (_rater_card, _removal_card, _selection_card, _tokens_card, _climb_card)
     cards = [maker(folder) for maker in makers]
-    if ours:
+    if evaluations:
+        first, ours = evaluations[0], evaluations[-1]
         note = f"mean over languages after {ours['step']:,} steps"
+        if first["step"] == 0 < ours["step"]:
+            note += f", {mean_bits(first):.3f} before"
         if control:
             note += f"; {mean_bits(control):.3f} with as much random text at natural weights"
         cards.append(Card("Pretrain", f"{mean_bits(ours):.3f}", "bits per byte", note, "pretrain/report.html"))
@@ -194,8 +204,11 @@ def _evaluation_card(folder: epath.Path) -> Card | None:
     accuracy = ours["mean_accuracy"]
     note = f"mean over {_count(len(ours['languages']), 'language')}, interval {_percent(accuracy, 'low')} to " \
            f"{_percent(accuracy, 'high')} %"
+    if ours.get("guessing"):
+        note += f"; guessing gives {100 * ours['guessing']:.1f} %"
     if ours.get("mlc"):
-        note += f"; languages agree on {_percent(ours['mlc'], 'value')} % of the answers"
+        note += f"; two languages agree on {_percent(ours['mlc'], 'value')} % of the answers, by chance on " \
+                f"{_percent(ours['chance'], 'value')} %"
     if control:
         note += f"; the comparison has {_percent(control['mean_accuracy'], 'value')} %"
     return Card("Evaluate", f"{_percent(accuracy, 'value')} %", "accuracy", note, "evals/report.html")

@@ -36,6 +36,8 @@ from tests.raters import test_select as selection_tests
 from tests.raters.rated import write_documents
 from tests.video.conftest import write_grey
 from video import label
+from video.export_frames import ExportFramesConfig
+from video.export_frames import main as export_frames
 from video.frame_choice.selector import Selector
 from video.frames.frame_store import open_frame_writer
 from video.questions import Question
@@ -208,7 +210,12 @@ def test_video(tmp_path):
     select_frames(SelectFramesConfig(
         questions=tmp_path / "q.jsonl", output=tmp_path / "out", selector=Selector(None, candidates=4, num_frames=2),
         processes=1, compilation_cache=None))
-    seconds, numbers = examples("Chosen frames")
+    export_frames(ExportFramesConfig(
+        selected=tmp_path / "out", videos=tmp_path, output=tmp_path / "exported", processes=1))
+    seconds, numbers, index = examples("Chosen frames")
     written = json.loads((tmp_path / "out/selected.json").read_text())
     assert next(iter(seconds.values()))[0].keys() == written["q.mp4"][0].keys()
     assert np.ndim(numbers) == np.ndim(json.loads((tmp_path / "out/selected_frames.json").read_text()))
+    exported = json.loads((tmp_path / "exported/index.json").read_text())
+    assert_same_keys(index | {"videos": {}}, exported)
+    assert next(iter(index["videos"].values()))[0].keys() == exported["videos"]["q.mp4"][0].keys()

@@ -33,6 +33,7 @@ class TaskResults:
       choices: metric -> int `[languages, items]`, the option chosen, -1 for none; metrics that were measured.
       intervals: metric -> see `bootstrap.bootstrap_intervals`.
       consistency: consistency by the main metric; None for one language.
+      guessing: accuracy of an option chosen at random, mean over the items; None where there are no options.
       truncated: language -> number of options, or of generated answers, whose prompt was cut at its beginning.
       unscored: language -> number of items with an option whose log-likelihood is nan.
       rejected, dropped: see `tasks.alignment.AlignedItems`.
@@ -46,6 +47,7 @@ class TaskResults:
     choices: Mapping[str, np.ndarray]
     intervals: Mapping[str, Mapping[str, Any]]
     consistency: Consistency | None
+    guessing: float | None
     truncated: Mapping[str, int]
     unscored: Mapping[str, int]
     rejected: tuple[tuple[str, str], ...]
@@ -75,6 +77,8 @@ def compute_results(task: Task, aligned: AlignedItems, tables: Mapping[str, pa.T
         choices=choices,
         intervals={metric: bootstrap.bootstrap_intervals(rows, labels, reference) for metric, rows in choices.items()},
         consistency=consistency(choices[main_metric], labels) if len(languages) > 1 else None,
+        guessing=(None if main_metric == EXACT_MATCH
+                  else float(np.mean([1 / len(item.choices) for item in first_items]))),
         truncated={language: int((tables[language]["dropped"].to_numpy() > 0).sum()) for language in languages},
         unscored={language: count_unscored(tables[language]) for language in languages},
         rejected=aligned.rejected,
@@ -100,7 +104,8 @@ def results_json(results: Sequence[TaskResults], settings: Mapping[str, Any]) ->
             samples[name] = {"original": n_items + len(result.dropped), "effective": n_items}
         groups[task] = {"alias": task} | {
             f"{metric},none": intervals["mean_accuracy"].value for metric, intervals in result.intervals.items()}
-        by_task[task] = {"metric": result.main_metric, "languages": result.languages}
+        by_task[task] = {"metric": result.main_metric, "languages": result.languages,
+                         "guessing": result.guessing}
         by_task[task] |= bootstrap.intervals_as_json(result.intervals[result.main_metric])
         if result.consistency:
             by_task[task] |= {f"{name}_matrix": np.where(np.isfinite(matrix), matrix, -1).tolist()

@@ -1,8 +1,7 @@
-"""LLaMA decoders, as SmolLM and TinyLlama, from Hugging Face folders and back: config.json and safetensors."""
+"""LLaMA and Qwen2 decoders from Hugging Face folders and back: config.json and safetensors."""
 
 import contextlib
 import functools
-import itertools
 import math
 import operator
 import re
@@ -16,7 +15,16 @@ from etils import epath
 from mlx_pretrain.convert.fields import check_fields
 from mlx_pretrain.convert.safetensors_files import write_file
 from mlx_pretrain.convert.special_ids import CONFIG, GENERATION_CONFIG
-from mlx_pretrain.convert.weights import WEIGHTS, WEIGHTS_INDEX, Read, get_number, open_weights, read_object
+from mlx_pretrain.convert.weights import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Read,
+    StoredParameter,
+    get_number,
+    open_weights,
+    read_all,
+    read_object,
+)
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_json
 from mlx_pretrain.models.decoder import DecoderConfig
@@ -26,14 +34,19 @@ IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, as transformers 4 has it
 
-# Numbers in config.json, with the defaults of transformers' LlamaConfig.
-DEFAULTS = {"vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "intermediate_size": 11_008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-            "rope_theta": 10_000.0}  # fmt: skip
+# Numbers in config.json, with the defaults of transformers' LlamaConfig and Qwen2Config.
+_LLAMA = {"vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+          "intermediate_size": 11_008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+          "rope_theta": 10_000.0}  # fmt: skip
+DEFAULTS = {"llama": _LLAMA, "qwen2": {**_LLAMA, "vocab_size": 151_936, "intermediate_size": 22_016,
+                                       "max_position_embeddings": 32_768, "num_key_value_heads": 32}}  # fmt: skip
 READ = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "rope_scaling")
 # Fields that change the computation, with the values that describe `Decoder`.
-NEEDED = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-          "partial_rotary_factor": (1,), "rope_interleaved": (False,), "use_sliding_window": (False,)}  # fmt: skip
+NEEDED = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "partial_rotary_factor": (1,),
+          "rope_interleaved": (False,), "use_sliding_window": (False,)}  # fmt: skip
+# transformers' LLaMA has biases on the output projection too, and its Qwen2 has them whatever the field says.
+_NEEDED_BY_TYPE = {"llama": {"attention_bias": (False,)}, "qwen2": {"attention_bias": (True,)}}
+_HARMLESS = {"llama": "is_decoder", "qwen2": "is_decoder|sliding_window|max_window_layers|layer_types"}
 STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # dtypes of weights
 
 
@@ -78,8 +91,10 @@ def read_config(folder: epath.PathLike, dtype: str = "float32") -> DecoderConfig
 
 def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     """Returns the configuration that an object of the config.json at `path` describes; errors as in `load_decoder`."""
-    check_fields(path, raw, "a decoder", read=(*DEFAULTS, *READ), needed=NEEDED, harmless="is_decoder")
-    fields = {**DEFAULTS, **raw, "rope_theta": _rope_theta(path, raw)}
+    model_type = str(raw.get("model_type"))
+    needed = {"model_type": tuple(DEFAULTS), **NEEDED, **_NEEDED_BY_TYPE.get(model_type, {})}
+    check_fields(path, raw, "a decoder", read=(*_LLAMA, *READ), needed=needed, harmless=_HARMLESS.get(model_type, ""))
+    fields = {**DEFAULTS[model_type], **raw, "rope_theta": _rope_theta(path, raw)}
     get = functools.partial(get_number, path, fields)
     heads, embed = get("num_attention_heads"), get("hidden_size")
     try:
@@ -98,6 +113,7 @@ def decoder_config(path: epath.Path, raw: Mapping[str, Any], dtype: str = "float
             rope_theta=float(get("rope_theta", (int, float))),
             norm_epsilon=float(get("rms_norm_eps", (int, float))),
             tie_embeddings=tied,
+            attention_bias=model_type == "qwen2",
             dtype=dtype,
         )
     except InputError as error:
@@ -118,7 +134,7 @@ def _rope_theta(path: epath.Path, raw: Mapping[str, Any]) -> Any:
         if key not in needed or value != needed[key]:
             known = repr(needed[key]) if key in needed else "no such rotary setting"
             raise InputError(f"{path}: {key} is {value!r}; a decoder here has {known}")
-    return rope.get("rope_theta", raw.get("rope_theta", DEFAULTS["rope_theta"]))
+    return rope.get("rope_theta", raw.get("rope_theta", _LLAMA["rope_theta"]))
 
 
 class _Weight(NamedTuple):
@@ -148,7 +164,7 @@ class _Weight(NamedTuple):
 
     def to_stored(self, parameter: np.ndarray) -> np.ndarray:
         """Returns a view of the parameter, of one layer, in the shape of the tensor."""
-        return parameter.reshape(self.stored[::-1]).T if self.transposed else parameter
+        return parameter.reshape(self.stored[::-1]).T if self.transposed else parameter.reshape(self.stored)
 
 
 def _weights(config: DecoderConfig) -> list[_Weight]:
@@ -160,6 +176,9 @@ def _weights(config: DecoderConfig) -> list[_Weight]:
 
     def dense(path: str, name: str, into: tuple[int, ...], out: tuple[int, ...]) -> _Weight:
         return _Weight(tuple(path.split("/")), f"{name}.weight", (math.prod(out), math.prod(into)), into + out)
+
+    def bias(path: str, name: str, heads: tuple[int, int]) -> _Weight:
+        return _Weight(tuple(path.split("/")), f"{name}.bias", (math.prod(heads),), heads, transposed=False)
 
     layer, heads, kv_heads = "model.layers.{}", (config.n_heads, size), (config.n_kv_heads, size)
     weights = [
@@ -175,41 +194,10 @@ def _weights(config: DecoderConfig) -> list[_Weight]:
         dense("layers/mlp/down", f"{layer}.mlp.down_proj", (mlp,), (embed,)),
         plain("final_norm/scale", "model.norm", embed),
     ]
+    if config.attention_bias:
+        weights += [bias(f"layers/attention/{name}_bias", f"{layer}.self_attn.{name[0]}_proj", of_heads)
+                    for name, of_heads in (("query", heads), ("key", kv_heads), ("value", kv_heads))]
     return weights if config.tie_embeddings else [*weights, dense("output/kernel", "lm_head", (embed,), (vocab,))]
-
-
-class StoredParameter:
-    """A parameter of `Decoder` that is read from a file when it is indexed, and then only the parts that are asked for.
-
-        parameter[...]                # float32 array of all of it
-        parameter[2:4, :, :512]       # only the tensors of layers 2 and 3 are read
-
-    Attributes:
-      shape: its shape; `[layers, ...]` where it is stacked.
-    """
-
-    def __init__(self, weight: _Weight, n_layers: int, read: Read):
-        self._weight, self._read = weight, read
-        self.shape = (n_layers, *weight.shape) if weight.stacked else weight.shape
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """Returns a part as a float32 array; the index has an int or a slice for each axis, or is `...`."""
-        index = (index if isinstance(index, tuple) else (index,)) if index is not ... else ()
-        if not self._weight.stacked:
-            return self._part("", index)
-        numbers = range(self.shape[0])[index[0]] if index else range(self.shape[0])
-        if isinstance(numbers, int):
-            return self._part(numbers, index[1:])
-        parts = (self._part(number, index[1:]) for number in numbers)
-        first = next(parts)
-        stacked = np.empty((len(numbers), *first.shape), np.float32)
-        for place, part in zip(stacked, itertools.chain([first], parts)):
-            place[...] = part
-        return stacked
-
-    def _part(self, number: int | str, index: tuple[Any, ...]) -> np.ndarray:
-        tensor = self._read(self._weight.name.format(number), self._weight.stored)
-        return np.array(self._weight.from_stored(tensor)[index], np.float32)
 
 
 def stored_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
@@ -219,20 +207,13 @@ def stored_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
         part = tree
         for key in weight.path[:-1]:
             part = part.setdefault(key, {})
-        part[weight.path[-1]] = StoredParameter(weight, config.n_layers, read)
+        part[weight.path[-1]] = StoredParameter(
+            weight.shape, functools.partial(_read_weight, weight, read), config.n_layers if weight.stacked else None)
     return tree
 
 
-def decoder_params(config: DecoderConfig, read: Read) -> dict[str, Any]:
-    """Reads the parameters of `Decoder`, float32 arrays, from tensors by Hugging Face's names."""
-    return read_all(stored_params(config, read))
-
-
-def read_all(params: Any) -> Any:
-    """Reads a tree of `StoredParameter`, in the order of the model, to a tree of float32 arrays."""
-    if isinstance(params, dict):
-        return {name: read_all(part) for name, part in params.items()}
-    return params[...]
+def _read_weight(weight: _Weight, read: Read, layer: int | None) -> np.ndarray:
+    return weight.from_stored(read(weight.name.format(layer), weight.stored))
 
 
 def save_decoder(
@@ -247,7 +228,7 @@ def save_decoder(
     dtype: str = "float32",
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a folder that `load_decoder` and transformers' LlamaForCausalLM read.
+    """Writes a folder that `load_decoder` and transformers read, as Qwen2 where attention has biases, else as LLaMA.
 
     The folder gets config.json, generation_config.json, and model.safetensors, or for larger models
     model-00001-of-0000N.safetensors with model.safetensors.index.json. One tensor is in memory at a time.
@@ -284,9 +265,10 @@ def save_decoder(
         eos_id = list(eos_id) if len(eos_id) > 1 else next(iter(eos_id), None)
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     write_json(folder / GENERATION_CONFIG, {**(generation or {}), **ids})
+    qwen2 = config.attention_bias
     write_json(folder / CONFIG, {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"],
+        "model_type": "qwen2" if qwen2 else "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.n_layers,
@@ -299,8 +281,7 @@ def save_decoder(
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **({"use_sliding_window": False} if qwen2 else {"attention_bias": False, "mlp_bias": False}),
         "torch_dtype": dtype,
     } | ids)
 

@@ -57,7 +57,7 @@ class ExportConfig:
     """Parameters of an export.
 
     Attributes:
-      model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file (its weights dequantised).
+      model: folder of a training run, Hugging Face folder of a LLaMA or Qwen2, or GGUF file (its weights dequantised).
       output: folder to write, local or gs://.
       step: step of the checkpoint of a run; None: the latest.
       weights: "last", or "ema" for the average of the weights, which runs with `train.average` keep.

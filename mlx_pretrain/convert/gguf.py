@@ -10,8 +10,9 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlx_pretrain.convert.decoders import read_all, stored_params
+from mlx_pretrain.convert.decoders import stored_params
 from mlx_pretrain.convert.special_ids import SpecialIds
+from mlx_pretrain.convert.weights import read_all
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import DecoderConfig
 

@@ -1,14 +1,14 @@
 """Vision towers of SigLIP from Hugging Face folders: their config.json and tensors."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from mlx_pretrain.convert.fields import check_fields
-from mlx_pretrain.convert.weights import Read, get_number, stack_layers
+from mlx_pretrain.convert.weights import Read, StoredParameter, get_number
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.vision import VisionConfig
 
@@ -46,38 +46,66 @@ def vision_config(path: epath.Path, raw: Mapping[str, Any], n_layers: int | None
 
 
 def vision_params(config: VisionConfig, read: Read, prefix: str) -> dict[str, Any]:
-    """Reads the parameters of `VisionTransformer` from tensors by Hugging Face's names, each after `prefix`."""
-    embed, patch = config.embed_dim, config.patch_size
-    kernel = read(f"{prefix}embeddings.patch_embedding.weight", (embed, 3, patch, patch))
+    """Returns a tree like the parameters of `VisionTransformer`, of `StoredParameter`.
+
+    Args:
+      config: configuration of the tower.
+      read: see `open_weights`.
+      prefix: put before Hugging Face's names of the tensors.
+    """
+    embed, patch, mlp = config.embed_dim, config.patch_size, config.mlp_dim
+    heads = (config.n_heads, embed // config.n_heads)
+
+    def plain(name: str, *shape: int) -> StoredParameter:
+        return StoredParameter(shape, lambda _: read(prefix + name, shape))
+
+    def layers(shape: tuple[int, ...], parameter: Callable[[Read], np.ndarray]) -> StoredParameter:
+        def of_layer(number: int | None) -> np.ndarray:
+            return parameter(lambda name, stored: read(f"{prefix}encoder.layers.{number}.{name}", stored))
+
+        return StoredParameter(shape, of_layer, config.n_layers)
+
+    def norm(name: str) -> dict[str, StoredParameter]:
+        return {"scale": layers((embed,), lambda tensor: tensor(f"{name}.weight", (embed,))),
+                "bias": layers((embed,), lambda tensor: tensor(f"{name}.bias", (embed,)))}
+
+    def dense(name: str, into: int, out: int) -> StoredParameter:
+        return layers((into, out), lambda tensor: tensor(f"{name}.weight", (out, into)).T)
+
+    def bias(name: str, size: int) -> StoredParameter:
+        return layers((size,), lambda tensor: tensor(f"{name}.bias", (size,)))
+
+    def qkv(tensor: Read) -> np.ndarray:
+        parts = [tensor(f"self_attn.{part}_proj.weight", (embed, embed)).T.reshape(embed, *heads) for part in "qkv"]
+        return np.stack(parts, axis=1)
+
+    def qkv_bias(tensor: Read) -> np.ndarray:
+        return np.stack([tensor(f"self_attn.{part}_proj.bias", (embed,)).reshape(heads) for part in "qkv"])
+
+    def out(tensor: Read) -> np.ndarray:
+        return tensor("self_attn.out_proj.weight", (embed, embed)).T.reshape(*heads, embed)
+
+    def patches(_: None) -> np.ndarray:
+        kernel = read(f"{prefix}embeddings.patch_embedding.weight", (embed, 3, patch, patch))
+        return kernel.transpose(2, 3, 1, 0).reshape(-1, embed)
+
     params = {
-        "patch": np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)).reshape(-1, embed),
-        "patch_bias": read(f"{prefix}embeddings.patch_embedding.bias", (embed,)),
-        "positions": read(f"{prefix}embeddings.position_embedding.weight", (config.side**2, embed)),
-        "layers": stack_layers([_layer(config, read, f"{prefix}encoder.layers.{n}") for n in range(config.n_layers)]),
-    }
-    if config.final_norm:
-        params["final_norm"] = _norm(read, f"{prefix}post_layernorm", embed)
-    return params
-
-
-def _norm(read: Read, name: str, size: int) -> dict[str, np.ndarray]:
-    return {"scale": read(f"{name}.weight", (size,)), "bias": read(f"{name}.bias", (size,))}
-
-
-def _layer(config: VisionConfig, read: Read, name: str) -> dict[str, Any]:
-    embed, mlp, heads = config.embed_dim, config.mlp_dim, (config.n_heads, config.embed_dim // config.n_heads)
-    parts = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
-    return {
-        "attention_norm": _norm(read, f"{name}.layer_norm1", embed),
-        "attention": {
-            "qkv": np.stack([read(f"{p}.weight", (embed, embed)).T.reshape(embed, *heads) for p in parts], axis=1),
-            "qkv_bias": np.stack([read(f"{p}.bias", (embed,)).reshape(heads) for p in parts]),
-            "out": read(f"{name}.self_attn.out_proj.weight", (embed, embed)).T.reshape(*heads, embed),
+        "patch": StoredParameter((3 * patch**2, embed), patches),
+        "patch_bias": plain("embeddings.patch_embedding.bias", embed),
+        "positions": plain("embeddings.position_embedding.weight", config.side**2, embed),
+        "layers": {
+            "attention_norm": norm("layer_norm1"),
+            "attention": {"qkv": layers((embed, 3, *heads), qkv), "qkv_bias": layers((3, *heads), qkv_bias),
+                          "out": layers((*heads, embed), out)},
+            "attention_bias": bias("self_attn.out_proj", embed),
+            "mlp_norm": norm("layer_norm2"),
+            "up": dense("mlp.fc1", embed, mlp),
+            "up_bias": bias("mlp.fc1", mlp),
+            "down": dense("mlp.fc2", mlp, embed),
+            "mlp_bias": bias("mlp.fc2", embed),
         },
-        "attention_bias": read(f"{name}.self_attn.out_proj.bias", (embed,)),
-        "mlp_norm": _norm(read, f"{name}.layer_norm2", embed),
-        "up": read(f"{name}.mlp.fc1.weight", (mlp, embed)).T,
-        "up_bias": read(f"{name}.mlp.fc1.bias", (mlp,)),
-        "down": read(f"{name}.mlp.fc2.weight", (embed, mlp)).T,
-        "mlp_bias": read(f"{name}.mlp.fc2.bias", (embed,)),
-    }
+    }  # fmt: skip
+    if config.final_norm:
+        params["final_norm"] = {"scale": plain("post_layernorm.weight", embed),
+                                "bias": plain("post_layernorm.bias", embed)}
+    return params

@@ -1,6 +1,7 @@
 """Reading of Hugging Face folders: config.json, and tensors of model.safetensors or of the files of its index."""
 
 import contextlib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,63 @@ def open_weights(folder: epath.PathLike, rename: Callable[[str], str], ignored: 
         raise InputError(f"{tensor.path}: tensor {stored} has no place in this model ({len(unknown)} such in all)")
     if rest:
         log.info("%s: ignored %s", folder, ", ".join(rest))
+
+
+class StoredParameter:
+    """A parameter that is read from a file when it is indexed, and then only the parts that are asked for.
+
+        parameter[...]                # all of it
+        parameter[2:4, :, :512]       # only the tensors of layers 2 and 3 are read
+
+    Attributes:
+      shape: its shape; `[layers, ...]` where it is stacked.
+      dtype: dtype of the arrays that indexing returns.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], read: Callable[[int | None], np.ndarray], n_layers: int | None = None,
+        dtype: np.dtype | type = np.float32,
+    ):  # fmt: skip
+        """Stores where to read.
+
+        Args:
+          shape: its shape, of one layer.
+          read: function that returns a layer's values by its number, in any dtype; of the only layer for None.
+          n_layers: number of layers that are stacked; None: the parameter belongs to no layer.
+          dtype: see the class.
+        """
+        self._layer_shape, self._read, self._n_layers = tuple(shape), read, n_layers
+        self.shape = self._layer_shape if n_layers is None else (n_layers, *self._layer_shape)
+        self.dtype = np.dtype(dtype)
+
+    def astype(self, dtype: np.dtype | type) -> "StoredParameter":
+        """Returns the same parameter in another dtype; tensors are converted one by one."""
+        return StoredParameter(self._layer_shape, self._read, self._n_layers, dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns a part as an array; the index has an int or a slice for each axis, or is `...`."""
+        index = (index if isinstance(index, tuple) else (index,)) if index is not ... else ()
+        if self._n_layers is None:
+            return self._part(None, index)
+        numbers = range(self._n_layers)[index[0]] if index else range(self._n_layers)
+        if isinstance(numbers, int):
+            return self._part(numbers, index[1:])
+        parts = (self._part(number, index[1:]) for number in numbers)
+        first = next(parts)
+        stacked = np.empty((len(numbers), *first.shape), self.dtype)
+        for place, part in zip(stacked, itertools.chain([first], parts)):
+            place[...] = part
+        return stacked
+
+    def _part(self, number: int | None, index: tuple[Any, ...]) -> np.ndarray:
+        return np.array(self._read(number)[index], self.dtype)
+
+
+def read_all(params: Any) -> Any:
+    """Reads a tree of `StoredParameter`, in its order, to a tree of arrays."""
+    if isinstance(params, dict):
+        return {name: read_all(part) for name, part in params.items()}
+    return params[...]
 
 
 def as_float32(read: Read) -> Read:

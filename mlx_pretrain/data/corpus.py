@@ -17,7 +17,15 @@ import gin
 from etils import epath
 
 from mlx_pretrain import gcs
-from mlx_pretrain.data.documents import TEXT_UNITS, Document, RecordKeys, glob_files, read_documents, refuse_twins
+from mlx_pretrain.data.documents import (
+    TEXT_UNITS,
+    Document,
+    RecordKeys,
+    glob_files,
+    read_documents,
+    refuse_twins,
+    without_extension,
+)
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
 from mlx_pretrain.languages import UNDETERMINED, is_language
@@ -156,12 +164,26 @@ class Corpus:
                 raise InputError(f"{location}: " + (
                     f"no file matches with the split {' or '.join(SPLITS)}; Corpus.splits names others"
                     if "{split}" in pattern and self.splits is None
-                    else "no file matches" if _WILDCARD.search(str(location)) else "no such file"))
+                    else "no file matches" if _WILDCARD.search(str(location)) else "no such file")
+                    + self._other_files())
             listing |= {str(file.path.relative_to(self.folder)): file for file in matches
                         if self.languages is None or file.language in self.languages}
         listing = dict(sorted(listing.items(), key=lambda item: epath.Path(item[0]).parts))
         refuse_twins(file.path for file in listing.values())
         return listing
+
+    def _other_files(self) -> str:
+        """Returns words on a file of documents that the patterns do not match; "" where there is none."""
+        found = (path for level in ("*", "*/*", "*/*/*") for path in glob_files(str(self.folder / level))
+                 if self.root is not None and without_extension(path.name) != path.name)
+        if (path := next(found, None)) is None:
+            return ""
+        *folders, name = path.relative_to(self.folder).parts
+        language = next((folder for folder in reversed(folders) if is_language(folder)), None)
+        parts = ["{split}" if part in SPLITS else "{language}" if part == language else part for part in folders]
+        start, dot, extensions = name.partition(".")
+        start = "*" if language or not is_language(start) else "{language}"
+        return f"; there is {path}, which the pattern {'/'.join([*parts, start + dot + extensions])!r} would match"
 
     def _match(self, pattern: str) -> Iterator[_File]:
         """Yields the files that match a pattern, in all splits and languages."""

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from mlx_pretrain.training.checksums import checksums
 from mlx_pretrain.training.train_state import abstract_params
 
 HF_TOKENIZER = "tokenizer.json"
+# Fields that digests leave out: they do not change the parameters, or these show them.
+NOT_DIGESTED = (*COMPUTE_FIELDS, "attention_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Returns a digest of configuration, tokenizer, special ids and parameters, the same on any mesh."""
-        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in COMPUTE_FIELDS}
+        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_DIGESTED}
         ids = [self.prefix_ids, self.bos_id, self.eos_ids, self.suppressed_ids]
         return fingerprint(self.params, config, self.tokenizer.sha256, ids)
 
@@ -146,9 +148,13 @@ def continuation(
     return "".join(kept)
 
 
-def fingerprint(params: Any, *facts: Any) -> str:
-    """Returns a digest of the parameters' bytes and of facts in JSON, the same on any mesh."""
-    return hashlib.sha256(json.dumps([*facts, checksums(params)], sort_keys=True).encode()).hexdigest()
+def fingerprint(params: Any, *facts: Any, saved: Mapping[str, str] | None = None) -> str:
+    """Returns a digest of the parameters' bytes and of facts in JSON, the same on any mesh.
+
+    With `saved`, their checksums in a checkpoint (`checkpoints.saved_checksums`), only a part of them is needed.
+    """
+    sums = checksums(params) if saved is None else saved
+    return hashlib.sha256(json.dumps([*facts, sums], sort_keys=True).encode()).hexdigest()
 
 
 def load_language_model(

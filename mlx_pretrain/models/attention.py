@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models import blockwise_attention as blockwise
 from mlx_pretrain.models import flash_attention
-from mlx_pretrain.models.layers import Angles, matrix, project, rotate
+from mlx_pretrain.models.layers import Angles, matrix, project, rotate, vector
 from mlx_pretrain.models.tree_attention import TreeMask, tree_attention
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.parallel.partitioning import constrain
@@ -263,6 +263,7 @@ class Attention(nn.Module):
 
     Attributes:
       n_heads, n_kv_heads, head_dim: shape of the projections.
+      bias: adds a vector to queries, keys and values (Qwen2, arXiv 2407.10671).
       output_gain: factor of the initial output projection.
       implementation: see `dot_product_attention`; decoding takes the fastest that takes a mask.
     """
@@ -270,6 +271,7 @@ class Attention(nn.Module):
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    bias: bool = False
     output_gain: float = 1.0
     implementation: str | None = None
 
@@ -296,15 +298,18 @@ class Attention(nn.Module):
           Attention's output `[batch, length, embed]`, and the cache.
         """
         embed, heads, kv_heads = x.shape[-1], (self.n_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
-        query = matrix(self, "query", (embed, *heads), ("embed", "heads", "head_dim"), embed)
-        key = matrix(self, "key", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)
-        value = matrix(self, "value", (embed, *kv_heads), ("embed", "kv_heads", "head_dim"), embed)
+
+        def heads_of(name: str, equation: str, shape: tuple[int, int], axis: str) -> jax.Array:
+            product = project(equation, x, matrix(self, name, (embed, *shape), ("embed", axis, "head_dim"), embed))
+            if not self.bias:
+                return product
+            return (product + vector(self, f"{name}_bias", shape, (axis, "head_dim"))).astype(product.dtype)
+
+        q = rotate(heads_of("query", "BTD,DNH->BTNH", heads, "heads"), *angles)
+        k = rotate(heads_of("key", "BTD,DKH->BTKH", kv_heads, "kv_heads"), *angles)
+        v = heads_of("value", "BTD,DKH->BTKH", kv_heads, "kv_heads")
         fan_in = self.n_heads * self.head_dim
         out = matrix(self, "out", (*heads, embed), ("heads", "head_dim", "embed"), fan_in, self.output_gain)
-
-        q = rotate(project("BTD,DNH->BTNH", x, query), *angles)
-        k = rotate(project("BTD,DKH->BTKH", x, key), *angles)
-        v = project("BTD,DKH->BTKH", x, value)
         q = constrain(q, "batch", "length", "act_heads", None)
         k = constrain(k, "batch", "length", "act_kv_heads", None)
         v = constrain(v, "batch", "length", "act_kv_heads", None)

@@ -52,9 +52,10 @@ class DecoderConfig:
       rope_theta: base of the rotary frequencies.
       norm_epsilon: summand inside the square root of RMSNorm.
       tie_embeddings: the output projection is the embedding transposed.
+      attention_bias: queries, keys and values have biases, as in Qwen2.
       segment_attention: tokens attend only within their own document of a packed sequence. False: a row is one text,
         its documents attend to those before them, and positions run through the row.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in training.
       remat: key of REMAT_POLICIES.
       unroll: layers per iteration of the scan over layers; n_layers unrolls all (same parameters).
       attention: name of an implementation in `models.attention.IMPLEMENTATIONS`; None: the platform's fastest.
@@ -71,6 +72,7 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
+    attention_bias: bool = False
     segment_attention: bool = True
     dtype: str = "float32"
     remat: str = "none"
@@ -95,9 +97,14 @@ class DecoderConfig:
     def parameters(self) -> int:
         """Returns the number of parameters."""
         attention = 2 * self.embed_dim * (self.n_heads + self.n_kv_heads) * self.head_dim
-        layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
+        matrices = attention + 3 * self.embed_dim * self.mlp_dim
         embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
-        return self.n_layers * layer + embeddings + self.embed_dim
+        return self.n_layers * matrices + embeddings + self._vectors()
+
+    def _vectors(self) -> int:
+        """Number of the parameters of norms and biases."""
+        biases = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim * self.attention_bias
+        return self.n_layers * (2 * self.embed_dim + biases) + self.embed_dim
 
     def flops_per_token(self, length: int) -> float:
         """Returns the FLOPs to train on one token of a sequence of `length`, without recomputation.
@@ -107,9 +114,8 @@ class DecoderConfig:
         the causal mask (arXiv 2204.02311, appendix B, counts the whole square).
         """
         lookup = 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
-        norms = (2 * self.n_layers + 1) * self.embed_dim
         attention = 6 * self.n_layers * self.n_heads * self.head_dim * length
-        return 6.0 * (self.parameters() - lookup - norms) + attention
+        return 6.0 * (self.parameters() - lookup - self._vectors()) + attention
 
 
 class Block(nn.Module):
@@ -133,7 +139,8 @@ class Block(nn.Module):
         gain = (2 * config.n_layers) ** -0.5
         normed = RMSNorm(config.norm_epsilon, self.dtype, name="attention_norm")(x)
         attended, cache = Attention(
-            config.n_heads, config.n_kv_heads, config.head_dim, gain, config.attention, name="attention"
+            config.n_heads, config.n_kv_heads, config.head_dim, config.attention_bias, gain, config.attention,
+            name="attention",
         )(normed, angles, positions, segment_ids, tree_mask, cache)
         x = constrain(x + attended, "batch", "length", "act_embed")
         hidden = RMSNorm(config.norm_epsilon, self.dtype, name="mlp_norm")(x)
@@ -223,12 +230,12 @@ class _Output(nn.Module):
     embed_dim: int
 
     @nn.compact
-    def __call__(self) -> Float32[ArrayLike, "embed vocab"]:
+    def __call__(self) -> Float[ArrayLike, "embed vocab"]:
         init = nn.with_logical_partitioning(fan_in_init(self.embed_dim), ("embed", "vocab"))
         return self.param("kernel", init, (self.embed_dim, self.vocab_size), jnp.float32)
 
 
-def output_kernel(params: Any) -> Float32[ArrayLike, "embed vocab"]:
+def output_kernel(params: Any) -> Float[ArrayLike, "embed vocab"]:
     """Returns the output projection `[embed, vocab]` of a decoder's (unboxed) parameters, tied or not."""
     return params["output"]["kernel"] if "output" in params else params["embedding"].T
 

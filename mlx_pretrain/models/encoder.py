@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Int, Int32
 
 from mlx_pretrain.models.attention import check_attention, dot_product_attention
 from mlx_pretrain.models.config_checks import check_choice, check_divides, check_integers
-from mlx_pretrain.models.layers import matrix
+from mlx_pretrain.models.layers import matrix, vector
 from mlx_pretrain.models.projections import lookup, project
 from mlx_pretrain.parallel.partitioning import constrain
 
@@ -95,11 +95,6 @@ class LayerNorm(nn.Module):
         bias = vector(self, "bias", (x.shape[-1],), ("norm",))
         x -= jnp.mean(x, axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon) * scale + bias
-
-
-def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float32[ArrayLike, "..."]:
-    """Declares a float32 bias or scale `name` of `shape` with logical `axes`, and returns it."""
-    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 
 
 def gelu(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:

@@ -24,10 +24,15 @@ def fan_in_init(fan_in: int, gain: float = 1.0) -> Callable[..., jax.Array]:
 def matrix(
     module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], fan_in: int,
     gain: float = 1.0,
-) -> Float32[ArrayLike, "..."]:  # fmt: skip
-    """Declares a float32 weight `name` of `shape` with logical `axes`, and returns it."""
+) -> Float[ArrayLike, "..."]:  # fmt: skip
+    """Declares a weight `name` of `shape` with logical `axes`, float32 when drawn, and returns it."""
     init = nn.with_logical_partitioning(fan_in_init(fan_in, gain), tuple(axes))
     return module.param(name, init, tuple(shape), jnp.float32)
+
+
+def vector(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> Float[ArrayLike, "..."]:
+    """Declares a bias or scale `name` of `shape` with logical `axes`, float32 when drawn, and returns it."""
+    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 
 
 class RMSNorm(nn.Module):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float, Float32, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from mlx_pretrain.parallel import collectives, partitioning
 
@@ -34,11 +34,11 @@ _LOGICAL = {
 }
 
 
-def project(equation: str, x: Float[ArrayLike, "..."], weight: Float32[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(equation, x, weight)` of activations and a float32 weight, in the dtype of `x`.
+def project(equation: str, x: Float[ArrayLike, "..."], weight: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(equation, x, weight)` of activations and a weight, in the dtype of `x`.
 
-    All three products, forward and backward, take operands in that dtype and sum in float32; the weight's gradient
-    stays float32. Left to autodiff, the backward products would run on float32 operands, or round their sums.
+    All three products, forward and backward, take operands in that dtype and sum in float32; the gradient of a float32
+    weight stays float32. Left to autodiff, the backward products would run on float32 operands, or round their sums.
 
     On a mesh, letters name the dimensions that are split: B batch, T length, D embed, F mlp, N heads, K kv_heads,
     H head_dim. Other letters leave the layout to the compiler. The result has the checkpoint name "product".
@@ -175,7 +175,7 @@ _sharded.defvjp(_sharded_forward, _sharded_backward)
 
 
 def lookup(
-    table: Float32[ArrayLike, "vocab embed"], ids: Int[ArrayLike, "batch length"], dtype: DTypeLike
+    table: Float[ArrayLike, "vocab embed"], ids: Int[ArrayLike, "batch length"], dtype: DTypeLike
 ) -> Float[Array, "batch length embed"]:
     """Returns the rows of an embedding.
 
@@ -183,7 +183,7 @@ def lookup(
     scattered, in float32.
 
     Args:
-      table: float32 `[vocab, embed]`.
+      table: `[vocab, embed]`, float32 in training.
       ids: int `[batch, length]`.
       dtype: dtype of the result.
 

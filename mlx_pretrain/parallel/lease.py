@@ -71,7 +71,7 @@ class _Lease:
                         "end that job first, or choose another run folder"
                     )
                 cluster.log(f"{self._folder}: the job of process {owner.get('pid')} on {owner.get('host')} ended "
-                            "without giving the folder back; its lease is taken over")
+                            "without giving the folder back (was it killed?); this job goes on with it")
             # None if another job was quicker: look again.
             self._generation = self._write(current.stamp.generation)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()

@@ -61,7 +61,7 @@ class LanguageModelJudge(Rater):
         """Loads the model.
 
         Args:
-          model: folder of a training run, Hugging Face folder of a LLaMA, or GGUF file.
+          model: folder of a training run, Hugging Face folder of a LLaMA or Qwen2, or GGUF file.
           step: checkpoint of a run; None: the latest.
           templates: prompts with {document} once in each; their scores are averaged.
           before, after: text around every prompt, for a chat model (whose answers begin without a space) e.g.

@@ -23,7 +23,9 @@ def test_numbers_are_those_of_the_files(config):
     pipeline = config()
     out = pipeline.folder
     bits = {"step": 7, "kind": "eval", "bits_per_byte": 2.0, "bits_per_byte/de": 2.25, "bits_per_byte/en": 1.75}
-    write(out / "pretrain/metrics.jsonl", json.dumps({"kind": "train", "step": 7}) + "\n" + json.dumps(bits) + "\n")
+    write(out / "pretrain/metrics.jsonl", "".join(
+        json.dumps(line) + "\n" for line in (
+            bits | {"step": 0, "bits_per_byte": 4.5}, {"kind": "train", "step": 7}, bits)))
     write(out / "control/run/metrics.jsonl", json.dumps(
         bits | {"bits_per_byte": 2.5, "bits_per_byte/de": 3.25, "bits_per_byte/en": 1.75}) + "\n")
     write(out / "rater/run/metrics.jsonl", json.dumps(
@@ -38,7 +40,8 @@ def test_numbers_are_those_of_the_files(config):
     interval = {"value": 0.25, "low": 0.2, "high": 0.31}
     for name, value in (("evals", 0.25), ("control/evals", 0.125)):
         write(out / name / "results_1.json", {"consistency": {"task": {
-            "languages": ["de", "en"], "mean_accuracy": interval | {"value": value}, "mlc": interval}}})
+            "languages": ["de", "en"], "mean_accuracy": interval | {"value": value}, "guessing": 0.1,
+            "mlc": interval, "chance": interval | {"value": 0.15}}}})
     text = text_of(pipeline)
     for words in (
         "After 7 steps the model needs 2.000 bits per byte", "and 2.500 when the same model is trained",
@@ -46,7 +49,8 @@ def test_numbers_are_those_of_the_files(config):
         "carried to 1 language;", "3 documents 2 in another language, 1 that repeat others; nothing is left of sw",
         "10 documents kept of 18",
         "70.0 % from 43 proxy runs the largest share, de; the smallest is 30.0 %, en", "proxy runs 0.70",
-        "25.0 % accuracy mean over 2 languages, interval 20.0 to 31.0 %", "the comparison has 12.5 %",
+        "25.0 % accuracy mean over 2 languages, interval 20.0 to 31.0 %; guessing gives 10.0 %; two languages agree on "
+        "25.0 % of the answers, by chance on 15.0 %", "after 7 steps, 4.500 before", "the comparison has 12.5 %",
         "python -m data_mixtures.tokenizer --gin_file=out/stages/tokenizer.gin", "1 min 01 s",
     ):
         assert words in text, (words, text)

@@ -44,8 +44,9 @@ def write_video(path, codec, times, *, width=96, height=64, key_frames=12, rotat
 
 
 def write_grey(path, codec, times, rate, units, *, b_frames=0, key_frames=12, options=None, container=None,
-               audio=0, offset=0):
-    """Frame i, shown from times[i] + offset on, is grey of level 20 + 4 i; `audio`: seconds of silence beside it."""
+               audio=0, offset=0, levels=None):
+    """Frame i, shown from times[i] + offset on, is grey: 20 + 4 i or levels[i]; `audio`: seconds of silence."""
+    levels = 20 + 4 * np.arange(len(times)) if levels is None else levels
     with av.open(str(path), "w", container_options=container or {}) as output:
         stream = output.add_stream(codec, rate=rate, options={"threads": "1", "crf": "5", **(options or {})})
         stream.width = stream.height = 64
@@ -54,7 +55,7 @@ def write_grey(path, codec, times, rate, units, *, b_frames=0, key_frames=12, op
         stream.codec_context.time_base = fractions.Fraction(1, units)
         sound = output.add_stream("aac", rate=8000) if audio else None
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 + 4 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), levels[number], np.uint8), format="rgb24")
             frame.time_base = stream.codec_context.time_base
             frame.pts = round((time + offset) * units)
             output.mux(stream.encode(frame))

@@ -1,6 +1,7 @@
-"""Loads Video-LLMs: runs of `video.train`, and LLaVA folders of Hugging Face."""
+"""Loads Video-LLMs: runs of `video.train`, and LLaVA and LLaVA-OneVision folders of Hugging Face."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import gin
@@ -15,6 +16,7 @@ from mlx_pretrain.data.token_store import TOKENIZER
 from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer
 from mlx_pretrain.inference.language_model import (
     HF_TOKENIZER,
+    NOT_DIGESTED,
     LanguageModel,
     fingerprint,
     from_pretrained,
@@ -22,10 +24,11 @@ from mlx_pretrain.inference.language_model import (
 )
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
-from mlx_pretrain.training.checkpoints import COMPUTE_FIELDS
+from mlx_pretrain.training.optimizers import decay_mask
 from mlx_pretrain.training.train_state import abstract_params
-from video.llm.llava import load_llava
+from video.llm.llava import open_llava
 from video.llm.model import VideoLLMConfig
+from video.llm.parts import read_parts
 from video.llm.prompts import Prompts
 
 
@@ -41,9 +44,10 @@ class VideoLLM:
       path: folder it was read from.
       step: step of the checkpoint; None for a LLaVA.
       config: shape of the model.
-      params: its parameters, on `mesh`.
+      params: its parameters, on `mesh`, or those that were asked for.
       mesh: the devices.
-      language_model: its decoder, with the tokenizer.
+      language_model: its decoder, with the tokenizer; of use for texts only where not all layers were loaded.
+      saved: checksums of all parameters where only some were loaded, otherwise None.
     """
 
     path: str
@@ -52,6 +56,7 @@ class VideoLLM:
     params: Any
     mesh: Mesh
     language_model: LanguageModel
+    saved: Mapping[str, str] | None = None
 
     @property
     def tokenizer_path(self) -> epath.Path:
@@ -66,13 +71,15 @@ class VideoLLM:
     def fingerprint(self) -> str:
         """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         content = dataclasses.asdict(self.config)
+        del content["variant"]  # the parameters show it
         for part in ("vision", "decoder"):
-            content[part] = {name: value for name, value in content[part].items() if name not in COMPUTE_FIELDS}
+            content[part] = {name: value for name, value in content[part].items() if name not in NOT_DIGESTED}
         model = self.language_model
-        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids])
+        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids],
+                           saved=self.saved)
 
 
-@gin.configurable(denylist=["mesh"])
+@gin.configurable(denylist=["mesh", "layers", "frames"])
 def load_video_llm(
     path: epath.PathLike = gin.REQUIRED,
     mesh: Mesh | None = None,
@@ -80,15 +87,22 @@ def load_video_llm(
     dtype: str | None = None,
     pooled_side: int | None = None,
     prompt: str | None = None,
+    layers: int | None = None,
+    frames: bool = True,
 ) -> VideoLLM:
     """Loads a Video-LLM.
 
     Args:
-      path: folder of a run of `video.train`; or local folder of a LLaVA: config.json, safetensors, tokenizer.json.
+      path: folder of a run of `video.train`; or local folder of a LLaVA or LLaVA-OneVision: config.json, safetensors,
+        tokenizer.json.
       mesh: devices for the parameters; None: all devices, replicated.
       step: checkpoint of a run; None: the latest.
-      dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA.
-      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those that LLaVA was trained with.
+      dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA, whose matrices are then kept
+        in this dtype too: they are read tensor by tensor, each device its own parts.
+      pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those of the LLaVA, see `open_llava`.
+      layers: number of the decoder's bottom layers that are needed, with its embedding and final norm; 0: none of it;
+        None: the whole decoder. Other layers of a run are not read; a LLaVA is read whole.
+      frames: False: the vision tower and the projector are not needed, and not read of a run.
 
     Raises:
       InputError: the folder holds neither of them, or a file cannot be read.
@@ -96,12 +110,11 @@ def load_video_llm(
     path, mesh = epath.Path(path), partitioning.make_mesh() if mesh is None else mesh
     changes = {name: value for name, value in (("pooled_side", pooled_side), ("prompt", prompt)) if value is not None}
     if (path / CONFIG).exists():
-        config, params = load_llava(path, dtype or "float32", **changes)
+        with open_llava(path, dtype or "float32", **changes) as (config, stored), partitioning.use(mesh):
+            params = jax.tree.map(lambda x, like: partitioning.put_parts(x.astype(like.dtype), like), stored,
+                                  _compute_layout(abstract_params(config, mesh), config.dtype))
         raw = read_object(path / CONFIG)
         stated = {name: value for name, value in raw.items() if value is not None}
-        with partitioning.use(mesh):
-            layout = abstract_params(config, mesh)
-            params = jax.tree.map(lambda x, like: partitioning.put(x, like.sharding), params, layout)
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         ids = read_special_ids(path, {**raw["text_config"], **stated}, tokenizer)
         decoder = from_pretrained(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
@@ -110,8 +123,23 @@ def load_video_llm(
     if dtype is not None:
         changes |= {part: dataclasses.replace(getattr(config, part), dtype=dtype) for part in ("vision", "decoder")}
     config = dataclasses.replace(config, **changes)
-    with partitioning.use(mesh):
-        params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+    step, saved = checkpoints.find_step(path, step), None
+    if layers is not None or not frames:
+        saved = checkpoints.saved_checksums(path, step)
+    if saved is None:
+        with partitioning.use(mesh):
+            params, _ = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+    else:
+        params = read_parts(path, config, mesh, step, layers, frames)
     tokenizer = Tokenizer(path / TOKENIZER)
     return VideoLLM(str(path), step, config, params, mesh,
-                    from_run(path, step, config.decoder, params["decoder"], mesh, tokenizer))
+                    from_run(path, step, config.decoder, params.get("decoder"), mesh, tokenizer), saved)
+
+
+def _compute_layout(layout: Any, dtype: str) -> Any:
+    """Returns shapes and layouts with matrices in the compute dtype, which they are cast to where they are used.
+
+    Scales and biases, which are added and multiplied in float32, stay as they are.
+    """
+    return jax.tree.map(lambda like, is_matrix: jax.ShapeDtypeStruct(
+        like.shape, dtype if is_matrix else like.dtype, sharding=like.sharding), layout, decay_mask(layout))

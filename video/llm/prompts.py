@@ -1,7 +1,9 @@
 """Encodes questions and frames as the ids that a Video-LLM's decoder reads.
 
 Token j of frame i of a video has the id vocab_size + i * frame_tokens + j. So sequences with the same question and the
-same first frames have equal first ids, which `mlx_pretrain.inference.scoring` finds and computes once.
+same first frames have equal first ids, which `mlx_pretrain.inference.scoring` finds and computes once. In a model with
+a newline behind the frames, that has id vocab_size, and the ids of frames begin one later: it is the same for every
+combination, and belongs to the words behind the frames.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +39,10 @@ class Prompts:
         return cls(config, model.prefix_ids, model.eos_ids[0], model.tokenizer.encode_batch)
 
     def words(self, questions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns for every question the ids before and behind the frames: int32 `[tokens]` each."""
-        return split_words(self._config.prompt, questions, self._prefix_ids, self._encode)
+        """Returns for every question the ids before the frames, and behind, with the newline: int32 `[tokens]` each."""
+        parts = split_words(self._config.prompt, questions, self._prefix_ids, self._encode)
+        newline = np.array([self._config.decoder.vocab_size] * self._config.has_newline, np.int32)
+        return [(first, np.concatenate([newline, second])) for first, second in parts]
 
     def answers(self, answers: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of answers, with the end: int32 `[tokens]` each."""
@@ -48,7 +52,7 @@ class Prompts:
         """Returns the ids of these frames' tokens, frame by frame: int32 `[tokens]`."""
         size = self._config.frame_tokens
         indices = np.asarray(frames, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)
-        return self._config.decoder.vocab_size + indices.ravel()
+        return self._config.decoder.vocab_size + self._config.has_newline + indices.ravel()
 
     def context(self, words: tuple[np.ndarray, np.ndarray], frames: Sequence[int]) -> np.ndarray:
         """Returns the ids before the answer: int32 `[tokens]`; `words` as `words()` returns them."""

@@ -1,4 +1,4 @@
-"""LLaMA from Hugging Face and GGUF: logits of transformers, round trips, and malformed files."""
+"""LLaMA and Qwen2 from Hugging Face, LLaMA from GGUF: logits of transformers, round trips, and malformed files."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.models.decoder import Decoder, logits
 
-LLAMA = pathlib.Path(__file__).parents[1] / "goldens" / "llama"
+LLAMA, QWEN2 = (pathlib.Path(__file__).parents[1] / "goldens" / name for name in ("llama", "qwen2"))
 
 
 def assert_same(a, b):
@@ -33,9 +33,11 @@ def forward(config, params, tokens):
     return np.asarray(logits(params, Decoder(config).apply({"params": params}, tokens, positions)[0]))
 
 
-def test_logits_are_those_of_transformers():
-    config, params = load_decoder(LLAMA)
-    golden = load_file(LLAMA / "golden.safetensors")
+@pytest.mark.parametrize("folder", [LLAMA, QWEN2])
+def test_logits_are_those_of_transformers(folder):
+    config, params = load_decoder(folder)
+    golden = load_file(folder / "golden.safetensors")
+    assert config.attention_bias == (folder == QWEN2)
     np.testing.assert_allclose(forward(config, params, golden["tokens"]), golden["logits"], atol=2e-5)
     assert config.parameters() == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -97,8 +99,9 @@ def test_heads_of_another_size_than_the_width_says(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_written_is_read_again(tmp_path, tied):
-    config, params = load_decoder(LLAMA)
+@pytest.mark.parametrize("folder", [LLAMA, QWEN2])
+def test_what_is_written_is_read_again(tmp_path, folder, tied):
+    config, params = load_decoder(folder)
     if tied:
         config = dataclasses.replace(config, tie_embeddings=True)
         params = {name: value for name, value in params.items() if name != "output"}
@@ -110,9 +113,12 @@ def test_what_is_written_is_read_again(tmp_path, tied):
     assert (raw["bos_token_id"], raw["eos_token_id"], raw["tie_word_embeddings"]) == (1, 2, tied)
 
 
-def test_the_same_tensors_as_transformers_wrote(tmp_path):
-    save_decoder(tmp_path, *load_decoder(LLAMA))
-    assert_same(load_file(tmp_path / "model.safetensors"), load_file(LLAMA / "model.safetensors"))
+@pytest.mark.parametrize("folder", [LLAMA, QWEN2])
+def test_the_same_tensors_as_transformers_wrote(tmp_path, folder):
+    save_decoder(tmp_path, *load_decoder(folder))
+    assert_same(load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors"))
+    written, original = (json.loads((path / "config.json").read_text()) for path in (tmp_path, folder))
+    assert all(written[key] == original[key] for key in ("model_type", "architectures"))
 
 
 def test_bfloat16_is_rounded_once(tmp_path):
@@ -127,7 +133,7 @@ def test_bfloat16_is_rounded_once(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "qwen2"}, "model_type is 'qwen2'; a decoder here has 'llama'"),
+    ({"model_type": "qwen3"}, "model_type is 'qwen3'; a decoder here has 'llama' (or 'qwen2')"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"attention_bias": True}, "attention_bias is True"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
@@ -158,6 +164,31 @@ def test_other_models_are_refused(tmp_path, change, message):
     with pytest.raises(InputError) as error:
         load_decoder(tmp_path / "model")
     assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window is True; a decoder here has False"),
+    ({"attention_bias": False}, "attention_bias is False; a decoder here has True"),
+])
+def test_settings_of_qwen2_that_are_refused(tmp_path, change, message):
+    shutil.copytree(QWEN2, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        load_decoder(tmp_path / "model")
+    assert message in str(error.value)
+
+
+def test_defaults_of_qwen2(tmp_path):
+    """As transformers 4 stores a Qwen2 inside another model: only what differs from its defaults."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "max_window_layers": 21, "sliding_window": 32_768,
+        "rope_theta": 1e6, "tie_word_embeddings": True, "vocab_size": 152_000}))
+    config = read_config(tmp_path)
+    assert (config.head_dim, config.max_length, config.norm_epsilon, config.rope_theta) == (64, 32_768, 1e-6, 1e6)
+    assert config.attention_bias and config.tie_embeddings
+    assert config.parameters() == 494_032_768 + 64 * 896  # Qwen2-0.5B, with more tokens
 
 
 def test_old_configurations_are_read(tmp_path):

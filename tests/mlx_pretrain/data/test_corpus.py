@@ -1,6 +1,7 @@
 """The corpus: files below a root, and the language of every document."""
 
 import pickle
+import re
 
 import gin
 import pytest
@@ -116,6 +117,14 @@ def test_corpus_names_what_is_missing(tmp_path):
         Corpus(files=f"{tmp_path}/nowhere/*.jsonl")
     with pytest.raises(InputError, match=r"heldout/\*\.txt: no file matches"):
         Corpus(corpus_folder, ["train/*", "heldout/*.txt"])
+    write(tmp_path / "texts", "train/de/a.txt", "train/de/b.txt")
+    write(tmp_path / "flat", "xx.jsonl.xz", "en.jsonl.xz", "notes.md")
+    for folder, pattern, found, better in (("texts", "{language}.*", "a.txt", "{split}/{language}/*.txt"),
+                                           ("texts", "en/*.txt", "a.txt", "{split}/{language}/*.txt"),
+                                           ("flat", "{split}/*", "en.jsonl.xz", "{language}.jsonl.xz")):
+        message = rf"; there is .*{re.escape(found)}, which the pattern {re.escape(repr(better))} would match"
+        with pytest.raises(InputError, match=message):
+            Corpus(tmp_path / folder, pattern)
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         Corpus(tmp_path, "nowhere.jsonl")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from mlx_pretrain.configuration import gin_files
 from mlx_pretrain.data.batches import decoder_batch
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import Decoder, DecoderConfig, logits
+from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training.train_state import abstract_params
 
 MODELS = pathlib.Path(gin_files.GIN_ROOT) / "gin" / "models"
 
@@ -23,6 +26,9 @@ def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarra
 
     def norm(x, scale):
         return x / np.sqrt((x * x).mean() + config.norm_epsilon) * scale
+
+    def bias(weights, name, head):
+        return weights[f"{name}_bias"][head] if config.attention_bias else 0
 
     def rope(x, position):  # [head_dim], as complex rotations of the pairs (i, i + half)
         half = config.head_dim // 2
@@ -37,11 +43,11 @@ def numpy_logits(params, config: DecoderConfig, tokens: np.ndarray) -> np.ndarra
         keys, values, outputs = [], [], []
         for t, x in enumerate(stream):
             x = norm(x, w["attention_norm"]["scale"])
-            keys.append([rope(x @ a["key"][:, k], t) for k in range(config.n_kv_heads)])
-            values.append([x @ a["value"][:, k] for k in range(config.n_kv_heads)])
+            keys.append([rope(x @ a["key"][:, k] + bias(a, "key", k), t) for k in range(config.n_kv_heads)])
+            values.append([x @ a["value"][:, k] + bias(a, "value", k) for k in range(config.n_kv_heads)])
             out = np.zeros(config.embed_dim)
             for head in range(config.n_heads):
-                q = rope(x @ a["query"][:, head], t)
+                q = rope(x @ a["query"][:, head] + bias(a, "query", head), t)
                 k = head // (config.n_heads // config.n_kv_heads)
                 scores = np.array([q @ keys[s][k] for s in range(t + 1)]) / np.sqrt(config.head_dim)
                 weights = np.exp(scores - scores.max())
@@ -78,6 +84,44 @@ def test_logits_equal_numpy(tiny_config, tiny_params, tied):
     np.testing.assert_allclose(
         jax_logits(params, config, tokens)[0], numpy_logits(params, config, tokens), atol=2e-5, rtol=1e-4
     )
+
+
+@pytest.fixture
+def with_biases(tiny_config):
+    """A configuration with attention biases, and parameters whose biases are not zeros."""
+    config, rng = dataclasses.replace(tiny_config, attention_bias=True), np.random.default_rng(3)
+    return config, jax.tree_util.tree_map_with_path(
+        lambda path, x: rng.normal(0, 0.5, x.shape).astype(np.float32) if path[-1].key.endswith("_bias") else x,
+        nn.unbox(config.init(jax.random.key(0))))
+
+
+def test_attention_biases(with_biases):
+    config, params = with_biases
+    tokens = np.random.default_rng(4).integers(4, 96, 11)
+    np.testing.assert_allclose(
+        jax_logits(params, config, tokens)[0], numpy_logits(params, config, tokens), atol=2e-5, rtol=1e-4
+    )
+    assert config.parameters() == sum(x.size for x in jax.tree.leaves(params))
+    assert config.flops_per_token(8) == dataclasses.replace(config, attention_bias=False).flops_per_token(8)
+
+
+def test_gradients_of_attention_biases_are_the_same_on_a_mesh(with_biases):
+    config, params = with_biases
+    tokens = np.random.default_rng(5).integers(4, 96, (4, 8)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
+
+    def total(params):
+        return jnp.sum(jnp.sin(logits(params, Decoder(config).apply({"params": params}, tokens, positions)[0])))
+
+    expected = jax.jit(jax.grad(total))(params)["layers"]["attention"]
+    mesh = partitioning.make_mesh(2, 2, 2)
+    with partitioning.use(mesh):
+        laid_out = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract_params(config, mesh))
+        computed = jax.jit(jax.grad(total))(laid_out)["layers"]["attention"]
+    for name in ("query_bias", "key_bias", "value_bias"):
+        assert computed[name].sharding.shard_shape(computed[name].shape)[1] == expected[name].shape[1] // 2
+        np.testing.assert_allclose(computed[name], expected[name], atol=2e-4, rtol=1e-4)
+        assert np.abs(expected[name]).max() > 1e-3
 
 
 def test_packed_documents_do_not_see_each_other(tiny_config, tiny_params):

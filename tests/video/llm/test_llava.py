@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlx_pretrain.convert.weights import read_all
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.decoder import logits
-from video.llm.llava import load_llava
+from video.llm.llava import open_llava
 from video.llm.model import encode_frames, hidden_states
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "llava"
 IMAGE = 47
+
+
+def load_llava(folder, **settings):
+    with open_llava(folder, **settings) as (config, stored):
+        return config, read_all(stored)
 
 
 def sequence(config, tokens):
