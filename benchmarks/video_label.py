@@ -133,18 +133,20 @@ def main() -> None:
                              for q, rows in zip(questions, drawn)]  # compiles
     scorer = answer_scorer.scorer
     fed, unshared = scorer.fed_tokens, scorer.naive_tokens
-    seconds = {"trees": [], "naive": []}
+    seconds, cpu_seconds = {"trees": [], "naive": []}, {"trees": [], "naive": []}
     for _ in range(arguments.rounds):
         for name, run in (("trees", trees), ("naive", loop)):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             losses = run()
             seconds[name].append(time.perf_counter() - started)
+            cpu_seconds[name].append(time.process_time() - cpu_started)
             ours, theirs = (losses, theirs) if name == "trees" else (ours, losses)
             rate = sum(map(len, drawn)) / seconds[name][-1]
             print(f"{name}: {seconds[name][-1]:.2f} s, {rate:,.0f} combinations/s", flush=True)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
     print(json.dumps({
         "ratio": round(float(np.median(seconds["naive"]) / np.median(seconds["trees"])), 2),
+        "cpu_ratio": round(float(np.median(cpu_seconds["naive"]) / np.median(cpu_seconds["trees"])), 2),
         "max_abs_diff": difference, "combinations": len(drawn[0]), "questions": len(questions),
         "naive_batch": batch,
         "seconds": {name: [round(x, 3) for x in values] for name, values in seconds.items()},
