@@ -22,7 +22,7 @@ QUICK = {
     "train": {"STEPS": 4, "train_video.batch_size": 4, "train_video.eval_questions": 8},
     "label": {"label.max_combinations": 12},
     "train_voyager": {"STEPS": 4},
-    "evaluate": {"evaluate.limit": 6},
+    "evaluate": {"evaluate_frames.limit": 6},
 }
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     if arguments.evaluate:
         settings = {key: value for part in parts for key, value in part.items()}
         run("evaluate", f"evaluate_{name}", **settings, **{
-            "evaluate.trials": f"[{', '.join(trials)}]", "evaluate.output": f"{output}/evaluation_{name}"})
+            "evaluate_frames.trials": f"[{', '.join(trials)}]", "evaluate_frames.output": f"{output}/evaluation_{name}"})
 
 
 if __name__ == "__main__":

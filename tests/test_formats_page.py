@@ -196,14 +196,14 @@ def test_generated_text():
 def test_video(tmp_path):
     (question,) = examples("Questions on videos")
     assert list(question) == [field.name for field in dataclasses.fields(Question)]
-    frames, losses, row, manifest = examples("Frames and labels of videos")
+    frames, losses, features, row, manifest = examples("Frames and labels of videos")
     writer = open_frame_writer(tmp_path / "store", 1, size=4, candidates=2, resize_mode="stretch")
     writer.add("v", {"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.zeros(2)}, duration=1.0)
     writer.complete()
     assert_same_keys(frames, json.loads((tmp_path / "store/settings.json").read_text()))
     assert manifest.keys() == json.loads((tmp_path / "store/manifest.json").read_text()).keys()
     assert row.keys() - {"video"} == read_line(tmp_path / "store/rows.jsonl").keys() - {"duration"}
-    own = losses.keys() - frames.keys()
+    own = (losses.keys() | features.keys()) - frames.keys() - {"feature_tokens"}
     assert not [key for key in own if f'"{key}":' not in inspect.getsource(label)]
     write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "1", "video": "q.mp4", "question": "Which?", "answer": "a"}))

@@ -79,7 +79,7 @@ class Trial:
     towers: str | None = None
 
 
-@gin.configurable("evaluate")
+@gin.configurable("evaluate_frames")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Settings of `video.evaluate`.
@@ -114,18 +114,18 @@ class EvaluateConfig:
 
     def __post_init__(self):
         if not self.trials or len({trial.name for trial in self.trials}) < len(self.trials):
-            raise InputError("evaluate.trials: at least one is needed, each of another name")
+            raise InputError("evaluate_frames.trials: at least one is needed, each of another name")
         for trial in self.trials:
             if not trial.name or "/" in trial.name or trial.name.startswith("."):
                 raise InputError(f"Trial.name = {trial.name!r}: must be the name of a file")
         for rule in self.rules:
             if rule not in _NAMES:
-                raise InputError(f"evaluate.rules: {rule!r} is not one of {', '.join(_NAMES)}")
+                raise InputError(f"evaluate_frames.rules: {rule!r} is not one of {', '.join(_NAMES)}")
         if self.choice not in RULES or self.choice in ASKING:
-            raise InputError(f"evaluate.choice = {self.choice!r}: must be one of "
+            raise InputError(f"evaluate_frames.choice = {self.choice!r}: must be one of "
                              f"{', '.join(name for name in RULES if name not in ASKING)}")
         if not self.settings or any(len(pair) != 2 or not 1 <= pair[1] <= pair[0] for pair in self.settings):
-            raise InputError("evaluate.settings: must be pairs (M, T) with T from 1 to M")
+            raise InputError("evaluate_frames.settings: must be pairs (M, T) with T from 1 to M")
 
 
 class _Chooser(NamedTuple):
@@ -153,7 +153,7 @@ def main(config: EvaluateConfig) -> None:
         raise InputError(f"{config.questions}: no question with options is about a video of {config.frame_store}")
     most = max(candidates for candidates, _ in config.settings)
     if most > store.candidates:
-        raise InputError(f"evaluate.settings: {most} candidates, {config.frame_store} has {store.candidates}")
+        raise InputError(f"evaluate_frames.settings: {most} candidates, {config.frame_store} has {store.candidates}")
     loaded = {trial.name: _choosers(trial, config) for trial in config.trials}
     made_from = provenance("video.evaluate", {
         "settings": [list(pair) for pair in config.settings], "limit": config.limit, "seed": config.seed,

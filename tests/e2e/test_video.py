@@ -96,9 +96,9 @@ VisionConfig.mlp_dim = 48
 VisionConfig.unroll = 1
 """,
     "evaluate": """
-evaluate.settings = [(6, 2), (12, 3)]
-evaluate.resamples = 50
-evaluate.compilation_cache = None
+evaluate_frames.settings = [(6, 2), (12, 3)]
+evaluate_frames.resamples = 50
+evaluate_frames.compilation_cache = None
 """,
     "select": """
 Selector.candidates = 10
@@ -325,7 +325,7 @@ def test_accuracy_with_the_frames_of_every_chooser(command, labelled):
             assert row["accuracy"]["all"]["value"] == pytest.approx(np.mean(right[setting["candidates"], method]))
     assert (labelled / "evaluation/cost.png").stat().st_size > 10_000
     good(command("evaluate", *flags), kept="evaluation")
-    ended = command("evaluate", *flags, "--gin.evaluate.limit=3")
+    ended = command("evaluate", *flags, "--gin.evaluate_frames.limit=3")
     assert ended.code == 1 and "limit" in ended.err and ended.err.count("\n") == 1
 
 
