@@ -55,7 +55,7 @@ from video.frames.frame_store import FrameStore
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
 from video.llm.training_rows import evidence_frames
-from video.questions import Question, read_questions
+from video.questions import Question, draw_questions, read_questions
 
 RESULTS, ANSWERS = "results.json", "answers"
 _TIMED = 20  # videos on which choosing is timed
@@ -96,9 +96,9 @@ class EvaluateConfig:
       settings: pairs (M, T): candidates, and frames that are shown.
       rules: rules on similarities, names in `video.frame_choice.rules.RULES`.
       choice: rule on Frame-Voyager's rewards.
-      limit: number of questions, evenly spread over the file; None: all.
+      limit: number of questions, drawn at random from the file; None: all.
       resamples: bootstrap resamples of the videos.
-      seed: seed of the random frames and of the bootstrap.
+      seed: seed of the drawn questions, of the random frames and of the bootstrap.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
 
@@ -149,9 +149,8 @@ def main(config: EvaluateConfig) -> None:
     if not cluster.is_main():
         return
     store, questions = FrameStore(config.frame_store), read_questions(config.questions)
-    questions = [q for q in questions if q.video not in store.rejected and q.options]
-    if config.limit is not None:
-        questions = [questions[n * len(questions) // config.limit] for n in range(min(config.limit, len(questions)))]
+    questions = draw_questions(
+        [q for q in questions if q.video not in store.rejected and q.options], config.limit, config.seed)
     if not questions:
         raise InputError(f"{config.questions}: no question with options is about a video of {config.frame_store}")
     most = max(candidates for candidates, _ in config.settings)

@@ -35,7 +35,7 @@ from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowWriter
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import VideoLLM, load_video_llm
-from video.questions import Question, read_questions
+from video.questions import Question, draw_questions, read_questions
 from video.voyager.combinations import combinations, frame_counts
 from video.voyager.frame_features import FEATURES, open_feature_writer, pool_tokens
 from video.voyager.loss_labels import LOSSES, combination_sizes
@@ -105,12 +105,6 @@ def main(config: LabelConfig) -> None:
             f"{done:,} questions, {done * shape[0]:,} combinations of {' or '.join(map(str, sizes))} out of "
             f"{config.candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} "
             f"devices ({scorer.naive_tokens:,} if nothing were shared)")
-
-
-def draw_questions(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
-    """Draws `limit` of the questions (None: all) at random, so that they are on many videos; their order stays."""
-    order = np.random.default_rng(seed).permutation(len(questions))
-    return [questions[number] for number in np.sort(order[:limit])]
 
 
 class _Labelling:

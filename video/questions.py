@@ -33,6 +33,7 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
@@ -250,3 +251,12 @@ def _question(where: str, raw: dict[str, Any], default_id: str, answers: bool) -
     # Video-MME and MLVU have some options twice, and MLVU empty ones.
     options = tuple(dict.fromkeys(option for option in options if option))
     return Question(**texts, options=options, evidence=tuple(spans[:-1]), clip=clip)
+
+
+def draw_questions(questions: Sequence[Question], limit: int | None, seed: int = 0) -> list[Question]:
+    """Draws `limit` of the questions (None: all) at random; their order stays.
+
+    The first ones of a file would be on few videos, and every n-th perhaps of one type.
+    """
+    order = np.random.default_rng(seed).permutation(len(questions))
+    return [questions[number] for number in np.sort(order[:limit])]

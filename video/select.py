@@ -26,7 +26,6 @@ import urllib.parse
 from collections.abc import Iterable
 
 import gin
-import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -41,7 +40,7 @@ from mlx_pretrain.reports.figures import save_figure
 from video.frame_choice.contact_sheet import contact_sheet
 from video.frame_choice.selector import Selection, Selector
 from video.frames.reading import reading_notes, try_read_frames
-from video.questions import Question, read_questions
+from video.questions import Question, draw_questions, read_questions
 
 # Bytes of a file name without its suffix; file systems take 255, and writing adds some for a moment.
 _MAX_NAME_BYTES = 180
@@ -88,11 +87,9 @@ def main(config: SelectFramesConfig) -> None:
         return
     questions = read_questions(config.questions, answers=False)
     folder = epath.Path(config.videos or epath.Path(config.questions).parent)
-    # The first ones would be on few videos, and every n-th perhaps of one type.
-    drawn = np.sort(np.random.default_rng(0).permutation(len(questions))[: config.limit])
     by_video: dict[str, list[Question]] = collections.defaultdict(list)
-    for number in drawn:
-        by_video[questions[number].video].append(questions[number])
+    for question in draw_questions(questions, config.limit):
+        by_video[question.video].append(question)
     made_from = provenance("video.select", config, {
         "questions": sha256(config.questions), "videos": _file_sizes(folder / video for video in by_video)})
     for name in ("processes", "compilation_cache"):  # they change no result

@@ -35,7 +35,7 @@ from video.llm.answer_scoring import AnswerScorer
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
 from video.llm.prompts import Prompts
 from video.llm.training_rows import ClipSource, evidence_frames
-from video.questions import Question, read_questions
+from video.questions import Question, draw_questions, read_questions
 
 
 @gin.configurable("train_video")
@@ -54,7 +54,7 @@ class TrainVideoConfig(TrainerConfig):
       evidence_prob: probability that such a subset contains the evidence of its question.
       length: tokens of a sequence: question, frames and answer.
       eval_frames: frames, evenly spread, that validation questions are answered with.
-      eval_questions: validation questions to use, evenly spread over the file; None: all.
+      eval_questions: validation questions to use, drawn at random from the file; None: all.
       towers: run of `video.train_towers` with the same vision tower, whose weights the tower starts from; None: random
         values.
     """
@@ -152,8 +152,7 @@ class VideoTraining(TrainModule):
     def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         config = self._config
         usable = [question for question in self._validation if question.video not in self._store.rejected]
-        count = min(config.eval_questions or len(usable), len(usable))
-        questions = [usable[i * len(usable) // count] for i in range(count)]
+        questions = draw_questions(usable, config.eval_questions)
         evaluate = QuestionEvaluator(self.model, mesh, self._store, self._prompts, questions, config.eval_frames)
         return [Evaluator(HELD_OUT, config.eval_every, evaluate, self._format_metrics)]
 

@@ -96,7 +96,7 @@ class Voyager:
           InputError: one of them is missing, or the run was trained for another Video-LLM.
         """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
-        llm, self._config = load_video_llm(video_llm, mesh), checkpoints.load_model(run_dir, VoyagerConfig)
+        llm, self._config = load_video_llm(video_llm, mesh, layers=0), checkpoints.load_model(run_dir, VoyagerConfig)
         self._trained_for = read_json(epath.Path(run_dir) / "run.json", "run")["labels"]["model"]
         if self._trained_for != llm.fingerprint():
             raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
