@@ -53,7 +53,7 @@ def _pictures(source: epath.PathLike, track: Track, numbers: Sequence[int]) -> I
         for number in numbers:
             _, frame = decoder.frame(number)
             if not width:
-                width, height = _even(frame.width * float(decoder.pixel_aspect or 1)), _even(frame.height)
+                width, height = _even(frame.width * track.pixel_aspect), _even(frame.height)
             picture = frame.reformat(width, height, format="rgb24", interpolation="BICUBIC").to_ndarray()
             yield np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
 
