@@ -27,6 +27,8 @@ setup(
     packages=[*find_packages(include=[pattern for p in PACKAGES for pattern in (p, f"{p}.*")]), "mlx_pretrain.gin"],
     package_dir={"mlx_pretrain.gin": "gin"},
     package_data={"": ["*.html.j2"], "mlx_pretrain.gin": ["**/*.gin"]},
+    # Programs that find this one by themselves: lmms-eval lists the model among its own.
+    entry_points={"lmms_eval.models": ["chosen_frames = video.lmms_eval_plugin:MANIFEST"]},
     install_requires=requirements("core"),
     extras_require={
         **{name: requirements(name) for name in EXTRAS},

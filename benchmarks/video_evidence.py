@@ -1,110 +1,100 @@
-"""Measures the effect of the frames that a Video-LLM sees, and of Frame-Voyager's choice.
+"""Runs Frame-Voyager's evidence from nothing: videos, Video-LLMs, labels, runs of Frame-Voyager, the table.
 
-    python benchmarks/video_evidence.py --video_llm=RUN --voyager=RUN [RUN ...] --towers=RUN --frame_store=DIR
-        --questions=FILE [--candidates=16] [--frames=4] [--limit=300] [--labels=DIR]
+    python benchmarks/video_evidence.py --world=moments --output=DIR [--llm_seeds=3] [--voyager_seeds=5]
+        [--set train_voyager.rank=0 ...] [--name=voyager] [--evaluate=False] [--quick]
 
-One frozen Video-LLM answers held-out questions with T of M frames chosen by each selector; its answer is the option
-with the highest likelihood. `oracle` is the combination with the lowest loss on the right answer (with --labels, where
-all combinations were computed): it knows the answer, and is a bound, not a rival. `random` is a combination at random,
-`evidence` shows the spans of evidence. The table has the accuracy by type of question, and an exact McNemar test
-against Frame-Voyager on the same questions. Several runs of Frame-Voyager count as seeds: mean and standard deviation
-over them, the test on the first. The last line is JSON.
+Each step is a command of the project with a gin file of its own in DIR/gin, so an interrupted run goes on where it was,
+and a second one with other settings of Frame-Voyager (`--set`, under another `--name`) uses the same Video-LLMs and
+labels. DIR/seconds.json has the time of each command that did something. `--quick`: tiny numbers, does it run?
 """
 
 import argparse
-import collections
 import json
+import pathlib
+import subprocess
+import sys
 import time
 
-import numpy as np
-import scipy.stats
-
-from video.frame_choice.rules import RULES, even
-from video.frame_choice.scorers import Similarity, Voyager
-from video.frames.frame_store import FrameStore
-from video.llm.answer_scoring import AnswerScorer
-from video.llm.loading import load_video_llm
-from video.llm.training_rows import evidence_frames
-from video.questions import read_questions
-from video.voyager.loss_labels import read_labels
+QUICK = {
+    "synthetic": {"synthetic.llm_videos": 12, "synthetic.label_videos": 8, "synthetic.validation_videos": 4,
+                  "synthetic.test_videos": 4},
+    "train_towers": {"STEPS": 4, "train_towers.batch_size": 16},
+    "train": {"STEPS": 4, "train_video.batch_size": 4, "train_video.eval_questions": 8},
+    "label": {"label.max_combinations": 12},
+    "train_voyager": {"STEPS": 4},
+    "evaluate": {"evaluate_frames.limit": 6},
+}
 
 
-def mcnemar(a, b) -> float:
-    """Returns the two-sided exact p: as many questions are answered by a alone as by b alone."""
-    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    return scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+class Runner:
+    """Runs commands with gin files that it writes."""
+
+    def __init__(self, output: pathlib.Path, world: str, quick: bool):
+        """Prepares the folder of a world."""
+        self.output, self._quick = output, quick
+        (output / "gin").mkdir(parents=True, exist_ok=True)
+        self._seconds = output / "seconds.json"
+        sets = {"LLM_QUESTIONS": "llm.jsonl", "LLM_CAPTIONS": "llm_captions.jsonl", "LABEL_QUESTIONS": "labels.jsonl",
+                "VALIDATION": "validation.jsonl", "VALIDATION_CAPTIONS": "validation_captions.jsonl",
+                "TEST": "test.jsonl", "TOKENIZER": "tokenizer.model"}
+        self._macros = {"VIDEOS": f"{output}/videos", "FRAMES": f"{output}/frames", "TOWERS": f"{output}/towers",
+                        **{macro: f"{output}/videos/{name}" for macro, name in sets.items()}}
+        self._world = [f"gin/video/{world}.gin"] if world != "moments" else []
+
+    def __call__(self, command: str, name: str, **settings) -> None:
+        """Runs `python -m video.<command>`; `name` is that of its gin file, `settings` parameters and macros."""
+        path = self.output / "gin" / f"{name}.gin"
+        everything = {**self._macros, **settings, **(QUICK.get(command, {}) if self._quick else {})}
+        path.write_text("".join([
+            *(f"include '{file}'\n" for file in (f"gin/video/{command}.gin", *self._world)),
+            *(f"{key} = {value if str(value)[:1] in ('@', '[') else repr(value)}\n"
+              for key, value in everything.items())]))
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", f"video.{command}", f"--gin_file={path}"], check=True)
+        seconds = json.loads(self._seconds.read_text()) if self._seconds.exists() else {}
+        spent = time.monotonic() - started
+        if spent > 10 or name not in seconds:  # else it found its output whole
+            seconds[name] = round(seconds.get(name, 0) + spent)
+            self._seconds.write_text(json.dumps(seconds, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("video_llm", "towers", "frame_store", "questions"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--voyager", nargs="+", required=True)
-    parser.add_argument("--labels")
-    parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--world", default="moments", choices=["moments", "stories"])
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--llm_seeds", type=int, default=3)
+    parser.add_argument("--voyager_seeds", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[], help="a parameter of Frame-Voyager's training")
+    parser.add_argument("--name", default="voyager", help="name of Frame-Voyager's runs, for other settings")
+    parser.add_argument("--evaluate", default=True, type=lambda text: text != "False")
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    store, llm = FrameStore(arguments.frame_store), load_video_llm(arguments.video_llm)
-    questions = [q for q in read_questions(arguments.questions)[: arguments.limit] if q.video in store]
-    count, num_frames = arguments.candidates, arguments.frames
-    indices = even(store.candidates, count)
-    frames = {q.video: store.frames([store.row(q.video)])[0][indices] for q in questions}
-    rng = np.random.default_rng(0)
-
-    similarity = Similarity(arguments.towers)
-    similarities = [similarity(q.video, frames[q.video], q.question) for q in questions]
-    choices = {
-        "uniform": [even(count, num_frames) for _ in questions],
-        "random": [np.sort(rng.choice(count, num_frames, replace=False)) for _ in questions],
-        "similarity": [RULES["top"](scores, num_frames) for scores in similarities],
-        "bolt": [RULES["bolt"](scores, num_frames) for scores in similarities],
-        "aks": [RULES["aks"](scores, num_frames) for scores in similarities],
-    }
-    latency = collections.defaultdict(list)
-    for number, run_dir in enumerate(arguments.voyager):
-        voyager = Voyager(run_dir, arguments.video_llm)
-        name = "voyager" if not number else f"voyager {number + 1}"
-        choices[name] = []
-        for question in questions:
-            started = time.perf_counter()
-            rewards = voyager(question.video, frames[question.video], question.question)
-            latency[name].append(time.perf_counter() - started)
-            choices[name].append(RULES["top"](rewards, num_frames))
-    if any(q.evidence for q in questions):
-        choices["evidence"] = []
-        for question in questions:
-            times = store.times[store.row(question.video)][indices]
-            shown = [int(span[len(span) // 2]) for span in evidence_frames(question, times)]
-            rest = [index for index in even(count, num_frames).tolist() if index not in shown]
-            choices["evidence"].append(np.unique([*shown[:num_frames], *rest[: max(num_frames - len(set(shown)), 0)]]))
-    if arguments.labels:
-        labels = read_labels(arguments.labels, arguments.questions)
-        best = {q.id: labels.combinations[n, labels.losses[n].argmin()] for n, q in enumerate(labels.questions)}
-        if all(q.id in best for q in questions) and labels.combinations.shape[2] == num_frames:
-            choices["oracle"] = [best[q.id].astype(int) for q in questions]
-
-    answer_scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
-    names = list(choices)
-    combinations = [[choices[name][n] for name in names] for n in range(len(questions))]
-    answers = list(answer_scorer(lambda video: answer_scorer.features(frames[video]), questions, combinations))
-    right = {name: np.array([a.right[i] for a in answers]) for i, name in enumerate(names)}
-    losses = {name: np.array([a.losses[i] for a in answers]) for i, name in enumerate(names)}
-    types = np.array([q.type for q in questions])
-    sorted_types = sorted(set(types.tolist()))
-    print(f"{'':<12}{'all':>8}" + "".join(f"{type_:>9}" for type_ in sorted_types) + f"{'loss':>9}{'p':>9}")
-    for name in names:
-        p = mcnemar(right[name], right["voyager"]) if name != "voyager" else float("nan")
-        print(f"{name:<12}{100 * right[name].mean():8.1f}"
-              + "".join(f"{100 * right[name][types == type_].mean():9.1f}" for type_ in sorted_types)
-              + f"{losses[name].mean():9.3f}{p:9.1e}")
-    seeds = [right[name].mean() for name in names if name.startswith("voyager")]
-    print(json.dumps({
-        "accuracy": {name: round(float(right[name].mean()), 4) for name in names},
-        "voyager_mean": float(np.mean(seeds)), "voyager_sd": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
-        "p": {name: mcnemar(right[name], right["voyager"]) for name in names if not name.startswith("voyager")},
-        "questions": len(questions), "candidates": count, "frames": num_frames,
-        "ms_per_question": round(1000 * float(np.median(latency["voyager"])), 2)}))
+    output, name = arguments.output.absolute(), arguments.name
+    run = Runner(output, arguments.world, arguments.quick)
+    run("synthetic", "synthetic")
+    run("decode", "decode")
+    run("train_towers", "towers")
+    parts, trials = [], []
+    for llm_seed in range(arguments.llm_seeds):
+        llm = f"{output}/llm{llm_seed}"
+        run("train", f"llm{llm_seed}", VIDEO_LLM=llm, **{"train_video.seed": llm_seed})
+        stores = {split: f"{output}/{split}{llm_seed}" for split in ("labels", "validation")}
+        for split in stores:
+            run("label", f"{split}{llm_seed}", VIDEO_LLM=llm, LABELS=stores[split],
+                **{"label.questions": f"{output}/videos/{split}.jsonl"})
+        runs = [f"{output}/{name}{llm_seed}_{seed}" for seed in range(arguments.voyager_seeds)]
+        extra = dict(text.split("=", 1) for text in arguments.set)
+        for seed, folder in enumerate(runs):
+            run("train_voyager", pathlib.Path(folder).name, VIDEO_LLM=llm, LABELS=stores["labels"],
+                VALIDATION_LABELS=stores["validation"], VOYAGER=folder,
+                **{"train_voyager.seed": seed}, **{key: json.loads(value) for key, value in extra.items()})
+        trials.append(f"@seed{llm_seed}/Trial()")
+        parts.append({f"seed{llm_seed}/Trial.name": f"seed{llm_seed}", f"seed{llm_seed}/Trial.video_llm": llm,
+                      f"seed{llm_seed}/Trial.voyagers": f"{runs}", f"seed{llm_seed}/Trial.towers": f"{output}/towers"})
+    if arguments.evaluate:
+        settings = {key: value for part in parts for key, value in part.items()}
+        run("evaluate", f"evaluate_{name}", **settings, **{
+            "evaluate_frames.trials": f"[{', '.join(trials)}]", "evaluate_frames.output": f"{output}/evaluation_{name}"})
 
 
 if __name__ == "__main__":

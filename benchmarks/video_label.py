@@ -1,12 +1,13 @@
-"""Compares prefix trees with one sequence per combination, for the losses of all combinations of frames.
+"""Compares prefix trees with one sequence per combination, for the losses of combinations of frames.
 
     python benchmarks/video_label.py [--model=RUN --frame_store=DIR --questions=FILE] [--candidates=16] [--frames=4]
-        [--quick]
+        [--combinations=64 [--one_by_one]] [--quick]
 
-Both compute the loss of the answers to the same questions for all combinations of T of M frames. The naive loop encodes
-the T frames and runs the whole sequence for each combination, in batches of the same number of tokens; programs are
-compiled before the clock starts. Without a model it takes random weights of the nano Video-LLM of gin/video/nano.gin
-and noise for frames. The last line is JSON: {"ratio", "max_abs_diff", ...}.
+Both compute the loss of the answers to the same questions for all combinations of T of M frames, or for a sample,
+nested or drawn one by one. The naive loop encodes the T frames and runs the whole sequence for each combination, in
+batches of the same number of tokens; programs are compiled before the clock starts. Without a model it takes random
+weights of the nano Video-LLM of gin/video/nano.gin and noise for frames. The last line is JSON:
+{"ratio", "max_abs_diff", ...}.
 """
 
 import argparse
@@ -91,13 +92,16 @@ def main() -> None:
     parser.add_argument("--questions")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--combinations", type=int, help="size of the sample; default: all")
+    parser.add_argument("--one_by_one", action="store_true", help="the sample is not nested")
     parser.add_argument("--count", type=int, default=4, help="number of questions")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, help="combinations in a batch of the naive loop; 1: one by one")
     parser.add_argument("--quick", action="store_true", help="a question, 8 candidates, one round: does it run?")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.count, arguments.candidates, arguments.rounds = 1, 8, 1
+        arguments.count, arguments.rounds = 1, 1
+        arguments.candidates = arguments.candidates if arguments.combinations else 8
     if arguments.model:
         llm = load_video_llm(arguments.model)
         config, params, mesh, prompts = llm.config, llm.params, llm.mesh, llm.prompts
@@ -111,21 +115,24 @@ def main() -> None:
                      for n in range(arguments.count)]
         videos = {q.video: rng.integers(0, 256, (arguments.candidates, size, size, 3)).astype(np.uint8)
                   for q in questions}
-    all_combinations = combinations(arguments.candidates, arguments.frames)
+    drawn = [combinations(arguments.candidates, arguments.frames, arguments.combinations, name=question.id,
+                          nested=not arguments.one_by_one) for question in questions]
     length = len(prompts.context(prompts.words([questions[0].question])[0], range(arguments.frames)))
     batch = arguments.batch or max(TOKENS.get(jax.default_backend(), 16_384) // length, 1)
+    batch = -(-len(drawn[0]) // -(-len(drawn[0]) // batch))  # so that the last batch is nearly full too
     answer_scorer = AnswerScorer(config, params, mesh, prompts)
 
     def trees():
-        answered = answer_scorer(lambda video: answer_scorer.features(videos[video]), questions,
-                                 [all_combinations] * len(questions), options=False)
+        answered = answer_scorer(lambda video: answer_scorer.features(videos[video]), questions, drawn, options=False)
         return [answers.losses for answers in answered]
 
     def loop():
-        return [naive(config, params, prompts, videos[q.video], q, all_combinations, batch) for q in questions]
+        return [naive(config, params, prompts, videos[q.video], q, rows, batch) for q, rows in zip(questions, drawn)]
 
-    ours, theirs = trees(), [naive(config, params, prompts, videos[q.video], q, all_combinations[:batch], batch)
-                             for q in questions]  # compiles
+    ours, theirs = trees(), [naive(config, params, prompts, videos[q.video], q, rows[:batch], batch)
+                             for q, rows in zip(questions, drawn)]  # compiles
+    scorer = answer_scorer.scorer
+    fed, unshared = scorer.fed_tokens, scorer.naive_tokens
     seconds = {"trees": [], "naive": []}
     for _ in range(arguments.rounds):
         for name, run in (("trees", trees), ("naive", loop)):
@@ -133,16 +140,15 @@ def main() -> None:
             losses = run()
             seconds[name].append(time.perf_counter() - started)
             ours, theirs = (losses, theirs) if name == "trees" else (ours, losses)
-            rate = len(questions) * len(all_combinations) / seconds[name][-1]
+            rate = sum(map(len, drawn)) / seconds[name][-1]
             print(f"{name}: {seconds[name][-1]:.2f} s, {rate:,.0f} combinations/s", flush=True)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
-    scorer = answer_scorer.scorer
     print(json.dumps({
         "ratio": round(float(np.median(seconds["naive"]) / np.median(seconds["trees"])), 2),
-        "max_abs_diff": difference, "combinations": len(all_combinations), "questions": len(questions),
+        "max_abs_diff": difference, "combinations": len(drawn[0]), "questions": len(questions),
         "naive_batch": batch,
         "seconds": {name: [round(x, 3) for x in values] for name, values in seconds.items()},
-        "tokens_shared": round(1 - scorer.fed_tokens / scorer.naive_tokens, 3),
+        "tokens_shared": round(1 - fed / unshared, 3), "fed_tokens": fed, "naive_tokens": unshared,
         "device": hardware.describe_devices(), "parameters": config.parameters()}))
 
 

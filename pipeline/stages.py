@@ -279,23 +279,26 @@ class _Stages:
     def _videos(self) -> Iterator[Stage]:
         """Frame-Voyager on short rendered videos: it shows that everything works, and learns next to nothing."""
         macros = {
-            "VIDEOS": "", "QUESTIONS": "train.jsonl", "CAPTIONS": "train_captions.jsonl", "TEST": "test.jsonl",
-            "TEST_CAPTIONS": "test_captions.jsonl", "TOKENIZER": "tokenizer.model", "FRAMES": "frames",
-            "VIDEO_LLM": "llm", "LABELS": "labels", "TEST_LABELS": "test_labels", "VOYAGER": "voyager",
-            "TOWERS": "towers", "SELECTED": "selected"}
+            "VIDEOS": "", "LLM_QUESTIONS": "llm.jsonl", "LLM_CAPTIONS": "llm_captions.jsonl",
+            "LABEL_QUESTIONS": "labels.jsonl", "VALIDATION": "validation.jsonl",
+            "VALIDATION_CAPTIONS": "validation_captions.jsonl", "TEST": "test.jsonl", "TOKENIZER": "tokenizer.model",
+            "FRAMES": "frames", "VIDEO_LLM": "llm", "LABELS": "labels", "VALIDATION_LABELS": "validation_labels",
+            "VOYAGER": "voyager", "TOWERS": "towers", "SELECTED": "selected"}
         paths = {macro: f"{self.video}/{name}".rstrip("/") for macro, name in macros.items()}
         short = {"STEPS": 60, "warmup_cosine.warmup_steps": 10}
+        labels = {"label.candidates": 16, "label.num_frames": 4}
         for name, module, title, output, settings, seconds in (
-            ("videos", "synthetic", "Render short videos with questions", "train.jsonl",
-             {"synthetic.train_videos": 120, "synthetic.test_videos": 16}, 20),
-            ("frames", "decode", "Decode their frames", "frames/manifest.json", {}, 8),
+            ("videos", "synthetic", "Render short videos with questions", "test.jsonl",
+             {"synthetic.llm_videos": 60, "synthetic.label_videos": 60, "synthetic.validation_videos": 10,
+              "synthetic.test_videos": 16}, 20),
+            ("frames", "decode", "Decode their frames", "frames/manifest.json", {"CANDIDATES": 32}, 8),
             ("video_llm", "train", "Train a small Video-LLM", "llm/checkpoints",
              {**short, "train_video.eval_questions": 40}, 60),
             ("labels", "label", "Compute its losses on combinations of frames", "labels/losses",
-             {"label.max_combinations": 64, "label.limit": 300}, 20),
-            ("test_labels", "label", "Compute them on held-out videos", "test_labels/losses",
-             {"label.max_combinations": 256, "label.limit": 60, "QUESTIONS": paths["TEST"],
-              "LABELS": paths["TEST_LABELS"]}, 12),
+             {**labels, "label.max_combinations": 64}, 20),
+            ("validation_labels", "label", "Compute them on held-out videos", "validation_labels/losses",
+             {**labels, "label.max_combinations": 256, "LABEL_QUESTIONS": paths["VALIDATION"],
+              "LABELS": paths["VALIDATION_LABELS"]}, 12),
             ("voyager", "train_voyager", "Train Frame-Voyager on these losses", "voyager/checkpoints", short, 20),
             ("frame_choice", "select", "Choose 4 of 32 frames for every question", "selected/selected.json",
              {"Selector.candidates": 32, "Selector.num_frames": 4, "select_frames.sheets": 4}, 10),

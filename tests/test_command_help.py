@@ -17,12 +17,14 @@ from mlx_pretrain.errors import InputError
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("mlx_pretrain", "data_mixtures", "raters", "evals", "video", "pipeline")
 OWN_FLAGS = {"mlx_pretrain.compile", "evals.harness"}  # commands that are not configured by gin alone
+PLUGINS = {"video.lmms_eval_plugin"}  # imports a program that is no requirement, and has nothing for gin
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """Returns module -> file, of all modules."""
+    """Returns module -> file, of all modules but plug-ins."""
     paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {name: path for name, path in found.items() if name not in PLUGINS}
 
 
 def commands() -> dict[str, ast.Call]:

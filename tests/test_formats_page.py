@@ -36,6 +36,8 @@ from tests.raters import test_select as selection_tests
 from tests.raters.rated import write_documents
 from tests.video.conftest import write_grey
 from video import label
+from video.export_frames import ExportFramesConfig
+from video.export_frames import main as export_frames
 from video.frame_choice.selector import Selector
 from video.frames.frame_store import open_frame_writer
 from video.questions import Question
@@ -194,21 +196,26 @@ def test_generated_text():
 def test_video(tmp_path):
     (question,) = examples("Questions on videos")
     assert list(question) == [field.name for field in dataclasses.fields(Question)]
-    frames, losses, row, manifest = examples("Frames and labels of videos")
+    frames, losses, features, row, manifest = examples("Frames and labels of videos")
     writer = open_frame_writer(tmp_path / "store", 1, size=4, candidates=2, resize_mode="stretch")
     writer.add("v", {"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.zeros(2)}, duration=1.0)
     writer.complete()
     assert_same_keys(frames, json.loads((tmp_path / "store/settings.json").read_text()))
     assert manifest.keys() == json.loads((tmp_path / "store/manifest.json").read_text()).keys()
     assert row.keys() - {"video"} == read_line(tmp_path / "store/rows.jsonl").keys() - {"duration"}
-    own = losses.keys() - frames.keys()
+    own = (losses.keys() | features.keys()) - frames.keys() - {"feature_tokens"}
     assert not [key for key in own if f'"{key}":' not in inspect.getsource(label)]
     write_grey(tmp_path / "q.mp4", "libx264", np.arange(5) / 5, 5, 5)
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "1", "video": "q.mp4", "question": "Which?", "answer": "a"}))
     select_frames(SelectFramesConfig(
         questions=tmp_path / "q.jsonl", output=tmp_path / "out", selector=Selector(None, candidates=4, num_frames=2),
         processes=1, compilation_cache=None))
-    seconds, numbers = examples("Chosen frames")
+    export_frames(ExportFramesConfig(
+        selected=tmp_path / "out", videos=tmp_path, output=tmp_path / "exported", processes=1))
+    seconds, numbers, index = examples("Chosen frames")
     written = json.loads((tmp_path / "out/selected.json").read_text())
     assert next(iter(seconds.values()))[0].keys() == written["q.mp4"][0].keys()
     assert np.ndim(numbers) == np.ndim(json.loads((tmp_path / "out/selected_frames.json").read_text()))
+    exported = json.loads((tmp_path / "exported/index.json").read_text())
+    assert_same_keys(index | {"videos": {}}, exported)
+    assert next(iter(index["videos"].values()))[0].keys() == exported["videos"]["q.mp4"][0].keys()

@@ -28,19 +28,23 @@ class DecodeConfig:
     """Settings of `video.decode`.
 
     Attributes:
-      questions: file of `video.questions`, or several in one folder; the videos of all questions are decoded.
+      questions: file of `video.questions`, or several; the videos of all questions are decoded.
+      videos: folder of the videos; None: that of the questions, which is then the same for all files.
       output: folder of the store.
       size: pixels of a side of the square frames.
       candidates: M, frames of each video, evenly spread.
       resize_mode: "stretch" or "crop", see `read_frames`.
+      key_frames: takes the key frames nearest to the even times, for long videos, see `read_frames`.
       processes: number of worker processes.
     """
 
     questions: str | Sequence[str] = gin.REQUIRED
+    videos: str | None = None
     output: str = gin.REQUIRED
     size: int = gin.REQUIRED
     candidates: int = 16
     resize_mode: str = "stretch"
+    key_frames: bool = False
     processes: int = 2
 
     def __post_init__(self):
@@ -57,18 +61,19 @@ def main(config: DecodeConfig) -> None:
       InputError: a file of questions is wrong, the folder holds other frames, or no video can be decoded.
     """
     files = [config.questions] if isinstance(config.questions, str) else list(config.questions)
-    folders = {epath.Path(file).parent for file in files}
+    folders = {epath.Path(config.videos)} if config.videos else {epath.Path(file).parent for file in files}
     if len(folders) != 1:
-        raise InputError(f"decode.questions: files in one folder are needed, not in {len(folders)}")
+        raise InputError(f"decode.questions: files in one folder are needed, not in {len(folders)}; or "
+                         "set decode.videos")
     (folder,) = folders
-    videos = list(dict.fromkeys(question.video for file in files for question in read_questions(file)))
+    videos = list(dict.fromkeys(question.video for file in files for question in read_questions(file, answers=False)))
     writer = open_frame_writer(config.output, len(videos), size=config.size, candidates=config.candidates,
-                               resize_mode=config.resize_mode)
+                               resize_mode=config.resize_mode, key_frames=config.key_frames)
     remaining = [video for video in videos if video not in writer.done]
     if 0 < len(remaining) < len(videos):
         log(f"{len(videos) - len(remaining):,} of {len(videos):,} videos were done before")
     read = functools.partial(try_read_frames, size=config.size, count=config.candidates,
-                             resize_mode=config.resize_mode)
+                             resize_mode=config.resize_mode, key_frames=config.key_frames)
     with Workers(read, config.processes) as workers:
         items = ((video, str(folder / video)) for video in remaining)
         for video, candidates in tqdm(workers.map(items), "videos", len(remaining), disable=None):

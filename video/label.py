@@ -5,18 +5,23 @@ frames (arXiv 2410.03226); every question gets one for each combination, or for 
 through the vision tower once; question and beginnings of combinations are computed once (`video.llm.answer_scoring`).
 The results are two stores (`video.frames.row_store`):
 
-    OUT/losses      a row for every question: "losses" float32 [K], "combinations" uint16 [K, T], ascending frames
-    OUT/features    a row for every video: "features" float32 [M, frame_tokens, embed], its frames as the decoder reads
-                    them, and their "times" float64 [M]
+    OUT/losses      a row for every question: "losses" float32 [K], "combinations" uint16 [K, T], ascending frames,
+                    unused places M
+    OUT/features    a row for every video, see `video.voyager.frame_features`: what Frame-Voyager reads of its frames
 
-so learning from them needs no Video-LLM. A killed run resumes at the first question without a row. Several
-processes are one mesh of all their devices, which share the frames of a video and a question's combinations.
+so learning from them needs no Video-LLM. All embeddings of a frame are in memory only, those of one video at a time. A
+killed run resumes at the first question without a row, and encodes the frames of its video again. Several processes
+are one mesh of all their devices, which share the frames of a video and a question's combinations.
 """
 
+import collections
 import dataclasses
 import time
+from collections.abc import Iterator, Sequence
 
 import gin
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -24,15 +29,16 @@ from tqdm import tqdm
 from mlx_pretrain import command_line
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.parallel import cluster, hardware
+from mlx_pretrain.parallel import cluster, hardware, partitioning
 from video.frame_choice.rules import even
 from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowWriter
 from video.llm.answer_scoring import AnswerScorer
-from video.llm.loading import load_video_llm
-from video.questions import read_questions
-from video.voyager.combinations import combinations
-from video.voyager.loss_labels import FEATURES, LOSSES, FeatureStore
+from video.llm.loading import VideoLLM, load_video_llm
+from video.questions import Question, read_questions
+from video.voyager.combinations import combinations, frame_counts
+from video.voyager.frame_features import FEATURES, open_feature_writer, pool_tokens
+from video.voyager.loss_labels import LOSSES, combination_sizes
 
 
 @gin.configurable("label")
@@ -46,10 +52,17 @@ class LabelConfig:
       frame_store: folder that `video.decode` wrote.
       output: folder of both stores.
       candidates: M; evenly spread over those of the frame store.
-      num_frames: T, frames of a combination.
+      num_frames: T, frames of a combination; several, e.g. (2, 4, 8), for combinations of several sizes.
       max_combinations: K, number of combinations drawn for each question where there are more; None: all.
-      limit: number of questions, the first of the file; None: all.
-      seed: seed of the drawn combinations.
+      nested: True: drawn combinations share their first frames, which the Video-LLM then reads once for all of them;
+        False: they are drawn one by one, see `voyager.combinations`.
+      compare_options: True: the loss of a question with options is the negative logarithm of the right option's share
+        of the options' likelihoods (our own: it decides which option is chosen); False: the mean over the tokens of the
+        right answer, as without options (the paper's).
+      feature_tokens: vectors that are stored of a frame for Frame-Voyager, averages over equal parts of the frame; 1,
+        or a square up to the Video-LLM's own number.
+      limit: number of questions, drawn at random from the file; None: all.
+      seed: seed of the drawn questions and combinations.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
 
@@ -58,8 +71,11 @@ class LabelConfig:
     frame_store: str = gin.REQUIRED
     output: str = gin.REQUIRED
     candidates: int = 16
-    num_frames: int = 4
+    num_frames: int | Sequence[int] = 4
     max_combinations: int | None = None
+    nested: bool = True
+    compare_options: bool = True
+    feature_tokens: int = 1
     limit: int | None = None
     seed: int = 0
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
@@ -71,55 +87,117 @@ def main(config: LabelConfig) -> None:
     Raises:
       InputError: the inputs do not fit each other, or the folder holds losses of other inputs.
     """
-    candidates, num_frames = config.candidates, config.num_frames
-    store, questions = FrameStore(config.frame_store), read_questions(config.questions)[: config.limit]
-    if not 1 <= num_frames <= candidates <= store.candidates:
-        raise InputError(f"label: num_frames = {num_frames} out of candidates = {candidates} out of the store's "
-                         f"{store.candidates}: each must be at most the next")
+    store = FrameStore(config.frame_store)
+    questions = draw_questions(read_questions(config.questions), config.limit, config.seed)
+    if config.candidates > store.candidates:
+        raise InputError(f"label: candidates = {config.candidates}, but the frame store has {store.candidates}")
+    shape = combinations(config.candidates, config.num_frames, config.max_combinations, config.seed).shape
     hardware.keep_compiled(config.compilation_cache)
     llm = load_video_llm(config.model)
     store.check_size(llm.config.vision.image_size)
-    usable = [question for question in questions if question.video not in store.rejected]
-    videos = list(dict.fromkeys(question.video for question in usable))
-    indices = even(store.candidates, candidates)
-    settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(), "candidates": indices.tolist(),
-                "prompt": llm.config.prompt}
-    count = len(combinations(candidates, num_frames, config.max_combinations, config.seed))
-    tokens, embed = llm.config.frame_tokens, llm.config.decoder.embed_dim
-    features = RowWriter(epath.Path(config.output) / FEATURES, FEATURES, settings, len(videos), {
-        "features": ((candidates, tokens, embed), np.dtype(np.float32)),
-        "times": ((candidates,), np.dtype(np.float64))})
-    settings |= {"questions": sha256(config.questions), "frames": num_frames, "most": config.max_combinations,
-                 "seed": config.seed}
-    losses = RowWriter(epath.Path(config.output) / LOSSES, LOSSES, settings, len(questions), {
-        "losses": ((count,), np.dtype(np.float32)), "combinations": ((count, num_frames), np.dtype(np.uint16))})
-    for question in questions:
-        if question.video in store.rejected and question.id not in losses.done:
-            losses.reject(question.id, store.rejected[question.video])
-    remaining = [question for question in usable if question.id not in losses.done]
-    if 0 < len(remaining) < len(usable):
-        cluster.log(f"{len(usable) - len(remaining):,} of {len(usable):,} questions were done before")
-    answer_scorer, started = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), time.monotonic()
-    disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
-    for video in tqdm([video for video in videos if video not in features.done], "frames", disable=disable):
-        row = store.row(video)
-        embeddings = np.asarray(answer_scorer.features(store.frames([row])[0][indices]), np.float32)
-        features.add(video, {"features": embeddings, "times": store.times[row][indices]})
-    features.complete()
-    stored = FeatureStore(features.path)
-    drawn = [combinations(candidates, num_frames, config.max_combinations, config.seed, question.id)
-             for question in remaining]
-    answered = answer_scorer(stored.features, remaining, drawn, options=False)
-    for question, rows, answers in tqdm(zip(remaining, drawn, answered), "questions", len(remaining), disable=disable):
-        losses.add(question.id, {"losses": answers.losses, "combinations": rows.astype(np.uint16)},
-                   video=question.video)
-    losses.complete()
-    if remaining:
-        seconds, scorer = time.monotonic() - started, answer_scorer.scorer
+    labelling = _Labelling(config, store, llm, questions, shape)
+    started = time.monotonic()
+    done = labelling.run()
+    if done:
+        seconds, scorer, sizes = time.monotonic() - started, labelling.scorer.scorer, frame_counts(
+            config.candidates, config.num_frames)
         cluster.log(
-            f"{len(remaining):,} questions, {len(remaining) * count:,} combinations of {num_frames} out of "
-            f"{candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} devices "
-            f"({scorer.naive_tokens:,} if nothing were shared)")
+            f"{done:,} questions, {done * shape[0]:,} combinations of {' or '.join(map(str, sizes))} out of "
+            f"{config.candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} "
+            f"devices ({scorer.naive_tokens:,} if nothing were shared)")
+
+
+def draw_questions(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
+    """Draws `limit` of the questions (None: all) at random, so that they are on many videos; their order stays."""
+    order = np.random.default_rng(seed).permutation(len(questions))
+    return [questions[number] for number in np.sort(order[:limit])]
+
+
+class _Labelling:
+    """The two stores that are filled, and what fills them.
+
+    Attributes:
+      scorer: computes the losses.
+    """
+
+    def __init__(self, config: LabelConfig, store: FrameStore, llm: VideoLLM, questions: Sequence[Question],
+                 shape: tuple[int, int]):
+        """Opens both stores; `shape`: of a question's combinations. Raises InputError as `main`."""
+        self._config, self._store = config, store
+        by_video: dict[str, list[Question]] = {}
+        for question in questions:
+            by_video.setdefault(question.video, []).append(question)
+        # A video's questions in a row, so that its frames are encoded once.
+        self._usable = [question for video, group in by_video.items() if video not in store.rejected
+                        for question in group]
+        self._videos = [video for video in by_video if video not in store.rejected]
+        self._indices = even(store.candidates, config.candidates)
+        settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(),
+                    "candidates": self._indices.tolist(), "prompt": llm.config.prompt}
+        tokens, embed, output = config.feature_tokens, llm.config.decoder.embed_dim, epath.Path(config.output)
+        pool = lambda features: pool_tokens(features, tokens).astype(jnp.bfloat16)  # noqa: E731
+        jax.eval_shape(pool, jax.ShapeDtypeStruct((1, llm.config.frame_tokens, embed), np.float32))
+        self._pool = jax.jit(pool, out_shardings=partitioning.replicated(llm.mesh))
+        self._pooled: dict[str, jax.Array] = {}  # features still to be written
+        self._features = open_feature_writer(output / FEATURES, settings, len(self._videos),
+                                             (config.candidates, tokens, embed))
+        sizes = frame_counts(config.candidates, config.num_frames)
+        settings |= {"questions": sha256(config.questions), "frames": sizes if len(sizes) > 1 else sizes[0],
+                     "most": config.max_combinations, "nested": config.nested, "seed": config.seed,
+                     "compare_options": config.compare_options}
+        self._losses = RowWriter(output / LOSSES, LOSSES, settings, len(questions), {
+            "losses": (shape[:1], np.dtype(np.float32)), "combinations": (shape, np.dtype(np.uint16))})
+        for question in questions:
+            if question.video in store.rejected and question.id not in self._losses.done:
+                self._losses.reject(question.id, store.rejected[question.video])
+        self.scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
+
+    def run(self) -> int:
+        """Fills both stores; returns the number of questions that were left to do."""
+        remaining = [question for question in self._usable if question.id not in self._losses.done]
+        if 0 < len(remaining) < len(self._usable):
+            cluster.log(f"{len(self._usable) - len(remaining):,} of {len(self._usable):,} questions were done before")
+        drawn: collections.deque[np.ndarray] = collections.deque()
+        answered = self.scorer(self._encode, remaining, self._draw(remaining, drawn),
+                               options=self._config.compare_options)
+        disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
+        for question, answers in tqdm(zip(remaining, answered), "questions", len(remaining), disable=disable):
+            self._write_features(question.video)
+            compares = self._config.compare_options and question.options
+            losses = answers.option_losses if compares else answers.losses
+            self._losses.add(question.id, {
+                "losses": losses, "combinations": drawn.popleft().astype(np.uint16)}, video=question.video)
+        for video in self._videos:
+            if video not in self._features.done:  # its questions were done before, its features are gone
+                self._encode(video)
+                self._write_features(video)
+        self._features.complete()
+        self._losses.complete()
+        return len(remaining)
+
+    def _draw(self, questions: Sequence[Question], drawn: collections.deque[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """Yields each question's combinations, without unused places; appends them to `drawn` with those."""
+        config = self._config
+        for question in questions:
+            rows = combinations(config.candidates, config.num_frames, config.max_combinations, config.seed,
+                                question.id, config.nested)
+            drawn.append(rows)
+            yield [row[:size] for row, size in zip(rows, combination_sizes(rows, config.candidates))]
+
+    def _encode(self, video: str) -> jax.Array:
+        """Returns all embeddings of a video's candidates; averages those that are still to be written."""
+        embeddings = self.scorer.features(self._store.frames([self._store.row(video)])[0][self._indices])
+        if video not in self._features.done:
+            self._pooled[video] = self._pool(embeddings)
+        return embeddings
+
+    def _write_features(self, video: str) -> None:
+        """Writes the features of a video, before the losses of its first question; nothing if they are there."""
+        if video in self._pooled:
+            row = self._store.row(video)
+            self._features.add(video, {"features": np.asarray(self._pooled.pop(video)),
+                                       "times": self._store.times[row][self._indices]},
+                               duration=self._store.durations[row])
 
 
 if __name__ == "__main__":

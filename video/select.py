@@ -3,9 +3,10 @@
 For every question T of M candidates are chosen by Frame-Voyager or one of its rivals. There is no common file format
 for chosen frames, so they are written in both forms that are in use:
 
-    OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}
-    OUT/selected_frames.json  AKS's: a list of frame numbers for each question, in the order of the questions
-    OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and the rewards
+    OUT/selected.json         BOLT's: {video: [{"question_id", "question", "frames": [seconds]}]}, and "numbers" of them
+    OUT/selected_frames.json  AKS's: a list of frame numbers for each question of the file, in its order, and [] for
+                              those that no frames were chosen for
+    OUT/sheets/<id>.png       with `sheets`: the candidates with the chosen ones marked, and their scores
     OUT/rejects.jsonl         {"id", "reason"} of questions whose video cannot be decoded
     OUT/provenance.json       the settings and inputs that the frames were chosen by
 
@@ -17,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import statistics
 import time
@@ -24,6 +26,7 @@ import urllib.parse
 from collections.abc import Iterable
 
 import gin
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -52,17 +55,19 @@ class SelectFramesConfig:
     """Settings of `video.select`.
 
     Attributes:
-      questions: file of `video.questions`.
+      questions: file of `video.questions`; answers are neither needed nor shown to the selector.
+      videos: folder of the videos; None: that of the questions.
       output: folder; kept where it was made from the same questions, videos and settings.
       overwrite: replaces an output of other settings or inputs, which is an error otherwise.
       selector: @Selector(); its scorer is @Voyager(), @Similarity() or @Embeddings().
-      limit: number of questions, the first of the file; None: all.
-      sheets: number of questions with a contact sheet, evenly spread over the file.
+      limit: number of questions, drawn at random from the file, the same ones every time; None: all.
+      sheets: number of these questions with a contact sheet, evenly spread.
       processes: number of processes that decode.
       compilation_cache: folder where compiled programs are kept between runs; None: nowhere.
     """
 
     questions: str = gin.REQUIRED
+    videos: str | None = None
     output: str = gin.REQUIRED
     overwrite: bool = False
     selector: Selector = gin.REQUIRED
@@ -81,10 +86,13 @@ def main(config: SelectFramesConfig) -> None:
     hardware.keep_compiled(config.compilation_cache)
     if not cluster.is_main():  # the selector's models were loaded by all: reading checkpoints takes the whole job
         return
-    questions, folder = read_questions(config.questions)[: config.limit], epath.Path(config.questions).parent
+    questions = read_questions(config.questions, answers=False)
+    folder = epath.Path(config.videos or epath.Path(config.questions).parent)
+    # The first ones would be on few videos, and every n-th perhaps of one type.
+    drawn = np.sort(np.random.default_rng(0).permutation(len(questions))[: config.limit])
     by_video: dict[str, list[Question]] = collections.defaultdict(list)
-    for question in questions:
-        by_video[question.video].append(question)
+    for number in drawn:
+        by_video[questions[number].video].append(questions[number])
     made_from = provenance("video.select", config, {
         "questions": sha256(config.questions), "videos": _file_sizes(folder / video for video in by_video)})
     for name in ("processes", "compilation_cache"):  # they change no result
@@ -108,10 +116,11 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
             folder: epath.Path, output: epath.Path) -> None:
     """Chooses frames of the videos below `folder`, and writes all but the record to `output`."""
     selector = config.selector
-    sheets = min(config.sheets, len(questions))
-    with_sheet = {questions[n * len(questions) // config.sheets].id for n in range(sheets)}
+    drawn = [question for on_video in by_video.values() for question in on_video]
+    sheets = min(config.sheets, len(drawn))
+    with_sheet = {drawn[n * len(drawn) // config.sheets].id for n in range(sheets)}
     read = functools.partial(try_read_frames, size=selector.size, count=selector.candidates,
-                             resize_mode=selector.resize_mode)
+                             resize_mode=selector.resize_mode, key_frames=selector.key_frames)
     selections: dict[str, Selection] = {}
     rejects, spent = [], []
     with Workers(read, config.processes) as workers:
@@ -125,14 +134,18 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
             for question in by_video[video]:
                 started = time.perf_counter()
                 selection = selector.choose(video, candidates, question.question)
+                if selector.stretches:
+                    selection = selector.choose_closely(folder / video, selection, question.question)
                 spent.append(time.perf_counter() - started)
-                selections[question.id] = dataclasses.replace(selection, candidates=None)
+                selections[question.id] = dataclasses.replace(selection, candidates=None, scores=None)
                 if question.id in with_sheet:
                     _draw(output / "sheets", question, selection)
     if not selections:
         raise InputError(f"{config.questions}: no video can be decoded; the first: {rejects[0]['reason']}")
+    # Rounded up: the time of a key frame is its first moment, and just before it another frame is on screen.
     seconds = {video: [{"question_id": question.id, "question": question.question,
-                        "frames": [round(float(t), 4) for t in selections[question.id].seconds]}
+                        "frames": [math.ceil(float(t) * 1e4 - 0.01) / 1e4 for t in selections[question.id].seconds],
+                        "numbers": selections[question.id].numbers.tolist()}
                        for question in on_video if question.id in selections] for video, on_video in by_video.items()}
     write_json(output / "selected.json", {video: entries for video, entries in seconds.items() if entries})
     write_json(output / "selected_frames.json",
@@ -141,16 +154,18 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
     cluster.log(
         f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
-        f"on {len(by_video):,} videos, {1000 * statistics.median(spent):.1f} ms a question (median, without "
-        f"decoding); {len(rejects):,} rejected")
+        f"on {len(by_video):,} videos, {statistics.median(s.frames_encoded for s in selections.values()):g} "
+        f"frames encoded and {1000 * statistics.median(spent):.1f} ms a question (medians, "
+        f"{'with the second' if selector.stretches else 'without'} decoding); {len(rejects):,} rejected")
 
 
 def _draw(folder: epath.Path, question: Question, selection: Selection) -> None:
     """Saves the contact sheet of a question."""
-    curves = {} if selection.scores is None else {"reward": selection.scores}
+    curves = {} if selection.scores is None else {"score": selection.scores.values}
     count = f"{len(selection.indices)} of {len(selection.candidates.frames)} frames"
+    answer = [f"answer: {question.answer}"] if question.answer else []
     figure = contact_sheet(selection.candidates.frames, selection.candidates.times, selection.indices,
-                           question.question, f"answer: {question.answer} · {question.video} · {count}", curves,
+                           question.question, " · ".join([*answer, question.video, count]), curves,
                            question.evidence)
     save_figure(figure, folder, sheet_name(question.id))
 

@@ -1,20 +1,22 @@
 """Renders videos with questions on them: `python -m video.synthetic --gin_file=gin/video/synthetic.gin`.
 
-Grey shapes drift over a shaded ground all the time; now and then a coloured shape appears for about a second. Every
-question is about such appearances: one of them (which colour, which side), the order of two (which came first), several
-that have to be counted (how often), or two that have to be compared (the same colour or not). So the value of a frame
-depends on the question, and for half of the questions one frame is worth little without another.
+`synthetic.world` says what happens in them and what is asked (`video.frames.worlds`). There are four sets of videos,
+and no video is in two: a Video-LLM is trained on the first, its losses on the second are the labels that Frame-Voyager
+learns from, and both are validated on the third and tested on the fourth. So labels are no memorised answers, and
+nothing is chosen on the test set.
 
     FOLDER/videos/v00000.mp4 ...
-    FOLDER/train.jsonl, FOLDER/test.jsonl     questions, see `video.questions`; no video is in both
-    FOLDER/train_captions.jsonl, ...          captions of parts of the videos
-    FOLDER/tokenizer.model                    SentencePiece, trained on the training questions and answers
+    FOLDER/llm.jsonl, labels.jsonl, validation.jsonl, test.jsonl     questions, see `video.questions`
+    FOLDER/llm_captions.jsonl, validation_captions.jsonl             captions of parts of the videos
+    FOLDER/tokenizer.model                    SentencePiece, trained on the questions and answers of the first set
     FOLDER/settings.json                      settings of the videos; videos of other settings are refused
 """
 
 import dataclasses
 import functools
 import io
+from collections.abc import Iterable
+from typing import Any
 
 import gin
 import sentencepiece
@@ -27,9 +29,9 @@ from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.parallel.cluster import log
-from video.frames.rendering import make_video
 from video.frames.row_store import claim_folder
-from video.questions import write_questions
+from video.frames.worlds import WORLDS, make_video
+from video.questions import Question, write_questions
 
 
 @gin.configurable("synthetic")
@@ -39,10 +41,13 @@ class SyntheticConfig:
 
     Attributes:
       output: folder of videos and questions.
-      train_videos: number of videos that training questions are about.
-      test_videos: number of videos that test questions are about.
-      seconds: length of a video.
-      fps: frames per second.
+      world: name in `video.frames.worlds.WORLDS`: "moments" or "stories".
+      llm_videos: number of videos to train a Video-LLM on.
+      label_videos: number of videos to label.
+      validation_videos: number of videos for validation.
+      test_videos: number of videos for the test.
+      seconds: length of a video; None: the world's.
+      fps: frames per second; None: the world's.
       size: pixels of a side.
       shown: shortest time that a coloured shape is on screen, seconds.
       seed: a video depends on this seed and its own number alone.
@@ -50,52 +55,74 @@ class SyntheticConfig:
     """
 
     output: str = gin.REQUIRED
-    train_videos: int = 600
-    test_videos: int = 100
-    seconds: float = 16.0
-    fps: int = 8
+    world: str = "moments"
+    llm_videos: int = 3000
+    label_videos: int = 3000
+    validation_videos: int = 250
+    test_videos: int = 600
+    seconds: float | None = None
+    fps: int | None = None
     size: int = 64
     shown: float = 1.0
     seed: int = 0
     processes: int = 2
 
     def __post_init__(self):
-        """Raises InputError where a number is not positive, or videos are too short for their events."""
-        if min(self.train_videos, self.test_videos, self.seconds, self.fps, self.size, self.shown, self.processes) <= 0:
+        """Raises InputError where there is no such world, a number is not positive, or videos are too short."""
+        if self.world not in WORLDS:
+            raise InputError(f"synthetic.world = {self.world!r}: not one of {', '.join(WORLDS)}")
+        made_by, videos = self.video_settings, self.videos.values()
+        if min(*videos, *(made_by[name] for name in ("seconds", "fps", "size", "shown")), self.processes) <= 0:
             raise InputError("synthetic: all numbers must be positive")
-        if self.seconds < 12 * self.shown:
-            raise InputError(f"synthetic.seconds = {self.seconds}: must be at least 12 times synthetic.shown")
+        shortest = WORLDS[self.world].shortest
+        if made_by["seconds"] < shortest * self.shown:
+            raise InputError(f"synthetic.seconds = {made_by['seconds']}: must be at least {shortest:g} times "
+                             "synthetic.shown")
+
+    @property
+    def videos(self) -> dict[str, int]:
+        """Number of videos of every set; the name is that of its file of questions."""
+        return {"llm": self.llm_videos, "labels": self.label_videos, "validation": self.validation_videos,
+                "test": self.test_videos}
+
+    @property
+    def video_settings(self) -> dict[str, Any]:
+        """Settings that a video depends on."""
+        world = WORLDS[self.world]
+        return {"world": self.world, "seed": self.seed, "size": self.size, "shown": self.shown,
+                "seconds": world.seconds if self.seconds is None else self.seconds,
+                "fps": world.fps if self.fps is None else self.fps}
 
 
 def main(config: SyntheticConfig) -> None:
-    """Renders the videos of both splits and writes their questions; videos that exist are kept.
+    """Renders the videos of all sets and writes their questions; videos that exist are kept.
 
     Raises:
       InputError: the folder holds videos of other settings.
     """
-    output, total = epath.Path(config.output), config.train_videos + config.test_videos
-    settings = {name: getattr(config, name) for name in ("seed", "seconds", "fps", "size", "shown")}
-    claim_folder(output, settings)
+    output, total = epath.Path(config.output), sum(config.videos.values())
+    claim_folder(output, config.video_settings)
     (output / "videos").mkdir(exist_ok=True)
-    with Workers(functools.partial(make_video, folder=str(output), **settings), config.processes) as workers:
+    make = functools.partial(make_video, folder=str(output), **config.video_settings)
+    with Workers(make, config.processes) as workers:
         made = workers.map((number, number) for number in range(total))
-        by_video = [questions for _, questions in tqdm(made, "videos", total, disable=None)]
-    train, test = by_video[: config.train_videos], by_video[config.train_videos :]
-    for split, part in (("train", train), ("test", test)):
-        for name, captions in ((split, False), (f"{split}_captions", True)):
-            kept = [question for questions in part for question in questions
-                    if (question.clip is not None) == captions]
-            write_questions(output / f"{name}.jsonl", kept)
-            log(f"{output / name}.jsonl: {len(kept):,} questions on {len(part):,} videos")
-    texts = [text for questions in train for question in questions for text in (question.question, question.answer)]
-    write_atomic(output / "tokenizer.model", train_tokenizer(texts))
+        by_video = iter([questions for _, questions in tqdm(made, "videos", total, disable=None)])
+    for name, count in config.videos.items():
+        texts = [question for _, questions in zip(range(count), by_video) for question in questions]
+        questions = [text for text in texts if text.clip is None]
+        write_questions(output / f"{name}.jsonl", questions)
+        log(f"{output / name}.jsonl: {len(questions):,} questions on {count:,} videos")
+        if name in ("llm", "validation"):
+            write_questions(output / f"{name}_captions.jsonl", (text for text in texts if text.clip is not None))
+        if name == "llm":
+            write_atomic(output / "tokenizer.model", train_tokenizer(texts))
 
 
-def train_tokenizer(texts: list[str]) -> bytes:
-    """Trains a small SentencePiece model that knows the words of the texts, and all bytes."""
-    model = io.BytesIO()
+def train_tokenizer(questions: Iterable[Question]) -> bytes:
+    """Trains a small SentencePiece model that knows the words of questions and answers, and all bytes."""
+    model, texts = io.BytesIO(), (text for question in questions for text in (question.question, question.answer))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
+        sentence_iterator=texts, model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
         byte_fallback=True, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=UNK_ID, bos_id=BOS_ID, minloglevel=2)  # fmt: skip
     return model.getvalue()
 

@@ -1,7 +1,7 @@
 """Trains a Video-LLM on questions about videos: `python -m video.train --gin_file=gin/video/train.gin`.
 
-`mlx_pretrain.training.trainer` trains it, with the checkpoints, restarts, meshes and metrics of pretraining. All
-parameters start from random values.
+`mlx_pretrain.training.trainer` trains it, with the checkpoints, restarts, meshes and metrics of pretraining. Parameters
+start from random values, those of the vision tower, where `train_video.towers` is set, from contrastive training.
 """
 
 import collections
@@ -21,12 +21,14 @@ from mlx_pretrain.data.token_store import BOS_ID, EOS_ID
 from mlx_pretrain.data.tokenizers import Tokenizer, check_vocabulary
 from mlx_pretrain.files import sha256
 from mlx_pretrain.models.decoder import output_kernel
-from mlx_pretrain.training import losses
+from mlx_pretrain.training import checkpoints, losses
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator, checked
 from mlx_pretrain.training.train_module import TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
+from video.frame_choice.towers import TowersConfig
 from video.frames.frame_store import FrameStore
 from video.frames.reading import even_timestamps
 from video.llm.answer_scoring import AnswerScorer
@@ -53,6 +55,8 @@ class TrainVideoConfig(TrainerConfig):
       length: tokens of a sequence: question, frames and answer.
       eval_frames: frames, evenly spread, that validation questions are answered with.
       eval_questions: validation questions to use, evenly spread over the file; None: all.
+      towers: run of `video.train_towers` with the same vision tower, whose weights the tower starts from; None: random
+        values.
     """
 
     name: ClassVar[str] = "train_video"
@@ -69,6 +73,7 @@ class TrainVideoConfig(TrainerConfig):
     length: int = 64
     eval_frames: int = 4
     eval_questions: int | None = 200
+    towers: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,6 +111,9 @@ class VideoTraining(TrainModule):
         data = [*(sha256(path) for path in config.questions), self._store.fingerprint()]
         self.mixture = Mixture.of_one("videos", len(videos), " ".join(data), config.seed, config.batch_size)
         self.source(self.mixture, np.arange(1))  # checks lengths and frames
+        if config.towers is not None and (towers := checkpoints.load_model(config.towers, TowersConfig)).vision != (
+                config.model.vision):
+            raise config.config_error("towers", f"{config.towers} has another vision tower ({towers.vision})")
         size, per_row = self._store.size, config.questions_per_video
         self.batch_row = {
             "frames": jax.ShapeDtypeStruct((config.frames, size, size, 3), np.uint8),
@@ -155,6 +163,14 @@ class VideoTraining(TrainModule):
                  if "informed_accuracy" in metrics else "")
         return f"validation loss {metrics['loss']:.4f}{accuracy} with {self._config.eval_frames} even frames{clips}"
 
+    def initial_params(self, mesh: Mesh) -> Any | None:
+        if self._config.towers is None:
+            return None
+        towers = checkpoints.load_model(self._config.towers, TowersConfig)
+        trained, _ = checkpoints.restore_params(self._config.towers, abstract_params(towers, mesh))
+        drawn = jax.tree.map(lambda _: None, abstract_params(self.model, mesh))
+        return {**drawn, "frames": {**drawn["frames"], "vision": trained["frames"]["vision"]}}
+
     def describe_data(self) -> str:
         config = self._config
         return (f"{len(self._questions):,} questions on {self.mixture.rows['videos']:,} videos, "
@@ -167,6 +183,7 @@ class VideoTraining(TrainModule):
             "questions": [{"path": str(path), "sha256": sha256(path)} for path in config.questions],
             "validation": {"path": str(config.validation), "sha256": sha256(config.validation)},
             "frame_store": str(config.frame_store),
+            "towers": config.towers,
             "tokenizer_sha256": self._tokenizer.sha256,
         }
 

@@ -7,7 +7,7 @@ to start from, and is not needed otherwise.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gin
@@ -22,13 +22,21 @@ from mlx_pretrain.files import sha256
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training.evaluation import HELD_OUT, Evaluator
 from mlx_pretrain.training.train_module import TrainModule
+from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.llm.loading import load_video_llm
 from video.llm.prompts import PaddedPrompts
-from video.voyager.frame_voyager import VoyagerConfig, bottom_layers, combination_rewards, ranking_loss, rewards
-from video.voyager.loss_labels import Labels, read_labels
+from video.voyager.frame_voyager import (
+    OBJECTIVES,
+    VoyagerConfig,
+    bottom_layers,
+    combination_rewards,
+    ranking_loss,
+    rewards,
+)
+from video.voyager.loss_labels import Labels, combination_sizes, read_labels
 from video.voyager.ranking_metrics import ranking_metrics
 
 
@@ -44,9 +52,12 @@ class TrainVoyagerConfig(TrainerConfig):
       validation_questions: file of `video.questions` that was labelled there.
       video_llm: the Video-LLM whose bottom layers are reused.
       layers: number of these layers.
-      frame_tokens: tokens of a frame, 1 or, for None, the Video-LLM's.
-      head_dim: width of the head, see `VoyagerConfig`.
-      tune_layers: True: trains the layers too; False: the head alone.
+      frame_tokens: tokens of a frame, 1 or, for None, as many as the labels store, see `video.label`.
+      head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
+      tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
+      objective, temperature: see `ranking_loss`.
+      strides: in training, one of these is drawn for each question, and only every so many candidates see each other,
+        so that rewards are learnt for several M from labels of one.
       combinations: combinations of a question in a batch, drawn from those that were labelled; None: all.
       max_mean_loss: greatest mean loss of a question in training, see `read_labels`; None: any.
       min_deviation: least standard deviation of a question's losses in training, see `read_labels`; None: any.
@@ -64,7 +75,13 @@ class TrainVoyagerConfig(TrainerConfig):
     layers: int = 2
     frame_tokens: int | None = 1
     head_dim: int = 128
+    frame_layers: int = 2
+    frame_heads: int = 4
+    rank: int = 16
     tune_layers: bool = True
+    objective: str = "pairs"
+    temperature: float = 0.1
+    strides: Sequence[int] = (1, 2)
     combinations: int | None = 64
     max_mean_loss: float | None = None
     min_deviation: float | None = None
@@ -74,6 +91,12 @@ class TrainVoyagerConfig(TrainerConfig):
         super().__post_init__()
         optional = [name for name in ("combinations", "frame_tokens") if getattr(self, name) is not None]
         self.check_counts("layers", "head_dim", "eval_batch_size", *optional)
+        if self.objective not in OBJECTIVES:
+            raise self.config_error("objective", f"must be one of {', '.join(OBJECTIVES)}")
+        if not self.strides or any(not isinstance(n, int) or n < 1 for n in self.strides):
+            raise self.config_error("strides", "must be a list of positive integers")
+        if not self.temperature > 0:
+            raise self.config_error("temperature", "must be above 0 nats")
 
 
 class VoyagerTraining(TrainModule):
@@ -86,7 +109,8 @@ class VoyagerTraining(TrainModule):
           InputError: losses, questions and Video-LLM do not fit each other, or a file is damaged.
         """
         self._config = config
-        llm = load_video_llm(config.video_llm, partitioning.make_mesh(devices=jax.local_devices()[:1]))
+        mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
+        llm = load_video_llm(config.video_llm, mesh, layers=config.layers, frames=False)
         self._train = read_labels(config.labels, config.questions, config.max_mean_loss, config.min_deviation)
         self._validation = read_labels(config.validation, config.validation_questions)
         data = f"{sha256(config.questions)} {hashlib.sha256(self._train.losses.tobytes()).hexdigest()}"
@@ -95,26 +119,31 @@ class VoyagerTraining(TrainModule):
         for labels in (self._train, self._validation):
             if labels.settings["model"] != fingerprint:
                 raise InputError(f"{labels.path}: losses of another Video-LLM than {config.video_llm}")
-        tokens = config.frame_tokens or llm.config.frame_tokens
-        if tokens not in (1, llm.config.frame_tokens):
-            raise config.config_error("frame_tokens", f"must be 1 or the Video-LLM's {llm.config.frame_tokens}")
+        candidates, stored_tokens, _ = self._train.features.shape
+        tokens = config.frame_tokens or stored_tokens
+        for labels in (self._train, self._validation):
+            if tokens not in (1, labels.features.shape[1]):
+                raise config.config_error("frame_tokens", f"must be 1 or the {labels.features.shape[1]} that "
+                                          f"{labels.path} stores of a frame")
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
-        self._params = {"decoder": jax.device_get(params), "head": None}
-        self.model = VoyagerConfig(decoder, tokens, config.head_dim)
+        self._bottom = jax.device_get(params)
+        self.model = VoyagerConfig(decoder, tokens, config.head_dim, config.frame_layers, config.frame_heads,
+                                   config.rank)
         self.tokenizer_path = llm.tokenizer_path
         self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
             question.question for labels in (self._train, self._validation) for question in labels.questions])
-        candidates = self._train.features.shape[1]
         self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
         length = self._prompts.length(candidates)
-        if length > decoder.max_length:
-            raise InputError(f"{config.labels}: {length} tokens with {candidates} candidates, the decoder has "
+        if (longest := self._prompts.length(1)) > decoder.max_length:
+            raise InputError(f"{config.labels}: {longest} tokens of a question and a frame, the decoder has "
                              f"max_length={decoder.max_length}")
         float32, int32 = np.float32, np.int32
         self.batch_row = {
-            "features": jax.ShapeDtypeStruct(self._train.features.shape[1:], float32),
+            "features": jax.ShapeDtypeStruct(self._train.features.shape, float32),
             "tokens": jax.ShapeDtypeStruct((length,), int32),
             "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
+            "times": jax.ShapeDtypeStruct((candidates,), float32),
+            "segments": jax.ShapeDtypeStruct((candidates,), int32),
             "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
             "losses": jax.ShapeDtypeStruct((self._row_combinations,), float32),
         }
@@ -124,37 +153,40 @@ class VoyagerTraining(TrainModule):
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         if not self._config.tune_layers:
             params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
-        frame_rewards = rewards(self.model, params, batch["features"], batch["tokens"], batch["indices"])
-        losses, right, usable = ranking_loss(combination_rewards(frame_rewards, batch["combinations"]), batch["losses"])
+        frame_rewards = rewards(self.model, params, *(batch[name] for name in _INPUTS))
+        combinations = batch["combinations"]
+        losses, right, usable = ranking_loss(
+            combination_rewards(frame_rewards, combinations), batch["losses"],
+            (combinations < frame_rewards.values.shape[1]).sum(axis=-1), self._config.objective,
+            self._config.temperature)
         total, weight = (losses * usable).sum(), usable.sum()
         means = {"loss": (total, weight), "ranking_accuracy": ((right * usable).sum(), weight)}
         return total, LossParts(weight, means)
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> "LabelSource":
-        return LabelSource(self._train, self._prompts, self._row_combinations, mixture, rows)
+        return LabelSource(self._train, self._prompts, self._row_combinations, self._config.strides, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
         return collections.Counter({"questions": len(batch["tokens"])})
 
     def evaluators(self, mesh: Mesh) -> list[Evaluator]:
         predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
-        labels = self._validation
 
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
-            frame_rewards = predict(params, labels.features, labels.video, [q.question for q in labels.questions])
-            return ranking_metrics(frame_rewards, labels)
+            return ranking_metrics(predict(params, self._validation), self._validation)
 
         return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 
     def initial_params(self, mesh: Mesh) -> Any:
-        return {**self._params, "head": {"first": None, "bias": None, "second": None, "second_bias": None}}
+        drawn = jax.tree.map(lambda _: None, abstract_params(self.model, mesh))
+        return {**drawn, "decoder": self._bottom}
 
     def describe_data(self) -> str:
-        labels, config = self._train, self._config
+        labels, config, candidates = self._train, self._config, self._train.features.shape[0]
         dropped = ", ".join(f"{count:,} {name}" for name, count in labels.dropped.items() if count)
-        size, candidates = labels.combinations.shape[2], labels.features.shape[1]
-        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {size} out of "
+        sizes = " or ".join(map(str, np.unique(combination_sizes(labels.combinations[:1], candidates))))
+        return (f"{len(labels):,} questions with {labels.losses.shape[1]:,} combinations of {sizes} out of "
                 f"{candidates} frames{f' (left out: {dropped})' if dropped else ''}, "
                 f"{config.batch_size} a step")
 
@@ -165,6 +197,10 @@ class VoyagerTraining(TrainModule):
             "validation": {"path": str(config.validation), **self._validation.settings},
             "questions_sha256": [sha256(config.questions), sha256(config.validation_questions)],
         }
+
+
+# Arguments of `rewards` in a batch, in order.
+_INPUTS = ("features", "tokens", "indices", "times", "segments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,22 +214,27 @@ class LabelProvenance:
 class LabelSource(MixtureSource):
     """Batches of questions with some of their labels."""
 
-    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, mixture: Mixture,
-                 rows: np.ndarray | None = None):
+    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, strides: Sequence[int],
+                 mixture: Mixture, rows: np.ndarray | None = None):
         """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
-        self._labels, self._row_combinations = labels, combinations
+        self._labels, self._row_combinations, self._strides = labels, combinations, strides
         super().__init__(mixture, rows)
         self._tokens, self._indices = prompts([question.question for question in labels.questions],
-                                             labels.features.shape[1])
+                                             labels.features.shape[0])
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
         labels = self._labels
         _, rows, epochs = self.sampler.locate(batch, self.rows)
-        drawn = np.stack([np.random.default_rng([self.mixture.seed, int(row), int(epoch)]).permutation(
-            labels.losses.shape[1])[: self._row_combinations] for row, epoch in zip(rows, epochs)])
+        drawn, segments = [], []
+        for row, epoch in zip(rows, epochs):
+            rng = np.random.default_rng([self.mixture.seed, int(row), int(epoch)])
+            drawn.append(rng.permutation(labels.losses.shape[1])[: self._row_combinations])
+            segments.append(np.arange(labels.features.shape[0], dtype=np.int32) % rng.choice(self._strides) + 1)
+        drawn = np.stack(drawn)
         return {
-            "features": labels.features[labels.video[rows]],
+            **label_inputs(labels, rows),
+            "segments": np.stack(segments).astype(np.int32),
             "tokens": self._tokens[rows],
             "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
@@ -206,33 +247,35 @@ class LabelSource(MixtureSource):
         return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
+def label_inputs(labels: Labels, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns what `rewards` reads of questions besides their tokens: features, times, segments, `[rows, M, ...]`."""
+    videos, candidates = labels.video[rows], labels.features.shape[0]
+    return {"features": labels.features.features_of(videos), "times": labels.features.times[videos].astype(np.float32),
+            "segments": np.ones((len(rows), candidates), np.int32)}
+
+
 class RewardPredictor:
-    """Computes the rewards of the candidates of many questions, a batch at a time."""
+    """Computes the rewards of the labelled combinations of many questions, a batch at a time."""
 
     def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
         """Stores the model; `batch_size` counts questions, over all devices."""
         self._prompts, self._batch_size = prompts, batch_size
         self._sharding = partitioning.batch_sharding(mesh)
-        self._step = jax.jit(lambda *arguments: rewards(config, *arguments),
-                             out_shardings=partitioning.replicated(mesh))
+        self._step = jax.jit(
+            lambda params, combinations, *inputs: combination_rewards(rewards(config, params, *inputs), combinations),
+            out_shardings=partitioning.replicated(mesh))
 
-    def __call__(self, params: Any, features: np.ndarray, video: np.ndarray, questions: list[str]) -> np.ndarray:
-        """Returns rewards, float32 `[questions, candidates]`.
-
-        Args:
-          params: parameters of Frame-Voyager.
-          features: float32 `[videos, candidates, tokens, embed]`.
-          video: int `[questions]`, the row of each question's video in `features`.
-          questions: their texts.
-        """
+    def __call__(self, params: Any, labels: Labels) -> np.ndarray:
+        """Returns rewards of combinations, float32 `[questions, combinations]`."""
+        tokens, indices = self._prompts([question.question for question in labels.questions], labels.features.shape[0])
         batches = []
-        tokens, indices = self._prompts(questions, features.shape[1])
-        for start in range(0, len(questions), self._batch_size):
+        for start in range(0, len(labels), self._batch_size):
             # The last batch repeats a question to keep its shape.
-            rows = np.minimum(np.arange(start, start + self._batch_size), len(questions) - 1)
-            arrays = features[video[rows]], tokens[rows], indices[rows]
+            rows = np.minimum(np.arange(start, start + self._batch_size), len(labels) - 1)
+            inputs = label_inputs(labels, rows) | {"tokens": tokens[rows], "indices": indices[rows]}
+            arrays = labels.combinations[rows].astype(np.int32), *(inputs[name] for name in _INPUTS)
             batches.append(self._step(params, *(partitioning.put(x, self._sharding) for x in arrays)))
-        return np.concatenate(jax.device_get(batches))[: len(questions)]
+        return np.concatenate(jax.device_get(batches))[: len(labels)]
 
 
 def format_ranking(metrics: Mapping[str, float]) -> str:

@@ -12,7 +12,7 @@ from mlx_pretrain.errors import InputError
 HARMLESS = re.compile("|".join((
     r"\w+_token_(id|index)|eos_token_ids",
     # Names and versions.
-    r"_name_or_path|name_or_path|architectures|auto_map|is_llama_config|tokenizer_class|_commit_hash|\w+_version"
+    r"_(model_)?name_or_path|name_or_path|architectures|auto_map|is_llama_config|tokenizer_class|_commit_hash|\w+_version"
     r"|transformers\.js_config|unsloth_\w+|sentence_transformers",
     # Implementation and outputs.
     r"dtype|torch_dtype|use_cache|output_past|pretraining_tp|chunk_size_feed_forward|gradient_checkpointing|torchscript"

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,9 +148,13 @@ def continuation(
     return "".join(kept)
 
 
-def fingerprint(params: Any, *facts: Any) -> str:
-    """Returns a digest of the parameters' bytes and of facts in JSON, the same on any mesh."""
-    return hashlib.sha256(json.dumps([*facts, checksums(params)], sort_keys=True).encode()).hexdigest()
+def fingerprint(params: Any, *facts: Any, saved: Mapping[str, str] | None = None) -> str:
+    """Returns a digest of the parameters' bytes and of facts in JSON, the same on any mesh.
+
+    With `saved`, their checksums in a checkpoint (`checkpoints.saved_checksums`), only a part of them is needed.
+    """
+    sums = checksums(params) if saved is None else saved
+    return hashlib.sha256(json.dumps([*facts, sums], sort_keys=True).encode()).hexdigest()
 
 
 def load_language_model(

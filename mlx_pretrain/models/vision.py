@@ -19,6 +19,18 @@ from mlx_pretrain.models.layers import matrix, project
 from mlx_pretrain.parallel.partitioning import constrain
 
 
+@dataclasses.dataclass(frozen=True)
+class LayersConfig:
+    """Shape of layers outside a tower; attributes as in `VisionConfig`."""
+
+    n_layers: int
+    n_heads: int
+    mlp_dim: int
+    norm_epsilon: float = 1e-6
+    unroll: int = 1
+    attention: str | None = None
+
+
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -93,7 +105,7 @@ class VisionConfig:
 class _Block(nn.Module):
     """One layer, `[batch, patches, embed]` in and out, in the signature of `nn.scan`."""
 
-    config: VisionConfig
+    config: VisionConfig | LayersConfig
 
     @nn.compact
     def __call__(
@@ -118,7 +130,7 @@ class _Block(nn.Module):
         return add(x, project("BTF,FD->BTD", hidden, down), "mlp_bias"), None
 
 
-def layers(config: VisionConfig, name: str) -> nn.Module:
+def layers(config: VisionConfig | LayersConfig, name: str) -> nn.Module:
     """Returns the tower's layers, a module of (`[batch, tokens, embed]`, int segment ids `[batch, tokens]`) that
     returns (`[batch, tokens, embed]`, None)."""
     scanned = nn.scan(

@@ -17,7 +17,7 @@ import math
 import operator
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import gin
 import jax
@@ -167,11 +167,7 @@ class Checkpoints:
 
     def _metric(self, step: int) -> float | None:
         """Returns the best metric of a checkpoint; None: it has none, or cannot be read."""
-        try:
-            meta = ocp.handlers.JsonCheckpointHandler().restore(self._folder / str(step) / "meta")
-            return float(meta["metrics"][self._best_metric])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return _saved_metrics(self._folder / str(step)).get(self._best_metric)
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, ascending."""
@@ -257,6 +253,15 @@ class Checkpoints:
         """Waits until all saves are complete, and releases Orbax's threads."""
         self.wait()
         self._manager.close()
+
+
+def _saved_metrics(folder: epath.Path) -> dict[str, float]:
+    """Returns the metrics that a checkpoint was saved with; none where they cannot be read."""
+    try:
+        meta = ocp.handlers.JsonCheckpointHandler().restore(folder / "meta")
+        return {name: float(value) for name, value in meta["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _chunks(state: TrainState) -> Any:
@@ -398,11 +403,23 @@ def saved_steps(run_dir: epath.PathLike) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
 
 
-def find_step(run_dir: epath.PathLike, step: int | None = None) -> int:
-    """Returns `step`, or the latest step for None; raises InputError when the run has no such checkpoint."""
+def find_step(run_dir: epath.PathLike, step: int | Literal["best"] | None = None) -> int:
+    """Returns the step of a run's checkpoint.
+
+    Args:
+      run_dir: the run's folder.
+      step: its step; None: the latest; "best": the one with the lowest `Checkpoints.best_metric`, the later of equals,
+        or the latest where none was saved together with an evaluation.
+
+    Raises:
+      InputError: the run has no such checkpoint.
+    """
     directory, steps = absolute(run_dir) / _CHECKPOINTS, saved_steps(run_dir)
     if not directory.exists():
         raise InputError(f"{directory}: no checkpoints")
+    if step == "best":
+        values = [(value, -saved) for saved in steps for value in _saved_metrics(directory / str(saved)).values()]
+        step = -min(values)[1] if values else None
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{directory}: no checkpoint {'' if step is None else step}; there is {steps}")
     return steps[-1] if step is None else step
@@ -413,7 +430,7 @@ _WEIGHTS = {"last": ("params",), "ema": AVERAGE_PATH}
 
 
 def find_params(
-    run_dir: epath.PathLike, abstract: Any, step: int | None, weights: str
+    run_dir: epath.PathLike, abstract: Any, step: int | Literal["best"] | None, weights: str
 ) -> tuple[int, epath.Path, tuple[str, ...]]:
     """Finds a checkpoint's weights; compares their shapes and dtypes, and the sizes of all files.
 
@@ -438,7 +455,7 @@ def find_params(
 
 
 def restore_params(
-    run_dir: epath.PathLike, abstract: Any, step: int | None = None, weights: str = "last"
+    run_dir: epath.PathLike, abstract: Any, step: int | Literal["best"] | None = None, weights: str = "last"
 ) -> tuple[Any, int]:
     """Reads a checkpoint's weights, without the rest of its state.
 
@@ -447,7 +464,7 @@ def restore_params(
     Args:
       run_dir: a run's folder.
       abstract: tree of ShapeDtypeStruct with shardings (`train_state.abstract_params`), how to lay them out.
-      step: step of the checkpoint; None: the latest.
+      step: see `find_step`.
       weights: "last", or "ema" for their average, which runs with `train.average` keep.
 
     Returns:
@@ -479,3 +496,20 @@ def restore_params(
     if saved is not None and (damage := changed_arrays(saved, checksums(restored.state))):
         raise InputError(f"{folder}: damaged: {damage}")
     return functools.reduce(operator.getitem, path, restored.state), step
+
+
+def saved_checksums(run_dir: epath.PathLike, step: int) -> dict[str, str] | None:
+    """Returns the checksums of a checkpoint's weights without reading them; errors as those of `restore_params`.
+
+    Returns:
+      What `checksums` says of the weights; None: an earlier version, which saved no checksums, wrote the checkpoint.
+    """
+    folder = absolute(run_dir) / _CHECKPOINTS / str(step)
+    try:
+        saved = ocp.handlers.JsonCheckpointHandler().restore(folder / "meta").get("checksums")
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise InputError(f"{folder}: damaged: {cause_line(error)}") from None
+    prefix = "params/"
+    return saved and {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}

@@ -166,6 +166,28 @@ def test_losses_of_combinations_are_those_of_the_naive_loop():
 
 
 @pytest.mark.slow
+def test_losses_of_nested_combinations_are_those_of_the_naive_loop():
+    result = last_line("video_label.py", "--candidates=12", "--combinations=16")
+    assert result["max_abs_diff"] < 1e-4 and result["combinations"] == 16
+    assert 0 < result["fed_tokens"] < result["naive_tokens"]
+
+
+def test_nested_combinations_take_fewer_tokens_and_favour_no_frame():
+    result = last_line("video_combinations.py")
+    alone, nested = result["16,4,64 one by one"], result["16,4,64 nested"]
+    assert nested["tokens"] < 0.9 * alone["tokens"]
+    assert abs(nested["frame"][0]) < 5 * nested["frame"][1]
+
+
+@pytest.mark.slow
+def test_key_frames_are_the_exact_ones_and_cost_less():
+    result = last_line("video_decode.py")
+    assert (result["duration"], result["frames"], result["key_frames"]) == (120, 2880, 12)
+    spent = result["processor_seconds"]
+    assert 0 < spent["key_frames"][0] < spent["exact"][0]
+
+
+@pytest.mark.slow
 def test_conversions_hold_less_than_the_model():
     """A fixed 70 MB and a few tensors of 17 MB; with the model whole in memory it was 676, 495 and 141 MB."""
     result = last_line("convert_memory.py")

@@ -2,41 +2,55 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from tests.e2e.conftest import REPOSITORY, lines, run, started
 from tests.e2e.hosts import run_job
 from video.frame_choice.selector import Selector
+from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowStore
-from video.voyager.loss_labels import FeatureStore, read_labels
+from video.llm.answer_scoring import AnswerScorer
+from video.llm.loading import load_video_llm
+from video.questions import read_questions
+from video.voyager.frame_features import FeatureStore
+from video.voyager.frame_voyager import bottom_layers
+from video.voyager.loss_labels import read_labels
 
 # Over the files in gin/video: paths, and sizes for seconds instead of minutes.
 PATHS = """
+WORLD = 'moments'
+CANDIDATES = 12
 VIDEOS = 'videos'
-QUESTIONS = 'videos/train.jsonl'
-CAPTIONS = 'videos/train_captions.jsonl'
-TEST_CAPTIONS = 'videos/test_captions.jsonl'
+LLM_QUESTIONS = 'videos/llm.jsonl'
+LLM_CAPTIONS = 'videos/llm_captions.jsonl'
+LABEL_QUESTIONS = 'videos/labels.jsonl'
+VALIDATION = 'videos/validation.jsonl'
+VALIDATION_CAPTIONS = 'videos/validation_captions.jsonl'
 TEST = 'videos/test.jsonl'
 TOKENIZER = 'videos/tokenizer.model'
 FRAMES = 'frames'
 VIDEO_LLM = 'llm'
 LABELS = 'labels'
-TEST_LABELS = 'test_labels'
+VALIDATION_LABELS = 'validation_labels'
 VOYAGER = 'voyager'
 TOWERS = 'towers'
 SELECTED = 'selected'
+EVALUATION = 'evaluation'
 """
 SMALL = {
     "synthetic": """
-synthetic.train_videos = 8
-synthetic.test_videos = 3
+synthetic.llm_videos = 4
+synthetic.label_videos = 5
+synthetic.validation_videos = 3
+synthetic.test_videos = 2
 synthetic.seconds = 6
 synthetic.shown = 0.5
 synthetic.fps = 6
 synthetic.size = 32
 """,
-    "decode": "decode.size = 24\ndecode.candidates = 12\n",
+    "decode": "decode.size = 24\n",
     "train": """
 STEPS = 6
 train_video.batch_size = 2
@@ -59,7 +73,7 @@ DecoderConfig.mlp_dim = 48
 DecoderConfig.unroll = 1
 VisionConfig.unroll = 1
 """,
-    "label": "label.candidates = 6\nlabel.num_frames = 2\nlabel.compilation_cache = None\n",
+    "label": "label.candidates = 6\nlabel.num_frames = 2\nlabel.feature_tokens = 1\nlabel.compilation_cache = None\n",
     "train_voyager": """
 STEPS = 6
 train_voyager.batch_size = 4
@@ -80,6 +94,11 @@ VisionConfig.embed_dim = 24
 VisionConfig.n_layers = 1
 VisionConfig.mlp_dim = 48
 VisionConfig.unroll = 1
+""",
+    "evaluate": """
+evaluate_frames.settings = [(6, 2), (12, 3)]
+evaluate_frames.resamples = 50
+evaluate_frames.compilation_cache = None
 """,
     "select": """
 Selector.candidates = 10
@@ -114,13 +133,13 @@ def good(ended, kept=""):
 
 @pytest.fixture(scope="module")
 def trained(command):
-    """Videos, one of them broken, their frames, and a Video-LLM."""
+    """Videos, two of them broken (one to train the Video-LLM on, one to label), their frames, and a Video-LLM."""
     good(command("synthetic"))
-    path = command.folder / "videos/videos/v00002.mp4"
-    path.write_bytes(path.read_bytes()[:500])
+    for path in (command.folder / "videos/videos/v00002.mp4", command.folder / "videos/videos/v00006.mp4"):
+        path.write_bytes(path.read_bytes()[:500])
     said = good(command("decode"))
-    assert "rejected: " in said and "of 10 videos, 1 rejected" in said
-    assert "10 of 11 videos" not in said
+    assert said.count("rejected: ") == 2 and "of 12 videos, 2 rejected" in said
+    assert "12 of 14 videos" not in said
     good(command("decode"), kept="frames")
     assert "done: 6 steps" in good(command("train"))
     return command.folder
@@ -128,18 +147,22 @@ def trained(command):
 
 @pytest.fixture(scope="module")
 def labelled(command, trained):
-    test = ("--gin.LABELS=test_labels", "--gin.QUESTIONS=videos/test.jsonl")
+    validation = ("--gin.LABELS=validation_labels", "--gin.LABEL_QUESTIONS=videos/validation.jsonl")
     assert "combinations of 2 out of 6 frames" in good(command("label"))
-    good(command("label", *test))
+    good(command("label", *validation))
     return trained
 
 
 def test_labels_are_whole(labelled):
-    found = read_labels(labelled / "labels", labelled / "videos/train.jsonl")
+    found = read_labels(labelled / "labels", labelled / "videos/labels.jsonl")
     assert found.losses.shape == (len(found), 15) and found.combinations.shape == (len(found), 15, 2)
-    assert found.features.shape == (7, 6, 4, 32)
+    assert found.features.shape == (6, 1, 32) and len(found.features.row) == 4
+    store = FrameStore(labelled / "frames")
+    for video, row in found.features.row.items():
+        assert found.features.durations[row] == store.durations[store.row(video)] > 5
+        np.testing.assert_array_equal(found.features.times[row], store.times[store.row(video)][1::2])
     assert found.dropped["rejected"] > 0 and np.isfinite(found.losses).all()
-    strict = read_labels(labelled / "labels", labelled / "videos/train.jsonl",
+    strict = read_labels(labelled / "labels", labelled / "videos/labels.jsonl",
                          max_mean_loss=float(np.median(found.losses.mean(axis=1))))
     assert strict.dropped["mean loss too high"] == len(found) - len(strict) > 0
 
@@ -150,11 +173,40 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
     with started("video.label", *flags, folder=labelled, devices=2) as process:
         process.wait_for(lambda: rows.exists() and rows.read_text().count('"row"') >= 3)
     kept = rows.read_text().count('"row"')
-    assert f"{kept} of " in good(run("video.label", *flags, folder=labelled), kept="killed/features")
+    assert f"{kept} of " in good(run("video.label", *flags, folder=labelled))
     whole, killed = (RowStore(labelled / name / "losses", "losses") for name in ("labels", "killed"))
     assert whole.rows == killed.rows
     np.testing.assert_allclose(killed.read("losses"), whole.read("losses"), atol=1e-4)
     np.testing.assert_array_equal(killed.read("combinations"), whole.read("combinations"))
+    whole, killed = (FeatureStore(labelled / name / "features") for name in ("labels", "killed"))
+    assert whole.row == killed.row
+    rows = list(whole.row.values())
+    np.testing.assert_allclose(killed.features_of(rows), whole.features_of(rows), atol=0.02)  # bfloat16
+
+
+def test_shuffled_questions_and_several_sizes(command, labelled):
+    questions = (labelled / "videos/labels.jsonl").read_text().splitlines()
+    np.random.default_rng(0).shuffle(questions)
+    (labelled / "videos/shuffled.jsonl").write_text("\n".join(questions) + "\n")
+    flags = ("--gin.LABELS=shuffled", "--gin.LABEL_QUESTIONS=videos/shuffled.jsonl")
+    said = good(command("label", *flags, "--gin.label.num_frames=(1, 2)", "--gin.label.feature_tokens=4",
+                        "--gin.label.limit=14"))
+    assert "combinations of 1 or 2 out of 6 frames" in said
+    one = read_labels(labelled / "labels", labelled / "videos/labels.jsonl")
+    both = read_labels(labelled / "shuffled", labelled / "videos/shuffled.jsonl")
+    assert len(both) + both.dropped["rejected"] == 14 and len({question.video for question in both.questions}) > 2
+    np.testing.assert_array_equal(both.combinations[0, :6], [[frame, 6] for frame in range(6)])
+    row = {question.id: row for row, question in enumerate(one.questions)}
+    rows = [row[question.id] for question in both.questions]
+    np.testing.assert_array_equal(both.combinations[:, 6:], one.combinations[rows])
+    np.testing.assert_allclose(both.losses[:, 6:], one.losses[rows], atol=1e-4)
+    assert both.features.shape == (6, 4, 32)
+    np.testing.assert_allclose(both.features.features_of(both.video).mean(axis=2, keepdims=True),
+                               one.features.features_of(one.video[rows]), atol=0.02)  # bfloat16
+    said = good(command("train_voyager", *flags, "--gin.VOYAGER=mixed"))
+    assert "21 combinations of 1 or 2 out of 6 frames" in said and "pairs in order" in said
+    ended = command("train_voyager", *flags, "--gin.VOYAGER=other", "--gin.train_voyager.frame_tokens=None")
+    assert ended.code == 1 and "must be 1 or the 1 that validation_labels stores" in ended.err
 
 
 @pytest.mark.slow
@@ -168,7 +220,8 @@ def test_two_processes_label_the_same_and_share_the_work(labelled):
     np.testing.assert_array_equal(two.read("combinations"), whole.read("combinations"))
     whole, two = (FeatureStore(labelled / name / "features") for name in ("labels", "two"))
     assert whole.row == two.row
-    np.testing.assert_allclose(two.read(), whole.read(), atol=1e-5)
+    rows = list(whole.row.values())
+    np.testing.assert_allclose(two.features_of(rows), whole.features_of(rows), atol=0.02)  # bfloat16
 
 
 @pytest.mark.slow
@@ -187,6 +240,19 @@ def test_two_processes_train_the_same(labelled, name, configurable, macro):
         for a, b in zip(one, two):
             for key in ("loss", "grad_norm", "accuracy", "retrieval_accuracy", "kendall", "regret"):
                 assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), (kind, a["step"], key)
+
+
+def test_parts_of_a_video_llm_are_those_of_the_whole(trained):
+    whole, tower = load_video_llm(trained / "llm"), load_video_llm(trained / "llm", layers=0)
+    bottom = load_video_llm(trained / "llm", layers=2, frames=False)
+    assert set(bottom.params) == {"decoder"} and set(tower.params) == {"frames"}
+    assert bottom.fingerprint() == tower.fingerprint() == whole.fingerprint()
+    jax.tree.map(np.testing.assert_array_equal, tower.params["frames"], whole.params["frames"])
+    decoder, params = bottom_layers(bottom.config, bottom.params, 2)
+    expected, expected_params = bottom_layers(whole.config, whole.params, 2)
+    assert decoder == expected and decoder.n_layers == 2
+    jax.tree.map(np.testing.assert_array_equal, params, expected_params)
+    assert bottom.params["decoder"]["layers"]["mlp"]["up"].shape[0] == 2  # of 3
 
 
 def test_other_inputs_into_the_same_folder_are_refused(command, labelled):
@@ -222,13 +288,51 @@ def test_similarity_of_own_towers(command, labelled):
                  "--gin.Selector.choice=aks", "--gin.SELECTED=aks", "--gin.select_frames.limit=4",
                  "--gin.select_frames.sheets=0"))
     found = json.loads((labelled / "aks/selected_frames.json").read_text())
-    assert [len(own) for own in found] == [3] * 4
+    questions = (labelled / "videos/test.jsonl").read_text().splitlines()
+    assert sorted(map(len, found)) == [0] * (len(questions) - 4) + [3] * 4
+
+
+def test_accuracy_with_the_frames_of_every_chooser(command, labelled):
+    """The answers in the table are those that the Video-LLM gives to the frames that are listed beside them."""
+    good(command("train_towers", "--gin.TOWERS=rivals"))
+    good(command("train_voyager", "--gin.VOYAGER=evaluated"))
+    flags = ("--gin.TOWERS=rivals", "--gin.VOYAGER=evaluated")
+    said = good(command("evaluate", *flags))
+    report = (labelled / "evaluation/report.md").read_text()
+    assert report in said and "## 2 of 6 frames" in report and "## 3 of 12 frames" in report
+    results = json.loads((labelled / "evaluation/results.json").read_text())
+    answers = [json.loads(line) for line in (labelled / "evaluation/answers/seed0.jsonl").read_text().splitlines()]
+    questions = {question.id: question for question in read_questions(labelled / "videos/test.jsonl")}
+    assert results["questions"] == len(answers) == len(questions)
+    llm, store = load_video_llm(labelled / "llm"), FrameStore(labelled / "frames")
+    scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
+    methods = {"uniform", "random", "similarity", "BOLT", "AKS", "MMR", "MDP3", "FOCUS", "Frame-Voyager",
+               "frames that matter"}
+    right = {}
+    for line in answers[:3]:
+        assert {(choice[0], choice[1]) for choice in line["choices"]} == {(6, 2), (12, 3)}
+        assert {choice[2] for choice in line["choices"]} == methods
+        features = scorer.features(store.frames([store.row(line["video"])])[0])
+        for candidates, count, _, frames, is_right, loss in line["choices"]:
+            assert len(set(frames)) == count and set(frames) <= set(range(1, 12, 2) if candidates == 6 else range(12))
+            (alone,) = scorer(lambda video, features=features: features, [questions[line["id"]]], [[frames]])
+            assert alone.right[0] == is_right and alone.losses[0] == pytest.approx(loss, abs=1e-3)
+    for line in answers:
+        for candidates, _, method, _, is_right, _ in line["choices"]:
+            right.setdefault((candidates, method), []).append(is_right)
+    for setting in results["settings"]:
+        for method, row in setting["methods"].items():
+            assert row["accuracy"]["all"]["value"] == pytest.approx(np.mean(right[setting["candidates"], method]))
+    assert (labelled / "evaluation/cost.png").stat().st_size > 10_000
+    good(command("evaluate", *flags), kept="evaluation")
+    ended = command("evaluate", *flags, "--gin.evaluate_frames.limit=3")
+    assert ended.code == 1 and "limit" in ended.err and ended.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage, flags, message", [
     ("train", ["--gin.VisionConfig.image_size=32", "--gin.VIDEO_LLM=other"], "frames of 24 pixels"),
     ("train", ["--gin.train_video.length=20", "--gin.VIDEO_LLM=other"], "sequences have 20"),
-    ("label", ["--gin.label.candidates=40"], "each must be at most the next"),
+    ("label", ["--gin.label.candidates=40"], "candidates = 40, but the frame store has 12"),
     ("select", ["--gin.VIDEO_LLM=nowhere"], "nowhere/model.json: no such"),
     ("decode", ["--gin.TEST=nowhere.jsonl"], "files in one folder"),
 ])
@@ -239,7 +343,7 @@ def test_wrong_inputs_are_one_line(command, labelled, stage, flags, message):
 
 
 def test_the_gin_files_name_the_same_paths():
-    """A path that gin/video/paths.gin gained has to be redirected here too."""
-    names = [line.split(" =")[0] for line in (REPOSITORY / "gin/video/paths.gin").read_text().splitlines()
-             if " = " in line]
-    assert sorted(names) == sorted(line.split(" =")[0] for line in PATHS.strip().splitlines())
+    """A path that gin/video/paths.gin gained has to be redirected here and for the other world too."""
+    texts = [PATHS, *((REPOSITORY / f"gin/video/{name}.gin").read_text() for name in ("paths", "stories"))]
+    here, paths, stories = ([line.split(" =")[0] for line in text.splitlines() if " = " in line] for text in texts)
+    assert sorted(here) == sorted(paths) == sorted(stories)

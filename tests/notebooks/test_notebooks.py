@@ -37,7 +37,8 @@ LAW, COMPARED, REPLICATES, FOLDS = Climb("saturating_fading", starts=1), [], 3, 
     "rate_documents": "LANGUAGES, DOCUMENTS, STEPS, TOKENIZER_BYTES = ['en', 'it'], 60, 20, 200_000",
     "consistency": "LANGUAGES, ITEMS = ['en', 'de', 'es'], 8",
     "frame_voyager": """
-TRAIN_VIDEOS, TEST_VIDEOS, LLM_STEPS, LABELLED, COMBINATIONS, VOYAGER_STEPS = 4, 3, 2, 6, 8, 2
+LLM_VIDEOS, LABEL_VIDEOS, VALIDATION_VIDEOS, TEST_VIDEOS = 4, 2, 2, 3
+LLM_STEPS, COMBINATIONS, VOYAGER_STEPS = 2, 8, 2
 """,
 }
 PICTURES = {"train_and_sample": 1, "climb": 5, "rate_documents": 3, "consistency": 2, "frame_voyager": 4}

@@ -1,5 +1,6 @@
 """Small videos, a small Video-LLM on drawn weights, and frames of noise."""
 
+import collections
 import fractions
 import pathlib
 
@@ -43,8 +44,9 @@ def write_video(path, codec, times, *, width=96, height=64, key_frames=12, rotat
 
 
 def write_grey(path, codec, times, rate, units, *, b_frames=0, key_frames=12, options=None, container=None,
-               audio=0, offset=0):
-    """Frame i, shown from times[i] + offset on, is grey of level 20 + 4 i; `audio`: seconds of silence beside it."""
+               audio=0, offset=0, levels=None):
+    """Frame i, shown from times[i] + offset on, is grey: 20 + 4 i or levels[i]; `audio`: seconds of silence."""
+    levels = 20 + 4 * np.arange(len(times)) if levels is None else levels
     with av.open(str(path), "w", container_options=container or {}) as output:
         stream = output.add_stream(codec, rate=rate, options={"threads": "1", "crf": "5", **(options or {})})
         stream.width = stream.height = 64
@@ -53,7 +55,7 @@ def write_grey(path, codec, times, rate, units, *, b_frames=0, key_frames=12, op
         stream.codec_context.time_base = fractions.Fraction(1, units)
         sound = output.add_stream("aac", rate=8000) if audio else None
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 + 4 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), levels[number], np.uint8), format="rgb24")
             frame.time_base = stream.codec_context.time_base
             frame.pts = round((time + offset) * units)
             output.mux(stream.encode(frame))
@@ -105,3 +107,27 @@ def prompts(config):
 def frames():
     """uint8 `[7, 29, 29, 3]`."""
     return np.random.default_rng(1).integers(0, 256, (7, 29, 29, 3)).astype(np.uint8)
+
+
+def question_only_accuracy(questions):
+    """Returns for every type of question (chance, accuracy of the best rule that sees no video, its standard error).
+
+    The rules give the most frequent answer, the most frequent place among the options, or the most frequent answer to
+    this very question, each counted on the first half of the questions of a type; the accuracy is that on the others.
+    """
+    results = {}
+    for name in dict.fromkeys(question.type for question in questions):
+        of_type = [question for question in questions if question.type == name]
+        learnt, others = of_type[: len(of_type) // 2], of_type[len(of_type) // 2 :]
+        rules = [(lambda q: "", lambda q: q.answer), (lambda q: "", lambda q: q.options.index(q.answer)),
+                 (lambda q: q.question, lambda q: q.answer)]
+        accuracies = []
+        for key, answer in rules:
+            counts = collections.defaultdict(collections.Counter)
+            for question in learnt:
+                counts[key(question)][answer(question)] += 1
+            guesses = [counts[key(q)].most_common(1)[0][0] if key(q) in counts else None for q in others]
+            accuracies.append(np.mean([guess == answer(q) for guess, q in zip(guesses, others)]))
+        chance = np.mean([1 / len(question.options) for question in others])
+        results[name] = chance, max(accuracies), (chance * (1 - chance) / len(others)) ** 0.5
+    return results

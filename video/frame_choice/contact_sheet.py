@@ -1,4 +1,4 @@
-"""Draws contact sheets: all candidate frames of a question, the chosen ones marked, the curve of the rewards below."""
+"""Draws contact sheets: all candidate frames of a question, the chosen ones marked, the curve of their scores below."""
 
 from collections.abc import Mapping
 

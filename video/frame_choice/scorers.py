@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import gin
 import jax
@@ -19,6 +19,7 @@ from mlx_pretrain.inference.language_model import fingerprint
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_params
+from video.frame_choice.scores import Scores
 from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts
 from video.llm.loading import load_video_llm
 from video.llm.model import encode_frames
@@ -39,14 +40,22 @@ class Scorer(Protocol):
     resize_mode: str
     settings: Any
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
-        """Returns scores float32 `[candidates]`.
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
+        """Returns the scores of all candidates.
 
         Args:
           video: path of the video, for messages and stored embeddings.
           frames: candidates uint8 `[candidates, size, size, 3]`.
+          times: float `[candidates]`, seconds.
           question: text.
         """
+
+
+class AskableScorer(Scorer, Protocol):
+    """A scorer that can be asked about some of the candidates, as rules of `rules.ASKING` do."""
+
+    def score_some(self, video: str, frames: np.ndarray, question: str, indices: np.ndarray) -> np.ndarray:
+        """Returns the values of the candidates int `[asked]` alone, float32 `[asked]`; other arguments as above."""
 
 
 class _KeepLast:
@@ -68,19 +77,20 @@ class Voyager:
 
         voyager = Voyager("runs/video/voyager", "runs/video/llm")
         candidates = read_frames("clip.mp4", voyager.size, count=128)
-        voyager("clip.mp4", candidates.frames, "What colour was the star?")   # float32 [128]
+        scores = voyager("clip.mp4", candidates.frames, candidates.times, "What colour was the star?")
+        scores.values, scores.pairs   # float32 [128], [128, 128]
     """
 
     resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
-                 step: int | None = None):
+                 step: int | Literal["best"] | None = "best"):
         """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
 
         Args:
           run_dir: folder of the run.
           video_llm: folder of the Video-LLM, see `load_video_llm`.
-          step: checkpoint of the run; None: the latest.
+          step: checkpoint of the run, see `checkpoints.find_step`.
 
         Raises:
           InputError: one of them is missing, or the run was trained for another Video-LLM.
@@ -102,12 +112,15 @@ class Voyager:
         return {"scorer": "Voyager", "video_llm": self._trained_for,
                 "fingerprint": fingerprint(self._params, dataclasses.asdict(self._config))}
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         tokens, frame_positions = self._prompts([question], len(frames))
-        if tokens.shape[1] > self._config.decoder.max_length:
-            raise InputError(f"{video}: {tokens.shape[1]} tokens with {len(frames)} candidates, Frame-Voyager takes "
+        own = tokens.shape[1] - (len(frames) - 1) * self._config.frame_tokens  # the question and one frame
+        if own > self._config.decoder.max_length:
+            raise InputError(f"{video}: the question has {own} tokens with a frame, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
-        return np.asarray(self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions))[0]
+        times, segments = times.astype(np.float32)[None], np.ones((1, len(frames)), np.int32)
+        scores = self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions, times, segments)
+        return Scores(np.asarray(scores.values)[0], np.asarray(scores.pairs)[0] if self._config.rank else None)
 
 
 @gin.configurable
@@ -128,7 +141,8 @@ class Similarity:
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
         self.size, self._length = config.vision.image_size, config.max_length
         self._tokenizer = Tokenizer(epath.Path(run_dir) / TOKENIZER)
-        self._frames = _KeepLast(functools.partial(jax.jit(functools.partial(embed_frames, config)), self._params))
+        self._embed_frames = functools.partial(jax.jit(functools.partial(embed_frames, config)), self._params)
+        self._frames = _KeepLast(self._embed_frames)
         self._texts = functools.partial(jax.jit(functools.partial(embed_texts, config)), self._params)
 
     @functools.cached_property
@@ -137,11 +151,22 @@ class Similarity:
         return {"scorer": "Similarity", "fingerprint": fingerprint(
             self._params, dataclasses.asdict(self._config), self._tokenizer.sha256)}
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
+        vectors = np.asarray(self._frames(frames))
+        return Scores(vectors @ self._text(question), cosines=vectors @ vectors.T)
+
+    def score_some(self, video: str, frames: np.ndarray, question: str, indices: np.ndarray) -> np.ndarray:
+        # Whole multiples of 8 frames, so that few shapes are compiled.
+        padded = np.resize(indices, -(-len(indices) // 8) * 8)
+        vectors = np.asarray(self._embed_frames(frames[padded]))[: len(indices)]
+        return vectors @ self._text(question)
+
+    def _text(self, question: str) -> np.ndarray:
+        """Returns the unit vector of a question, float32 `[shared_dim]`."""
         tokens = np.full((1, self._length), PAD_ID, np.int32)
         ids = self._tokenizer.encode(question)[: self._length]
         tokens[0, : len(ids)] = ids
-        return np.asarray(self._frames(frames) @ self._texts(tokens)[0])
+        return np.asarray(self._texts(tokens))[0]
 
 
 @gin.configurable
@@ -170,16 +195,24 @@ class Embeddings:
         """Hash of the file."""
         return {"scorer": "Embeddings", "file": sha256(self._path)}
 
-    def __call__(self, video: str, frames: np.ndarray, question: str) -> np.ndarray:
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
         frame_vectors, question_vector = self._read(f"video:{video}"), self._read(f"question:{question}")
         if frame_vectors.shape != (len(frames), *question_vector.shape) or question_vector.ndim != 1:
             raise InputError(f"{self._path}: video:{video} has shape {list(frame_vectors.shape)}, its question "
                              f"{list(question_vector.shape)}; with {len(frames)} candidates [{len(frames)}, dim] and "
                              "[dim] are needed")
-        lengths = np.linalg.norm(frame_vectors, axis=1) * np.linalg.norm(question_vector)
-        return (frame_vectors @ question_vector / np.maximum(lengths, 1e-12)).astype(np.float32)
+        frame_vectors, question_vector = _unit(frame_vectors), _unit(question_vector)
+        return Scores(frame_vectors @ question_vector, cosines=frame_vectors @ frame_vectors.T)
+
+    def score_some(self, video: str, frames: np.ndarray, question: str, indices: np.ndarray) -> np.ndarray:
+        return self(video, frames, np.zeros(len(frames)), question).values[indices]
 
     def _read(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise InputError(f"{self._path}: no tensor {name!r}")
         return np.asarray(self._file.get_tensor(name), np.float32)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Scales vectors float32 `[..., dim]` to length 1; zeros stay."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -18,12 +18,31 @@ class OutOfOrderError(Exception):
     """The time stamps of decoded frames do not ascend: frames have to be counted, with `ordered=False`."""
 
 
+def decode_key_frame(container: av.container.InputContainer, track: Track, key_index: int) -> av.VideoFrame | None:
+    """Decodes a key frame, `track.keys[key_index]`, from its own packet alone; None where that gives no whole frame."""
+    stream = container.streams[track.index]
+    number, offset = track.keys[key_index].tolist()
+    stamp = track.stamps[number]
+    try:
+        container.seek(offset, stream=stream)
+        for packet in container.demux(stream):
+            if packet.pts == stamp:
+                # An empty packet behind it makes the decoder give the frame at once; a seek makes it ready again.
+                for frame in [*packet.decode(), *stream.decode(None)]:
+                    if frame.pts == stamp and frame.key_frame and not frame.is_corrupt:
+                        return frame
+            if packet.pts is None or packet.pts == stamp or (packet.is_keyframe and packet.pts > stamp):
+                return None
+    except av.FFmpegError:
+        pass
+    return None
+
+
 class FrameDecoder:
     """Decodes some frames of a track, in ascending order. A context manager.
 
     Attributes:
       damage: places where the decoder failed, and its reasons.
-      pixel_aspect: a pixel's width divided by its height, or None; known from the first frame on.
     """
 
     def __init__(self, path: epath.PathLike, track: Track):
@@ -46,7 +65,6 @@ class FrameDecoder:
         self._container = self._stack.enter_context(open_video(self._path))
         self._stream = self._container.streams[self._track.index]
         self._stream.thread_type = "AUTO"
-        self.pixel_aspect = self._stream.sample_aspect_ratio
         self._begin(None)
 
     def _begin(self, key: int | None) -> None:

@@ -18,7 +18,7 @@ FRAMES = "frames"
 
 
 def open_frame_writer(
-    path: epath.PathLike, videos: int, *, size: int, candidates: int, resize_mode: str
+    path: epath.PathLike, videos: int, *, size: int, candidates: int, resize_mode: str, key_frames: bool = False
 ) -> RowWriter:
     """Creates a frame store for at most `videos` videos, or resumes one; arguments as `FrameStore`'s attributes.
 
@@ -26,6 +26,8 @@ def open_frame_writer(
       InputError: the folder holds other frames.
     """
     settings = {"size": size, "candidates": candidates, "fit": resize_mode}
+    if key_frames:  # named only then, so that older stores can be resumed
+        settings["key_frames"] = True
     return RowWriter(path, FRAMES, settings, videos, {
         "frames": ((candidates, size, size, 3), np.dtype(np.uint8)), "times": ((candidates,), np.dtype(np.float64))})
 
@@ -41,7 +43,7 @@ class FrameStore:
     Attributes:
       size: pixels of a side of every frame.
       candidates: number of frames of every video.
-      resize_mode: see `read_frames`.
+      resize_mode, key_frames: see `read_frames`.
       videos: paths of the videos, by row.
       durations: lengths of the videos in seconds, by row.
       times: float64 `[videos, candidates]`, seconds.
@@ -53,6 +55,7 @@ class FrameStore:
         self._rows = RowStore(path, FRAMES)
         self.size, self.candidates = self._rows.settings["size"], self._rows.settings["candidates"]
         self.resize_mode = self._rows.settings["fit"]
+        self.key_frames = self._rows.settings.get("key_frames", False)
         self.videos = [line["id"] for line in self._rows.rows]
         self.rejected = self._rows.rejected
         self._row = {video: row for row, video in enumerate(self.videos)}
@@ -77,6 +80,7 @@ class FrameStore:
     def fingerprint(self) -> str:
         """Digest of the settings, paths and lengths of the videos; their pixels are not read."""
         content = [VERSION, self.size, self.candidates, self.resize_mode, self.videos, self.durations]
+        content += ["key_frames"] * self.key_frames
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def frames(self, rows: Iterable[int] | None = None) -> np.ndarray:

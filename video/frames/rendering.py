@@ -1,29 +1,26 @@
-"""Draws synthetic videos with questions on them: grey shapes that drift, coloured shapes that appear for a moment."""
+"""Draws synthetic videos: grey shapes that drift, coloured shapes that appear for a while."""
 
 import dataclasses
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import av
 import numpy as np
 from etils import epath
 
-from video.questions import Question
-
 COLOURS = {"red": (228, 38, 44), "green": (44, 190, 62), "blue": (52, 96, 240), "yellow": (245, 216, 40),
            "purple": (168, 60, 214), "orange": (250, 140, 30)}  # fmt: skip
 SHAPES = ("star", "cross", "ring", "triangle", "diamond", "heart")
 SIDES = ("left", "right")
-NUMBERS = ("one", "two", "three")
-TYPES = ("colour", "side", "order", "count", "same")
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A coloured shape that is on screen for a moment.
+    """A shape that is on screen for a while.
 
     Attributes:
-      shape, colour: one of SHAPES and one of COLOURS.
+      shape: one of SHAPES; "disc", a smaller shape, or "flash", which fills the frame, where it is no event but
+        distracts from them.
+      colour: one of COLOURS; "grey" where it is no event.
       start, end: seconds.
       x, y: middle of the shape, 0 to 1 from the frame's left and upper edge.
     """
@@ -41,76 +38,7 @@ class Event:
         return SIDES[int(self.x > 0.5)]
 
 
-def draw_events(rng: np.random.Generator, seconds: float, shown: float) -> list[Event]:
-    """Draws the events of a video, in order: two shapes that appear once, one that appears one to three times.
-
-    Args:
-      rng: source of all choices.
-      seconds: length of the video.
-      shown: shortest time that a shape is on screen, seconds; the longest is a third longer.
-    """
-    once, other, repeated = rng.permutation(SHAPES)[:3].tolist()
-    times = int(rng.choice([1, 2, 3], p=[0.25, 0.5, 0.25]))
-    shapes = rng.permutation([once, other] + [repeated] * times).tolist()
-    lengths = rng.uniform(shown, shown * 4 / 3, len(shapes))
-    # The rest of the video is drawn for the gaps between them, each at least shown / 5 long.
-    gaps = rng.dirichlet(np.ones(len(shapes) + 1)) * (seconds - lengths.sum() - shown * (len(shapes) + 1) / 5)
-    starts = np.cumsum(gaps + shown / 5)[:-1] + np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    # Two appearances have the same colour as often as not.
-    first, same = rng.choice(list(COLOURS)), rng.random() < 0.5
-    events, seen = [], 0
-    for shape, start, length in zip(shapes, starts, lengths):
-        colour = str(rng.choice(list(COLOURS)))
-        if shape == repeated:
-            seen += 1
-            if seen == 1 or same:
-                colour = str(first)
-            elif colour == first:
-                colour = str(rng.choice([name for name in COLOURS if name != first]))
-        x = rng.uniform(0.2, 0.38) + (0.42 if rng.random() < 0.5 else 0.0)
-        y = rng.uniform(0.25, 0.75)
-        events.append(Event(shape, colour, float(start), float(start + length), float(x), float(y)))
-    return events
-
-
-def make_questions(events: list[Event], video: str, name: str, rng: np.random.Generator) -> list[Question]:
-    """Makes the questions on a video, one of each type that it has an answer to."""
-    shapes = [event.shape for event in events]
-    single = [event for event in events if shapes.count(event.shape) == 1]
-    once, other = (single[i] for i in rng.permutation(len(single))[:2])
-    (repeated,) = {shape for shape in shapes if shape not in (once.shape, other.shape)}
-    appearances = [event for event in events if event.shape == repeated]
-    questions = []
-
-    def add(question_type: str, question: str, answer: str, options, evidence: list[Event]) -> None:
-        questions.append(Question(f"{name}-{question_type}", video, question, answer, question_type, tuple(options),
-                                  tuple((round(event.start, 3), round(event.end, 3)) for event in evidence)))
-
-    add("colour", f"What colour was the {once.shape}?", once.colour, COLOURS, [once])
-    add("side", f"On which side was the {other.shape}?", other.side, SIDES, [other])
-    first, second = sorted([once, other], key=lambda event: event.start)
-    add("order", f"Which came first, the {once.shape} or the {other.shape}?", first.shape, (once.shape, other.shape),
-        [first, second])
-    add("count", f"How many times was there a {repeated}?", NUMBERS[len(appearances) - 1], NUMBERS, appearances)
-    if len(appearances) == 2:
-        same = appearances[0].colour == appearances[1].colour
-        add("same", f"Did the {repeated} have the same colour both times?", "yes" if same else "no", ("yes", "no"),
-            appearances)
-    return questions
-
-
-def make_captions(events: list[Event], video: str, name: str, seconds: float) -> list[Question]:
-    """Makes captions of parts of a video: one for every event, one for the longest time without any."""
-    ends = [0.0, *(event.end for event in events)]
-    starts = [*(event.start for event in events), seconds]
-    quiet = max(zip(ends, starts), key=lambda span: span[1] - span[0])
-    captions = [(f"{event.colour} {event.shape} {event.side}", (event.start, event.end)) for event in events]
-    return [Question(f"{name}-caption{n}", video, "What is there?", answer, "caption",
-                     clip=(round(start, 3), round(end, 3)))
-            for n, (answer, (start, end)) in enumerate([*captions, ("nothing", quiet)])]
-
-
-def render(events: list[Event], rng: np.random.Generator, seconds: float, fps: int, size: int) -> np.ndarray:
+def render(events: Sequence[Event], rng: np.random.Generator, seconds: float, fps: int, size: int) -> np.ndarray:
     """Draws the frames of a video: uint8 `[frames, size, size, 3]`."""
     n = round(seconds * fps)
     grid = (np.arange(size) + 0.5) / size
@@ -132,7 +60,7 @@ def render(events: list[Event], rng: np.random.Generator, seconds: float, fps: i
         for event in events:
             if event.start <= time < event.end:
                 x, y = (grid[None] - event.x) / 0.17, (grid[:, None] - event.y) / 0.17
-                picture = _over(picture, 0.17 * _OUTLINES[event.shape](x, y), COLOURS[event.colour], size)
+                picture = _over(picture, 0.17 * _OUTLINES[event.shape](x, y), _PAINTS[event.colour], size)
         frames[i] = np.clip(picture + rng.normal(0, 4, (size, size, 1)), 0, 255)
     return frames
 
@@ -148,6 +76,8 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 0.42 + 0.58 * np.abs(2 * corner - 1) ** 1.3 - np.hypot(x, y)
 
 
+_PAINTS = COLOURS | {"grey": (140, 140, 140)}
+
 # Shapes in a circle of radius 1 about the middle, y downwards: positive inside, nearly a distance.
 _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "star": _star,
@@ -157,6 +87,8 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "triangle": lambda x, y: np.minimum(0.6 - y, (y + 1.0 - 1.75 * np.abs(x)) / 2),
     "diamond": lambda x, y: (0.95 - np.abs(x) * 1.35 - np.abs(y)) / 1.6,
     "heart": lambda x, y: 0.72 - np.hypot(x, 0.22 - 1.05 * y - 0.85 * np.sqrt(np.abs(x) + 1e-6)),
+    "disc": lambda x, y: 0.6 - np.hypot(x, y),
+    "flash": lambda x, y: np.ones(np.broadcast_shapes(x.shape, y.shape)),
 }  # fmt: skip
 
 
@@ -172,19 +104,3 @@ def write_video(path: epath.PathLike, frames: np.ndarray, fps: int) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-def make_video(
-    number: int, *, folder: str, seed: int, seconds: float, fps: int, size: int, shown: float
-) -> list[Question]:
-    """Renders video `number` unless its file exists, and returns its questions, captions among them."""
-    rng = np.random.default_rng([seed, number])
-    events, name = draw_events(rng, seconds, shown), f"v{number:05d}"
-    path = epath.Path(folder) / "videos" / f"{name}.mp4"
-    video = f"videos/{name}.mp4"
-    questions = make_questions(events, video, name, rng) + make_captions(events, video, name, seconds)
-    if not path.exists():
-        scratch = path.parent / f".{name}.{os.getpid()}.mp4"
-        write_video(scratch, render(events, rng, seconds, fps, size), fps)
-        scratch.replace(path)
-    return questions

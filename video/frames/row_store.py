@@ -128,8 +128,12 @@ class RowStore:
       rejected: id -> reason why it has no row.
     """
 
-    def __init__(self, path: epath.PathLike, artifact_type: str):
-        """Opens a store; raises InputError unless it is complete, readable and of that type."""
+    def __init__(self, path: epath.PathLike, artifact_type: str, cache: int = 0):
+        """Opens a store; `cache`: bytes of decoded rows that are kept in memory.
+
+        Raises:
+          InputError: it is not complete, readable and of that type.
+        """
         self.path = epath.Path(path)
         if not (self.path / MANIFEST).exists():
             raise InputError(f"{path}: no complete {artifact_type} (no {MANIFEST}; was it interrupted? run it again)")
@@ -146,6 +150,8 @@ class RowStore:
         self.rejected = {line["id"]: line["rejected"] for line in lines if "row" not in line}
         if len(self.rows) != self.manifest["rows"]:
             raise InputError(f"{self.path / ROWS}: {len(self.rows)} rows, the manifest says {self.manifest['rows']}")
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+        self._arrays: dict[str, ts.TensorStore] = {}
 
     def read(self, name: str, rows: Iterable[int] | None = None) -> np.ndarray:
         """Reads rows `[rows, ...]` of an array; None: all rows.
@@ -155,7 +161,11 @@ class RowStore:
         """
         index = np.arange(len(self.rows)) if rows is None else np.asarray(list(rows), np.int64)
         try:
-            return ts.open(zarr3_spec(self.path / name), open=True, read=True).result()[index].read().result()
+            if name not in self._arrays:
+                # Rows of a complete store never change.
+                self._arrays[name] = ts.open(zarr3_spec(self.path / name), open=True, read=True,
+                                             recheck_cached_data=False, context=self._context).result()
+            return self._arrays[name][index].read().result()
         except (ValueError, OSError) as error:
             raise InputError(f"{self.path / name}: cannot be read: {str(error).splitlines()[0]}") from None
 

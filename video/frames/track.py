@@ -31,6 +31,7 @@ class Track(NamedTuple):
       duration: seconds from the first frame to the end of the last.
       keys: int64 `[keys, 2]`, the number of each key frame and the time stamp to seek for it.
       ordered: True where a decoded frame's time stamp gives its number; else frames are counted from the beginning.
+      pixel_aspect: a pixel's width divided by its height.
       damage: places that cannot be read.
     """
 
@@ -40,6 +41,7 @@ class Track(NamedTuple):
     duration: float
     keys: np.ndarray
     ordered: bool
+    pixel_aspect: float
     damage: tuple[str, ...]
 
 
@@ -126,11 +128,13 @@ def scan_track(path: epath.PathLike) -> Track:
             raise InputError(f"{path}: no frames in it")
         if container.format.name == "avi" and stream.frames > len(packets):  # AVI's time stamps count frames
             damage.append(f"({stream.frames - len(packets)} of {stream.frames} frames are missing)")
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
         unit, rate = stream.time_base, float(stream.guessed_rate or stream.average_rate or 25)
         stamps, ordered = _time_stamps(packets, 1 / unit, stream.codec_context.has_b_frames)
         if stamps is None:  # without time stamps, all frames last equally long
             times = np.arange(len(packets)) / rate
-            return Track(index, times, times, len(packets) / rate, np.zeros((0, 2), int), False, tuple(damage))
+            return Track(index, times, times, len(packets) / rate, np.zeros((0, 2), int), False, pixel_aspect,
+                         tuple(damage))
         promised = float(stream.duration * unit) if stream.duration else (container.duration or 0) / av.time_base
         final = max(packets, key=lambda packet: packet.pts) if ordered else packets[-1]
         end = stamps[-1] + (final.duration or (round(np.median(np.diff(stamps))) if len(stamps) > 1 else
@@ -149,7 +153,7 @@ def scan_track(path: epath.PathLike) -> Track:
     keys[:, 0] = np.searchsorted(stamps, keys[:, 0])
     # One division, so that 4,400 thousandths are 4.4.
     times = (stamps - stamps[0]) * unit.numerator / unit.denominator
-    return Track(index, stamps, times, float((end - stamps[0]) * unit), keys, ordered, tuple(damage))
+    return Track(index, stamps, times, float((end - stamps[0]) * unit), keys, ordered, pixel_aspect, tuple(damage))
 
 
 def _video_stream(path: epath.PathLike, container: av.container.InputContainer) -> av.VideoStream:
@@ -157,7 +161,7 @@ def _video_stream(path: epath.PathLike, container: av.container.InputContainer) 
     moving = [stream for stream in container.streams.video if not stream.disposition & _STILL]
     if not moving:
         types = ["cover picture" if stream.type == "video" else stream.type for stream in container.streams]
-        raise InputError(f"{path}: no moving pictures in it ({', '.join(types) or 'empty'})")
+        raise InputError(f"{path}: no moving pictures in it ({', '.join(types) or 'no tracks at all; truncated?'})")
     stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
     if stream.codec_context is None:
         raise InputError(f"{path}: FFmpeg has no decoder for the codec of its pictures")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 from jax.sharding import Mesh
 
 from mlx_pretrain.errors import InputError
@@ -27,10 +28,13 @@ class Answers(NamedTuple):
       losses: float32 `[combinations]`, mean negative log-likelihood of the right answer's tokens, its end included,
         nats.
       right: bool `[combinations]`, True where the right option is the most likely one; all False without options.
+      option_losses: float32 `[combinations]`, negative logarithm of the right option's share of the options'
+        likelihoods, nats; all 0 without options.
     """
 
     losses: np.ndarray
     right: np.ndarray
+    option_losses: np.ndarray
 
 
 class AnswerScorer:
@@ -115,5 +119,7 @@ class AnswerScorer:
             question = questions[number]
             table = np.array([score.log_likelihood for score in scores]).reshape(-1, len(answers[number]))
             right = texts[number].index(question.answer)
-            yield Answers((-table[:, right] / len(answers[number][right])).astype(np.float32),
-                          (table.argmax(axis=1) == right) & (len(texts[number]) > 1))
+            own = table[:, right]
+            total = scipy.special.logsumexp(table, axis=1)
+            yield Answers((-own / len(answers[number][right])).astype(np.float32),
+                          (table.argmax(axis=1) == right) & (len(texts[number]) > 1), (total - own).astype(np.float32))

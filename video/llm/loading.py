@@ -1,6 +1,7 @@
 """Loads Video-LLMs: runs of `video.train`, and LLaVA and LLaVA-OneVision folders of Hugging Face."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import gin
@@ -27,6 +28,7 @@ from mlx_pretrain.training.optimizers import decay_mask
 from mlx_pretrain.training.train_state import abstract_params
 from video.llm.llava import open_llava
 from video.llm.model import VideoLLMConfig
+from video.llm.parts import read_parts
 from video.llm.prompts import Prompts
 
 
@@ -42,9 +44,10 @@ class VideoLLM:
       path: folder it was read from.
       step: step of the checkpoint; None for a LLaVA.
       config: shape of the model.
-      params: its parameters, on `mesh`.
+      params: its parameters, on `mesh`, or those that were asked for.
       mesh: the devices.
-      language_model: its decoder, with the tokenizer.
+      language_model: its decoder, with the tokenizer; of use for texts only where not all layers were loaded.
+      saved: checksums of all parameters where only some were loaded, otherwise None.
     """
 
     path: str
@@ -53,6 +56,7 @@ class VideoLLM:
     params: Any
     mesh: Mesh
     language_model: LanguageModel
+    saved: Mapping[str, str] | None = None
 
     @property
     def tokenizer_path(self) -> epath.Path:
@@ -71,10 +75,11 @@ class VideoLLM:
         for part in ("vision", "decoder"):
             content[part] = {name: value for name, value in content[part].items() if name not in NOT_DIGESTED}
         model = self.language_model
-        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids])
+        return fingerprint(self.params, content, model.tokenizer.sha256, [model.prefix_ids, model.eos_ids],
+                           saved=self.saved)
 
 
-@gin.configurable(denylist=["mesh"])
+@gin.configurable(denylist=["mesh", "layers", "frames"])
 def load_video_llm(
     path: epath.PathLike = gin.REQUIRED,
     mesh: Mesh | None = None,
@@ -82,6 +87,8 @@ def load_video_llm(
     dtype: str | None = None,
     pooled_side: int | None = None,
     prompt: str | None = None,
+    layers: int | None = None,
+    frames: bool = True,
 ) -> VideoLLM:
     """Loads a Video-LLM.
 
@@ -93,6 +100,9 @@ def load_video_llm(
       dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA, whose matrices are then kept
         in this dtype too: they are read tensor by tensor, each device its own parts.
       pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those of the LLaVA, see `open_llava`.
+      layers: number of the decoder's bottom layers that are needed, with its embedding and final norm; 0: none of it;
+        None: the whole decoder. Other layers of a run are not read; a LLaVA is read whole.
+      frames: False: the vision tower and the projector are not needed, and not read of a run.
 
     Raises:
       InputError: the folder holds neither of them, or a file cannot be read.
@@ -113,11 +123,17 @@ def load_video_llm(
     if dtype is not None:
         changes |= {part: dataclasses.replace(getattr(config, part), dtype=dtype) for part in ("vision", "decoder")}
     config = dataclasses.replace(config, **changes)
-    with partitioning.use(mesh):
-        params, step = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+    step, saved = checkpoints.find_step(path, step), None
+    if layers is not None or not frames:
+        saved = checkpoints.saved_checksums(path, step)
+    if saved is None:
+        with partitioning.use(mesh):
+            params, _ = checkpoints.restore_params(path, abstract_params(config, mesh), step)
+    else:
+        params = read_parts(path, config, mesh, step, layers, frames)
     tokenizer = Tokenizer(path / TOKENIZER)
     return VideoLLM(str(path), step, config, params, mesh,
-                    from_run(path, step, config.decoder, params["decoder"], mesh, tokenizer))
+                    from_run(path, step, config.decoder, params.get("decoder"), mesh, tokenizer), saved)
 
 
 def _compute_layout(layout: Any, dtype: str) -> Any:

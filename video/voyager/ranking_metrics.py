@@ -1,17 +1,20 @@
 """Measures of the agreement between rewards of combinations and the Video-LLM's losses on them."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.stats
 
-from video.voyager.loss_labels import Labels
+from video.questions import Question
+from video.voyager.loss_labels import Labels, combination_sizes
 
 
-def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, float]:
-    """Returns means over the questions whose losses are not all equal.
+def ranking_metrics(predicted: np.ndarray, labels: Labels) -> dict[str, float]:
+    """Returns means over groups, which are a question's combinations of one size whose losses are not all equal.
 
     Args:
-      frame_rewards: `[questions, candidates]`.
-      labels: losses of combinations of these candidates.
+      predicted: rewards of the labelled combinations, `[questions, combinations]`.
+      labels: the Video-LLM's losses on them.
 
     Returns:
       loss: reward-ranking loss over all pairs, see `frame_voyager.ranking_loss`.
@@ -23,24 +26,31 @@ def ranking_metrics(frame_rewards: np.ndarray, labels: Labels) -> dict[str, floa
     """
     values: dict[str, list[float]] = {name: [] for name in (
         "loss", "ranking_accuracy", "kendall", "spearman", "regret", "random_regret")}
-    for rewards, losses, combinations, question in zip(
-            frame_rewards, labels.losses, labels.combinations, labels.questions):
+    for question, rewards, losses in _by_size(predicted, labels):
         if losses.min() == losses.max():
             continue
-        predicted = rewards[combinations].mean(axis=1)
-        loss, accuracy = _pairs(predicted, losses)
+        loss, accuracy = _pairs(rewards, losses)
         values["loss"].append(loss)
         values["ranking_accuracy"].append(accuracy)
         # Before training all rewards are equal, and correlations are undefined: they count as 0.
-        flat = predicted.min() == predicted.max()
-        values["kendall"].append(0.0 if flat else scipy.stats.kendalltau(predicted, -losses).statistic)
-        values["spearman"].append(0.0 if flat else scipy.stats.spearmanr(predicted, -losses).statistic)
-        regret = losses[predicted.argmax()] - losses.min()
+        flat = rewards.min() == rewards.max()
+        values["kendall"].append(0.0 if flat else scipy.stats.kendalltau(rewards, -losses).statistic)
+        values["spearman"].append(0.0 if flat else scipy.stats.spearmanr(rewards, -losses).statistic)
+        regret = losses[rewards.argmax()] - losses.min()
         values["regret"].append(regret)
         values["random_regret"].append(losses.mean() - losses.min())
         if question.type:
             values.setdefault(f"regret/{question.type}", []).append(regret)
     return {name: float(np.mean(x)) if x else float("nan") for name, x in values.items()}
+
+
+def _by_size(predicted: np.ndarray, labels: Labels) -> Iterator[tuple[Question, np.ndarray, np.ndarray]]:
+    """Yields (question, rewards, losses) of the combinations of each size."""
+    for question, rewards, losses, combinations in zip(
+            labels.questions, predicted, labels.losses, labels.combinations):
+        sizes = combination_sizes(combinations, labels.features.shape[0])
+        for size in np.unique(sizes):
+            yield question, rewards[sizes == size], losses[sizes == size]
 
 
 def _pairs(predicted: np.ndarray, losses: np.ndarray, rows: int = 256) -> tuple[float, float]:

@@ -53,8 +53,11 @@ def test_losses_and_choices_equal_one_sequence_at_a_time(config, params, mesh, p
             if question.options:
                 lengths = [len(answer) for answer in prompts.answers(list(question.options))]
                 each = [length * naive(option) for length, option in zip(lengths, question.options)]
+                own = each[question.options.index(question.answer)]
+                share = np.exp(-own) / np.exp(-np.array(each)).sum()
+                assert answers.option_losses[number] == pytest.approx(-np.log(share), abs=1e-4)
                 assert answers.right[number] == (question.options[int(np.argmin(each))] == question.answer)
-    assert not scored[2].right.any()
+    assert not scored[2].right.any() and not scored[2].option_losses.any()
     # Frames and question are fed once for all combinations that begin with them.
     assert answer_scorer.scorer.fed_tokens < 0.6 * answer_scorer.scorer.naive_tokens
 
