@@ -126,6 +126,7 @@ def main(config: ReportConfig) -> None:
         method_name=display_name, started=parse_time(allocation["provenance"].get("started")),
         rows=table(allocation), share=share, summary=summary(allocation), laws=laws(allocation["validation"]))
     write_atomic(folder / "report.html", page)
+    print(folder / "report.html")
 
 
 if __name__ == "__main__":
