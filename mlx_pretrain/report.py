@@ -35,8 +35,8 @@ from mlx_pretrain.reports.figures import (
     plot_style,
     render_page,
     rows_panel,
-    unit,
 )
+from mlx_pretrain.reports.numbers import unit
 from mlx_pretrain.reports.run_history import (
     LanguageSummary,
     RunHistory,

@@ -29,7 +29,6 @@ from mlx_pretrain.reports.figures import (
     MUTED,
     PAPER,
     WARM,
-    compact,
     fill_cells,
     legend,
     matrix_panel,
@@ -40,6 +39,7 @@ from mlx_pretrain.reports.figures import (
     save_figures,
     short_label,
 )
+from mlx_pretrain.reports.numbers import compact
 from raters.select import FORMAT, MANIFEST, VERSION
 
 _MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))

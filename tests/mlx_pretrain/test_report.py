@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.report import ReportConfig, report
-from mlx_pretrain.reports.figures import compact, duration
+from mlx_pretrain.reports.numbers import compact, duration
 from mlx_pretrain.reports.run_history import LANGUAGES, RunSummary, read_history, read_run
 
 LENGTH, BATCH, START = 256, 16, 1_763_884_800
