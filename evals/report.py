@@ -250,6 +250,7 @@ def write_report(folder: epath.PathLike) -> None:
 def main(config: ReportConfig) -> None:
     """Writes the report of an evaluation."""
     write_report(config.folder)
+    print(epath.Path(config.folder) / "report.html")
 
 
 if __name__ == "__main__":

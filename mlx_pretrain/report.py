@@ -35,8 +35,8 @@ from mlx_pretrain.reports.figures import (
     plot_style,
     render_page,
     rows_panel,
-    unit,
 )
+from mlx_pretrain.reports.numbers import unit
 from mlx_pretrain.reports.run_history import (
     LanguageSummary,
     RunHistory,
@@ -163,8 +163,9 @@ class Plots:
         before, after = (np.array([np.nan if v is None else v for v in ends], np.float64)
                          for ends in zip(*(language.bits for language in languages)))
         axes.hlines(rows, before, after, color=RULE, linewidth=2.5)
-        axes.plot(before, rows, "o", markersize=6, color=MUTED, markerfacecolor=PAPER, label="before")
-        axes.plot(after, rows, "o", markersize=6.5, color=ACCENT, label="after")
+        # Unclipped: where both values are nearly the same, the axis ends at them.
+        axes.plot(before, rows, "o", markersize=6, color=MUTED, markerfacecolor=PAPER, label="before", clip_on=False)
+        axes.plot(after, rows, "o", markersize=6.5, color=ACCENT, label="after", clip_on=False)
         axes.set_xlim(left=0)
         axes.set_xlabel("Bits per byte (lower is better)")
         legend(axes)
@@ -215,11 +216,11 @@ class Plots:
 
     def _series(self, title: str, name: str, metric: str, scale: float = 1.0, log: bool = False) -> Markup | None:
         x, mean, low, high = _thinned(self._train_x, column(self._history.train, metric) / scale)
-        if not len(x):
+        if len(x) < 2:  # no course
             return None
         figure, axes = self._over_tokens(title)
         axes.fill_between(x, low, high, color=ACCENT, alpha=0.25, linewidth=0)
-        axes.plot(x, mean, color=ACCENT, marker="o" if len(x) == 1 else None, markersize=4)
+        axes.plot(x, mean, color=ACCENT)
         if log and low.min() > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
@@ -316,7 +317,9 @@ def report(config: ReportConfig) -> None:
         goodput=goodput, started=parse_time(facts["started"]), mean_bits=mean_bits,
         sampling=sampling,
         gin_files={path.name: path.read_text() for path in sorted(folder.glob("*.gin"))})
-    write_atomic(config.output or folder / "report.html", page)
+    output = config.output or folder / "report.html"
+    write_atomic(output, page)
+    print(output)
 
 
 if __name__ == "__main__":

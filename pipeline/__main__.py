@@ -24,11 +24,10 @@ from mlx_pretrain.command_line import run
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
-from mlx_pretrain.reports.figures import duration
+from mlx_pretrain.reports.numbers import duration
 from pipeline.progress import Progress
 from pipeline.settings import PipelineConfig
 from pipeline.stages import Stage, all_stages
-from pipeline.start_page import write_start_page
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
@@ -58,6 +57,9 @@ def main(config: PipelineConfig) -> None:
             left = sum(progress.estimate(other) for other in chosen[number - 1:] if other.name not in done)
             log(f"\n{head}  (about {duration(progress.estimate(stage))}; all that is left: about {duration(left)})")
             _run_stage(config, progress, stage)
+    # It loads matplotlib, which at the start would double the time to the first line.
+    from pipeline.start_page import write_start_page
+
     page = write_start_page(config, stages, progress.seconds)
     log(f"\nDone in {duration(time.monotonic() - started)}. Open {page} in a browser.")
 

@@ -16,17 +16,8 @@ from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.token_store import MANIFEST, read_manifest
 from mlx_pretrain.files import read_json, read_jsonl, write_atomic
 from mlx_pretrain.languages import LANGUAGES
-from mlx_pretrain.reports.figures import (
-    ACCENT,
-    MUTED,
-    RULE,
-    compact,
-    inline_svg,
-    legend,
-    plot_style,
-    render_page,
-    rows_panel,
-)
+from mlx_pretrain.reports.figures import ACCENT, MUTED, RULE, inline_svg, legend, plot_style, render_page, rows_panel
+from mlx_pretrain.reports.numbers import compact
 from mlx_pretrain.reports.run_history import mean_bits, per_language
 from pipeline.settings import PipelineConfig
 from pipeline.stages import Stage

@@ -29,7 +29,6 @@ from mlx_pretrain.reports.figures import (
     MUTED,
     PAPER,
     WARM,
-    compact,
     fill_cells,
     legend,
     matrix_panel,
@@ -40,6 +39,7 @@ from mlx_pretrain.reports.figures import (
     save_figures,
     short_label,
 )
+from mlx_pretrain.reports.numbers import compact
 from raters.select import FORMAT, MANIFEST, VERSION
 
 _MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))
@@ -101,8 +101,10 @@ class Plots:
         """Draws the distribution of the scores in each language."""
         return self._ridges("Score by language", "language", self._s["languages"])
 
-    def sources(self) -> Figure:
-        """Draws the distribution of the scores in each source."""
+    def sources(self) -> Figure | None:
+        """Draws the distribution of the scores in each source; None for one source."""
+        if len(self._sources) < 2:
+            return None
         return self._ridges("Score by source", "source", self._sources)
 
     def _ridges(self, title: str, key: str, groups: Sequence[Mapping[str, Any]]) -> Figure:
@@ -126,8 +128,13 @@ class Plots:
         legend(axes)
         return figure
 
-    def kept(self) -> Figure:
-        """Draws a heat map: rate of tokens kept, by source (row) and language (column)."""
+    def kept(self) -> Figure | None:
+        """Draws a heat map: rate of tokens kept, by source (row) and language (column).
+
+        None for one source, whose rates are those of the languages.
+        """
+        if len(self._sources) < 2:
+            return None
         languages = [group["language"] for group in self._s["languages"]]
         sources = [group["source"] for group in self._sources]
         rate = np.full((len(sources), len(languages)), np.nan)
@@ -172,10 +179,12 @@ class Plots:
         if filled.sum() < 2:
             return None
         figure, axes = panel("Tokens kept (%), by length", 236)
-        axes.bar(np.flatnonzero(filled), 100 * kept[filled] / tokens[filled], 0.7, color=ACCENT, alpha=0.8)
+        # Several tenths of short documents may have the same longest one; all its documents are in the first of them.
+        axes.bar(range(filled.sum()), 100 * kept[filled] / tokens[filled], 0.7, color=ACCENT, alpha=0.8)
         axes.axhline(100 * self._total["kept_tokens"] / max(self._total["tokens"], 1), color=INK, linewidth=1,
                      linestyle=(0, (4, 3)))
-        axes.set_xticks(range(len(tokens)), [compact(round(upper)) for upper in lengths["upper"]])
+        upper = np.array(lengths["upper"])[filled]
+        axes.set_xticks(range(len(upper)), [compact(round(tokens)) for tokens in upper])
         axes.set_xlabel("Tenths of the documents, longest of each in tokens")
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         return figure
@@ -264,6 +273,7 @@ def main(config: SelectionReportConfig) -> None:
         by_source=sorted(shares(selection["sources"]), key=lambda group: -group["tokens"]),
         findings=findings(selection), examples=examples, settings=_settings(selection), percent=percent)
     write_atomic(folder / "report.html", page)
+    print(folder / "report.html")
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from mlx_pretrain.reports.figures import (
     PAPER,
     RULE,
     WARM,
-    compact,
     label_rows,
     rows_panel,
     short_label,
 )
+from mlx_pretrain.reports.numbers import compact
 
 _NAMES = {"climb": "Climb", "unimax": "UniMax", "msl": "MSL", "regmix": "RegMix", "lightgbm": "LightGBM",
           "mixing_law": "mixing law", "gaussian_process": "Gaussian process", "structured_gp": "structured GP"}

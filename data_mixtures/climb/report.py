@@ -19,7 +19,8 @@ from data_mixtures.climb.plot_parts import thinning
 from data_mixtures.climb.plots import Plots, display_name
 from mlx_pretrain.command_line import run
 from mlx_pretrain.files import write_atomic
-from mlx_pretrain.reports.figures import number, plot_style, render_page, save_figures
+from mlx_pretrain.reports.figures import plot_style, render_page, save_figures
+from mlx_pretrain.reports.numbers import number
 from mlx_pretrain.reports.run_history import parse_time
 
 
@@ -126,6 +127,7 @@ def main(config: ReportConfig) -> None:
         method_name=display_name, started=parse_time(allocation["provenance"].get("started")),
         rows=table(allocation), share=share, summary=summary(allocation), laws=laws(allocation["validation"]))
     write_atomic(folder / "report.html", page)
+    print(folder / "report.html")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The common style of reports: colours and type of plots, numbers in words, pages from templates.
+"""The common style of reports: colours and type of plots, pages from templates.
 
 A plot is drawn once. Inside a page it takes the colours of the page's style sheet, light or dark; as a file of its own
 it has the colours below on white, for paper. The module needs matplotlib and jinja2, which the extra `data` brings.
@@ -6,7 +6,6 @@ it has the colours below on white, for paper. The module needs matplotlib and ji
 
 import contextlib
 import io
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 
 from mlx_pretrain.files import write_atomic
 from mlx_pretrain.languages import LANGUAGES, RIGHT_TO_LEFT
+from mlx_pretrain.reports.numbers import compact, duration, number, signed
 
 # The light colours of style.html.j2, where each has its dark counterpart. No two may be equal, as `inline_svg` finds
 # them in the text of a plot.
@@ -194,54 +194,10 @@ def save_figures(figures: Iterable[tuple[str, Figure, str]], folder: epath.PathL
     return drawn
 
 
-def unit(largest: float) -> tuple[float, str]:
-    """Returns a divisor that makes numbers up to `largest` short, and its name with a space; (1, "") for small ones."""
-    for divisor, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if largest >= divisor:
-            return divisor, f"{name} "
-    return 1.0, ""
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Formats a number with fixed digits and separated thousands; a dash for None."""
-    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
-
-
-def compact(value: float | None) -> str:
-    """Formats a number with three significant digits and k, M, B or T; a dash for None."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * divisor:
-            return f"{float(f'{value / divisor:.3g}'):g}{suffix}"
-    return f"{value:.3g}"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """Formats a number with its sign and two significant digits or `digits` decimals, whichever is more."""
-    if 1e-9 <= abs(value) < math.inf:
-        digits = max(digits, 1 - math.floor(math.log10(abs(value))))
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def duration(seconds: float | None) -> str:
-    """Formats seconds in the two largest units, e.g. "3 h 05 min"; a dash for None."""
-    if seconds is None:
-        return "–"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
 def render_page(template: epath.PathLike, **values: Any) -> str:
     """Renders a template with `values`, which are escaped; it may include templates of this package.
 
-    The functions for numbers above are its filters, and so is every callable among `values`, under its name; it also
+    The functions of `reports.numbers` are its filters, and so is every callable among `values`, under its name; it also
     knows `languages` and `right_to_left` of `mlx_pretrain.languages`.
     """
     template = epath.Path(template)

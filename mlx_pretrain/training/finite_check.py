@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from mlx_pretrain.errors import InputError
@@ -27,10 +26,10 @@ class FiniteCheck:
           provenance: step -> where the rows of its batch come from, as dataclasses.
         """
         self._config, self._metadata, self._provenance = config, metadata, provenance
-        self._under_way: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._under_way: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self._skipped = 0  # in a row
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds a step that was started."""
         self._under_way.append((step, metrics))
 
@@ -47,7 +46,7 @@ class FiniteCheck:
             if self._skipped >= (self._config.skip_limit if skip else 1):
                 self._fail(step, metrics)
 
-    def _fail(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _fail(self, step: int, metrics: dict[str, Any]) -> None:
         path = epath.Path(self._config.run_dir) / f"non_finite_step_{step}.json"
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         content = {

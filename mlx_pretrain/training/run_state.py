@@ -3,12 +3,11 @@
 import collections
 import dataclasses
 
-import jax
-
 from mlx_pretrain.data.loader import Mixture
 from mlx_pretrain.parallel import cluster
 from mlx_pretrain.training.checkpoints import DataState
 from mlx_pretrain.training.evaluation import HELD_OUT
+from mlx_pretrain.training.step_means import StepMeans
 from mlx_pretrain.training.train_state import TrainState
 
 
@@ -26,7 +25,7 @@ class RunState:
       evaluated: names of the evaluators whose metrics of `step` are written.
       stop_reason: why a stop rule has ended the run; None: none has.
       tokens: language -> tokens read by this process, in the rows that it counts.
-      metrics: the last step's, on the devices.
+      metrics: those of the steps since the last line of metrics.jsonl.
       evaluation: scalars of the last evaluation on held-out data.
     """
 
@@ -39,7 +38,7 @@ class RunState:
     stop_reason: str | None = None
     first_step: int = dataclasses.field(init=False)
     tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    metrics: StepMeans = dataclasses.field(default_factory=StepMeans)
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

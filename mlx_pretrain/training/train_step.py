@@ -13,7 +13,7 @@ from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import losses
 from mlx_pretrain.training.train_state import TrainState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 class LossParts(NamedTuple):
@@ -70,7 +70,10 @@ def make_train_step(
     A batch is an array or a tree of them, each `[batch, ...]`. Gradients are summed over `microbatches` slices of the
     batch and divided once by the total weight of the loss, so the result is that of the whole batch, however unevenly
     its padding is spread. A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
-    `state.skipped`; metrics carry `finite`.
+    `state.skipped`.
+
+    Metrics are float32 scalars by name, `finite` (bool), `skipped` (int32), and `weights`: name of a metric -> weight
+    of this step in its mean over several steps, see `StepMeans`.
     """
     gradient = jax.grad(loss, has_aux=True)
 
@@ -95,7 +98,7 @@ def make_train_step(
         parts, grads = gradients(state.params, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(parts.weight, 1.0), grads)
         grad_norm = optax.tree.norm(grads)
-        metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in parts.means.items()}
+        metrics = {name: total / jnp.where(weight > 0, weight, 1.0) for name, (total, weight) in parts.means.items()}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def apply(operands):
@@ -115,6 +118,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "finite": finite,
             "skipped": new.skipped,
+            "weights": {name: weight for name, (_, weight) in parts.means.items()} | {"grad_norm": jnp.float32(1)},
         }
         return new, metrics
 

@@ -274,9 +274,10 @@ class _Loop:
         state.evaluated.clear()
         self.signals.nothing_to_save = False
         self.profiler.before_step(state.step, state.train)
-        state.train, state.metrics = self.train_step(state.train, arrays)
+        state.train, metrics = self.train_step(state.train, arrays)
+        state.metrics.add(metrics)
         state.tokens.update(self.module.tokens({name: rows[self.counted_rows] for name, rows in batch.items()}))
-        self.finite.add(state.step, state.metrics)
+        self.finite.add(state.step, metrics)
         # One step stays under way while the host prepares the next.
         self.finite.wait(leave=1)
         self.log.show_step(state.step)
@@ -284,8 +285,7 @@ class _Loop:
     def _log_metrics(self) -> None:
         self.finite.wait()
         state = self.state
-        metrics = {name: float(x) for name, x in jax.device_get(state.metrics).items() if name != "finite"}
-        self.log.write_train(state.step, metrics, state.total_tokens())
+        self.log.write_train(state.step, state.metrics.take(), state.total_tokens())
 
     def _evaluate(self) -> None:
         """Makes the evaluations that are due, and asks the stop rules.

@@ -13,6 +13,7 @@ from raters.filtering.score_table import ScoreTable
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LENGTH_GROUPS = 10
 _BINS = 48
+_MIN_GROUP_SIZE = 3  # documents, in the mean, for a share of the variance
 
 
 def _residual(values: np.ndarray, groups: np.ndarray) -> tuple[float, int]:
@@ -27,12 +28,14 @@ def explained(values: np.ndarray, groups: np.ndarray, within: np.ndarray | None 
     """Returns the share of the variance of `values` `[n]` that groups explain, adjusted for their number.
 
     Epsilon squared of the one-way analysis of variance (Kelley 1935); with `within`, of the variance left inside
-    those groups. None where there is nothing to explain or too little data.
+    those groups. None where there is nothing to explain, or fewer than 3 documents a group: the adjustment is then
+    mostly noise, and finer groups may seem to explain less than the coarser ones that they are part of.
     """
     within = np.zeros(len(values), np.int64) if within is None else np.asarray(within, np.int64)
     joint = within * (int(groups.max(initial=0)) + 1) + groups
     (total, total_freedom), (rest, rest_freedom) = _residual(values, within), _residual(values, joint)
-    if rest_freedom <= 0 or total <= 1e-12 * max(float((values**2).sum()), 1e-300):
+    groups_in_use = len(values) - rest_freedom
+    if len(values) < _MIN_GROUP_SIZE * groups_in_use or total <= 1e-12 * max(float((values**2).sum()), 1e-300):
         return None
     return max(0.0, 1 - (rest / rest_freedom) / (total / total_freedom))
 

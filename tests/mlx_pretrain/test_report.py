@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlx_pretrain.data.mixture_order import MixtureOrder
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.report import ReportConfig, report
-from mlx_pretrain.reports.figures import compact, duration
+from mlx_pretrain.reports.numbers import compact, duration
 from mlx_pretrain.reports.run_history import LANGUAGES, RunSummary, read_history, read_run
 
 LENGTH, BATCH, START = 256, 16, 1_763_884_800
@@ -203,6 +203,19 @@ def test_the_headline_holds_the_recorded_numbers(tmp_path):
                                           "median, MFU 43.0 %"]
 
 
+def test_points_at_the_edge_are_drawn_whole(tmp_path):
+    folder = write_run(tmp_path)
+    lines = metrics_of(folder)
+    for line in lines:
+        line.update({name: 6.6 - line["step"] * 1e-6 for name in line if name.startswith("bits_per_byte")})
+    write_lines(folder / "metrics.jsonl", lines)
+    report(ReportConfig(folder))
+    svg = next(text for text in (folder / "report.html").read_text().split("<svg")
+               if "before and after training" in text.partition(">")[0])
+    points = re.findall(r"<g[^>]*clip-path[^>]*>\s*<use", svg.partition("</svg>")[0])
+    assert "<use" in svg and not points
+
+
 def test_the_largest_deviation_of_the_shares_is_stated(tmp_path):
     folder = write_run(tmp_path)
     lines = metrics_of(folder)
@@ -376,17 +389,21 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path):
     assert "not finished: 150 of 400 steps" in page_of(folder).text
 
 
-def test_where_the_hours_went(tmp_path):
+def test_where_the_time_went(tmp_path):
     """Two processes: the first lost the steps after 200 of 300, the second resumed after 5 s."""
     folder = write_run(tmp_path)
-    assert "Where the hours went" not in page_of(folder).text
+    assert "Where the time went" not in page_of(folder).text
     write_lines(folder / "goodput.jsonl", [
         {"process": START + begun, "time": START + at, "step": step, "first_step": first,
          "seconds": {"start": 10.0, "step": seconds, "evaluation": at - begun - 10.0 - seconds}}
         for begun, at, step, first, seconds in
         [(0, 10, 0, 0, 0.0), (0, 100, 200, 0, 80.0), (0, 150, 300, 0, 120.0), (155, 165, 200, 200, 0.0),
          (155, 255, 400, 200, 80.0)]])
-    text = page_of(folder).text
+    page = page_of(folder)
+    text = page.text
+    # One account of the time on the page: the card and Figure 4 do not count it another way.
+    assert page.facts["Wall time"] == ["4 min 15 s", "2 min 40 s in training steps"]
+    assert "compute took" not in text and "Evaluation is not drawn" in text
     assert "The 4 min 15 s from the first start" in text and "training steps that count took 62.7 %" in text
     assert "It took 2 starts; 100 steps were lost in crashes and done again." in " ".join(text.split())
     assert "The run was resumed once" in text
@@ -402,6 +419,7 @@ def test_a_run_that_recorded_little_still_gives_a_page(tmp_path, kept):
     assert set(page.facts) >= {"Training loss", "Parameters", "Languages"} and "Device" not in page.facts
     assert "Generated text" not in page.text and "None" not in page.text and "nan" not in page.text
     assert page.rows["en"][1:] == ["–", "–", "–"]
+    assert "Optimisation and speed" not in page.text  # of one line there is no course
 
 
 def test_one_language_without_a_name_gives_a_page(tmp_path):
@@ -498,7 +516,7 @@ def test_the_command_writes_the_report_or_says_in_one_line_why_not(tmp_path):
         return subprocess.run([sys.executable, "-m", "mlx_pretrain.report", *arguments], capture_output=True, text=True)
 
     done = command(f"--gin.report.run_dir={folder}", f"--gin.report.output={tmp_path / 'out.html'}")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'out.html'}\n", "")
     assert Page(tmp_path / "out.html").facts["Languages"] == ["4"] and not (folder / "report.html").exists()
     failed = command(f"--gin.report.run_dir={tmp_path}")
     assert (failed.returncode, failed.stderr) == (1, f"error: {tmp_path / 'run.json'}: no such description of a run\n")

@@ -244,6 +244,25 @@ def test_the_report_stands_alone_and_runs_nothing(reported):
         xml.etree.ElementTree.parse(path)
 
 
+def test_a_small_selection_is_drawn_without_empty_figures(reported, tmp_path, capsys):
+    """One source: nothing to compare; tenths of equal length: one bar for all of them."""
+    selection = json.loads((reported / "selection.json").read_text())
+    source = selection["sources"][0]["source"]
+    selection |= {"sources": selection["sources"][:1],
+                  "cells": [cell for cell in selection["cells"] if cell["source"] == source]}
+    selection["lengths"] = {"upper": [121.0, 121.0, 150.0, *[2000.0 + n for n in range(7)]],
+                            "tokens": [100, 0, 50, *[10] * 7], "kept_tokens": [50, 0, 10, *[10] * 7]}
+    (tmp_path / "selection.json").write_text(json.dumps(selection))
+    selection_report.main(selection_report.SelectionReportConfig(tmp_path))
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"languages", "variance", "lengths", "agreement"}
+    axes = selection_report.Plots(selection).lengths().axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["121", "150"]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx(list(range(9)))
+    assert [bar.get_height() for bar in axes.patches][:3] == [50, 20, 100]
+
+
 def test_the_report_says_what_the_manifest_says(reported):
     page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (reported / "report.html").read_text()))
     manifest = json.loads((reported / "selection.json").read_text())

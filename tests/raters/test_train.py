@@ -11,6 +11,7 @@ from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import optimizers
+from mlx_pretrain.training.trainer import Trainer
 from raters import train as rater_training
 from raters.preferences.pair_file import FORMAT, VERSION
 from raters.scoring.quality_model import QualityConfig, load_quality, quality
@@ -93,6 +94,40 @@ def test_the_loss_is_that_of_the_paper(settings, tmp_path, parallel_weight):
     assert means["parallel_loss"] == pytest.approx(of_parallel, rel=1e-4)
     decided = pair & (p != 0.5)
     assert means["pair_accuracy"] == pytest.approx(np.mean((margin > 0)[decided] == (p > 0.5)[decided]))
+
+
+def test_a_line_of_metrics_is_the_loss_of_the_paper_over_all_its_steps(settings, tmp_path):
+    """A batch of 16 with a third of parallel pairs has 5 or 6 of them; a line of three steps has 16 of 48."""
+    config = TrainRaterConfig(**settings | {
+        "run_dir": str(tmp_path), "steps": 6, "microbatches": 2, "log_every": 3, "eval_every": 6,
+        "cross_lingual": False, "parallel_weight": 0.7, "learning_rate": optimizers.constant(0.0)})
+    kernel = jax.random.normal(jax.random.key(1), (32,))
+
+    class Drawn(RaterTraining):
+        def initial_params(self, mesh):
+            return {"encoder": None, "head": {"kernel": kernel, "bias": None}}
+
+    module = Drawn(config)
+    Trainer(config, module).run()
+    params = load_quality(str(tmp_path))[1]
+    source, score = module.source(module.mixture, np.arange(16)), jax.jit(
+        lambda tokens: quality(MODEL, params, tokens, (tokens != 0).astype(np.int32)))
+    batches = [source[number] for number in range(6)]
+    assert {int(batch["parallel"].sum()) for batch in batches} == {5, 6}
+    lines = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+             if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line in lines:
+        rows = batches[line["step"] - 3:line["step"]]
+        scores = np.asarray(score(np.concatenate([batch["tokens"] for batch in rows]).reshape(96, 24))).reshape(48, 2)
+        pair = np.concatenate([batch["parallel"] for batch in rows]) == 0
+        margin, p = scores[:, 1] - scores[:, 0], np.concatenate([batch["preference"] for batch in rows])
+        of_pairs = np.mean((-p * np.log(sigmoid(margin)) - (1 - p) * np.log(sigmoid(-margin)))[pair])
+        of_parallel = np.mean((-np.log(sigmoid(margin)) - np.log(sigmoid(-margin)))[~pair])
+        decided = pair & (p != 0.5)
+        expected = {"loss": of_pairs + 0.7 * of_parallel, "pair_loss": of_pairs, "parallel_loss": of_parallel,
+                    "pair_accuracy": np.mean((margin > 0)[decided] == (p > 0.5)[decided])}
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_pairwise_training_learns_and_loads(settings, tmp_path):

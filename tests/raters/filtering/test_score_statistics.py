@@ -44,6 +44,10 @@ def test_many_groups_do_not_explain_noise():
     assert np.mean(shares) < 0.06
     assert score_statistics.explained(np.ones(9), np.arange(9) % 3) is None
     assert score_statistics.explained(np.arange(3.0), np.arange(3)) is None
+    # Two documents a cell are too few for a share.
+    values = np.repeat([0.0, 0.5, 1.0], 6) + np.random.default_rng(2).normal(size=18) / 4
+    assert score_statistics.explained(values, np.repeat(np.arange(3), 6)) > 0.5
+    assert score_statistics.explained(values, np.arange(18) // 2) is None
 
 
 def test_a_rater_of_length_is_seen_as_one():
