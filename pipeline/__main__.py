@@ -135,31 +135,37 @@ def _check_settings(config: PipelineConfig, progress: Progress, stages: Sequence
 def _wait(command: Sequence[str]) -> int:
     """Runs a command and returns its exit code.
 
-    Ctrl-C reaches it through the terminal; SIGTERM is passed on; and if this process is killed, the command gets
-    SIGTERM, so that it does not run on beside the next pipeline.
+    Ctrl-C, also as `kill -INT` of this process alone, and SIGTERM are passed on. If this process is killed, the command
+    gets SIGTERM, so that it does not run on beside the next pipeline. The command has a process group of its own: with
+    ours, the terminal would send it every Ctrl-C a second time, which for a training means "at once".
     """
-    parent = os.getpid()
+    parent, passed_on = os.getpid(), {signal.SIGTERM, signal.SIGINT}
+
+    def pause(*_) -> None:  # Ctrl-Z
+        os.killpg(process.pid, signal.SIGSTOP)
+        os.kill(parent, signal.SIGSTOP)
+        os.killpg(process.pid, signal.SIGCONT)
 
     def end_with_parent() -> None:
         with contextlib.suppress(OSError, AttributeError):  # not Linux
             ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(143)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
 
-    # Blocked until the command runs, so that no SIGTERM is missed between its start and the handler.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent) as process:
-        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # Blocked until the command runs, so that no signal is missed between its start and the handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent,
+                          process_group=0) as process:
+        previous = {number: signal.signal(number, lambda number, _: process.send_signal(number))
+                    for number in passed_on}
+        previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, pause)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:  # the command saves what it has and ends
-                    continue
+            return process.wait()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
