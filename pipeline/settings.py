@@ -115,17 +115,22 @@ class PipelineConfig:
         return whole.removesuffix(self.rater_documents.replace("{language}", "*")) + self.rater_documents
 
     @functools.cached_property
-    def task_languages(self) -> dict[str, bool]:
-        """Language of the corpus, as far as paths and `languages` name them -> True if there are tasks in it."""
+    def _known_languages(self) -> set[str]:
+        """The languages of the corpus, as far as paths and `languages` name them."""
+        named = {*map(self.corpus.language_of_path, self.corpus.paths()), *(self.languages or ())}
+        return named - {UNDETERMINED}
+
+    @functools.cached_property
+    def task_languages(self) -> list[str]:
+        """The languages of the corpus in which there are tasks."""
         files = [path for pattern in self.task_files for path in glob.glob(pattern)]
         tasks = {match[1] for path in files if (match := re.search(r"_([^_/]+)_test\.jsonl$", path))}
-        ours = {*map(self.corpus.language_of_path, self.corpus.paths()), *(self.languages or ())}
-        return {language: language in tasks for language in sorted(ours - {UNDETERMINED})}
+        return sorted(self._known_languages & tasks)
 
     @property
     def without_tasks(self) -> list[str]:
-        """Languages that are not evaluated, as there are no tasks in them."""
-        return [language for language, has_tasks in self.task_languages.items() if not has_tasks]
+        """The languages that are not evaluated, as there are no tasks in them."""
+        return sorted(self._known_languages.difference(self.task_languages))
 
     @property
     def folder(self) -> epath.Path:

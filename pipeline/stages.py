@@ -101,7 +101,7 @@ class _Stages:
                                                 self.tokens, rates, "climb/rates.json", 3.33)]
         yield True, [self._train("pretrain", "Pretrain on the text kept", self.tokens, rates, self.run, "pretrain")]
         yield config.control, [*self._control()]
-        evaluates = tasks and any(config.task_languages.values())
+        evaluates = tasks and bool(config.task_languages)
         yield evaluates, [self._evaluate("evaluate", "Evaluate on aligned tasks", self.run, self.evals, "evals")]
         yield evaluates and config.control, [self._evaluate(
             "control_evaluate", "Evaluate the comparison", f"{self.control}/run", f"{self.control}/evals",
@@ -266,7 +266,7 @@ class _Stages:
     def _evaluate(self, name: str, title: str, run_dir: str, folder: str, output: str) -> Stage:
         return Stage(name, title, "evals.run", f"{output}/report.html", lambda: {
             "MODEL": run_dir, "TASKS": self._config.task_files, "OUTPUT": folder,
-            "evaluate.languages": [language for language, has_tasks in self._config.task_languages.items() if has_tasks],
+            "evaluate.languages": self._config.task_languages,
         }, ("gin/evals/run.gin",), "evaluate.overwrite", 25)
 
     def _videos(self) -> Iterator[Stage]:
