@@ -141,7 +141,7 @@ def _cards(
         if first["step"] == 0 < ours["step"]:
             note += f", {mean_bits(first):.3f} before"
         if control:
-            note += f"; {mean_bits(control):.3f} with as much random text at natural weights"
+            note += f"; {mean_bits(control):.3f} with about as much random text at natural weights"
         cards.append(Card("Pretrain", f"{mean_bits(ours):.3f}", "bits per byte", note, "pretrain/report.html"))
     cards += [_evaluation_card(folder, config.without_tasks), _frames_card(folder)]
     return [card for card in cards if card is not None]

@@ -49,7 +49,7 @@ def test_numbers_are_those_of_the_files(config, tmp_path):
     text = text_of(pipeline)
     for words in (
         "After 7 steps the model needs 2.000 bits per byte", "and 2.500 when the same model is trained",
-        "it is better in the mean, and it has fewer in 1 of 2 languages",
+        "it is better in the mean, and it has fewer bits in 1 of 2 languages",
         "on 3,456 tokens chosen at random, document by document, where the rater kept 3,000, with",
         "differences below 0.01 are noise", "de Der Mond ist rund", "not evaluated, as there are no tasks in them: en",
         "61 % of held-out pairs in order",
@@ -75,7 +75,7 @@ def test_no_verdict_on_differences_that_are_noise(config):
         write(config().folder / name / "metrics.jsonl", json.dumps(
             {"step": 2, "kind": "eval", "bits_per_byte": bits, "bits_per_byte/de": bits}) + "\n")
     text = text_of(config())
-    assert "one run each does not tell such values apart, and it has fewer in 0 of 1 languages" in text
+    assert "one run each does not tell such values apart, and it has fewer bits in 0 of 1 languages" in text
     assert "worse" not in text
 
 
