@@ -184,7 +184,8 @@ def train_tokenizer(config: TokenizerConfig) -> None:
         "program": "data_mixtures.tokenizer", "version": __version__, "sentencepiece": sentencepiece.__version__}}
     write_with_record(output, model, sidecar, record)
     pieces = Tokenizer(output).vocab_size
-    log(f"{output}: {pieces} pieces, trained in {time.perf_counter() - start:.1f} s")
+    fewer = f" (of {config.vocab_size} wanted: there is too little text for more)" * (pieces < config.vocab_size)
+    log(f"{output}: {pieces} pieces{fewer}, trained in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from mlx_pretrain.files import move_folder, read_json, sha256, write_atomic, wri
 from mlx_pretrain.parallel import cluster
 
 _SHOWN = 4  # differences in a message
+_NAMED = 2  # files in a difference
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NOT_SETTINGS = ("output", "overwrite")
 _REMEDY = "set overwrite=True to replace it, or name another output"
@@ -245,11 +246,24 @@ def differences(recorded: Mapping[str, Any], made_from: Mapping[str, Any]) -> li
 
         differences({"seed": 1, "inputs": {"a": HASH, "b": HASH}}, {"seed": 2, "inputs": {"a": OTHER_HASH}})
         == ["seed = 1 (now 2)", "other inputs a", "more inputs b"]
+
+    Of many files that differ alike, the first are named: "inputs that lack a, b and 5 more".
     """
-    return [words for name, value in made_from.items() for words in _differences(name, recorded.get(name), value)]
+    words: dict[str, list[str]] = {}  # a difference, or what is alike in the differences of files -> the files
+    for name, value in made_from.items():
+        for difference, *file in _differences(name, recorded.get(name), value):
+            words.setdefault(difference, []).extend(file)
+    return [" ".join([difference, *_some(files)]) for difference, files in words.items()]
 
 
-def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
+def _some(files: list[str]) -> list[str]:
+    """Returns the names of the first files and the number of the others, as one string; [] without files."""
+    more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+    return [", ".join(files[:_NAMED]) + more] if files else []
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, ...]]:
+    """Yields (difference,), or (what differs, file) for a file."""
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):
@@ -257,10 +271,12 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
             yield from _differences(f"{name} {key}", old.get(key), new.get(key))
     elif any(isinstance(value, dict) or _HASH.fullmatch(str(value)) for value in (old, new)):
         # The text of a hash or a table tells a reader nothing.
-        yield f"{'no' if old is None else 'other' if new else 'more'} {name}"
+        what, *file = name.split(" ", 1)
+        yield (f"{'other' if new else 'more'} {what}" if old is not None else
+               f"{what} that lack" if file else f"no {what}", *file)
     else:
         old, new = (shortened(json.dumps(value, ensure_ascii=False)) for value in (old, new))
-        yield f"{name} = {old} (now {new})"
+        yield (f"{name} = {old} (now {new})",)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -163,6 +164,8 @@ def run(
       shards: lets a process do only `parallel.cluster.shard` of the work. A command that neither joins nor shards runs
         in process 0 alone.
     """
+    # Shells start commands in the background with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_logging()
     all_flags = GIN_FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})
     help_if_wanted(main, config, module, all_flags)

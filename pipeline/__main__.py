@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import gin
@@ -23,10 +24,11 @@ from mlx_pretrain import gcs
 from mlx_pretrain.command_line import run
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.languages import UNDETERMINED
 from mlx_pretrain.parallel.cluster import log
-from mlx_pretrain.reports.numbers import duration
+from mlx_pretrain.reports.numbers import compact, duration
 from pipeline.progress import Progress
-from pipeline.settings import PipelineConfig
+from pipeline.settings import LEAST_STEPS, PipelineConfig
 from pipeline.stages import Stage, all_stages
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
@@ -49,6 +51,8 @@ def main(config: PipelineConfig) -> None:
     started = time.monotonic()
     done = progress.done()  # stages that run do not change it, as it holds none after the first of them
     with _only_one(config):
+        for line in describe_documents(config):
+            log(line)
         for number, stage in enumerate(chosen, 1):
             head = f"[{number}/{len(chosen)}] {stage.title}"
             if stage.name in done:
@@ -72,20 +76,50 @@ def _command(stage: Stage, gin_file: os.PathLike, overwrite: bool) -> list[str]:
 
 def _print_plan(config: PipelineConfig, progress: Progress, stages: Sequence[Stage]) -> None:
     """Prints each stage, its state and its command, and writes the gin files, so that the commands can be run."""
-    left, done = 0.0, progress.done()
+    left, done, there = 0.0, progress.done(), False
+    for line in describe_documents(config):
+        print(line)
     for number, stage in enumerate(stages, 1):
         seconds = progress.estimate(stage)
         left += 0 if stage.name in done else seconds
-        state = "done" if stage.name in done else f"about {duration(seconds)}"
+        state = "done"
+        if stage.name not in done:
+            has_output = progress.has_output(stage)
+            there = there or has_output
+            state = (f"interrupted, at most about {duration(seconds)} more" if progress.resumes(stage) else
+                     f"about {duration(seconds)}" + (", if its output, which is there, is not kept" * has_output))
         print(f"{number:>2}. {stage.title} [{stage.name}]: {state}\n"
               f"    python {' '.join(_command(stage, progress.write_gin(stage), config.overwrite))}")
-    print(f"Training: {config.training_steps:,} steps, {config.tokens:,} tokens, about "
-          f"{config.tokens / sum(config.unique_tokens.values()):.1f} epochs of the text kept.")
+    kept = sum(config.unique_tokens.values())
+    print(f"Training: {config.training_steps:,} steps, {config.tokens:,} tokens: the text kept, about {kept:,} tokens, "
+          f"{config.tokens / kept:.1f} times"
+          + (f" (more than {config.epochs:g}, as there are at least {LEAST_STEPS} steps)."
+             if config.steps is None and config.training_steps == LEAST_STEPS else "."))
     if not config.uses_climb and config.climb is None:
         print("Shares: natural, small languages raised; there is too little text for Climb's proxy runs "
               "(pipeline.climb=True tries all the same).")
     print(f"Left: about {duration(left)}, from the times of the demo on two CPU cores where a stage "
           "has not run yet.")
+    if there:
+        print("An output that is there is kept where it was made from these documents and settings. " + (
+            "Others are replaced." if config.overwrite else
+            "At the first that was made from others the pipeline stops with an error; "
+            "--gin.pipeline.overwrite=True replaces them."))
+
+
+def describe_documents(config: PipelineConfig) -> Iterator[str]:
+    """Yields lines on the documents, by language, and on those that are left out."""
+    files = Counter(map(config.corpus.language_of_path, config.corpus.paths()))
+    yield "Documents: " + ", ".join(
+        f"{'without a language in the path' if language == UNDETERMINED else language} ({count} "
+        f"file{'s' * (count > 1)}, {compact(config.sizes[language])}B)" for language, count in sorted(files.items()))
+    output = os.path.abspath(config.output)
+    for pattern, paths in config.corpus.unmatched().items():
+        if paths := [path for path in paths if not os.path.abspath(path).startswith(output + os.sep)]:
+            yield (f"Left out: {len(paths):,} file{'s' * (len(paths) > 1)} of documents such as {paths[0]}, which no "
+                   f"pattern of pipeline.files matches; {[*config.patterns, pattern]} would")
+    if config.tasks and config.without_tasks:
+        yield f"Not evaluated, as there are no tasks in them: {', '.join(config.without_tasks)}"
 
 
 def _run_stage(config: PipelineConfig, progress: Progress, stage: Stage) -> None:
@@ -101,7 +135,8 @@ def _run_stage(config: PipelineConfig, progress: Progress, stage: Stage) -> None
         code = 128 - code if code < 0 else code
         if code not in (130, 143):
             log(f"the stage {stage.name} ended with exit code {code}. Once the cause is mended, the same command goes "
-                "on there. Outputs made from other inputs or settings: --gin.pipeline.overwrite=True replaces them")
+                f"on there. Its settings: {progress.write_gin(stage)}. If it refuses an output that was made from "
+                "other inputs or settings, start the pipeline with --gin.pipeline.overwrite=True")
         else:
             log(f"stopped in the stage {stage.name}; the same command goes on there")
         raise SystemExit(code)
@@ -137,31 +172,37 @@ def _check_settings(config: PipelineConfig, progress: Progress, stages: Sequence
 def _wait(command: Sequence[str]) -> int:
     """Runs a command and returns its exit code.
 
-    Ctrl-C reaches it through the terminal; SIGTERM is passed on; and if this process is killed, the command gets
-    SIGTERM, so that it does not run on beside the next pipeline.
+    Ctrl-C, also as `kill -INT` of this process alone, and SIGTERM are passed on. If this process is killed, the command
+    gets SIGTERM, so that it does not run on beside the next pipeline. The command has a process group of its own: with
+    ours, the terminal would send it every Ctrl-C a second time, which for a training means "at once".
     """
-    parent = os.getpid()
+    parent, passed_on = os.getpid(), {signal.SIGTERM, signal.SIGINT}
+
+    def pause(*_) -> None:  # Ctrl-Z
+        os.killpg(process.pid, signal.SIGSTOP)
+        os.kill(parent, signal.SIGSTOP)
+        os.killpg(process.pid, signal.SIGCONT)
 
     def end_with_parent() -> None:
         with contextlib.suppress(OSError, AttributeError):  # not Linux
             ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(143)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
 
-    # Blocked until the command runs, so that no SIGTERM is missed between its start and the handler.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent) as process:
-        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # Blocked until the command runs, so that no signal is missed between its start and the handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent,
+                          process_group=0) as process:
+        previous = {number: signal.signal(number, lambda number, _: process.send_signal(number))
+                    for number in passed_on}
+        previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, pause)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:  # the command saves what it has and ends
-                    continue
+            return process.wait()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,8 @@ class Progress:
         record = read_json(self._path, "record") if self._path.exists() else {}
         self._done: dict[str, str] = record.get("done", {})
         self.seconds: dict[str, float] = record.get("seconds", {})
-        self._begun: dict[str, str] = record.get("begun", {})  # stage -> key with which it began
+        # stage -> key with which it began to make its output; a command that only refuses another output begins none
+        self._begun: dict[str, str] = record.get("begun", {})
         stats = {name: path.stat() for name, path in config.corpus.paths().items()}
         listing = [[name, stat.length, stat.mtime] for name, stat in stats.items()]
         self._documents = hashlib.sha256(repr(listing).encode()).hexdigest()
@@ -88,7 +89,15 @@ class Progress:
         return {stage.name for stage in itertools.takewhile(self._is_done, self._stages)}
 
     def _is_done(self, stage: Stage) -> bool:
-        return (self._config.folder / stage.output).exists() and self._done.get(stage.name) == self._key(stage)
+        return self.has_output(stage) and self._done.get(stage.name) == self._key(stage)
+
+    def has_output(self, stage: Stage) -> bool:
+        """True if a stage's output is there, made from whatever."""
+        return (self._config.folder / stage.output).exists()
+
+    def resumes(self, stage: Stage) -> bool:
+        """True if a stage was interrupted, and its gin file and the documents have not changed since."""
+        return self._begun.get(stage.name) == self._key(stage)
 
     def estimate(self, stage: Stage) -> float:
         """Returns the seconds that a stage took when it last ran, or else those of the demo, scaled by its work."""
@@ -109,12 +118,14 @@ class Progress:
           Whether it goes on where it was interrupted: it began before, and nothing it depends on has changed since.
         """
         names, key = [other.name for other in self._stages], self._key(stage)
+        makes = self._config.overwrite or not self.has_output(stage) or self._done.get(stage.name) == key
         for name in names[names.index(stage.name):]:
             self._done.pop(name, None)
         for name in names[names.index(stage.name) + 1:]:
             self._begun.pop(name, None)
         self._resumed = self._begun.get(stage.name) == key
-        self._begun[stage.name] = key
+        if makes:
+            self._begun[stage.name] = key
         self._write()
         return self._resumed
 
@@ -130,7 +141,7 @@ class Progress:
         self._done[stage.name] = self._key(stage)
         if not self._resumed:
             self.seconds[stage.name] = round(seconds, 1)
-        del self._begun[stage.name]
+        self._begun.pop(stage.name, None)
         self._write()
 
     def _write(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import glob
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ from mlx_pretrain.configuration.gin_files import find_shipped
 from mlx_pretrain.data.corpus import SPLITS, Corpus
 from mlx_pretrain.data.token_store import MANIFEST, read_manifest
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.languages import UNDETERMINED
 from mlx_pretrain.models.decoder import DecoderConfig
 
 TRAIN, HELDOUT = SPLITS
 # Of the repository; where only the wheel is installed they are not there.
 _SAMPLE_TEXT = "samples/text/train/{language}.jsonl.xz"
 _BYTES_PER_TOKEN = 3.5  # roughly, of uncompressed text
+LEAST_STEPS = 2  # of the training, however little text there is
 _CLIMB_BYTES = 30_000  # least bytes of text kept that all but the smallest languages need for proxy runs
 _RECORD_FIELDS = ("text_key", "id_key", "language_key", "source_key", "text_unit")
 _SAMPLE_TASKS = "samples/tasks/*/lighteval_*_test.jsonl"
@@ -39,7 +42,8 @@ class PipelineConfig:
         languages tasks are evaluated.
       sequence_length: tokens of a training sequence.
       batch_size: sequences of a training step.
-      epochs: how often the training sees the text kept, in the mean over the languages.
+      epochs: how often the training sees the text kept, in the mean over the languages; more often where the text is
+        less than one step. Until the text is exported, its tokens are estimated from the size of the files.
       steps: training steps, in place of `epochs`.
       keep: share of each language's and source's tokens that the rater keeps.
       climb: finds the languages' shares by proxy runs; False: natural shares, with small languages raised; None: Climb
@@ -47,9 +51,11 @@ class PipelineConfig:
       rater: run of `raters.train` to rate with; None: one is trained on `rater_documents`.
       rater_documents: aligned documents in English and other languages, on which the rater is trained; {language}
         stands in their paths.
-      tasks: globs of evaluation tasks. Documents that hold one of their items are removed.
-      control: trains the same model on text chosen at random, as much as the rater keeps, at natural weights.
-      prompts: language -> beginning of a text, which the trained model continues.
+      tasks: globs of evaluation tasks; a language without any is not evaluated. Documents that hold one of their items
+        are removed.
+      control: trains the same model on documents chosen at random, as near as they come to the tokens that the rater
+        keeps of each language, at natural weights.
+      prompts: language -> beginning of a text, which the trained model continues; shown on the start page.
       videos: runs Frame-Voyager on rendered videos, too.
       settings: stage -> parameter or macro -> value, in place of the stage's own.
       gin_files: stage -> gin files that its command reads after its own.
@@ -108,6 +114,24 @@ class PipelineConfig:
         whole = find_shipped(self.rater_documents.replace("{language}", "*"))
         return whole.removesuffix(self.rater_documents.replace("{language}", "*")) + self.rater_documents
 
+    @functools.cached_property
+    def _known_languages(self) -> set[str]:
+        """The languages of the corpus, as far as paths and `languages` name them."""
+        named = {*map(self.corpus.language_of_path, self.corpus.paths()), *(self.languages or ())}
+        return named - {UNDETERMINED}
+
+    @functools.cached_property
+    def task_languages(self) -> list[str]:
+        """The languages of the corpus in which there are tasks."""
+        files = [path for pattern in self.task_files for path in glob.glob(pattern)]
+        tasks = {match[1] for path in files if (match := re.search(r"_([^_/]+)_test\.jsonl$", path))}
+        return sorted(self._known_languages & tasks)
+
+    @property
+    def without_tasks(self) -> list[str]:
+        """The languages that are not evaluated, as there are no tasks in them."""
+        return sorted(self._known_languages.difference(self.task_languages))
+
     @property
     def folder(self) -> epath.Path:
         """The folder of everything that is made."""
@@ -147,7 +171,7 @@ class PipelineConfig:
     def training_steps(self) -> int:
         """Steps of the training."""
         tokens = self.epochs * sum(self.unique_tokens.values())
-        return self.steps or max(round(tokens / (self.batch_size * self.sequence_length)), 2)
+        return self.steps or max(round(tokens / (self.batch_size * self.sequence_length)), LEAST_STEPS)
 
     @property
     def tokens(self) -> int:

@@ -5,14 +5,12 @@ given by hand, or be replaced by another program that writes the same file.
 """
 
 import dataclasses
-import glob
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from mlx_pretrain.errors import InputError
+from mlx_pretrain.errors import InputError, similar
 from mlx_pretrain.files import read_json
 from pipeline.settings import PipelineConfig
 
@@ -62,7 +60,8 @@ def all_stages(config: PipelineConfig) -> list[Stage]:
     for field, names in (("settings", every), ("gin_files", every), ("only", [stage.name for stage in wanted])):
         for name in getattr(config, field) or ():
             if name not in names:
-                raise InputError(f"pipeline.{field}: no stage {name!r}; there is {', '.join(names)}")
+                raise InputError(f"pipeline.{field}: no stage {name!r}{similar(name, names)}; there is "
+                                 f"{', '.join(names)}")
     return wanted
 
 
@@ -102,15 +101,16 @@ class _Stages:
                                                 self.tokens, rates, "climb/rates.json", 3.33)]
         yield True, [self._train("pretrain", "Pretrain on the text kept", self.tokens, rates, self.run, "pretrain")]
         yield config.control, [*self._control()]
-        yield bool(config.prompts), [self._generate()]
-        yield True, [Stage("report", "Report on the training", "mlx_pretrain.report", "pretrain/report.html",
-                           lambda: {"report.run_dir": self.run}, demo_seconds=5)]
-        evaluates = tasks and bool(self._task_languages())
+        evaluates = tasks and bool(config.task_languages)
         yield evaluates, [self._evaluate("evaluate", "Evaluate on aligned tasks", self.run, self.evals, "evals")]
         yield evaluates and config.control, [self._evaluate(
             "control_evaluate", "Evaluate the comparison", f"{self.control}/run", f"{self.control}/evals",
             "control/evals")]
         yield config.videos, [*self._videos()]
+        # Last, so that other prompts make nothing else run again.
+        yield bool(config.prompts), [self._generate()]
+        yield True, [Stage("report", "Report on the training", "mlx_pretrain.report", "pretrain/report.html",
+                           lambda: {"report.run_dir": self.run}, demo_seconds=5)]
 
     def _corpus(self, text: tuple[str, list[str]], name: str = "Corpus") -> Settings:
         folder, patterns = text
@@ -263,17 +263,10 @@ class _Stages:
         yield self._train("control_pretrain", "Pretrain on the random text at natural weights", store,
                           f"{self.control}/rates.json", f"{self.control}/run", "control/run")
 
-    def _task_languages(self) -> list[str]:
-        """Returns the languages of the corpus in which there are tasks."""
-        corpus = self._config.corpus
-        ours = {*map(corpus.language_of_path, corpus.paths()), *(self._config.languages or ())}
-        files = [path for pattern in self._config.task_files for path in glob.glob(pattern)]
-        return sorted(ours & {match[1] for path in files if (match := re.search(r"_([^_/]+)_test\.jsonl$", path))})
-
     def _evaluate(self, name: str, title: str, run_dir: str, folder: str, output: str) -> Stage:
         return Stage(name, title, "evals.run", f"{output}/report.html", lambda: {
             "MODEL": run_dir, "TASKS": self._config.task_files, "OUTPUT": folder,
-            "evaluate.languages": self._task_languages(),
+            "evaluate.languages": self._config.task_languages,
         }, ("gin/evals/run.gin",), "evaluate.overwrite", 25)
 
     def _videos(self) -> Iterator[Stage]:

@@ -23,7 +23,8 @@ from pipeline.settings import PipelineConfig
 from pipeline.stages import Stage
 
 PAGE = "index.html"
-_MAX_SHEETS = 2
+_MAX_SHEETS, _MAX_SAMPLES = 2, 12
+_NOISE = 0.01  # bits per byte; one run each does not tell smaller differences
 _FIGURE_WIDTH = 476  # CSS pixels, the widest that a phone shows whole: the page shrinks it
 
 
@@ -63,9 +64,12 @@ def write_start_page(config: PipelineConfig, stages: Sequence[Stage], seconds: M
     page = render_page(
         epath.Path(__file__).parent / "start_page.html.j2", name=folder.name, output=config.output,
         version=__version__,
-        cards=_cards(folder, evaluations, control), figure=figure, steps=ours.get("step") if ours else None,
+        cards=_cards(config, evaluations, control), figure=figure, steps=ours.get("step") if ours else None,
         ours=mean_bits(ours) if ours else None, control=mean_bits(control) if control else None,
-        better=_better(ours, control) if ours and control else None,
+        better=_better(ours, control) if ours and control else None, noise=_NOISE,
+        kept_tokens=_kept_tokens(folder / "selected"), control_tokens=_kept_tokens(folder / "control/selected"),
+        samples=[line for _, line in read_jsonl(folder / "pretrain/samples.jsonl")][:_MAX_SAMPLES]
+        if config.prompts and (folder / "pretrain/samples.jsonl").exists() else [],
         sheets=[str(path.relative_to(folder)) for path in sheets],
         stages=[(stage, seconds.get(stage.name)) for stage in stages], total=sum(seconds.values()))
     write_atomic(folder / PAGE, page)
@@ -81,6 +85,12 @@ def _evaluations(run_dir: epath.Path) -> list[dict[str, Any]]:
 def _last_evaluation(run_dir: epath.Path) -> dict[str, Any] | None:
     """Returns the last evaluation on held-out data of a run; None without one."""
     return next(reversed(_evaluations(run_dir)), None)
+
+
+def _kept_tokens(selected: epath.Path) -> int | None:
+    """Returns the tokens of a selection, of the rater's tokenizer; None without one."""
+    path = selected / "selection.json"
+    return sum(language["kept_tokens"] for language in read_json(path)["languages"]) if path.exists() else None
 
 
 def _better(ours: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[int, int]:
@@ -110,9 +120,10 @@ def _bits_figure(ours: Mapping[str, Any], control: Mapping[str, Any] | None) -> 
 
 
 def _cards(
-    folder: epath.Path, evaluations: Sequence[Mapping[str, Any]], control: Mapping[str, Any] | None
+    config: PipelineConfig, evaluations: Sequence[Mapping[str, Any]], control: Mapping[str, Any] | None
 ) -> list[Card]:
     """Returns the parts of the pipeline that have results, in order."""
+    folder = config.folder
     makers = (_rater_card, _removal_card, _selection_card, _tokens_card, _climb_card)
     cards = [maker(folder) for maker in makers]
     if evaluations:
@@ -121,9 +132,9 @@ def _cards(
         if first["step"] == 0 < ours["step"]:
             note += f", {mean_bits(first):.3f} before"
         if control:
-            note += f"; {mean_bits(control):.3f} with as much random text at natural weights"
+            note += f"; {mean_bits(control):.3f} with about as much random text at natural weights"
         cards.append(Card("Pretrain", f"{mean_bits(ours):.3f}", "bits per byte", note, "pretrain/report.html"))
-    cards += [_evaluation_card(folder), _frames_card(folder)]
+    cards += [_evaluation_card(folder, config.without_tasks), _frames_card(folder)]
     return [card for card in cards if card is not None]
 
 
@@ -179,7 +190,8 @@ def _climb_card(folder: epath.Path) -> Card | None:
     largest, smallest = max(rates, key=rates.get), min(rates, key=rates.get)
     note = f"the largest share, {largest}; the smallest is {100 * rates[smallest]:.1f} %, {smallest}"
     if not (folder / "climb/allocation.json").exists():
-        return Card("Mixture", f"{100 * rates[largest]:.1f} %", "without proxy runs", note)
+        return Card("Mixture", f"{100 * rates[largest]:.1f} %", "of the training text",
+                    f"{note}; natural shares, small languages raised, as no proxy runs were made")
     allocation = read_json(folder / "climb/allocation.json")
     validation = allocation["validation"].get(allocation["law"]["name"])
     if validation:
@@ -188,7 +200,7 @@ def _climb_card(folder: epath.Path) -> Card | None:
                 "climb/report.html" if (folder / "climb/report.html").exists() else None)
 
 
-def _evaluation_card(folder: epath.Path) -> Card | None:
+def _evaluation_card(folder: epath.Path, without_tasks: Sequence[str]) -> Card | None:
     ours, control = (_consistency(folder / name) for name in ("evals", "control/evals"))
     if ours is None:
         return None
@@ -202,6 +214,8 @@ def _evaluation_card(folder: epath.Path) -> Card | None:
                 f"{_percent(ours['chance'], 'value')} %"
     if control:
         note += f"; the comparison has {_percent(control['mean_accuracy'], 'value')} %"
+    if without_tasks:
+        note += f"; not evaluated, as there are no tasks in them: {', '.join(without_tasks)}"
     return Card("Evaluate", f"{_percent(accuracy, 'value')} %", "accuracy", note, "evals/report.html")
 
 

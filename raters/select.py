@@ -358,7 +358,7 @@ def _log_summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: flo
     total = {key: sum(counts[key] for counts in manifest["languages"])
              for key in ("documents", "tokens", "kept_documents", "kept_tokens")}
     for counts in manifest["languages"]:
-        short = counts["kept_tokens"] < counts["quota"]
+        short = score_statistics.quota_not_reached(counts, config.source_caps is not None)
         log(f"{counts['language']:<8} kept {counts['kept_documents']:>9,} of {counts['documents']:>11,} "
             f"documents, {counts['kept_tokens']:>13,} of {counts['tokens']:>15,} tokens"
             + (f", quota {counts['quota']:,.0f} not reached" if short else ""))

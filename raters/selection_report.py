@@ -40,6 +40,7 @@ from mlx_pretrain.reports.figures import (
     short_label,
 )
 from mlx_pretrain.reports.numbers import compact
+from raters.filtering.score_statistics import quota_not_reached
 from raters.select import FORMAT, MANIFEST, VERSION
 
 _MARKS = (("o", ACCENT), ("D", WARM), ("s", GREEN), ("^", MUTED), ("v", INK))
@@ -226,7 +227,8 @@ def findings(selection: Mapping[str, Any]) -> dict[str, Any]:
         "by_length": within.get("length"), "by_language": selection["variance"]["over_all"].get("language"),
         "more": [source for source in sources[::-1] if gain(source) > 0.005][:3],
         "less": [source for source in sources if gain(source) < -0.005][:3],
-        "short": [group["language"] for group in selection["languages"] if group["kept_tokens"] < group["quota"]],
+        "short": [group["language"] for group in selection["languages"]
+                  if quota_not_reached(group, selection["provenance"]["settings"]["source_caps"] is not None)],
     }
 
 

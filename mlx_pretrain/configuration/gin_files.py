@@ -1,18 +1,18 @@
 """Reads gin files and `--gin.NAME=VALUE` bindings; a mistake in them is one line that names file and cause."""
 
-import difflib
 import glob
 import importlib.util  # noqa: F401  gin 0.5.0 uses it without importing it
+import inspect
 import os
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import gin
 from etils import epath
 
 from mlx_pretrain.configuration.parameter_types import check_types
-from mlx_pretrain.errors import InputError, first_line
+from mlx_pretrain.errors import InputError, first_line, similar
 from mlx_pretrain.files import write_atomic
 
 # The folder that holds gin/: the package mlx_pretrain where it is installed, else the repository. Gin files are named
@@ -87,9 +87,13 @@ def parse_gin(
                 gin.parse_config(f"{missing[1]} = '<{missing[1]}>'")
     except (ValueError, SyntaxError, AttributeError, TypeError, LookupError, NameError, OSError, ImportError) as error:
         # gin's own message ends with the file and line; its first line states the cause.
-        place = re.search(r'In file "([^"]*)", line (\d+)', str(error))
-        location = f"{place[1]}:{place[2]}" if place and place[1] else ", ".join([*files, *bindings])
-        raise InputError(f"{location}: {first_line(error)}") from None
+        place = re.search(r'In file "([^"]+)", line (\d+)', str(error))
+        flag = re.search(r"In bindings string line (\d+)", str(error))
+        location = (f"{place[1]}:{place[2]}" if place else
+                    f"--gin.{chr(10).join(bindings).splitlines()[int(flag[1]) - 1]}" if flag else
+                    ", ".join([*files, *bindings]))
+        message = first_line(error).removesuffix(".")
+        raise InputError(f"{location}: {message}{_similar_name(message)}") from None
     _check_macros(files, bindings, search)
     if not filled:  # a name stands for a value of any type
         check_types()
@@ -112,7 +116,7 @@ def _check_macros(files: Sequence[str], bindings: Sequence[str], search: Sequenc
     for binding in bindings:
         for name, _ in _macros(binding):
             if name not in read:
-                raise InputError(f"--gin.{name}: nothing reads this macro{_similar(name, read)}")
+                raise InputError(f"--gin.{name}: nothing reads this macro{similar(name, read)}")
     known = read | set().union(*map(_names_read, glob.glob(f"{GIN_ROOT}/gin/**/*.gin", recursive=True)))
     for file in files:
         paths = (os.path.join(path, file) for path in ("", *search, GIN_ROOT))
@@ -122,7 +126,19 @@ def _check_macros(files: Sequence[str], bindings: Sequence[str], search: Sequenc
         with open(path) as text:
             for name, line in _macros(text.read()):
                 if name not in known_to_file:
-                    raise InputError(f"{file}:{line}: nothing reads the macro {name}{_similar(name, known_to_file)}")
+                    raise InputError(f"{file}:{line}: nothing reads the macro {name}{similar(name, known_to_file)}")
+
+
+def _similar_name(message: str) -> str:
+    """Returns the end of gin's message about an unknown parameter or configurable, which suggests a similar one."""
+    registered = dict(gin.config._REGISTRY.items())  # gin has no public list of them
+    if unknown := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
+        parts = [parts for selector, parts in registered.items()
+                 if selector == unknown[1] or selector.endswith(f".{unknown[1]}")]
+        return similar(unknown[2], inspect.signature(parts[0].wrapped).parameters) if parts else ""
+    if unknown := re.match(r"No configurable matching '(.+)'", message):
+        return similar(unknown[1], {parts.name for parts in registered.values()})
+    return ""
 
 
 def _macros(text: str) -> list[tuple[str, int]]:
@@ -136,12 +152,6 @@ def _names_read(path: str) -> set[str]:
     """Returns the names of the macros that a gin file reads."""
     with open(path) as text:
         return set(re.findall(r"%([\w./]+)", text.read()))
-
-
-def _similar(name: str, names: Iterable[str]) -> str:
-    """Returns the end of an error message that suggests the most similar of `names`; "" when none is similar."""
-    similar = difflib.get_close_matches(name.upper(), names, 1)
-    return f"; is {similar[0]} meant?" if similar else ""
 
 
 def save_effective(path: epath.PathLike) -> None:

@@ -165,25 +165,46 @@ class Corpus:
                     f"no file matches with the split {' or '.join(SPLITS)}; Corpus.splits names others"
                     if "{split}" in pattern and self.splits is None
                     else "no file matches" if _WILDCARD.search(str(location)) else "no such file")
-                    + self._other_files())
+                    + self._other_files_hint())
             listing |= {str(file.path.relative_to(self.folder)): file for file in matches
                         if self.languages is None or file.language in self.languages}
         listing = dict(sorted(listing.items(), key=lambda item: epath.Path(item[0]).parts))
         refuse_twins(file.path for file in listing.values())
         return listing
 
-    def _other_files(self) -> str:
+    def _other_files_hint(self) -> str:
         """Returns words on a file of documents that the patterns do not match; "" where there is none."""
-        found = (path for level in ("*", "*/*", "*/*/*") for path in glob_files(str(self.folder / level))
-                 if self.root is not None and without_extension(path.name) != path.name)
-        if (path := next(found, None)) is None:
+        if not self.folder.exists():
+            return f"; there is no folder {self.folder}"
+        others = self._document_files() if self.root is not None else iter(())
+        if (path := next(others, None)) is None:
             return ""
+        return f"; there is {path}, which the pattern {self._pattern_for(path)!r} would match"
+
+    def _document_files(self) -> Iterator[epath.Path]:
+        """Yields the files below the root that are documents by their extension, up to three folders deep."""
+        for level in ("*", "*/*", "*/*/*", "*/*/*/*"):
+            yield from (path for path in glob_files(str(self.folder / level))
+                        if without_extension(path.name) != path.name
+                        and not any(part.startswith(".") for part in path.relative_to(self.folder).parts))
+
+    def _pattern_for(self, path: epath.Path) -> str:
+        """Returns a pattern that matches a file below the root, and others like it."""
         *folders, name = path.relative_to(self.folder).parts
         language = next((folder for folder in reversed(folders) if is_language(folder)), None)
         parts = ["{split}" if part in SPLITS else "{language}" if part == language else part for part in folders]
         start, dot, extensions = name.partition(".")
         start = "*" if language or not is_language(start) else "{language}"
-        return f"; there is {path}, which the pattern {'/'.join([*parts, start + dot + extensions])!r} would match"
+        return "/".join([*parts, start + dot + extensions])
+
+    def unmatched(self) -> dict[str, list[epath.Path]]:
+        """Returns the files of documents below the root that no pattern matches: pattern that would match -> files."""
+        matched = {str(file.path) for pattern in self._patterns for file in self._match(pattern)}
+        others: dict[str, list[epath.Path]] = {}
+        for path in self._document_files():
+            if str(path) not in matched:
+                others.setdefault(self._pattern_for(path), []).append(path)
+        return others
 
     def _match(self, pattern: str) -> Iterator[_File]:
         """Yields the files that match a pattern, in all splits and languages."""
@@ -233,7 +254,7 @@ class Corpus:
           InputError: as `read_documents`.
         """
         return read_documents(self._listing[name].path, self.text_unit, keys=self.keys, extra=extra, rejected=rejected,
-                              language=self.language_of_path(name))
+                              language=self.language_of_path(name), name=name)
 
     def language_of_path(self, name: str) -> str:
         """Returns the language of a file's records that name none, "und" where the path does not tell it either."""

@@ -115,7 +115,8 @@ class Document:
     """One text.
 
     Attributes:
-      id: the record's id, else "<file name>:<line or row, from 1>" (or the file name alone for a whole file).
+      id: the record's id, else "<file>:<line or row, from 1>" (or the file alone for a whole file), the file by its
+        path below the corpus's folder. So files of one name in two languages are not taken for translations.
       text: the text as it is in the file.
       language: the record's, else the one that the reader was given for the file (`Corpus` takes it from the path).
       source: the record's, else "".
@@ -196,6 +197,7 @@ def read_documents(
     *,
     keys: RecordKeys = RecordKeys(),
     language: str = "",
+    name: str | None = None,
     extra: Sequence[str] | None = (),
     rejected: Callable[[int, str], None] | None = None,
 ) -> Iterator[Document]:
@@ -206,6 +208,7 @@ def read_documents(
       text_unit: document of a .txt file: the whole "file", or each non-blank "line".
       keys: keys of the fields of records.
       language: language of documents whose record names none.
+      name: what the file is called in the ids of documents whose record has none; None: the file's name.
       extra: keys of further fields to keep of each record of a .jsonl or .parquet file; None: all.
       rejected: called with the line or row and the reason for every bad record, which is then skipped; None: the first
         one ends the reading.
@@ -231,7 +234,7 @@ def read_documents(
     for number, record in records:
         empty = False
         try:
-            document = parse(record, f"{path}:{number}", number, path.name, language, keys, extra)
+            document = parse(record, f"{path}:{number}", number, name or path.name, language, keys, extra)
         except InputError as error:
             if rejected is None:
                 raise

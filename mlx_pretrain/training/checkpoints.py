@@ -374,7 +374,9 @@ Config = TypeVar("Config")
 def load_model(run_dir: epath.PathLike, model_type: type[Config] = DecoderConfig) -> Config:
     """Reads the configuration of a run's model; raises InputError when there is no run with a model of that type."""
     path = epath.Path(run_dir) / MODEL
-    content = read_json(path, "model description: not the folder of a training run")
+    inside = [] if path.exists() else sorted(path.parent.glob(f"*/{MODEL}"))
+    hint = f"; there is {inside[0].parent}" if inside else ""
+    content = read_json(path, f"model description: not the folder of a training run{hint}")
     try:
         if content["kind"] != model_type.__name__:
             raise InputError(f"{path}: the model is a {content['kind']}, not a {model_type.__name__}")
@@ -479,7 +481,9 @@ def restore_params(
     for key in reversed(path):
         item = {key: item}
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    with ocp.CheckpointManager(folder.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    # Without the last two, Orbax warns that it sets them.
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    with ocp.CheckpointManager(folder.parent, options=options) as manager:
         try:
             restored = manager.restore(
                 step,

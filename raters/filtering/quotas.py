@@ -36,27 +36,27 @@ def ranking(scores: ScoreTable, preference: np.ndarray) -> np.ndarray:
 
 def take(tokens: np.ndarray, quota: float, sources: np.ndarray | None = None,
          caps: Mapping[int, float] | None = None) -> np.ndarray:
-    """Takes documents, best first, until the quota is reached; returns a mask `[documents]`.
+    """Takes documents, best first, as near to the quota as they come; returns a mask `[documents]`.
 
-    The document that reaches the quota is the last one, so that the quota is exceeded by less than one document.
+    A document is taken if more than half of it fits, so that the quota is missed by at most half a document.
 
     Args:
       tokens: `[documents]`, from best to worst.
       quota: tokens to take.
       sources: `[documents]`, for the caps.
-      caps: source -> share of the quota at which no more of it is taken; exceeded by less than one document, too.
+      caps: source -> share of the quota at which no more of it is taken; exceeded by less than one document.
     """
     allowed = np.ones(len(tokens), bool)
     for source, cap in (caps or {}).items():
         rows = sources == source
         allowed[rows] = np.cumsum(tokens[rows]) - tokens[rows] < cap * quota
     taken = np.where(allowed, tokens, 0)
-    return allowed & (np.cumsum(taken) - taken < quota)
+    return allowed & (np.cumsum(taken) - taken / 2 < quota)
 
 
 def choose(scores: ScoreTable, preference: np.ndarray, quotas: Sequence[float], per_source: bool = False,
            caps: Mapping[int, float] | None = None) -> np.ndarray:
-    """Returns the mask `[rows]` of the documents to keep.
+    """Returns the mask `[rows]` of the documents to keep; at least one of a language whose quota is not 0.
 
     Args:
       scores: the scores of all documents.
@@ -72,12 +72,14 @@ def choose(scores: ScoreTable, preference: np.ndarray, quotas: Sequence[float], 
         tokens, sources = scores.tokens[rows], scores.source[rows]
         if not per_source:
             kept[rows[take(tokens, quota, sources, caps)]] = True
-            continue
-        seen = taken_tokens = 0  # one document more or less of a source is evened out by the next source
-        for source in np.unique(sources):
-            own = rows[sources == source]
-            seen += scores.tokens[own].sum()
-            taken = own[take(scores.tokens[own], quota * seen / max(tokens.sum(), 1) - taken_tokens)]
-            taken_tokens += scores.tokens[taken].sum()
-            kept[taken] = True
+        else:
+            seen = taken_tokens = 0  # one document more or less of a source is evened out by the next source
+            for source in np.unique(sources):
+                own = rows[sources == source]
+                seen += scores.tokens[own].sum()
+                taken = own[take(scores.tokens[own], quota * seen / max(tokens.sum(), 1) - taken_tokens)]
+                taken_tokens += scores.tokens[taken].sum()
+                kept[taken] = True
+        if quota > 0 and not kept[rows].any():  # the best document is longer than twice the quota
+            kept[rows[[(caps or {}).get(source, 1) > 0 for source in sources.tolist()]][:1]] = True
     return kept

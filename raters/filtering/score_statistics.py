@@ -75,6 +75,18 @@ def counts(scores: ScoreTable, kept: np.ndarray, groups: np.ndarray, n_groups: i
             "kept_documents": count(kept), "kept_tokens": count(kept, scores.tokens)}
 
 
+def quota_not_reached(language: Mapping[str, Any], capped: bool) -> bool:
+    """True if a language's quota is not reached for lack of rated text, or by caps; half a document less is no lack.
+
+    Args:
+      language: the language's entry in selection.json.
+      capped: whether sources have caps.
+    """
+    if language["quota"] > language["tokens"]:
+        return True
+    return capped and language["kept_tokens"] < 0.99 * language["quota"]
+
+
 def score_bins(scores: ScoreTable) -> np.ndarray:
     """Returns the edges of score histograms, `[bins + 1]`, over the middle 99 % of the documents."""
     values = scores.score[scores.rated]

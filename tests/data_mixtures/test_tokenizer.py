@@ -155,7 +155,7 @@ def test_a_damaged_tokenizer_is_made_again_and_one_without_a_record_is_left(tmp_
         train_tokenizer(dataclasses.replace(config, overwrite=True))
 
 
-def test_a_vocabulary_the_text_cannot_fill_is_one_clear_line(corpus, tmp_path):
+def test_a_vocabulary_the_text_cannot_fill_is_one_clear_line(corpus, tmp_path, capsys):
     with pytest.raises(InputError, match=r"vocab_size = 50000: there is too little text for more than \d+") as error:
         train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 50_000))
     assert "\n" not in str(error.value).partition("\n  In call to configurable")[0]  # which gin adds
@@ -165,6 +165,7 @@ def test_a_vocabulary_the_text_cannot_fill_is_one_clear_line(corpus, tmp_path):
     most = int(re.search(r"more than (\d+)", str(error.value))[1])
     train_tokenizer(TokenizerConfig(corpus, tmp_path / "t.model", 50_000, allow_fewer=True))
     assert Tokenizer(tmp_path / "t.model").vocab_size == pytest.approx(most, rel=0.05)
+    assert "pieces (of 50000 wanted: there is too little text for more), trained" in capsys.readouterr().err
     with pytest.raises(InputError, match="allow_fewer: bpe"):
         TokenizerConfig(corpus, tmp_path / "t.model", 300, model_type="bpe", allow_fewer=True)
 

@@ -4,7 +4,10 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -102,6 +105,16 @@ def test_interrupted_at_any_stage_it_goes_on_there(folder):
         os.kill(stage, signal.SIGCONT)
         stopped = process.end()
     assert stopped.code == 143 and "goes on there" in stopped.err.splitlines()[-1], stopped.err
+
+    # In the background of a script, SIGINT is ignored from the start.
+    command = f"{sys.executable} -m pipeline {' '.join(map(shlex.quote, flags))} & echo $!; wait $!"
+    with subprocess.Popen(["sh", "-c", command], cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shell:
+        pipeline = int(shell.stdout.readline())
+        while not children(pipeline):
+            time.sleep(0.05)
+        os.kill(pipeline, signal.SIGINT)
+        assert "goes on there" in shell.stderr.read() and shell.wait() == 130
 
     whole = run("pipeline", *flags, folder=folder)
     assert whole.code == 0 and "Done in" in whole.err, whole.err

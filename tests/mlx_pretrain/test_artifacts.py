@@ -228,8 +228,10 @@ def test_records_of_single_files(tmp_path, capsys):
 def test_differences_name_what_differs():
     a, b = "a" * 64, "b" * 64
     assert differences({"seed": 1, "inputs": {"x": a, "y": a}, "note": 1}, {"seed": 2, "inputs": {"x": b, "z": a}}) == [
-        "seed = 1 (now 2)", "other inputs x", "more inputs y", "no inputs z"]
+        "seed = 1 (now 2)", "other inputs x", "more inputs y", "inputs that lack z"]
     assert differences({}, {"seed": None}) == []
+    assert differences({"inputs": {"es/0": a}}, {"inputs": {f"es/{i}": a for i in range(5)}, "seed": 1}) == [
+        "inputs that lack es/1, es/2 and 2 more", "seed = null (now 1)"]
     assert len(differences({"text": "x" * 200}, {"text": ""})[0]) < 110
 
 

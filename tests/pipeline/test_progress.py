@@ -68,6 +68,18 @@ def test_a_stage_that_runs_again_undoes_those_after_it(first_three):
     assert done(first_three()) == ["hold_out", "tokenizer"]
 
 
+def test_a_refused_output_is_not_gone_on_with(first_three, tmp_path):
+    """Else `overwrite` would take the run of other settings for an interrupted one, and leave it where it is."""
+    changed = {"settings": {"tokenizer": {"train_tokenizer.model_type": "bpe"}}}
+    record, stages = progress(first_three(**changed))
+    assert record.has_output(stages["tokenizer"]) and not record.resumes(stages["tokenizer"])
+    record.start(stages["tokenizer"])  # and its command refuses
+    record, stages = progress(first_three(**changed, overwrite=True))
+    assert not record.resumes(stages["tokenizer"]) and not record.start(stages["tokenizer"])
+    record, stages = progress(first_three(**changed, overwrite=True))  # killed while it made it anew
+    assert record.resumes(stages["tokenizer"])
+
+
 def test_times_are_those_of_the_last_whole_run(first_three, tmp_path):
     record, stages = progress(first_three())
     assert record.estimate(stages["tokenizer"]) == 12.3

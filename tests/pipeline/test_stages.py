@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import re
 
 import gin
 import pytest
 
 from mlx_pretrain.configuration.gin_files import parse_gin
 from mlx_pretrain.errors import InputError
+from pipeline.__main__ import describe_documents
 from pipeline.progress import gin_text
 from pipeline.stages import all_stages
 
@@ -47,6 +49,24 @@ def test_settings_decide_which_stages_there_are(config, tmp_path):
     both = config(documents="both", files="{split}/{language}.*")
     assert "hold_out" not in names(both)
     assert "evaluate" not in names(both)  # there are no tasks in xx
+
+
+def test_the_plan_says_which_documents_are_left_out_and_not_evaluated(config, tmp_path):
+    for path in ("vi/00.txt", "vi/01.txt", "web/fi/a.parquet"):
+        (tmp_path / "documents" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "documents" / path).write_text("text")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/x_de_test.jsonl").write_text("{}")
+    lines = [*describe_documents(config(tasks=["tasks/*.jsonl"], output="documents/web"))]
+    assert re.fullmatch(r"Documents: de \(1 file, [\d.]+kB\), en \(1 file, [\d.]+kB\)", lines[0]), lines
+    assert lines[1:] == [  # without those of the output
+        "Left out: 2 files of documents such as documents/vi/00.txt, which no pattern of pipeline.files matches; "
+        "['{language}.*', '{language}/*.txt'] would",
+        "Not evaluated, as there are no tasks in them: en"]
+
+
+def test_other_prompts_make_no_other_stage_run_again(config):
+    assert names(config(videos=True, prompts={"de": "Das"}))[-2:] == ["generate", "report"]
 
 
 def text_of(config, name):
@@ -90,7 +110,7 @@ def test_the_control_gets_as_many_tokens_as_were_kept(config, tmp_path):
 
 def test_unknown_names_and_missing_files_are_errors(config):
     for field, value in (("settings", {"selct": {}}), ("gin_files", {"selct": []}), ("only", ["selct"])):
-        with pytest.raises(InputError, match=rf"pipeline.{field}: no stage 'selct'; there is hold_out, tokenizer"):
+        with pytest.raises(InputError, match=rf"pipeline.{field}: no stage 'selct'; is select meant\?; there is "):
             all_stages(config(**{field: value}))
     with pytest.raises(InputError, match=r"only: no stage 'videos'; there is hold_out, tokenizer"):
         all_stages(config(only=["videos"]))  # pipeline.videos is not set

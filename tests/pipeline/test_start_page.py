@@ -19,8 +19,9 @@ def text_of(config):
     return " ".join(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", page, flags=re.DOTALL).split())
 
 
-def test_numbers_are_those_of_the_files(config):
-    pipeline = config()
+def test_numbers_are_those_of_the_files(config, tmp_path):
+    write(tmp_path / "tasks/Set/completion_de_test.jsonl", "{}")  # and none in English
+    pipeline = config(prompts={"de": "Der Mond"}, tasks=["tasks/*/*.jsonl"])
     out = pipeline.folder
     bits = {"step": 7, "kind": "eval", "bits_per_byte": 2.0, "bits_per_byte/de": 2.25, "bits_per_byte/en": 1.75}
     write(out / "pretrain/metrics.jsonl", "".join(
@@ -33,7 +34,10 @@ def test_numbers_are_those_of_the_files(config):
     write(out / "removed/languages/removed.jsonl", '{"id": "a"}\n{"id": "b"}\n')
     write(out / "removed/languages/report.json", {"languages": {"sw": {"removed": 2}, "de": {"confirmed": 1}}})
     write(out / "removed/duplicates/removed.jsonl", '{"id": "c"}\n')
-    write(out / "selected/selection.json", {"languages": [{"kept_documents": 5, "documents": 9}] * 2})
+    write(out / "selected/selection.json", {"languages": [
+        {"kept_documents": 5, "documents": 9, "kept_tokens": 1500}] * 2})
+    write(out / "control/selected/selection.json", {"languages": [{"kept_tokens": 3456}]})
+    write(out / "pretrain/samples.jsonl", '{"language": "de", "prompt": "Der Mond", "completion": " ist rund"}\n')
     save_rates(out / "climb/rates.json", {"de": 0.7, "en": 0.3}, {})
     write(out / "climb/allocation.json", {"law": {"name": "climb"}, "proxies": {"runs": 43},
                                           "validation": {"climb": {"r2": [0.5, 0.9]}}})
@@ -45,7 +49,10 @@ def test_numbers_are_those_of_the_files(config):
     text = text_of(pipeline)
     for words in (
         "After 7 steps the model needs 2.000 bits per byte", "and 2.500 when the same model is trained",
-        "better in the mean, and better in 1 of 2 languages", "61 % of held-out pairs in order",
+        "it is better in the mean, and it has fewer bits in 1 of 2 languages",
+        "on 3,456 tokens chosen at random, document by document, where the rater kept 3,000, with",
+        "differences below 0.01 are noise", "de Der Mond ist rund", "not evaluated, as there are no tasks in them: en",
+        "61 % of held-out pairs in order",
         "carried to 1 language;", "3 documents 2 in another language, 1 that repeat others; nothing is left of sw",
         "10 documents kept of 18",
         "70.0 % from 43 proxy runs the largest share, de; the smallest is 30.0 %, en", "proxy runs 0.70",
@@ -59,7 +66,17 @@ def test_numbers_are_those_of_the_files(config):
 
 def test_a_page_without_proxy_runs(config):
     save_rates(config().folder / "climb/rates.json", {"de": 0.7, "en": 0.3}, {})
-    assert "70.0 % without proxy runs the largest share, de" in text_of(config())
+    text = text_of(config())
+    assert "70.0 % of the training text the largest share, de" in text and "no proxy runs were made" in text
+
+
+def test_no_verdict_on_differences_that_are_noise(config):
+    for name, bits in (("pretrain", 6.596), ("control/run", 6.592)):
+        write(config().folder / name / "metrics.jsonl", json.dumps(
+            {"step": 2, "kind": "eval", "bits_per_byte": bits, "bits_per_byte/de": bits}) + "\n")
+    text = text_of(config())
+    assert "one run each does not tell such values apart, and it has fewer bits in 0 of 1 languages" in text
+    assert "worse" not in text
 
 
 def test_a_page_of_an_unfinished_pipeline(config):

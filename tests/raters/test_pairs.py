@@ -289,7 +289,7 @@ def test_pairs_depend_on_the_languages_of_paths(corpus, tmp_path):
                       output=str(tmp_path / "pairs"), heldout_documents=0.0)
 
     main(made("*/a.jsonl"))
-    with pytest.raises(InputError, match=r"pairs: exists, made with no settings corpus languages"):
+    with pytest.raises(InputError, match=r"pairs: exists, made with settings that lack corpus languages"):
         main(made("{language}/a.jsonl"))
 
 

@@ -105,6 +105,16 @@ def test_a_macro_on_the_command_line_that_nothing_reads_is_refused(my_gin, bindi
     gin_files.parse_gin([str(my_gin)], [*model, "VOCAB_SIZE = %HALF", "HALF = 150"])
 
 
+@pytest.mark.parametrize("binding, message", [
+    ("DecoderConfig.n_layer = 2", r"--gin\.DecoderConfig\.n_layer = 2: Configurable 'DecoderConfig' doesn't have a "
+                                  r"parameter named 'n_layer'; is n_layers meant\?"),
+    ("Decoderconfig.n_layers = 2", r"--gin\.Decoderconfig.*No configurable matching 'Decoderconfig'; is Dec"),
+])
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(my_gin, binding, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        gin_files.parse_gin([str(my_gin)], ["DecoderConfig.max_length = 5", binding])
+
+
 @pytest.mark.parametrize("fill_macros", [False, True])
 def test_a_misspelled_macro_in_a_file_is_refused(my_gin, fill_macros):
     my_gin.write_text(my_gin.read_text() + "VOCABSIZE = 305\n")

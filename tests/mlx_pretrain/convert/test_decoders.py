@@ -20,6 +20,7 @@ from mlx_pretrain.convert.gguf import GGUF
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.language_model import load_language_model
 from mlx_pretrain.models.decoder import Decoder, logits
+from mlx_pretrain.training.checkpoints import load_model
 
 LLAMA, QWEN2 = (pathlib.Path(__file__).parents[1] / "goldens" / name for name in ("llama", "qwen2"))
 
@@ -403,6 +404,10 @@ def test_gguf_settings_that_change_nothing(gguf_model, tmp_path, tokenizer):
 def test_folders_without_what_is_needed(tmp_path):
     with pytest.raises(InputError, match="not the folder of a training run"):
         load_language_model(tmp_path)
+    (tmp_path / "rater/run").mkdir(parents=True)
+    (tmp_path / "rater/run/model.json").write_text("{}")
+    with pytest.raises(InputError, match=r"not the folder of a training run; there is .*rater/run$"):
+        load_model(tmp_path / "rater")
     shutil.copytree(LLAMA, tmp_path / "model")
     with pytest.raises(InputError, match=r"tokenizer\.json: no such tokenizer"):
         load_language_model(tmp_path / "model")

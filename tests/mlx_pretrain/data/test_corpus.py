@@ -49,7 +49,8 @@ def test_a_language_that_is_there_twice_is_refused(tmp_path, pattern, paths, mes
 def test_parts_of_a_language_are_one_language(tmp_path):
     write(tmp_path, "train/en.00.jsonl", "train/en.01.jsonl", "heldout/en.jsonl", "train/fi.jsonl", "train/fi.txt")
     corpus = Corpus(tmp_path, languages=["en"])  # a language that is not wanted may be there twice
-    assert [document.id for document in corpus.documents("train", "en")] == ["en.00.jsonl:1", "en.01.jsonl:1"]
+    assert [document.id for document in corpus.documents("train", "en")] == [
+        "train/en.00.jsonl:1", "train/en.01.jsonl:1"]
 
 
 def test_other_folders_beside_the_splits_are_left_alone(tmp_path):
@@ -113,7 +114,7 @@ def test_corpus_names_what_is_missing(tmp_path):
             Corpus(files=[f"{corpus_folder}/train/*", other])
     with pytest.raises(InputError, match=r"Corpus.files: 'train/\*' must hold {language}"):
         Corpus(corpus_folder, "train/*", languages=["en"])
-    with pytest.raises(InputError, match=r"nowhere/\*.jsonl: no file matches"):
+    with pytest.raises(InputError, match=r"nowhere/\*.jsonl: no file matches; there is no folder .*nowhere"):
         Corpus(files=f"{tmp_path}/nowhere/*.jsonl")
     with pytest.raises(InputError, match=r"heldout/\*\.txt: no file matches"):
         Corpus(corpus_folder, ["train/*", "heldout/*.txt"])
@@ -127,6 +128,24 @@ def test_corpus_names_what_is_missing(tmp_path):
             Corpus(tmp_path / folder, pattern)
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         Corpus(tmp_path, "nowhere.jsonl")
+
+
+def test_files_of_documents_that_no_pattern_matches(tmp_path):
+    write(tmp_path, "de.jsonl", "vi.jsonl", "es/00.txt", "es/01.txt", "vi/00.txt", "web/fi/a.parquet", "notes.md",
+          ".cache/th.jsonl")
+    relative = {pattern: [str(path.relative_to(tmp_path)) for path in paths]
+                for pattern, paths in Corpus(tmp_path, "{language}.*", languages=["de"]).unmatched().items()}
+    assert relative == {"{language}/*.txt": ["es/00.txt", "es/01.txt", "vi/00.txt"],
+                        "web/{language}/*.parquet": ["web/fi/a.parquet"]}
+    assert not Corpus(tmp_path, ["{language}.*", *relative]).unmatched()
+
+
+def test_files_of_one_name_in_two_languages_are_no_translations(tmp_path):
+    for name in ("de/00.txt", "vi/00.txt", "de/b.jsonl", "vi/b.jsonl"):
+        write(tmp_path, name)
+    corpus = Corpus(tmp_path, "{language}/*")
+    ids = [document.id for name in corpus.paths() for document in corpus.read(name)]
+    assert ids == ["de/00.txt", "de/b.jsonl:1", "vi/00.txt", "vi/b.jsonl:1"]
 
 
 def test_files_are_known_below_the_root(tmp_path, monkeypatch):
