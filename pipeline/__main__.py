@@ -87,7 +87,7 @@ def _print_plan(config: PipelineConfig, progress: Progress, stages: Sequence[Sta
             has_output = progress.has_output(stage)
             there = there or has_output
             state = (f"interrupted, at most about {duration(seconds)} more" if progress.resumes(stage) else
-                     f"about {duration(seconds)}" + (", if its output, which is there, is not kept" * has_output))
+                     f"about {duration(seconds)}" + ("; has an output" * has_output))
         print(f"{number:>2}. {stage.title} [{stage.name}]: {state}\n"
               f"    python {' '.join(_command(stage, progress.write_gin(stage), config.overwrite))}")
     kept = sum(config.unique_tokens.values())
@@ -101,10 +101,9 @@ def _print_plan(config: PipelineConfig, progress: Progress, stages: Sequence[Sta
     print(f"Left: about {duration(left)}, from the times of the demo on two CPU cores where a stage "
           "has not run yet.")
     if there:
-        print("An output that is there is kept where it was made from these documents and settings. " + (
+        print("Some stages left have an output. It is kept if it was made from these documents and settings. " + (
             "Others are replaced." if config.overwrite else
-            "At the first that was made from others the pipeline stops with an error; "
-            "--gin.pipeline.overwrite=True replaces them."))
+            "At the first that was not, the pipeline stops; --gin.pipeline.overwrite=True replaces such outputs."))
 
 
 def describe_documents(config: PipelineConfig) -> Iterator[str]:
