@@ -170,7 +170,8 @@ def run(
     all_flags = GIN_FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})
     help_if_wanted(main, config, module, all_flags)
     # The module is known by its own name too, so that gin files that import it do not register a second copy.
-    sys.modules[module] = sys.modules["__main__"]
+    if not hasattr(sys.modules.get(module), "__path__"):  # a package run by its __main__ stays what it is
+        sys.modules[module] = sys.modules["__main__"]
     with errors_as_one_line():
         flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
         parse_gin(flags.files, flags.bindings, flags.search)

@@ -183,7 +183,7 @@ def test_rate_documents(tmp_path):
         assert f"{language}: an intact document is scored above a damaged one in {above:.0%} of pairs" in executed.text
     for language in read_json(executed.folder / "selected/selection.json")["languages"]:
         assert language["quota"] == pytest.approx(0.6 * language["tokens"], abs=1)
-        assert language["quota"] <= language["kept_tokens"] < language["tokens"]
+        assert language["kept_tokens"] == pytest.approx(language["quota"], rel=0.05)  # whole documents
 
 
 def test_consistency(trained, tmp_path):
