@@ -50,12 +50,13 @@ from video.frame_choice.evaluation_tables import (
 )
 from video.frame_choice.rules import ASKING, RULES, even
 from video.frame_choice.scorers import Similarity, Voyager
-from video.frame_choice.scores import AskedScores, Scores
+from video.frame_choice.selector import Selector
 from video.frames.frame_store import FrameStore
+from video.frames.reading import Candidates
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import load_video_llm
-from video.llm.training_rows import evidence_frames
-from video.questions import Question, draw_questions, read_questions
+from video.llm.training_rows import with_evidence
+from video.questions import Question, by_video, draw_questions, read_questions
 
 RESULTS, ANSWERS = "results.json", "answers"
 _TIMED = 20  # videos on which choosing is timed
@@ -132,7 +133,7 @@ class EvaluateConfig:
 
 
 class _Chooser(NamedTuple):
-    """A way to choose frames; without a scorer and a rule it chooses by `how` alone."""
+    """A way to choose frames; without a scorer and a rule the method says how."""
 
     method: str
     scorer: Any = None
@@ -202,10 +203,7 @@ def _answer(
     store.check_size(llm.config.vision.image_size)
     spent = collections.defaultdict(list)
     chosen: dict[str, list] = {question.id: [] for question in questions}
-    by_video: dict[str, list[Question]] = {}
-    for question in questions:
-        by_video.setdefault(question.video, []).append(question)
-    for number, (video, group) in enumerate(tqdm(by_video.items(), f"{name}: choose", disable=None)):
+    for number, (video, group) in enumerate(tqdm(by_video(questions).items(), f"{name}: choose", disable=None)):
         row = store.row(video)
         frames, times = store.frames([row])[0], store.times[row]
         for candidates, settings in itertools.groupby(sorted(config.settings), operator.itemgetter(0)):
@@ -214,9 +212,9 @@ def _answer(
             for (_, num_frames), question, chooser in itertools.product(settings, group, choosers):
                 # On a copy, nothing is encoded yet.
                 timed = question is group[0] and number < _TIMED
-                shown = part.copy() if timed else part
+                shown = Candidates(part.copy() if timed else part, times[grid], store.durations[row], grid)
                 started = time.perf_counter()
-                indices, encoded = _choose(chooser, question, shown, times[grid], num_frames, config.seed)
+                indices, encoded = _choose(chooser, question, shown, num_frames, config.seed)
                 if timed:
                     spent[candidates, num_frames, chooser.method].append((time.perf_counter() - started, encoded))
                 chosen[question.id].append((candidates, num_frames, chooser.method, grid[indices]))
@@ -235,26 +233,19 @@ def _answer(
     return lines, costs
 
 
-def _choose(
-    chooser: _Chooser, question: Question, frames: np.ndarray, times: np.ndarray, num_frames: int, seed: int
-) -> tuple[np.ndarray, int]:
+def _choose(chooser: _Chooser, question: Question, candidates: Candidates, num_frames: int, seed: int
+            ) -> tuple[np.ndarray, int]:
     """Returns the chosen candidates, int `[num_frames]`, ascending, and the number of frames that were encoded."""
-    candidates, scorer, rule = len(frames), chooser.scorer, chooser.rule
-    if chooser.method == UNIFORM:
-        return even(candidates, num_frames), 0
+    count = len(candidates.frames)
     if chooser.method == RANDOM:
         digest = np.frombuffer(question.id.encode(), np.uint8)
-        rng = np.random.default_rng([seed, candidates, num_frames, *digest])
-        return np.sort(rng.choice(candidates, num_frames, replace=False)), 0
+        rng = np.random.default_rng([seed, count, num_frames, *digest])
+        return np.sort(rng.choice(count, num_frames, replace=False)), 0
     if chooser.method == EVIDENCE:
-        shown = [int(span[len(span) // 2]) for span in evidence_frames(question, times)][:num_frames]
-        rest = [index for index in even(candidates, num_frames).tolist() if index not in shown]
-        return np.unique([*shown, *rest[: max(num_frames - len(set(shown)), 0)]]).astype(int), 0
-    if rule in ASKING:
-        asked = AskedScores(lambda some: scorer.score_some(question.video, frames, question.question, some), candidates)
-        return RULES[rule](asked, num_frames), asked.count
-    scores: Scores = scorer(question.video, frames, times, question.question)
-    return RULES[rule](scores, num_frames), candidates
+        return with_evidence(question, candidates.times, even(count, num_frames), num_frames), 0
+    selector = Selector(chooser.scorer, chooser.rule or "top", count, num_frames)
+    selection = selector.choose(question.video, candidates, question.question)
+    return selection.indices, selection.frames_encoded
 
 
 if __name__ == "__main__":

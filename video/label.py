@@ -35,7 +35,7 @@ from video.frames.frame_store import FrameStore
 from video.frames.row_store import RowWriter
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import VideoLLM, load_video_llm
-from video.questions import Question, draw_questions, read_questions
+from video.questions import Question, by_video, draw_questions, read_questions
 from video.voyager.combinations import combinations, frame_counts
 from video.voyager.frame_features import FEATURES, open_feature_writer, pool_tokens
 from video.voyager.loss_labels import LOSSES, combination_sizes
@@ -118,13 +118,11 @@ class _Labelling:
                  shape: tuple[int, int]):
         """Opens both stores; `shape`: of a question's combinations. Raises InputError as `main`."""
         self._config, self._store = config, store
-        by_video: dict[str, list[Question]] = {}
-        for question in questions:
-            by_video.setdefault(question.video, []).append(question)
+        groups = by_video(questions)
         # A video's questions in a row, so that its frames are encoded once.
-        self._usable = [question for video, group in by_video.items() if video not in store.rejected
+        self._usable = [question for video, group in groups.items() if video not in store.rejected
                         for question in group]
-        self._videos = [video for video in by_video if video not in store.rejected]
+        self._videos = [video for video in groups if video not in store.rejected]
         self._indices = even(store.candidates, config.candidates)
         settings = {"model": llm.fingerprint(), "frame_store": store.fingerprint(),
                     "candidates": self._indices.tolist(), "prompt": llm.config.prompt}

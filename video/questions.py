@@ -260,3 +260,11 @@ def draw_questions(questions: Sequence[Question], limit: int | None, seed: int =
     """
     order = np.random.default_rng(seed).permutation(len(questions))
     return [questions[number] for number in np.sort(order[:limit])]
+
+
+def by_video(questions: Iterable[Question]) -> dict[str, list[Question]]:
+    """Returns video -> questions on it, both in the order of the questions."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.video, []).append(question)
+    return groups

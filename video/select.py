@@ -13,7 +13,6 @@ for chosen frames, so they are written in both forms that are in use:
 Of several processes, process 0 alone chooses. In Python: `video.frame_choice.selector`.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -40,7 +39,7 @@ from mlx_pretrain.reports.figures import save_figure
 from video.frame_choice.contact_sheet import contact_sheet
 from video.frame_choice.selector import Selection, Selector
 from video.frames.reading import reading_notes, try_read_frames
-from video.questions import Question, draw_questions, read_questions
+from video.questions import Question, by_video, draw_questions, read_questions
 
 # Bytes of a file name without its suffix; file systems take 255, and writing adds some for a moment.
 _MAX_NAME_BYTES = 180
@@ -87,18 +86,16 @@ def main(config: SelectFramesConfig) -> None:
         return
     questions = read_questions(config.questions, answers=False)
     folder = epath.Path(config.videos or epath.Path(config.questions).parent)
-    by_video: dict[str, list[Question]] = collections.defaultdict(list)
-    for question in draw_questions(questions, config.limit):
-        by_video[question.video].append(question)
+    drawn = by_video(draw_questions(questions, config.limit))
     made_from = provenance("video.select", config, {
-        "questions": sha256(config.questions), "videos": _file_sizes(folder / video for video in by_video)})
+        "questions": sha256(config.questions), "videos": _file_sizes(folder / video for video in drawn)})
     for name in ("processes", "compilation_cache"):  # they change no result
         del made_from["settings"][name]
     recorded = read_folder_record(config.output, PROVENANCE, key=None)
     if is_current(config.output, recorded, made_from, overwrite=config.overwrite, contents=_CONTENTS):
         return
     with new_folder(config.output, PROVENANCE) as output:
-        _select(config, questions, by_video, folder, output)
+        _select(config, questions, drawn, folder, output)
         gin_files.save_effective(output / "config.gin")
         write_json(output / PROVENANCE, made_from)
 
@@ -109,11 +106,11 @@ def _file_sizes(paths: Iterable[epath.Path]) -> str:
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
-def _select(config: SelectFramesConfig, questions: list[Question], by_video: dict[str, list[Question]],
+def _select(config: SelectFramesConfig, questions: list[Question], groups: dict[str, list[Question]],
             folder: epath.Path, output: epath.Path) -> None:
     """Chooses frames of the videos below `folder`, and writes all but the record to `output`."""
     selector = config.selector
-    drawn = [question for on_video in by_video.values() for question in on_video]
+    drawn = [question for on_video in groups.values() for question in on_video]
     sheets = min(config.sheets, len(drawn))
     with_sheet = {drawn[n * len(drawn) // config.sheets].id for n in range(sheets)}
     read = functools.partial(try_read_frames, size=selector.size, count=selector.candidates,
@@ -121,14 +118,14 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     selections: dict[str, Selection] = {}
     rejects, spent = [], []
     with Workers(read, config.processes) as workers:
-        items = ((video, str(folder / video)) for video in by_video)
-        for video, candidates in tqdm(workers.map(items), "videos", len(by_video), disable=None):
+        items = ((video, str(folder / video)) for video in groups)
+        for video, candidates in tqdm(workers.map(items), "videos", len(groups), disable=None):
             if isinstance(candidates, str):
-                rejects += [{"id": question.id, "reason": candidates} for question in by_video[video]]
+                rejects += [{"id": question.id, "reason": candidates} for question in groups[video]]
                 continue
             for note in reading_notes(video, candidates, selector.num_frames):
                 cluster.log(f"note: {note}")
-            for question in by_video[video]:
+            for question in groups[video]:
                 started = time.perf_counter()
                 selection = selector.choose(video, candidates, question.question)
                 if selector.stretches:
@@ -143,7 +140,7 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     seconds = {video: [{"question_id": question.id, "question": question.question,
                         "frames": [math.ceil(float(t) * 1e4 - 0.01) / 1e4 for t in selections[question.id].seconds],
                         "numbers": selections[question.id].numbers.tolist()}
-                       for question in on_video if question.id in selections] for video, on_video in by_video.items()}
+                       for question in on_video if question.id in selections] for video, on_video in groups.items()}
     write_json(output / "selected.json", {video: entries for video, entries in seconds.items() if entries})
     write_json(output / "selected_frames.json",
                [selections[question.id].numbers.tolist() if question.id in selections else []
@@ -151,7 +148,7 @@ def _select(config: SelectFramesConfig, questions: list[Question], by_video: dic
     write_atomic(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
     cluster.log(
         f"{config.output}: {selector.num_frames} of {selector.candidates} frames for {len(selections):,} questions "
-        f"on {len(by_video):,} videos, {statistics.median(s.frames_encoded for s in selections.values()):g} "
+        f"on {len(groups):,} videos, {statistics.median(s.frames_encoded for s in selections.values()):g} "
         f"frames encoded and {1000 * statistics.median(spent):.1f} ms a question (medians, "
         f"{'with the second' if selector.stretches else 'without'} decoding); {len(rejects):,} rejected")
 

@@ -34,7 +34,7 @@ from video.frames.reading import even_timestamps
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.model import VideoLLMConfig, encode_frames, hidden_states
 from video.llm.prompts import Prompts
-from video.llm.training_rows import ClipSource, evidence_frames
+from video.llm.training_rows import ClipSource, with_evidence
 from video.questions import Question, draw_questions, read_questions
 
 
@@ -200,9 +200,7 @@ class QuestionEvaluator:
             times = store.times[row]
             even = np.unique([np.argmin(np.abs(times - t)) for t in even_timestamps(store.durations[row], frames)])
             self._even.append(even)
-            shown = [int(indices[len(indices) // 2]) for indices in evidence_frames(question, times)][:frames]
-            rest = [index for index in even if index not in shown][: frames - len(set(shown))]
-            self._informed.append(np.unique([*shown, *rest]))
+            self._informed.append(with_evidence(question, times, even, frames))
         self._has_evidence = any(question.evidence for question in questions)
 
     def _features(self, video: str) -> jax.Array:

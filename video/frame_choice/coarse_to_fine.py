@@ -7,6 +7,8 @@ and then at as many exact frames inside the stretches.
 
 import numpy as np
 
+from video.frame_choice.rules import top
+from video.frame_choice.scores import Scores
 from video.frames.reading import even_timestamps
 
 
@@ -25,7 +27,7 @@ def times_within(times: np.ndarray, duration: float, scores: np.ndarray, stretch
       float64 `[candidates]`, seconds, ascending.
     """
     edges = np.concatenate([[0.0], (times[1:] + times[:-1]) / 2, [duration]])
-    best = np.sort(np.argsort(-scores, kind="stable")[:stretches])
+    best = top(Scores(scores), stretches)
     ends = np.cumsum(np.diff(edges)[best])  # were the stretches laid end to end
     places = even_timestamps(ends[-1], len(times))
     stretch = np.searchsorted(ends, places, side="right")

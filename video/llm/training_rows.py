@@ -38,6 +38,22 @@ def evidence_frames(question: Question, times: np.ndarray) -> list[np.ndarray]:
     return spans
 
 
+def with_evidence(question: Question, times: np.ndarray, frames: np.ndarray, num_frames: int) -> np.ndarray:
+    """Replaces frames by those that show a question's evidence, the middle one of each span.
+
+    Args:
+      question, times: see `evidence_frames`.
+      frames: int `[frames]`, candidates, of which the first fill up where there are fewer spans.
+      num_frames: frames to return at most.
+
+    Returns:
+      int64 `[chosen]`, ascending.
+    """
+    shown = [int(span[len(span) // 2]) for span in evidence_frames(question, times)][:num_frames]
+    rest = [index for index in frames.tolist() if index not in shown]
+    return np.unique([*shown, *rest[: num_frames - len(set(shown))]]).astype(np.int64)
+
+
 class ClipSource(MixtureSource):
     """Batches of videos with questions.
 
