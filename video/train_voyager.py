@@ -27,7 +27,7 @@ from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
 from video.llm.loading import load_video_llm
-from video.llm.prompts import PaddedPrompts
+from video.llm.prompts import QuestionWords
 from video.voyager.frame_voyager import (
     OBJECTIVES,
     VoyagerConfig,
@@ -54,7 +54,6 @@ class TrainVoyagerConfig(TrainerConfig):
       layers: number of these layers.
       frame_tokens: tokens of a frame, 1 or, for None, as many as the labels store, see `video.label`.
       head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
-      tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
       objective, temperature: see `ranking_loss`.
       strides: in training, one of these is drawn for each question, and only every so many candidates see each other,
         so that rewards are learnt for several M from labels of one.
@@ -78,7 +77,6 @@ class TrainVoyagerConfig(TrainerConfig):
     frame_layers: int = 2
     frame_heads: int = 4
     rank: int = 16
-    tune_layers: bool = True
     objective: str = "pairs"
     temperature: float = 0.1
     strides: Sequence[int] = (1, 2)
@@ -130,29 +128,27 @@ class VoyagerTraining(TrainModule):
         self.model = VoyagerConfig(decoder, tokens, config.head_dim, config.frame_layers, config.frame_heads,
                                    config.rank)
         self.tokenizer_path = llm.tokenizer_path
-        self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
-            question.question for labels in (self._train, self._validation) for question in labels.questions])
+        self._train_words, self._validation_words = (
+            QuestionWords(self.model.prompt, llm.language_model, [question.question for question in labels.questions])
+            for labels in (self._train, self._validation))
         self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
-        length = self._prompts.length(candidates)
-        if (longest := self._prompts.length(1)) > decoder.max_length:
+        words = self._train_words.length
+        if (longest := max(words, self._validation_words.length) + tokens) > decoder.max_length:
             raise InputError(f"{config.labels}: {longest} tokens of a question and a frame, the decoder has "
                              f"max_length={decoder.max_length}")
         float32, int32 = np.float32, np.int32
         self.batch_row = {
             "features": jax.ShapeDtypeStruct(self._train.features.shape, float32),
-            "tokens": jax.ShapeDtypeStruct((length,), int32),
-            "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
+            "words": jax.ShapeDtypeStruct((words, decoder.embed_dim), float32),
+            "lengths": jax.ShapeDtypeStruct((), int32),
             "times": jax.ShapeDtypeStruct((candidates,), float32),
             "segments": jax.ShapeDtypeStruct((candidates,), int32),
             "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
             "losses": jax.ShapeDtypeStruct((self._row_combinations,), float32),
         }
-        self.tokens_per_sequence = length
-        self.flops_per_token = decoder.flops_per_token(length)
+        self.tokens_per_sequence = words + candidates * tokens
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
-        if not self._config.tune_layers:
-            params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
         frame_rewards = rewards(self.model, params, *(batch[name] for name in _INPUTS))
         combinations = batch["combinations"]
         losses, right, usable = ranking_loss(
@@ -164,17 +160,18 @@ class VoyagerTraining(TrainModule):
         return total, LossParts(weight, means)
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> "LabelSource":
-        return LabelSource(self._train, self._prompts, self._row_combinations, self._config.strides, mixture, rows)
+        return LabelSource(self._train, self._train_words, self._row_combinations, self._config.strides, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
-        return collections.Counter({"questions": len(batch["tokens"])})
+        return collections.Counter({"questions": len(batch["losses"])})
 
     def evaluators(self, mesh: Mesh) -> list[Evaluator]:
-        predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
+        predict = RewardPredictor(self.model, mesh, self._config.eval_batch_size)
 
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
-            return ranking_metrics(predict(params, self._validation), self._validation)
+            return ranking_metrics(
+                predict(params, self._validation, self._validation_words), self._validation)
 
         return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 
@@ -200,7 +197,7 @@ class VoyagerTraining(TrainModule):
 
 
 # Arguments of `rewards` in a batch, in order.
-_INPUTS = ("features", "tokens", "indices", "times", "segments")
+_INPUTS = ("features", "words", "lengths", "times", "segments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +211,11 @@ class LabelProvenance:
 class LabelSource(MixtureSource):
     """Batches of questions with some of their labels."""
 
-    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, strides: Sequence[int],
+    def __init__(self, labels: Labels, words: QuestionWords, combinations: int, strides: Sequence[int],
                  mixture: Mixture, rows: np.ndarray | None = None):
         """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
-        self._labels, self._row_combinations, self._strides = labels, combinations, strides
+        self._labels, self._words, self._row_combinations, self._strides = labels, words, combinations, strides
         super().__init__(mixture, rows)
-        self._tokens, self._indices = prompts([question.question for question in labels.questions],
-                                             labels.features.shape[0])
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
@@ -233,10 +228,8 @@ class LabelSource(MixtureSource):
             segments.append(np.arange(labels.features.shape[0], dtype=np.int32) % rng.choice(self._strides) + 1)
         drawn = np.stack(drawn)
         return {
-            **label_inputs(labels, rows),
+            **label_inputs(labels, self._words, rows),
             "segments": np.stack(segments).astype(np.int32),
-            "tokens": self._tokens[rows],
-            "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
             "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
         }
@@ -247,32 +240,33 @@ class LabelSource(MixtureSource):
         return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
-def label_inputs(labels: Labels, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns what `rewards` reads of questions besides their tokens: features, times, segments, `[rows, M, ...]`."""
+def label_inputs(labels: Labels, words: QuestionWords, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns what `rewards` reads of questions, name -> `[rows, ...]`; all candidates see each other."""
     videos, candidates = labels.video[rows], labels.features.shape[0]
-    return {"features": labels.features.features_of(videos), "times": labels.features.times[videos].astype(np.float32),
+    embeddings, lengths = words[rows]
+    return {"words": embeddings, "lengths": lengths,
+            "features": labels.features.features_of(videos), "times": labels.features.times[videos].astype(np.float32),
             "segments": np.ones((len(rows), candidates), np.int32)}
 
 
 class RewardPredictor:
     """Computes the rewards of the labelled combinations of many questions, a batch at a time."""
 
-    def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
+    def __init__(self, config: VoyagerConfig, mesh: Mesh, batch_size: int):
         """Stores the model; `batch_size` counts questions, over all devices."""
-        self._prompts, self._batch_size = prompts, batch_size
+        self._batch_size = batch_size
         self._sharding = partitioning.batch_sharding(mesh)
         self._step = jax.jit(
             lambda params, combinations, *inputs: combination_rewards(rewards(config, params, *inputs), combinations),
             out_shardings=partitioning.replicated(mesh))
 
-    def __call__(self, params: Any, labels: Labels) -> np.ndarray:
+    def __call__(self, params: Any, labels: Labels, words: QuestionWords) -> np.ndarray:
         """Returns rewards of combinations, float32 `[questions, combinations]`."""
-        tokens, indices = self._prompts([question.question for question in labels.questions], labels.features.shape[0])
         batches = []
         for start in range(0, len(labels), self._batch_size):
             # The last batch repeats a question to keep its shape.
             rows = np.minimum(np.arange(start, start + self._batch_size), len(labels) - 1)
-            inputs = label_inputs(labels, rows) | {"tokens": tokens[rows], "indices": indices[rows]}
+            inputs = label_inputs(labels, words, rows)
             arrays = labels.combinations[rows].astype(np.int32), *(inputs[name] for name in _INPUTS)
             batches.append(self._step(params, *(partitioning.put(x, self._sharding) for x in arrays)))
         return np.concatenate(jax.device_get(batches))[: len(labels)]

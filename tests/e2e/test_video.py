@@ -246,7 +246,8 @@ def test_two_processes_train_the_same(labelled, name, configurable, macro):
 def test_parts_of_a_video_llm_are_those_of_the_whole(trained):
     whole, tower = load_video_llm(trained / "llm"), load_video_llm(trained / "llm", layers=0)
     bottom = load_video_llm(trained / "llm", layers=2, frames=False)
-    assert set(bottom.params) == {"decoder"} and set(tower.params) == {"frames"}
+    assert set(bottom.params) == {"decoder"} and set(tower.params) == {"frames", "decoder"}
+    assert set(tower.params["decoder"]) == {"embedding"}
     assert bottom.fingerprint() == tower.fingerprint() == whole.fingerprint()
     jax.tree.map(np.testing.assert_array_equal, tower.params["frames"], whole.params["frames"])
     decoder, params = bottom_layers(bottom.config, bottom.params, 2)

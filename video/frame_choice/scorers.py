@@ -23,7 +23,7 @@ from video.frame_choice.scores import Scores
 from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts
 from video.llm.loading import load_video_llm
 from video.llm.model import encode_frames
-from video.llm.prompts import PaddedPrompts
+from video.llm.prompts import QuestionWords
 from video.voyager.frame_voyager import VoyagerConfig, rewards
 
 
@@ -103,7 +103,7 @@ class Voyager:
         self.size = llm.config.vision.image_size
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
         self._encode = _KeepLast(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
-        self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
+        self._words = functools.partial(QuestionWords, self._config.prompt, llm.language_model)
         self._rewards = jax.jit(functools.partial(rewards, self._config))
 
     @functools.cached_property
@@ -113,13 +113,13 @@ class Voyager:
                 "fingerprint": fingerprint(self._params, dataclasses.asdict(self._config))}
 
     def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
-        tokens, frame_positions = self._prompts([question], len(frames))
-        own = tokens.shape[1] - (len(frames) - 1) * self._config.frame_tokens  # the question and one frame
+        words, lengths = self._words([question])[[0]]
+        own = lengths[0] + self._config.frame_tokens  # the question and one frame
         if own > self._config.decoder.max_length:
             raise InputError(f"{video}: the question has {own} tokens with a frame, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
         times, segments = times.astype(np.float32)[None], np.ones((1, len(frames)), np.int32)
-        scores = self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions, times, segments)
+        scores = self._rewards(self._params, self._encode(frames)[None], words, lengths, times, segments)
         return Scores(np.asarray(scores.values)[0], np.asarray(scores.pairs)[0] if self._config.rank else None)
 
 
