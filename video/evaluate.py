@@ -49,7 +49,8 @@ from video.frame_choice.evaluation_tables import (
     write_report,
 )
 from video.frame_choice.rules import ASKING, RULES, even
-from video.frame_choice.scorers import Similarity, Voyager
+from video.frame_choice.scorers import Scorer, Similarity, Voyager
+from video.frame_choice.scores import Scores
 from video.frame_choice.selector import Selector
 from video.frames.frame_store import FrameStore
 from video.frames.reading import Candidates
@@ -132,6 +133,21 @@ class EvaluateConfig:
             raise InputError("evaluate_frames.settings: must be pairs (M, T) with T from 1 to M")
 
 
+class _KeepScores:
+    """A scorer that keeps the scores of the last question on the very same array, for all rules and T."""
+
+    def __init__(self, scorer: Scorer):
+        self._scorer, self._last = scorer, (None, "", None)
+        self.settings = scorer.settings
+        if hasattr(scorer, "score_some"):
+            self.score_some = scorer.score_some
+
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
+        if self._last[0] is not frames or self._last[1] != question:
+            self._last = frames, question, self._scorer(video, frames, times, question)
+        return self._last[2]
+
+
 class _Chooser(NamedTuple):
     """A way to choose frames; without a scorer and a rule the method says how."""
 
@@ -189,9 +205,9 @@ def _choosers(trial: Trial, config: EvaluateConfig) -> tuple[Any, list[_Chooser]
     llm = load_video_llm(trial.video_llm)
     choosers = [_Chooser(UNIFORM), _Chooser(RANDOM)]
     if trial.towers is not None:
-        similarity = Similarity(trial.towers)
+        similarity = _KeepScores(Similarity(trial.towers))
         choosers += [_Chooser(_NAMES[rule], similarity, rule) for rule in config.rules]
-    choosers += [_Chooser(VOYAGER, Voyager(run, trial.video_llm), config.choice) for run in trial.voyagers]
+    choosers += [_Chooser(VOYAGER, _KeepScores(Voyager(run, trial.video_llm)), config.choice) for run in trial.voyagers]
     return llm, [*choosers, _Chooser(EVIDENCE)]
 
 
@@ -209,7 +225,7 @@ def _answer(
         for candidates, settings in itertools.groupby(sorted(config.settings), operator.itemgetter(0)):
             grid = even(store.candidates, candidates)
             part = frames[grid]  # one array for all that follows: scorers keep what they encoded of the last one
-            for (_, num_frames), question, chooser in itertools.product(settings, group, choosers):
+            for question, (_, num_frames), chooser in itertools.product(group, list(settings), choosers):
                 # On a copy, nothing is encoded yet.
                 timed = question is group[0] and number < _TIMED
                 shown = Candidates(part.copy() if timed else part, times[grid], store.durations[row], grid)

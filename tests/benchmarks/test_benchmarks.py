@@ -52,6 +52,7 @@ def test_variants_of_the_gpu_step_are_sorted_and_a_failing_one_stops_nothing():
     assert result["variants"][-1]["variant"] == "none-cudnn" and "cudnn" in result["variants"][-1]["error"]
 
 
+@pytest.mark.slow
 def test_solver_reaches_optimality():
     result = last_line("climb_solver.py", "--languages", "12")
     assert result["languages"] == 12 and result["kkt"] < 1e-6 and 0 <= result["joint_gap"] < 0.1
