@@ -221,7 +221,7 @@ def _answer(
     chosen: dict[str, list] = {question.id: [] for question in questions}
     for number, (video, group) in enumerate(tqdm(by_video(questions).items(), f"{name}: choose", disable=None)):
         row = store.row(video)
-        frames, times = store.frames([row])[0], store.times[row]
+        frames, times = store.video(video)
         for candidates, settings in itertools.groupby(sorted(config.settings), operator.itemgetter(0)):
             grid = even(store.candidates, candidates)
             part = frames[grid]  # one array for all that follows: scorers keep what they encoded of the last one
@@ -235,7 +235,7 @@ def _answer(
                     spent[candidates, num_frames, chooser.method].append((time.perf_counter() - started, encoded))
                 chosen[question.id].append((candidates, num_frames, chooser.method, grid[indices]))
     scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
-    answers = scorer(lambda video: scorer.features(store.frames([store.row(video)])[0]), questions,
+    answers = scorer(lambda video: scorer.features(*store.video(video)), questions,
                      [[indices.tolist() for *_, indices in of_question] for of_question in chosen.values()])
     # The first video is left out where there are others: its choices compile programs.
     costs = {key: Cost(float(np.median([seconds for seconds, _ in values[1:] or values])),

@@ -196,7 +196,7 @@ class _Labelling:
 
     def _encode(self, video: str) -> jax.Array:
         """Returns all embeddings of a video's candidates; averages those that are still to be written."""
-        embeddings = self.scorer.features(self._store.frames([self._store.row(video)])[0][self._indices])
+        embeddings = self.scorer.features(*(x[self._indices] for x in self._store.video(video)))
         if video not in self._features.done:
             self._pooled[video] = self._pool(embeddings)
         return embeddings

@@ -321,7 +321,7 @@ def test_accuracy_with_the_frames_of_every_chooser(command, labelled, voyager):
     for line in answers[:3]:
         assert {(choice[0], choice[1]) for choice in line["choices"]} == {(6, 2), (12, 3)}
         assert {choice[2] for choice in line["choices"]} == methods
-        features = scorer.features(store.frames([store.row(line["video"])])[0])
+        features = scorer.features(*store.video(line["video"]))
         for candidates, count, _, frames, is_right, loss in line["choices"]:
             assert len(set(frames)) == count and set(frames) <= set(range(1, 12, 2) if candidates == 6 else range(12))
             (alone,) = scorer(lambda video, features=features: features, [questions[line["id"]]], [[frames]])

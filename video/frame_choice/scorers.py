@@ -61,13 +61,13 @@ class AskableScorer(Scorer, Protocol):
 class _KeepLast:
     """Encodes frames, and keeps the result for the next question on the very same array."""
 
-    def __init__(self, encode: Callable[[np.ndarray], jax.Array]):
+    def __init__(self, encode: Callable[..., jax.Array]):
         self._encode = encode
         self._frames: np.ndarray | None = None
 
-    def __call__(self, frames: np.ndarray) -> jax.Array:
+    def __call__(self, frames: np.ndarray, *times: np.ndarray) -> jax.Array:
         if self._frames is not frames:
-            self._features, self._frames = self._encode(frames), frames
+            self._features, self._frames = self._encode(frames, *times), frames
         return self._features
 
 
@@ -118,8 +118,9 @@ class Voyager:
         if own > self._config.decoder.max_length:
             raise InputError(f"{video}: the question has {own} tokens with a frame, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
-        times, segments = times.astype(np.float32)[None], np.ones((1, len(frames)), np.int32)
-        scores = self._rewards(self._params, self._encode(frames)[None], words, lengths, times, segments)
+        times, segments = times.astype(np.float32), np.ones((1, len(frames)), np.int32)
+        features = self._encode(frames, times)[None]
+        scores = self._rewards(self._params, features, words, lengths, times[None], segments)
         return Scores(np.asarray(scores.values)[0], np.asarray(scores.pairs)[0] if self._config.rank else None)
 
 

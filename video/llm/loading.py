@@ -71,7 +71,7 @@ class VideoLLM:
     def fingerprint(self) -> str:
         """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         content = dataclasses.asdict(self.config)
-        del content["variant"]  # the parameters show it
+        del content["variant"], content["frame_times"]  # the parameters show them
         for part in ("vision", "decoder"):
             content[part] = {name: value for name, value in content[part].items() if name not in NOT_DIGESTED}
         model = self.language_model

@@ -30,10 +30,9 @@ from mlx_pretrain.models.encoder import LayerNorm, gelu, vector
 from mlx_pretrain.models.layers import matrix
 from mlx_pretrain.models.tree_attention import TreeMask
 from mlx_pretrain.models.vision import LayersConfig, layers
-from video.llm.model import PROMPT, VideoLLMConfig
+from video.llm.model import PROMPT, VideoLLMConfig, time_waves
 from video.voyager.frame_features import pool_tokens
 
-_PERIODS = tuple(0.5 * 2.0**k for k in range(16))  # seconds: half a second to four and a half hours
 OBJECTIVES = ("pairs", "gaps", "list")
 
 
@@ -145,9 +144,7 @@ class FrameVoyager(nn.Module):
             jnp.concatenate([jnp.asarray(words, config.dtype), flat], axis=1), positions, tree_mask)
         states = hidden[:, words.shape[1] :].reshape(features.shape).astype(jnp.float32).mean(axis=2)
         if config.frame_layers:
-            angles = 2 * jnp.pi * times[..., None].astype(jnp.float32) / jnp.asarray(_PERIODS, jnp.float32)
-            waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-            embed = states.shape[-1]
+            waves, embed = time_waves(times), states.shape[-1]
             states += waves @ matrix(self, "time", (waves.shape[-1], embed), (None, "norm"), waves.shape[-1])
             states, _ = layers(config.layers, name="layers")(states.astype(config.dtype), segments)
             states = LayerNorm(1e-6, name="final_norm")(states.astype(jnp.float32))

@@ -54,7 +54,7 @@ def change(path, **changes):
 
 def run(llm, frames, tokens):
     def compute(params, frames, tokens):
-        features = encode_frames(llm.config, params, frames)
+        features = encode_frames(llm.config, params, frames, np.zeros(frames.shape[:-3]))
         hidden = hidden_states(llm.config, params, features.reshape(1, -1, features.shape[-1]), tokens)
         return logits(params["decoder"], hidden)
 
@@ -85,7 +85,7 @@ def test_losses_with_shared_beginnings_are_those_of_each_combination(llm, golden
     """All frames: transformers' logits. Two of three: the newline follows the last of them."""
     question = Question("a", "clip.mp4", QUESTION, "B", options=("A", "B"))
     scorer, combinations = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), [(0, 1, 2), (0, 1), (0, 2)]
-    features = scorer.features(golden["frames"])
+    features = scorer.features(golden["frames"], np.zeros(3))
     (answers,) = scorer(lambda video: features, [question], [combinations], options=False)
     (words,), (answer,) = llm.prompts.words([QUESTION]), llm.prompts.answers(["B"])
     assert answer[-1] == llm.language_model.tokenizer.vocabulary()["<|im_end|>"]
