@@ -39,6 +39,7 @@ from mlx_pretrain.parallel import cluster, hardware
 from video.frame_choice.evaluation_tables import (
     COST,
     EVIDENCE,
+    HYBRID,
     RANDOM,
     REPORT,
     UNIFORM,
@@ -75,12 +76,14 @@ class Trial:
       name: name of its file of answers, such as "seed0".
       video_llm: folder of the Video-LLM.
       voyagers: runs of `video.train_voyager` for it, which count as seeds.
+      hybrids: runs that have the similarities of the towers as an input, which are another method.
       towers: run of `video.train_towers` for the rules on similarities; None: these are left out.
     """
 
     name: str = gin.REQUIRED
     video_llm: str = gin.REQUIRED
     voyagers: Sequence[str] = ()
+    hybrids: Sequence[str] = ()
     towers: str | None = None
 
 
@@ -207,7 +210,8 @@ def _choosers(trial: Trial, config: EvaluateConfig) -> tuple[Any, list[_Chooser]
     if trial.towers is not None:
         similarity = _KeepScores(Similarity(trial.towers))
         choosers += [_Chooser(_NAMES[rule], similarity, rule) for rule in config.rules]
-    choosers += [_Chooser(VOYAGER, _KeepScores(Voyager(run, trial.video_llm)), config.choice) for run in trial.voyagers]
+    choosers += [_Chooser(method, _KeepScores(Voyager(run, trial.video_llm, towers=trial.towers)), config.choice)
+                 for method, runs in ((VOYAGER, trial.voyagers), (HYBRID, trial.hybrids)) for run in runs]
     return llm, [*choosers, _Chooser(EVIDENCE)]
 
 

@@ -335,6 +335,23 @@ def test_accuracy_with_the_frames_of_every_chooser(command, labelled, voyager):
     assert (labelled / "evaluation/cost.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_a_hybrid_is_trained_evaluated_and_needs_its_towers(command, labelled):
+    good(command("train_towers", "--gin.TOWERS=hybrid_towers"))
+    trained = good(command("train_voyager", "--gin.VOYAGER=hybrid", "--gin.train_voyager.towers=hybrid_towers",
+                           "--gin.train_voyager.frame_store=frames"))
+    assert "pairs in order" in trained
+    good(command("evaluate", "--gin.TOWERS=hybrid_towers", "--gin.EVALUATION=with_hybrid", "--gin.Trial.voyagers=[]",
+                 "--gin.Trial.hybrids=['hybrid']"))
+    results = json.loads((labelled / "with_hybrid/results.json").read_text())
+    assert "hybrid of Frame-Voyager and similarity" in results["settings"][0]["methods"]
+    selected = good(command("select", "--gin.VOYAGER=hybrid", "--gin.Voyager.towers=hybrid_towers",
+                            "--gin.SELECTED=by_hybrid"))
+    assert "selected: 3 of 10 frames for " in selected.replace("by_hybrid", "selected")
+    ended = command("select", "--gin.VOYAGER=hybrid", "--gin.SELECTED=other")
+    assert ended.code == 1 and "hybrid: a hybrid, which needs Voyager.towers" in ended.err
+
+
 @pytest.mark.parametrize("stage, flags, message", [
     ("train", ["--gin.VisionConfig.image_size=32", "--gin.VIDEO_LLM=other"], "frames of 24 pixels"),
     ("train", ["--gin.train_video.length=20", "--gin.VIDEO_LLM=other"], "sequences have 20"),

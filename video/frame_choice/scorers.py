@@ -84,22 +84,31 @@ class Voyager:
     resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
-                 step: int | Literal["best"] | None = "best"):
+                 step: int | Literal["best"] | None = "best", towers: epath.PathLike | None = None):
         """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
 
         Args:
           run_dir: folder of the run.
           video_llm: folder of the Video-LLM, see `load_video_llm`.
           step: checkpoint of the run, see `checkpoints.find_step`.
+          towers: run of `video.train_towers` that a hybrid was trained with; of no use for others.
 
         Raises:
-          InputError: one of them is missing, or the run was trained for another Video-LLM.
+          InputError: one of them is missing, or the run was trained for another Video-LLM or with other towers.
         """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
         llm, self._config = load_video_llm(video_llm, mesh, layers=0), checkpoints.load_model(run_dir, VoyagerConfig)
-        self._trained_for = read_json(epath.Path(run_dir) / "run.json", "run")["labels"]["model"]
+        record = read_json(epath.Path(run_dir) / "run.json", "run")
+        self._trained_for = record["labels"]["model"]
         if self._trained_for != llm.fingerprint():
             raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
+        self._similarity = None
+        if self._config.hybrid:
+            if towers is None:
+                raise InputError(f"{run_dir}: a hybrid, which needs Voyager.towers, the run it was trained with")
+            self._similarity = Similarity(towers)
+            if self._similarity.settings != record["similarity"]:
+                raise InputError(f"{run_dir}: trained with other towers than {towers}")
         self.size = llm.config.vision.image_size
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
         self._encode = _KeepLast(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
@@ -120,7 +129,8 @@ class Voyager:
                              f"{self._config.decoder.max_length}")
         times, segments = times.astype(np.float32), np.ones((1, len(frames)), np.int32)
         features = self._encode(frames, times)[None]
-        scores = self._rewards(self._params, features, words, lengths, times[None], segments)
+        similarities = self._similarity and self._similarity(video, frames, times, question).values[None]
+        scores = self._rewards(self._params, features, words, lengths, times[None], segments, similarities)
         return Scores(np.asarray(scores.values)[0], np.asarray(scores.pairs)[0] if self._config.rank else None)
 
 

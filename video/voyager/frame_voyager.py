@@ -61,6 +61,7 @@ class VoyagerConfig:
       frame_heads: heads of such a layer.
       rank: number of dimensions in which frames attract each other, and of those in which they repel each other; 0: no
         interactions.
+      hybrid: a frame's similarity to the question, by another model, is an input besides.
       prompt: {question} and {frames}; the frames come last, so that their states depend on the question.
     """
 
@@ -70,6 +71,7 @@ class VoyagerConfig:
     frame_layers: int = 2
     frame_heads: int = 4
     rank: int = 16
+    hybrid: bool = False
     prompt: str = PROMPT
 
     def __post_init__(self):
@@ -96,7 +98,7 @@ class VoyagerConfig:
         """Draws parameters in boxes that carry their logical axis names."""
         embed, one = self.decoder.embed_dim, jnp.ones((1, 1), jnp.int32)
         return FrameVoyager(self).init(key, jnp.zeros((1, 1, self.frame_tokens, embed)), jnp.zeros((1, 1, embed)),
-                                       one[0], jnp.zeros((1, 1)), one)["params"]
+                                       one[0], jnp.zeros((1, 1)), one, jnp.zeros((1, 1)))["params"]
 
     def parameters(self) -> int:
         """Number of parameters."""
@@ -125,6 +127,7 @@ class FrameVoyager(nn.Module):
         lengths: Int[ArrayLike, " batch"],
         times: Float[ArrayLike, "batch candidates"],
         segments: Int[ArrayLike, "batch candidates"],
+        similarities: Float[ArrayLike, "batch candidates"] | None = None,
     ) -> FrameRewards:
         """Returns the rewards of all candidates.
 
@@ -134,6 +137,7 @@ class FrameVoyager(nn.Module):
           lengths: int `[batch]`, numbers of these words.
           times: `[batch, candidates]`, seconds.
           segments: int `[batch, candidates]`; only candidates of the same number see each other.
+          similarities: `[batch, candidates]`, cosines of frame and question; read by a hybrid alone.
         """
         config = self.config
         if features.shape[2] != config.frame_tokens:
@@ -143,6 +147,9 @@ class FrameVoyager(nn.Module):
         hidden = DecoderLayers(config.decoder, name="decoder")(
             jnp.concatenate([jnp.asarray(words, config.dtype), flat], axis=1), positions, tree_mask)
         states = hidden[:, words.shape[1] :].reshape(features.shape).astype(jnp.float32).mean(axis=2)
+        if config.hybrid:
+            kernel = matrix(self, "similarity", (1, states.shape[-1]), (None, "norm"), 1)
+            states += 10 * jnp.asarray(similarities, jnp.float32)[..., None] @ kernel  # cosines differ by about a tenth
         if config.frame_layers:
             waves, embed = time_waves(times), states.shape[-1]
             states += waves @ matrix(self, "time", (waves.shape[-1], embed), (None, "norm"), waves.shape[-1])

@@ -164,6 +164,16 @@ def test_what_a_reward_depends_on(config, params, frame_tokens, frame_layers):
     assert seen_by(change("times", (0, 1), 9.0)) == together
 
 
+def test_a_hybrid_reads_similarities_too(config, params):
+    voyager, drawn = random_voyager(config, params, frame_layers=0, hybrid=True)
+    rng = np.random.default_rng(1)
+    inputs = (rng.normal(size=(1, 5, 4, 32)), rng.normal(size=(1, 3, 32)), np.array([3]), np.zeros((1, 5)),
+              np.ones((1, 5), int))
+    similarities = np.array([[0.1, 0.2, 0.3, 0.2, 0.1]])
+    values = [rewards(voyager, drawn, *inputs, x).values[0] for x in (similarities, similarities + 0.1 * np.eye(5)[2])]
+    assert np.flatnonzero(np.abs(values[0] - values[1]) > 1e-4).tolist() == [2]
+
+
 def test_a_frame_reads_the_question_and_itself_alone(config, params):
     """The state of a frame among many is that of a sequence of the question and this frame."""
     voyager, drawn = random_voyager(config, params, frame_tokens=4, frame_layers=0)
