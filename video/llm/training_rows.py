@@ -43,14 +43,17 @@ def with_evidence(question: Question, times: np.ndarray, frames: np.ndarray, num
 
     Args:
       question, times: see `evidence_frames`.
-      frames: int `[frames]`, candidates, of which the first fill up where there are fewer spans.
+      frames: int `[frames]`, candidates, of which the first fill up where there are fewer spans; those that show a span
+        again come last, for two frames of one appearance look like two appearances.
       num_frames: frames to return at most.
 
     Returns:
       int64 `[chosen]`, ascending.
     """
-    shown = [int(span[len(span) // 2]) for span in evidence_frames(question, times)][:num_frames]
-    rest = [index for index in frames.tolist() if index not in shown]
+    spans = evidence_frames(question, times)
+    shown = [int(span[len(span) // 2]) for span in spans][:num_frames]
+    inside = {index for span in spans for index in span.tolist()}
+    rest = sorted((index for index in frames.tolist() if index not in shown), key=inside.__contains__)
     return np.unique([*shown, *rest[: num_frames - len(set(shown))]]).astype(np.int64)
 
 
