@@ -6,16 +6,16 @@ characters, two for a word (our choice). A document that is hit is removed as a 
 surroundings; n-grams that many documents share count, too, but the report lists the most frequent, so that a set phrase
 can be told from a leak.
 
-Writes a removal list and a report, see `raters.filtering.removal_command`; removed.jsonl names the items and the
-n-grams they share, items.jsonl each item that was found, with its documents. Processes may share the files
-(`--shard=I/N`, or a SLURM array); the command without `--shard` completes their work.
+Writes removal lists and a report, see `raters.filtering.removal_command`; the lists name the items and the n-grams they
+share, items.jsonl each item that was found, with its documents. Each file is a task, which local processes, shards or
+Apache Beam may do; see `mlx_pretrain.parallel.phases`.
 """
 
 import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -24,11 +24,12 @@ from etils import epath
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import match_files, read_documents
-from mlx_pretrain.data.record_files import UnreadableRecords
+from mlx_pretrain.data.record_files import UnreadableRecords, jsonl_writer
 from mlx_pretrain.data.word_boundaries import UNITS_PER_WORD
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import read_jsonl
 from mlx_pretrain.parallel.cluster import log
+from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
 from raters.filtering import shingles
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
@@ -59,6 +60,7 @@ class DecontaminateConfig(RemovalConfig):
     least_words: int = 8
 
     def __post_init__(self):
+        super().__post_init__()
         longest = shingles.MAX_WORDS // UNITS_PER_WORD
         if not (isinstance(self.ngram, int) and 1 <= self.ngram <= longest):
             raise InputError(f"decontaminate.ngram = {self.ngram!r}: must be a whole number from 1 to {longest}")
@@ -125,6 +127,11 @@ class Index:
                     of_value.append(item)
         self.skipped[file] += not long_enough
 
+    def name(self, item: int) -> dict[str, str]:
+        """Returns file and id of an item."""
+        file, item_id = self.items[item]
+        return {"file": file, "id": item_id}
+
     def freeze(self) -> None:
         """Prepares the search; no item is added afterwards."""
         self._sorted = {n: np.array(sorted(owners), np.uint64) for n, owners in self._owners.items()}
@@ -156,20 +163,32 @@ def _index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
     return index
 
 
-def search_file(name: str, command: RemovalCommand, index: Index) -> dict[str, Any]:
-    """Searches the documents of one file.
+def search_file(
+    name: str, folder: epath.Path, command: RemovalCommand, make_index: Callable[[], Index]
+) -> dict[str, Any]:
+    """Searches the documents of one file, and writes its removal list below `folder`.
 
     Returns:
-      JSON: "documents", their number by language; "hit", [entry of the removal list, language, hits] of each document
-      that is hit, a hit being [item, n-grams shared, first of them]; "unreadable", records that could not be read.
+      JSON: "documents", their number by language; "hit", [number, id, language, hits] of each document that is hit, a
+      hit being [item, n-grams shared, first of them]; "unreadable", records that could not be read.
     """
+    index = make_index()
     documents: collections.Counter[str] = collections.Counter()
     unreadable, hit = UnreadableRecords(), []
-    for document in command.documents_of(name, unreadable):
-        documents[document.language] += 1
-        if hits := index.hits(document.text):
-            entry = removal_entry(document_reference(name, document.number, document.id), "evaluation item")
-            hit.append([entry, document.language, [[item, count, ngram] for item, (count, ngram) in hits.items()]])
+
+    def entries() -> Iterator[dict[str, Any]]:
+        for document in command.documents_of(name, unreadable):
+            documents[document.language] += 1
+            if hits := index.hits(document.text):
+                hits = [(item, count, ngram) for item, (count, ngram) in hits.items()]
+                hit.append([document.number, document.id, document.language, hits])
+                most_shared = sorted(hits, key=lambda hit: (-hit[1], hit[0]))[:_MAX_ITEMS]
+                yield removal_entry(
+                    document_reference(name, document.number, document.id), "evaluation item", n_items=len(hits),
+                    items=[{**index.name(item), "ngrams": count, "first_ngram": ngram}
+                           for item, count, ngram in most_shared])
+
+    command.write_list(name, folder, entries())
     return {"documents": documents, "hit": hit, "unreadable": unreadable.as_json()}
 
 
@@ -177,7 +196,6 @@ class Findings:
     """The results of all files, put together.
 
     Attributes:
-      entries: the removal list.
       languages: language -> documents and documents hit.
       documents_of: item -> the first documents it was found in.
       n_documents: item -> number of documents it was found in.
@@ -185,41 +203,33 @@ class Findings:
       unreadable: records that could not be read.
     """
 
-    def __init__(self, results: Sequence[Mapping[str, Any]], index: Index):
+    def __init__(self, results: Iterable[tuple[str, Mapping[str, Any]]], index: Index):
+        """Takes (name, result) of each file."""
         self._index = index
-        self.entries: list[dict[str, Any]] = []
         self.languages: dict[str, dict[str, int]] = {}
         self.documents_of: dict[int, list[dict[str, Any]]] = {}
         self.n_documents: collections.Counter[int] = collections.Counter()
         self.ngrams: collections.Counter[str] = collections.Counter()
         self.unreadable = UnreadableRecords()
-        for result in results:
+        for name, result in results:
             self.unreadable.add(result["unreadable"])
             for language, count in result["documents"].items():
                 self.languages.setdefault(language, {"documents": 0, "hit": 0})["documents"] += count
-            for entry, language, hits in result["hit"]:
+            for number, document_id, language, hits in result["hit"]:
                 self.languages[language]["hit"] += 1
-                self._add(entry, hits)
+                self._add(document_reference(name, number, document_id), hits)
 
-    def _add(self, entry: Mapping[str, Any], hits: Sequence[tuple[int, int, str]]) -> None:
-        document = {key: entry[key] for key in ("file", "number", "id")}
+    def _add(self, document: Mapping[str, Any], hits: Sequence[tuple[int, int, str]]) -> None:
         self.ngrams.update(dict.fromkeys((ngram for _, _, ngram in hits), 1))
         for item, _, _ in hits:
             self.n_documents[item] += 1
             if self.n_documents[item] <= _MAX_DOCUMENTS:
                 self.documents_of.setdefault(item, []).append(document)
-        most_shared = sorted(hits, key=lambda hit: (-hit[1], hit[0]))[:_MAX_ITEMS]
-        self.entries.append({**entry, "n_items": len(hits), "items": [
-            {**self._item(item), "ngrams": count, "first_ngram": ngram} for item, count, ngram in most_shared]})
-
-    def _item(self, item: int) -> dict[str, str]:
-        file, item_id = self._index.items[item]
-        return {"file": file, "id": item_id}
 
     def items(self) -> Iterator[dict[str, Any]]:
         """Yields the items that were found, with their documents."""
         for item, count in sorted(self.n_documents.items()):
-            yield {**self._item(item), "n_documents": count, "documents": self.documents_of[item]}
+            yield {**self._index.name(item), "n_documents": count, "documents": self.documents_of[item]}
 
     def report(self) -> dict[str, Any]:
         """Returns the report: documents, items of each file, languages, frequent n-grams, unreadable records."""
@@ -235,30 +245,45 @@ class Findings:
                 "unreadable": self.unreadable.as_json()}
 
 
-def main(config: DecontaminateConfig) -> None:
-    """Finds documents that hold evaluation items, and writes a removal list, the items found and a report.
+def make_plan(config: DecontaminateConfig) -> Plan:
+    """Returns the work of a search: a task for each file, and one that puts their findings together."""
+    item_files = [path for pattern in config.items for path in match_files(pattern)]
+    command = RemovalCommand("raters.decontaminate", config, {str(path): path for path in item_files})
+    make_index = functools.cache(lambda: _index(config, item_files))
 
-    A process with a shard writes the results of its files only.
+    def report(_: str, folder: epath.Path) -> dict[str, Any]:
+        findings = Findings(zip(command.files, plan.results("search")), make_index())
+        with jsonl_writer(folder / OUTPUT / ITEMS) as write:
+            for item in findings.items():
+                write(item)
+        return findings.report()
+
+    search = functools.partial(search_file, command=command, make_index=make_index)
+    plan = command.plan([Phase("search", list(command.files), search, command.inputs_of),
+                         Phase("report", ["all"], report)], [ITEMS])
+    return plan
+
+
+def main(config: DecontaminateConfig) -> None:
+    """Finds documents that hold evaluation items, and writes removal lists, the items found and a report.
+
+    A process with a shard does its files only.
 
     Raises:
       InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
-    item_files = [path for pattern in config.items for path in match_files(pattern)]
-    command = RemovalCommand("raters.decontaminate", config, {str(path): path for path in item_files})
-    if command.is_current([ITEMS]):
+    plan = complete(make_plan, config, config.workers)
+    if plan is None:
         return
-    index = _index(config, item_files)
-    results = command.map_files(functools.partial(search_file, command=command, index=index))
-    if results is None:
-        return
-    findings = Findings(results, index)
-    report = findings.report()
-    command.write(findings.entries, report, {ITEMS: findings.items()})
-    log(f"{config.output}: {len(findings.n_documents):,} of {len(index.items):,} items found in {report['hit']:,} of "
-        f"{report['documents']:,} documents; {index.skipped.total():,} items too short, "
-        f"{findings.unreadable.count:,} unreadable records, {time.perf_counter() - started:.1f} s")
+    [report] = plan.results("report")
+    plan.finish(report)
+    items, found, too_short = (sum(counts[key] for counts in report["items"].values())
+                               for key in ("items", "found", "too_short"))
+    log(f"{config.output}: {found:,} of {items:,} items found in {report['hit']:,} of {report['documents']:,} "
+        f"documents; {too_short:,} items too short, {report['unreadable']['count']:,} unreadable records, "
+        f"{time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":
-    run(main, DecontaminateConfig, "raters.decontaminate", shards=True)
+    run(main, DecontaminateConfig, "raters.decontaminate", has_phases=True)

@@ -5,10 +5,11 @@ word n-grams: locality-sensitive hashing in bands gives candidates (Broder 1997;
 FineWeb's, arXiv 2406.17557), the signatures' own estimate of the Jaccard similarity decides. A document is removed only
 when one that stays is similar enough to it, so that chains of small changes do not remove unlike texts.
 
-Writes a removal list and a report; see `raters.filtering.removal_command`.
+Writes removal lists and a report; see `raters.filtering.removal_command`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -18,12 +19,14 @@ from typing import Any
 import datasketch
 import gin
 import numpy as np
+from etils import epath
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.record_files import UnreadableRecords
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
+from mlx_pretrain.parallel.phases import Phase, Plan, complete
 from raters.filtering import shingles
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
@@ -54,6 +57,7 @@ class DuplicatesConfig(RemovalConfig):
     seed: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("ngram", "bands", "rows"):
             value = getattr(self, name)
             if not (isinstance(value, int) and 1 <= value <= shingles.MAX_WORDS):
@@ -217,30 +221,51 @@ def _report(sketches: Sketches, duplicates: Mapping[int, tuple[int, float]], exa
     }
 
 
+def find(_: str, folder: epath.Path, command: RemovalCommand, config: DuplicatesConfig) -> dict[str, Any]:
+    """Finds the duplicates of all files, writes the removal lists below `folder`, and returns the report."""
+    unreadable = UnreadableRecords()
+    documents = ((name, document) for name in command.files for document in command.documents_of(name, unreadable))
+    sketches = _sketches(config, command.files, documents)
+    duplicates = find_duplicates(sketches, _order(config, sketches), config.bands, config.similarity)
+    exact = {document for document, (kept, _) in duplicates.items()
+             if sketches.digest[document] == sketches.digest[kept]}
+    entries: dict[str, list[dict[str, Any]]] = {name: [] for name in command.files}
+    for entry in _entries(sketches, duplicates, exact):
+        entries[entry["file"]].append(entry)
+    for name, of_file in entries.items():
+        command.write_list(name, folder, of_file)
+    return {**_report(sketches, duplicates, exact), "unreadable": unreadable.as_json()}
+
+
+def make_plan(config: DuplicatesConfig) -> Plan:
+    """Returns the work of a search: a single task."""
+    command = RemovalCommand("raters.duplicates", config)
+
+    def inputs(_: str) -> dict[str, epath.Path]:
+        scores = {} if config.scores is None else {
+            f"{config.scores}/{name}": score_path(config.scores, name, config.corpus.folder)
+            for name in command.files}
+        return {label: path for name in command.files for label, path in command.inputs_of(name).items()} | scores
+
+    return command.plan([Phase("find", ["all"], functools.partial(find, command=command, config=config), inputs)])
+
+
 def main(config: DuplicatesConfig) -> None:
-    """Finds exact and near duplicates, and writes a removal list and a report.
+    """Finds exact and near duplicates, and writes removal lists and a report.
 
     Raises:
       InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
-    scores = {} if config.scores is None else {
-        f"{config.scores}/{name}": score_path(config.scores, name, config.corpus.folder)
-        for name in config.corpus.paths()}
-    command = RemovalCommand("raters.duplicates", config, scores)
-    if command.is_current():
+    plan = complete(make_plan, config, config.workers)
+    if plan is None:
         return
-    unreadable = UnreadableRecords()
-    sketches = _sketches(config, command.files, command.documents(unreadable))
-    duplicates = find_duplicates(sketches, _order(config, sketches), config.bands, config.similarity)
-    exact = {document for document, (kept, _) in duplicates.items()
-             if sketches.digest[document] == sketches.digest[kept]}
-    report = {**_report(sketches, duplicates, exact), "unreadable": unreadable.as_json()}
-    command.write(_entries(sketches, duplicates, exact), report)
+    [report] = plan.results("find")
+    plan.finish(report)
     log(f"{config.output}: {report['documents']:,} documents, {report['exact']:,} exact and {report['near']:,} near "
-        f"duplicates in {report['groups']:,} groups, {unreadable.count:,} unreadable records, "
+        f"duplicates in {report['groups']:,} groups, {report['unreadable']['count']:,} unreadable records, "
         f"{time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":
-    run(main, DuplicatesConfig, "raters.duplicates")
+    run(main, DuplicatesConfig, "raters.duplicates", has_phases=True)

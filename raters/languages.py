@@ -5,26 +5,27 @@ region ("fr", "fra", "fra_Latn", "fr-CA"). Up to `chunks` pieces spread over the
 (py3langid, a naive Bayes classifier on bytes), so that a half translated document is found, and a quotation does no
 harm. Languages that identifiers confuse count as one.
 
-Writes a removal list and a report; see `raters.filtering.removal_command`. Processes may share the files
-(`--shard=I/N`, or a SLURM array); the command without `--shard` completes their work.
+Writes removal lists and a report; see `raters.filtering.removal_command`. Each file is a task, which local processes,
+shards or Apache Beam may do; see `mlx_pretrain.parallel.phases`.
 """
 
 import collections
 import dataclasses
 import functools
-import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 import langcodes
+from etils import epath
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.record_files import UnreadableRecords
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
+from mlx_pretrain.parallel.phases import Phase, Plan, complete
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
 
@@ -55,6 +56,7 @@ class LanguagesConfig(RemovalConfig):
     chunk_length: int = 300
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("least_share", "least_confidence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"languages.{name} = {getattr(self, name)!r}: must be a number from 0 to 1")
@@ -189,63 +191,75 @@ class Tally:
                                      for (declared, identified), examples in sorted(self.examples.items())}}
 
 
-def check_file(name: str, command: RemovalCommand, identifier: Identifier, config: LanguagesConfig) -> dict[str, Any]:
-    """Checks the documents of one file.
+def check_file(name: str, folder: epath.Path, command: RemovalCommand, config: LanguagesConfig) -> dict[str, Any]:
+    """Checks the documents of one file, and writes its removal list below `folder`.
 
     Returns:
-      JSON: "removed", entries of the removal list; "tally", counts; "unreadable", records that could not be read.
+      JSON: "tally", counts; "unreadable", records that could not be read.
 
     Raises:
       InputError: a document is declared to be in a language that ISO 639 does not have.
     """
-    tally, unreadable, entries = Tally(), UnreadableRecords(), []
-    for document in command.documents_of(name, unreadable):
-        declared = document.language
-        try:
-            known = identifier.knows(declared)
-        except InputError as error:
-            source = "path" if declared == config.corpus.language_of_path(name) else "record"
-            raise InputError(f"{command.files[name]}:{document.number}: {error}; the {source} says so") from None
-        if not known:
-            tally.add(declared, "unknown_to_the_identifier", "")
-            continue
-        share, identified = share_declared(document.text, declared, identifier, config)
-        if share is None:
-            tally.add(declared, "undecided", "")
-        elif share >= config.least_share:
-            tally.add(declared, "confirmed", identified)
-        else:
-            entries.append(removal_entry(
-                document_reference(name, document.number, document.id), "other language", declared=declared,
-                found=identified, share=round(share, 3)))
-            tally.add(declared, "removed", identified)
-            tally.add_example(declared, identified, entries[-1], document.text)
-    return {"removed": entries, "tally": tally.counts(), "unreadable": unreadable.as_json()}
+    identifier = _identifier(tuple(map(tuple, config.confusable)))
+    tally, unreadable = Tally(), UnreadableRecords()
+
+    def entries() -> Iterator[dict[str, Any]]:
+        for document in command.documents_of(name, unreadable):
+            declared = document.language
+            try:
+                known = identifier.knows(declared)
+            except InputError as error:
+                source = "path" if declared == config.corpus.language_of_path(name) else "record"
+                raise InputError(f"{command.files[name]}:{document.number}: {error}; the {source} says so") from None
+            if not known:
+                tally.add(declared, "unknown_to_the_identifier", "")
+                continue
+            share, identified = share_declared(document.text, declared, identifier, config)
+            if share is None:
+                tally.add(declared, "undecided", "")
+            elif share >= config.least_share:
+                tally.add(declared, "confirmed", identified)
+            else:
+                entry = removal_entry(document_reference(name, document.number, document.id), "other language",
+                                      declared=declared, found=identified, share=round(share, 3))
+                tally.add(declared, "removed", identified)
+                tally.add_example(declared, identified, entry, document.text)
+                yield entry
+
+    command.write_list(name, folder, entries())
+    return {"tally": tally.counts(), "unreadable": unreadable.as_json()}
+
+
+# Kept between the tasks of a process, as it takes long to read.
+_identifier = functools.lru_cache(1)(Identifier)
+
+
+def make_plan(config: LanguagesConfig) -> Plan:
+    """Returns the work of a check: a task for each file."""
+    command = RemovalCommand("raters.languages", config)
+    check = functools.partial(check_file, command=command, config=config)
+    return command.plan([Phase("check", list(command.files), check, command.inputs_of)])
 
 
 def main(config: LanguagesConfig) -> None:
-    """Finds documents that are not in their declared language, and writes a removal list and a report.
+    """Finds documents that are not in their declared language, and writes removal lists and a report.
 
-    A process with a shard writes the results of its files only.
+    A process with a shard does its files only.
 
     Raises:
       InputError: files, declared languages or settings are wrong, or the output has another origin; nothing is
         written then.
     """
     started = time.perf_counter()
-    command = RemovalCommand("raters.languages", config)
-    if command.is_current():
-        return
-    results = command.map_files(functools.partial(
-        check_file, command=command, identifier=Identifier(config.confusable), config=config))
-    if results is None:
+    plan = complete(make_plan, config, config.workers)
+    if plan is None:
         return
     tally, unreadable = Tally(), UnreadableRecords()
-    for result in results:
+    for result in plan.results("check"):
         tally.merge(result["tally"])
         unreadable.add(result["unreadable"])
     report = {**tally.report(), "unreadable": unreadable.as_json()}
-    command.write(itertools.chain.from_iterable(result["removed"] for result in results), report)
+    plan.finish(report)
     counted = ", ".join(f"{report.get(verdict, 0):,} {verdict.replace('_', ' ')}" for verdict in (
         "confirmed", "removed", "undecided", "unknown_to_the_identifier"))
     log(f"{config.output}: {report['documents']:,} documents: {counted}; {unreadable.count:,} unreadable records, "
@@ -258,4 +272,4 @@ def main(config: LanguagesConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, LanguagesConfig, "raters.languages", shards=True)
+    run(main, LanguagesConfig, "raters.languages", has_phases=True)

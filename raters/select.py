@@ -52,7 +52,8 @@ class SelectConfig:
       scores: folder of the score files of the rater that decides.
       output: folder for the documents kept.
       others: folders of further raters' scores; the report shows their agreement.
-      exclude: removal lists of `raters.duplicates`, `.languages`, `.decontaminate`; quotas are shares of what remains.
+      exclude: outputs of `raters.duplicates`, `.languages`, `.decontaminate`: documents on their removal lists are left
+        out, and quotas are shares of what remains.
       fraction: share of each language's tokens to keep, one number or language -> share.
       tokens: tokens to keep of each language in place of a fraction, one number or language -> tokens.
       temperature: 0 keeps the best; above, samples with probability proportional to exp(score / temperature), the
@@ -155,7 +156,7 @@ class DocumentCopier:
         rated = ((int(number), int(row)) for number, row in zip(scores.number[rows], rows))
         rated_number, row = next(rated, (math.inf, -1))
         output = flat_output_name(name)
-        self.excluded += len(set(self._removed.numbers(name).tolist()))
+        self.excluded += len(self._removed.numbers(name))
 
         def unscored(number: int, document_id: str | None, reason: str, category: str) -> None:
             self.unscored[category] = self.unscored.get(category, 0) + 1
@@ -313,7 +314,8 @@ def main(config: SelectConfig) -> None:
     score_files = {f"{folder}/{name}": score_path(folder, name, config.corpus.folder)
                    for folder in (config.scores, *config.others) for name in files}
     removed = RemovalLists(config.exclude, config.corpus.paths())
-    inputs = {**files, **score_files, **{path: epath.Path(path) for path in config.exclude}}
+    lists = {str(path): path for name in files for path in removed.paths(name)}
+    inputs = {**files, **score_files, **lists}
     made_from = provenance("raters.select", config, {name: sha256(path) for name, path in inputs.items()})
     recorded = read_folder_record(config.output, MANIFEST)
     splits = {config.split, ((recorded or {}).get("settings") or {}).get("split")}

@@ -11,7 +11,7 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from raters.select import SelectConfig, main
 from tests.e2e.conftest import REPOSITORY, run, started
-from tests.raters.rated import write_documents, write_scores
+from tests.raters.rated import read_removed, write_documents, write_scores
 
 LANGUAGES = ("en", "id", "zh")
 DOCUMENTS = "--gin.DOCUMENTS=corpus/*.jsonl"
@@ -51,7 +51,7 @@ def finished(corpus) -> pathlib.Path:
         ("raters.decontaminate", "--gin_file=gin/raters/decontaminate.gin", "--gin.CONTAMINATED=leaks",
          "--gin.ITEMS=['items.jsonl']", "--gin.decontaminate.item_fields=['question']"),
         (*SELECT, "--gin.SELECTED=kept", "--gin.select.fraction=0.5",
-         "--gin.select.exclude=['twins/removed.jsonl', 'strays/removed.jsonl', 'leaks/removed.jsonl']"),
+         "--gin.select.exclude=['twins', 'strays', 'leaks']"),
     ):
         ended = run(module, *flags, *((DOCUMENTS,) if module != "raters.select" else ()), folder=corpus)
         assert ended.code == 0, ended.err
@@ -59,8 +59,7 @@ def finished(corpus) -> pathlib.Path:
 
 
 def removed(folder: pathlib.Path, name: str) -> set[tuple[str, str]]:
-    lines = (folder / name / "removed.jsonl").read_text().splitlines()
-    return {(record["file"], record["id"]) for record in map(json.loads, lines)}
+    return {(entry["file"], entry["id"]) for entry in read_removed(folder / name)}
 
 
 def test_each_stage_finds_what_was_planted(finished):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from raters.decontaminate import DecontaminateConfig, Index, main
-from tests.raters.rated import write_documents
+from tests.raters.rated import read_removed, write_documents
 
 QUESTION = "Which of the seven hills of Rome was, according to legend, the one on which Romulus founded the city?"
 CHINESE = "北京市位于华北平原的北部边缘，是中华人民共和国的首都，也是全国的政治中心、文化中心和国际交往中心。"
@@ -28,9 +28,8 @@ def run(
     name = "items.txt" if isinstance(items, str) else "items.jsonl"
     (folder / name).write_text(items) if isinstance(items, str) else write_documents(folder / name, items)
     main(DecontaminateConfig(Corpus(folder / "in", "*"), str(folder / "out"), items=[str(folder / name)], **more))
-    removed, found = ([json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
-                      for name in ("removed.jsonl", "items.jsonl"))
-    return removed, found, json.loads((folder / "out/report.json").read_text())
+    found = [json.loads(line) for line in (folder / "out/items.jsonl").read_text().splitlines()]
+    return read_removed(folder / "out"), found, json.loads((folder / "out/report.json").read_text())
 
 
 def test_a_leak_is_found_whatever_its_dress(tmp_path):

@@ -14,7 +14,7 @@ from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from raters.duplicates import DuplicatesConfig, main
 from raters.filtering import shingles
-from tests.raters.rated import write_documents, write_scores
+from tests.raters.rated import read_removed, write_documents, write_removed, write_scores
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "ta") for b in ("bel", "dor", "fin", "gas", "hum", "jot")]
 HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏閏餘成歲律呂調陽雲騰致雨露結為霜金生麗水玉出崑岡"
@@ -35,7 +35,7 @@ def run(folder: pathlib.Path, texts: list[str], **more) -> tuple[dict[int, dict]
     """Returns (number -> entry of the removal list, report) of documents numbered from 1."""
     write_documents(folder / "en.jsonl", [{"id": f"d{i}", "text": t, "lang": "en"} for i, t in enumerate(texts, 1)])
     main(DuplicatesConfig(Corpus(folder, "*.jsonl"), str(folder / "out"), **more))
-    entries = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
+    entries = read_removed(folder / "out")
     return {entry["number"]: entry for entry in entries}, json.loads((folder / "out/report.json").read_text())
 
 
@@ -128,9 +128,9 @@ def test_the_documents_that_stay_and_removal_lists(tmp_path):
     with gzip.open(tmp_path / "out/documents/b/en.jsonl.gz", "rt") as lines:
         assert [json.loads(line)["id"] for line in lines] == ["\ud800"]
     # Documents removed by another stage are skipped: the first "other" was removed, so the second stays.
-    (tmp_path / "list.jsonl").write_text('{"file": "a/en.jsonl.gz", "number": 3, "id": "2"}\n')
-    main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(str(tmp_path / "list.jsonl"),)))
-    entries = [json.loads(line) for line in (tmp_path / "out2/removed.jsonl").read_text().splitlines()]
+    lists = write_removed(tmp_path / "lists", [{"file": "a/en.jsonl.gz", "number": 3, "id": "2"}])
+    main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(lists,)))
+    entries = read_removed(tmp_path / "out2")
     assert [(one["file"], one["number"]) for one in entries] == [("a/en.jsonl.gz", 2)]
 
 
@@ -141,8 +141,8 @@ def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
     main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out")))
     unreadable = json.loads((tmp_path / "out/report.json").read_text())["unreadable"]
     assert unreadable["count"] == 1 and 'en.jsonl:2: no "text" string' in unreadable["first"][0]
-    with pytest.raises(InputError, match=r"gone.jsonl: no such removal list"):
-        main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out2"), exclude=("gone.jsonl",)))
+    with pytest.raises(InputError, match=r"gone: no folder with removal lists"):
+        main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out2"), exclude=("gone",)))
     with pytest.raises(InputError, match=r"duplicates.rows = 0"):
         DuplicatesConfig(None, "b", rows=0)
 

@@ -10,7 +10,7 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
 from raters.languages import Identifier, LanguagesConfig, language_subtag, main, pieces
-from tests.raters.rated import write_documents
+from tests.raters.rated import read_removed, write_documents
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples/text/heldout"
 LANGUAGES = sorted(path.name.split(".")[0] for path in SAMPLES.glob("*.jsonl.xz"))
@@ -24,8 +24,7 @@ def sample(language: str, number: int = 4) -> list[dict]:
 def run(folder: pathlib.Path, **more) -> tuple[list[dict], dict]:
     """Returns (removal list, report)."""
     main(LanguagesConfig(Corpus(folder / "in", "*"), str(folder / "out"), **more))
-    removed = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
-    return removed, json.loads((folder / "out/report.json").read_text())
+    return read_removed(folder / "out"), json.loads((folder / "out/report.json").read_text())
 
 
 def test_real_text_in_many_languages_is_left_alone(tmp_path):

@@ -19,7 +19,7 @@ from mlx_pretrain.errors import InputError
 from raters import selection_report
 from raters.scoring.shards import claim_root
 from raters.select import SelectConfig, main
-from tests.raters.rated import write_documents, write_scores
+from tests.raters.rated import write_documents, write_removed, write_scores
 
 RECORDS = {
     language: [{"id": f"{language}{i}", "lang": language, "source": ("web", "book")[i % 3 == 0],
@@ -120,17 +120,16 @@ def test_documents_without_a_score_are_counted_and_named(tmp_path):
 
 
 def test_removal_lists_are_obeyed_before_quotas_are_made(tmp_path):
-    removed = tmp_path / "removed.jsonl"
-    entries = [{"file": "one/th.jsonl", "number": n, "id": f"th{n - 1}"} for n in range(1, 31)]
-    removed.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    config = make(tmp_path, exclude=(str(removed),), fraction=0.5)
+    removed = write_removed(tmp_path / "lists", [
+        {"file": "one/th.jsonl", "number": n, "id": f"th{n - 1}"} for n in range(1, 31)])
+    config = make(tmp_path, exclude=(removed,), fraction=0.5)
     main(config)
     manifest = json.loads((tmp_path / "kept/selection.json").read_text())
     assert manifest["excluded"] == 30 and not manifest["unscored"]
     kept = [key for key in written(config.output) if key.startswith("th")]
     assert set(kept) <= {f"th{i}" for i in range(30, 40)} and 3 <= len(kept) <= 7
-    removed.write_text('{"file": "one/th.jsonl"}\n')
-    with pytest.raises(InputError, match=r'removed.jsonl:1: not a JSON object with "file", "number" and "id"'):
+    (tmp_path / "lists/removed/one/th.jsonl.jsonl").write_text('{"file": "one/th.jsonl"}\n')
+    with pytest.raises(InputError, match=r'th.jsonl.jsonl:1: not a JSON object with "file", "number" and "id"'):
         main(dataclasses.replace(config, output=str(tmp_path / "other")))
 
 
@@ -302,10 +301,10 @@ def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
     claim_root(tmp_path / "scores", config.corpus, [])
     with pytest.raises(InputError, match=r"not under this Corpus\.root: the scores are of .*/corpus$"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
-    (tmp_path / "list.jsonl").write_text('{"file": "th.jsonl", "number": 1, "id": "th0"}\n')
-    with pytest.raises(InputError, match=r"list\.jsonl: names no document of this corpus"):
-        main(dataclasses.replace(config, exclude=[str(tmp_path / "list.jsonl")]))
-    (tmp_path / "list.jsonl").write_text('{"file": "one/th.jsonl", "number": 2, "id": "th0"}\n')
+    lists = write_removed(tmp_path / "lists", [{"file": "th.jsonl", "number": 1, "id": "th0"}])
+    with pytest.raises(InputError, match=r"lists: has a removal list of no file of this corpus, but .*th\.jsonl\.js"):
+        main(dataclasses.replace(config, exclude=[lists]))
+    lists = write_removed(tmp_path / "others", [{"file": "one/th.jsonl", "number": 2, "id": "th0"}])
     with pytest.raises(InputError, match=r"one/th\.jsonl:2: 'th1' is not the document that the removal list"):
-        main(dataclasses.replace(config, exclude=[str(tmp_path / "list.jsonl")]))
+        main(dataclasses.replace(config, exclude=[lists]))
     assert not (tmp_path / "kept").exists()
