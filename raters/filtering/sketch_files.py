@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mlx_pretrain import gcs
 from mlx_pretrain.data.documents import Document
 from raters.filtering import minhash, shingles
+from raters.filtering.mapped_arrays import map_array
 from raters.filtering.removal_lists import document_reference
 
 # Number in the file, language as an index, end of its id in ids.bin, score (-inf without), digest of the words.
@@ -71,13 +71,6 @@ def write(
     return list(languages), len(table)
 
 
-def _array(path: epath.Path, dtype: np.dtype | type) -> np.ndarray:
-    """Returns a file as an array, of which only what is looked at is read where the file system can do that."""
-    if gcs.is_gs(path):
-        return np.frombuffer(path.read_bytes(), dtype)
-    return np.memmap(path, dtype, "r") if path.stat().length else np.zeros(0, dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class SketchFiles:
     """The sketches of all input files.
@@ -99,16 +92,16 @@ class SketchFiles:
 
     @functools.cached_property
     def _tables(self) -> list[np.ndarray]:
-        return [_array(folder / "documents.bin", DOCUMENT) for folder in self.folders.values()]
+        return [map_array(folder / "documents.bin", DOCUMENT) for folder in self.folders.values()]
 
     @functools.cached_property
     def _values(self) -> list[np.ndarray]:
-        return [_array(folder / "values.bin", np.uint16).reshape(count, self.bins)
+        return [map_array(folder / "values.bin", np.uint16).reshape(count, self.bins)
                 for folder, count in zip(self.folders.values(), self.counts)]
 
     @functools.cached_property
     def _keys(self) -> list[np.ndarray]:
-        return [_array(folder / "keys.bin", np.uint64).reshape(-1, count)
+        return [map_array(folder / "keys.bin", np.uint64).reshape(-1, count)
                 for folder, count in zip(self.folders.values(), self.counts)]
 
     def in_slice(self, band: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,5 +149,5 @@ class SketchFiles:
         row = document - int(self.starts[i])
         name, folder = list(self.folders.items())[i]
         start, end = (int(self._tables[i]["id_end"][row - 1]) if row else 0), int(self._tables[i]["id_end"][row])
-        document_id = _array(folder / "ids.bin", np.uint8)[start:end].tobytes().decode(errors="surrogatepass")
+        document_id = map_array(folder / "ids.bin", np.uint8)[start:end].tobytes().decode(errors="surrogatepass")
         return document_reference(name, int(self._tables[i]["number"][row]), document_id)
