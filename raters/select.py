@@ -5,10 +5,11 @@
     OUTPUT/unscored.jsonl                           documents without a score, which are never kept, and why
     OUTPUT/selection.json                           counts of what was kept; `raters.selection_report` shows it
 
-The documents to keep are chosen from the score files alone, and then copied one at a time. Memory: about a quarter of a
-kilobyte a document, however long.
+The work is done in phases (see `mlx_pretrain.parallel.phases`): the scores of each file are read, one task decides on
+all of them, with about a tenth of a kilobyte a document, and the documents of each file are copied one at a time.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -21,23 +22,26 @@ import gin
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
+from mlx_pretrain.artifacts import provenance, read_folder_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer, to_record
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_json
+from mlx_pretrain.files import file_sizes, read_json, sha256
 from mlx_pretrain.languages import UNDETERMINED
 from mlx_pretrain.parallel.cluster import log
+from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
 from raters.filtering import quotas, score_statistics
 from raters.filtering.removal_lists import RemovalLists
+from raters.filtering.score_columns import join_columns, read_array, write_array, write_columns
 from raters.filtering.score_table import ScoreTable, aligned, document_key, read_scores, score_path
 from raters.scoring.shards import MARKER
 
 FORMAT, VERSION = "mlx-selection", 1
 MANIFEST, UNSCORED = "selection.json", "unscored.jsonl"
 _REPORT = ("report.html", "figures")  # of `raters.selection_report`
+COLUMNS, KEPT = "columns", "kept"  # what tasks leave for others
 EXAMPLE_QUANTILES = (0.02, 0.25, 0.5, 0.75, 0.98)
 _EXAMPLE_LENGTH = 400  # characters
 
@@ -63,6 +67,7 @@ class SelectConfig:
       allow_undetermined: True: treats documents of unknown language ("und") as one more language.
       seed: seed of the sampling and of the order among equal scores.
       split: name of the output's split.
+      workers: processes that share the work on this machine; 1: the command does it itself.
       overwrite: replaces an output made from other files or settings.
     """
 
@@ -79,6 +84,7 @@ class SelectConfig:
     allow_undetermined: bool = False
     seed: int = 0
     split: str = "train"
+    workers: int = 1
     overwrite: bool = False
 
     def __post_init__(self):
@@ -127,36 +133,162 @@ def _caps(config: SelectConfig, scores: ScoreTable) -> dict[int, float] | None:
     return {scores.sources.index(source): cap for source, cap in caps.items()}
 
 
-class DocumentCopier:
-    """The second pass over the documents: copies those kept, notes those without a score, reads the examples.
+class Selection:
+    """The tasks of a selection, see `make_plan`.
 
     Attributes:
-      examples: row of the scores -> quantile, of the documents whose text the report shows.
-      texts: row -> (id, beginning of the text) of an example.
-      unscored: reason -> documents without a score.
-      excluded: documents on removal lists.
+      plan: the phases.
     """
 
-    def __init__(self, config: SelectConfig, scores: ScoreTable, kept: np.ndarray, removed: RemovalLists):
-        """`kept` is the mask `[rows]` of the documents to copy."""
-        self._config, self._scores, self._kept, self._removed = config, scores, kept, removed
-        self.examples = dict(score_statistics.examples(scores, EXAMPLE_QUANTILES))
-        self.texts: dict[int, tuple[str, str]] = {}
-        self.unscored: dict[str, int] = {}
-        self.excluded = 0
+    def __init__(self, config: SelectConfig):
+        """Raises InputError where two outputs would have one name, or as `RemovalLists`."""
+        self._config = config
+        self._files = config.corpus.paths()
+        if len(set(map(flat_output_name, self._files))) < len(self._files):
+            raise InputError(f"{config.corpus.location}: two files would have one name in the output")
+        self._removed = RemovalLists(config.exclude, self._files)
+        recorded = read_folder_record(config.output, MANIFEST) or {}
+        contents = {MANIFEST, UNSCORED, config.split, (recorded.get("settings") or {}).get("split"), *_REPORT}
+        names = list(self._files)
+        self.plan = Plan(
+            config.output, MANIFEST, contents, provenance("raters.select", config, {}),
+            [Phase("read", names, self._read, self._inputs), Phase("decide", ["all"], self._decide),
+             Phase("copy", names, self._copy, self._inputs), Phase("unscored", ["all"], self._join_unscored)],
+            config.overwrite)
 
-    def copy(self, name: str, path: epath.Path, folder: epath.Path, note: Callable[[Mapping[str, Any]], None]) -> None:
-        """Copies one file below `folder`; calls `note` with every document without a score.
+    def _marker(self, name: str) -> dict[str, Any]:
+        """Returns what `raters.score` recorded of a file; {} for scores of another program."""
+        marker = epath.Path(self._config.scores) / (name + MARKER)
+        return read_json(marker, "marker") if marker.exists() else {}
+
+    def _inputs(self, name: str) -> dict[str, epath.Path]:
+        if self._marker(name).get("status") == "failed":  # the rater could not read it
+            return {}
+        folders = (self._config.scores, *self._config.others)
+        scores = {f"{folder}/{name}": score_path(folder, name, self._config.corpus.folder) for folder in folders}
+        return {name: self._files[name], **scores, **{str(path): path for path in self._removed.paths(name)}}
+
+    def _read(self, name: str, folder: epath.Path) -> dict[str, Any] | None:
+        """Reads the scores of one file, but for documents on removal lists; returns None for one that was not rated.
+
+        Raises:
+          InputError: scores cannot be read or used, or the file has changed since it was rated.
+        """
+        marker, path, config = self._marker(name), self._files[name], self._config
+        if marker.get("status") == "failed":
+            return None
+        if marker.get("input", {}).get("sha256") not in (None, sha256(path)):
+            raise InputError(f"{path}: is not the file that was rated as {name}, or has changed since; rate it again, "
+                             "or set Corpus.root as it was then")
+        table, *others = [read_scores(scores, [name], config.seed, config.corpus.folder)
+                          for scores in (config.scores, *config.others)]
+        removed = self._removed.numbers(name)
+        table = table.rows(~np.isin(table.number, removed))
+        write_columns(folder / COLUMNS / name, table, [aligned(table, other) for other in others])
+        return {"raters": [one.rater for one in (table, *others)], "languages": table.languages,
+                "sources": table.sources, "excluded": len(removed)}
+
+    def _rated(self) -> dict[str, dict[str, Any]]:
+        """Returns name -> result of `_read`, of the files with scores."""
+        return {name: result for name, result in zip(self._files, self.plan.results("read")) if result is not None}
+
+    def _decide(self, _: str, folder: epath.Path) -> dict[str, Any]:
+        """Chooses the documents to keep, of all files; returns the statistics, and the examples without their texts."""
+        config, rated = self._config, self._rated()
+        scores, others = join_columns(self.plan.files / COLUMNS, rated)
+        _check(config, scores, others)
+        preference = quotas.preferences(scores, config.temperature)
+        quota = token_quotas(config, scores)
+        kept = quotas.choose(scores, preference, quota, config.per_source, _caps(config, scores))
+        starts = np.searchsorted(scores.file, np.arange(len(scores.files) + 1))
+        for name, start, stop in zip(scores.files, starts, starts[1:]):
+            write_array(folder / KEPT / name, kept[start:stop])
+        shown = [{"language": scores.languages[scores.language[row]], "source": scores.sources[scores.source[row]],
+                  "file": scores.files[scores.file[row]], "number": int(scores.number[row]), "quantile": quantile,
+                  "score": float(scores.score[row]), "tokens": int(scores.tokens[row]), "kept": bool(kept[row])}
+                 for row, quantile in score_statistics.examples(scores, EXAMPLE_QUANTILES)]
+        return {"rater": scores.rater, "statistics": describe(config, scores, kept, preference, quota, others),
+                "examples": shown}
+
+    def _copy(self, name: str, folder: epath.Path) -> dict[str, Any] | None:
+        """Copies the documents of one file that are kept.
+
+        Returns:
+          JSON: "texts", number -> [id, beginning of the text] of the examples; "unscored", reason -> documents without
+          a score, which UNSCORED names; "outputs", path -> SHA-256.
 
         Raises:
           InputError: the scores or removal lists are not of this file.
         """
-        scores = self._scores
-        rows = np.flatnonzero(scores.file == scores.files.index(name))
-        rated = ((int(number), int(row)) for number, row in zip(scores.number[rows], rows))
+        if not self._inputs(name):
+            return None
+        decision = self.plan.result("decide", "all")
+        copier = DocumentCopier(self._config, name, self._files[name], [
+            example["number"] for example in decision["examples"] if example["file"] == name])
+        scores, _ = join_columns(self.plan.files / COLUMNS, {name: self.plan.result("read", name)})
+        with jsonl_writer(folder / UNSCORED / f"{name}.jsonl") as note:
+            copier.copy(scores, read_array(self.plan.files / KEPT / name), self._removed, folder / OUTPUT, note)
+        outputs = {path: sha256(folder / OUTPUT / path) for path in sorted(file_sizes(folder / OUTPUT))}
+        return {"texts": copier.texts, "unscored": copier.unscored, "outputs": outputs}
+
+    def _join_unscored(self, _: str, folder: epath.Path) -> None:
+        (folder / OUTPUT).mkdir()
+        with (folder / OUTPUT / UNSCORED).open("wb") as joined:
+            for name in self._rated():
+                joined.write((self.plan.files / UNSCORED / f"{name}.jsonl").read_bytes())
+
+    def manifest(self) -> dict[str, Any]:
+        """Returns the content of selection.json, without its provenance."""
+        [decision] = self.plan.results("decide")
+        texts, outputs, unscored = {}, {}, collections.Counter()
+        for name, result in zip(self._files, self.plan.results("copy")):
+            if result is not None:
+                texts |= {(name, int(number)): text for number, text in result["texts"].items()}
+                outputs |= result["outputs"]
+                unscored.update(result["unscored"])
+        examples = [{**example, **dict(zip(("id", "text"), texts[example["file"], example["number"]]))}
+                    for example in decision["examples"] if (example["file"], example["number"]) in texts]
+        rated = self._rated()
+        return {
+            "format": FORMAT, "version": VERSION, "rater": decision["rater"],
+            "corpus": {"pattern": "{split}/{language}/*"}, **decision["statistics"], "examples": examples,
+            "unscored": unscored, "excluded": sum(result["excluded"] for result in rated.values()),
+            "failed_files": [name for name in self._files if name not in rated],
+            "outputs": dict(sorted(outputs.items(), key=lambda item: epath.Path(item[0]).parts)),
+        }
+
+
+class DocumentCopier:
+    """The second pass over the documents of a file: copies those kept, notes those without a score, reads examples.
+
+    Attributes:
+      texts: number -> (id, beginning of the text) of an example.
+      unscored: reason -> documents without a score.
+    """
+
+    def __init__(self, config: SelectConfig, name: str, path: epath.Path, examples: Sequence[int]):
+        """`examples` are the numbers of the documents whose text the report shows."""
+        self._config, self._name, self._path, self._examples = config, name, path, set(examples)
+        self.texts: dict[int, tuple[str, str]] = {}
+        self.unscored: dict[str, int] = {}
+
+    def copy(self, scores: ScoreTable, kept: np.ndarray, removed: RemovalLists, folder: epath.Path,
+             note: Callable[[Mapping[str, Any]], None]) -> None:
+        """Copies the documents below `folder`; calls `note` with every document without a score.
+
+        Args:
+          scores: scores of the file.
+          kept: mask `[rows]` of the documents to copy.
+          removed: the removal lists.
+          folder, note: see above.
+
+        Raises:
+          InputError: the scores or removal lists are not of this file.
+        """
+        name = self._name
+        rated = ((int(number), row) for row, number in enumerate(scores.number))
         rated_number, row = next(rated, (math.inf, -1))
         output = flat_output_name(name)
-        self.excluded += len(self._removed.numbers(name))
 
         def unscored(number: int, document_id: str | None, reason: str, category: str) -> None:
             self.unscored[category] = self.unscored.get(category, 0) + 1
@@ -170,43 +302,33 @@ class DocumentCopier:
         with contextlib.ExitStack() as stack:
             writers: dict[int, Callable[[Mapping[str, Any]], None]] = {}
             documents = self._config.corpus.read(name, extra=None, rejected=unreadable)
-            for document in self._removed.keep(name, documents):
+            for document in removed.keep(name, documents):
                 if rated_number < document.number:
                     break
                 if document.number < rated_number:
                     unscored(document.number, document.id, "not in the score file", "not in the score file")
                     continue
-                self._check(document, row, path)
+                self._check(document, scores, row)
                 if not np.isfinite(scores.score[row]):
                     unscored(document.number, document.id, "the rater gave none", "the rater gave none")
-                if row in self.examples:
-                    self.texts[row] = document.id, document.text[:_EXAMPLE_LENGTH]
-                if self._kept[row]:
+                if document.number in self._examples:
+                    self.texts[document.number] = document.id, document.text[:_EXAMPLE_LENGTH]
+                if kept[row]:
                     language = int(scores.language[row])
                     if language not in writers:
                         writers[language] = stack.enter_context(jsonl_writer(
-                            folder / scores.languages[language] / output))
+                            folder / self._config.split / scores.languages[language] / output))
                     writers[language](to_record(document, quality_score=float(scores.score[row])))
                 rated_number, row = next(rated, (math.inf, -1))
             if rated_number < math.inf:
                 raise InputError(f"{score_path(self._config.scores, name)}: has a score for {rated_number}, where "
-                                 f"{path} has no document; rate it again")
+                                 f"{self._path} has no document; rate it again")
 
-    def _check(self, document: Document, row: int, path: epath.Path) -> None:
-        scores = self._scores
+    def _check(self, document: Document, scores: ScoreTable, row: int) -> None:
         language, source = scores.languages[scores.language[row]], scores.sources[scores.source[row]]
         if document_key(self._config.seed, language, source, document.id) != int(scores.key[row]):
-            raise InputError(f"{path}:{document.number}: {document.id!r} is not the document that was rated here; "
-                             "rate the file again")
-
-
-def _without(scores: ScoreTable, removed: RemovalLists) -> ScoreTable:
-    """Returns the scores of the documents that are on no removal list."""
-    keep = np.ones(len(scores), bool)
-    for index, name in enumerate(scores.files):
-        rows = scores.file == index
-        keep[rows] = ~np.isin(scores.number[rows], removed.numbers(name))
-    return scores.rows(keep)
+            raise InputError(f"{self._path}:{document.number}: {document.id!r} is not the document that was rated "
+                             "here; rate the file again")
 
 
 def _languages(
@@ -234,9 +356,8 @@ def describe(config: SelectConfig, scores: ScoreTable, kept: np.ndarray, prefere
     length, upper = score_statistics.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
     raters, masks = {scores.rater: scores.score}, {scores.rater: kept}
     for other in others:
-        by_other = dataclasses.replace(scores, score=aligned(scores, other))
-        raters[other.rater] = by_other.score
-        masks[other.rater] = quotas.choose(by_other, quotas.preferences(by_other, config.temperature), quota,
+        raters[other.rater] = other.score
+        masks[other.rater] = quotas.choose(other, quotas.preferences(other, config.temperature), quota,
                                            config.per_source, _caps(config, scores))
     return {
         "bins": edges.tolist(),
@@ -254,33 +375,8 @@ def describe(config: SelectConfig, scores: ScoreTable, kept: np.ndarray, prefere
     }
 
 
-def _rated_files(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]]:
-    """Returns the files with scores, and the names of those that the rater could not read, according to its markers.
-
-    Raises:
-      InputError: a file has changed since it was rated.
-    """
-    files, failed = config.corpus.paths(), []
-    for name, path in files.items():
-        marker = epath.Path(config.scores) / (name + MARKER)
-        record = read_json(marker, "marker") if marker.exists() else {}
-        if record.get("status") == "failed":
-            failed.append(name)
-            log(f"note: {path}: left out, it could not be rated")
-        elif record.get("input", {}).get("sha256") not in (None, sha256(path)):
-            raise InputError(f"{path}: is not the file that was rated as {name}, or has changed since; rate it again, "
-                             "or set Corpus.root as it was then")
-    return {name: path for name, path in files.items() if name not in failed}, failed
-
-
-def _read_scores(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple[ScoreTable, list[ScoreTable]]:
-    """Returns the scores of the deciding rater and those of the other raters.
-
-    Raises:
-      InputError: scores cannot be read or used, or two raters have one name.
-    """
-    scores, *others = [read_scores(folder, list(files), config.seed, config.corpus.folder)
-                       for folder in (config.scores, *config.others)]
+def _check(config: SelectConfig, scores: ScoreTable, others: Sequence[ScoreTable]) -> None:
+    """Raises InputError when the scores of all files cannot be used together."""
     names = [table.rater for table in (scores, *others)]
     if len(set(names)) < len(names):
         raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(names)}")
@@ -288,7 +384,7 @@ def _read_scores(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple
         raise InputError(f"{config.scores}: language {bad[0]!r} cannot be the name of a folder")
     if not scores.rated.any():
         raise InputError(f"{config.scores}: no document has a score")
-    return scores, others
+    _refuse_undetermined(config, scores)
 
 
 def _refuse_undetermined(config: SelectConfig, scores: ScoreTable) -> None:
@@ -301,6 +397,11 @@ def _refuse_undetermined(config: SelectConfig, scores: ScoreTable) -> None:
                          "select.allow_undetermined=True")
 
 
+def make_plan(config: SelectConfig) -> Plan:
+    """Returns the work of a selection: reading scores by file, deciding on all, and copying documents by file."""
+    return Selection(config).plan
+
+
 def main(config: SelectConfig) -> None:
     """Keeps the best documents of every language, and writes them with selection.json.
 
@@ -308,52 +409,14 @@ def main(config: SelectConfig) -> None:
       InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
-    files, failed = _rated_files(config)
-    if len(set(map(flat_output_name, files))) < len(files):
-        raise InputError(f"{config.corpus.location}: two files would have one name in the output")
-    score_files = {f"{folder}/{name}": score_path(folder, name, config.corpus.folder)
-                   for folder in (config.scores, *config.others) for name in files}
-    removed = RemovalLists(config.exclude, config.corpus.paths())
-    lists = {str(path): path for name in files for path in removed.paths(name)}
-    inputs = {**files, **score_files, **lists}
-    made_from = provenance("raters.select", config, {name: sha256(path) for name, path in inputs.items()})
-    recorded = read_folder_record(config.output, MANIFEST)
-    splits = {config.split, ((recorded or {}).get("settings") or {}).get("split")}
-    if is_current(config.output, recorded, made_from, overwrite=config.overwrite,
-                  contents={MANIFEST, UNSCORED, *splits, *_REPORT}):
+    if complete(make_plan, config, config.workers) is None:
         return
-    scores, others = _read_scores(config, files)
-    scores = _without(scores, removed)
-    _refuse_undetermined(config, scores)
-    preference = quotas.preferences(scores, config.temperature)
-    quota = token_quotas(config, scores)
-    kept = quotas.choose(scores, preference, quota, config.per_source, _caps(config, scores))
-    log(f"decided on {len(scores):,} documents in {time.perf_counter() - started:.1f} s")
-    copier = DocumentCopier(config, scores, kept, removed)
-    with new_folder(config.output, MANIFEST) as folder:
-        with jsonl_writer(folder / UNSCORED) as note:
-            for name, path in files.items():
-                copier.copy(name, path, folder / config.split, note)
-        manifest = {
-            "format": FORMAT, "version": VERSION, "rater": scores.rater,
-            "corpus": {"pattern": "{split}/{language}/*"},
-            **describe(config, scores, kept, preference, quota, others),
-            "examples": _examples(scores, kept, copier),
-            "unscored": copier.unscored, "excluded": copier.excluded, "failed_files": failed,
-            "outputs": {str(path.relative_to(folder)): sha256(path)
-                        for path in sorted((folder / config.split).glob("*/*"))},
-            "provenance": made_from,
-        }
-        write_json(folder / MANIFEST, manifest)
+    selection = Selection(config)
+    manifest = selection.manifest()
+    selection.plan.finish(manifest)
+    for name in manifest["failed_files"]:
+        log(f"note: {config.corpus.paths()[name]}: left out, it could not be rated")
     _log_summary(config, manifest, time.perf_counter() - started)
-
-
-def _examples(scores: ScoreTable, kept: np.ndarray, copier: DocumentCopier) -> list[dict[str, Any]]:
-    return [{"language": scores.languages[scores.language[row]], "source": scores.sources[scores.source[row]],
-             "file": scores.files[scores.file[row]], "number": int(scores.number[row]), "quantile": quantile,
-             "score": float(scores.score[row]), "tokens": int(scores.tokens[row]), "kept": bool(kept[row]),
-             "id": copier.texts[row][0], "text": copier.texts[row][1]}
-            for row, quantile in copier.examples.items() if row in copier.texts]
 
 
 def _log_summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: float) -> None:
@@ -371,4 +434,4 @@ def _log_summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: flo
 
 
 if __name__ == "__main__":
-    run(main, SelectConfig, "raters.select")
+    run(main, SelectConfig, "raters.select", has_phases=True)

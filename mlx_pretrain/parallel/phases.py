@@ -134,7 +134,11 @@ class Plan:
         """Yields the results of a complete phase, in the order of its tasks."""
         [tasks] = [one.tasks for one in self.phases if one.name == phase]
         for task in tasks:
-            yield read_json(self._marker(phase, task), "result of a task")["result"]
+            yield self.result(phase, task)
+
+    def result(self, phase: str, task: str) -> Any:
+        """Returns the result of a task that is done."""
+        return read_json(self._marker(phase, task), "result of a task")["result"]
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Writes `record`, with the provenance, as the output's marker, and puts the output in its place."""

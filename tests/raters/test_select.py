@@ -16,6 +16,7 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.parallel import cluster
 from raters import selection_report
 from raters.scoring.shards import claim_root
 from raters.select import SelectConfig, main
@@ -168,7 +169,7 @@ def test_nothing_is_left_when_it_fails_and_a_strange_folder_is_not_touched(tmp_p
     (tmp_path / "corpus/one/th.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(InputError, match=r"th.jsonl.scores.parquet: has a score for 40, where .*th.jsonl has no"):
         main(config)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "others", "scores"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kept.parts", "corpus", "others", "scores"]
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine.txt").write_text("precious")
     for overwrite, cause in ((False, "kept: has no record of what it was made from; set overwrite"),
@@ -308,3 +309,24 @@ def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"one/th\.jsonl:2: 'th1' is not the document that the removal list"):
         main(dataclasses.replace(config, exclude=[lists]))
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.fixture
+def shard():
+    yield cluster.take_shard
+    cluster.take_shard(None)
+
+
+def test_shards_make_what_one_process_makes(tmp_path, shard):
+    config = make(tmp_path, others=[str(tmp_path / "others")], temperature=2.0)
+    main(config)
+    for _ in range(4):  # a phase at a time
+        for number in (1, 0):
+            shard((number, 2))
+            main(dataclasses.replace(config, output=str(tmp_path / "shared")))
+    assert not (tmp_path / "shared").exists()
+    shard(None)
+    main(dataclasses.replace(config, output=str(tmp_path / "shared")))
+    contents = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                for folder in (tmp_path / "kept", tmp_path / "shared")]
+    assert contents[0] == contents[1] and len(contents[0]) == 5
