@@ -5,17 +5,18 @@
     OUTPUT/unscored.jsonl                           documents without a score, which are never kept, and why
     OUTPUT/selection.json                           counts of what was kept; `raters.selection_report` shows it
 
-The work is done in phases (see `mlx_pretrain.parallel.phases`): the scores of each file are read, one task decides on
-all of them, with about a tenth of a kilobyte a document, and the documents of each file are copied one at a time.
+The work is done in phases of tasks (see `make_plan` and `mlx_pretrain.parallel.phases`). Memory does not grow with the
+number of documents, but with the largest file of scores. Counts are exact; distributions and the agreement of raters
+are those of a sample of a million documents.
 """
 
 import collections
-import contextlib
 import dataclasses
+import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -25,25 +26,36 @@ from etils import epath
 from mlx_pretrain.artifacts import provenance, read_folder_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
-from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer, to_record
+from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import file_sizes, read_json, sha256
-from mlx_pretrain.languages import UNDETERMINED
 from mlx_pretrain.parallel.cluster import log
 from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
-from raters.filtering import quotas, score_statistics
+from raters.filtering import quotas, score_statistics, selection_totals
+from raters.filtering.cells import Cells, cells_of, join_cells, reduced_table, undecided
+from raters.filtering.document_copier import DocumentCopier
 from raters.filtering.removal_lists import RemovalLists
-from raters.filtering.score_columns import join_columns, read_array, write_array, write_columns
-from raters.filtering.score_table import ScoreTable, aligned, document_key, read_scores, score_path
+from raters.filtering.score_columns import (
+    join_tables,
+    read_array,
+    read_cells,
+    read_table,
+    write_array,
+    write_cells,
+    write_table,
+)
+from raters.filtering.score_table import ScoreTable, aligned, read_scores, score_path
+from raters.filtering.selection_totals import Totals
 from raters.scoring.shards import MARKER
 
 FORMAT, VERSION = "mlx-selection", 1
 MANIFEST, UNSCORED = "selection.json", "unscored.jsonl"
 _REPORT = ("report.html", "figures")  # of `raters.selection_report`
-COLUMNS, KEPT = "columns", "kept"  # what tasks leave for others
+COLUMNS, CELLS, CUT, WHOLE = "columns", "cells", "cut.npy", "whole.npy"  # what tasks leave for others
+SINGLE, SAMPLED, KEPT, KEPT_CELLS = "single", "sampled", "kept", "kept_cells.npy"
+SAMPLE = 1_000_000  # documents that the statistics are made from
+_CELLS_JOINED = 4_000_000
 EXAMPLE_QUANTILES = (0.02, 0.25, 0.5, 0.75, 0.98)
-_EXAMPLE_LENGTH = 400  # characters
 
 
 @gin.configurable("select")
@@ -112,25 +124,24 @@ def _per_language(name: str, value: float | Mapping[str, float], languages: Sequ
     return np.array([float(value[language]) for language in languages])
 
 
-def token_quotas(config: SelectConfig, scores: ScoreTable) -> np.ndarray:
+def token_quotas(config: SelectConfig, totals: Totals) -> np.ndarray:
     """Returns the tokens to keep of each language, float64 `[languages]`."""
     if config.tokens is not None:
-        return _per_language("tokens", config.tokens, scores.languages)
-    total = np.bincount(scores.language[scores.rated], scores.tokens[scores.rated], len(scores.languages))
-    return _per_language("fraction", config.fraction, scores.languages) * total
+        return _per_language("tokens", config.tokens, totals.languages)
+    return _per_language("fraction", config.fraction, totals.languages) * np.sum(totals.tokens, axis=1)
 
 
-def _caps(config: SelectConfig, scores: ScoreTable) -> dict[int, float] | None:
+def _caps(config: SelectConfig, sources: Sequence[str]) -> dict[int, float] | None:
     """Returns source -> largest share of a language's quota."""
     caps = config.source_caps
     if caps is None:
         return None
     if not isinstance(caps, Mapping):
-        return dict.fromkeys(range(len(scores.sources)), float(caps))
-    if unknown := sorted(set(caps) - set(scores.sources)):
+        return dict.fromkeys(range(len(sources)), float(caps))
+    if unknown := sorted(set(caps) - set(sources)):
         raise InputError(f"select.source_caps: no document of source {unknown[0]!r} was rated; available: "
-                         f"{', '.join(scores.sources)}")
-    return {scores.sources.index(source): cap for source, cap in caps.items()}
+                         f"{', '.join(sources)}")
+    return {sources.index(source): cap for source, cap in caps.items()}
 
 
 class Selection:
@@ -149,11 +160,13 @@ class Selection:
         self._removed = RemovalLists(config.exclude, self._files)
         recorded = read_folder_record(config.output, MANIFEST) or {}
         contents = {MANIFEST, UNSCORED, config.split, (recorded.get("settings") or {}).get("split"), *_REPORT}
-        names = list(self._files)
+        names, all_files = list(self._files), ["all"]
         self.plan = Plan(
-            config.output, MANIFEST, contents, provenance("raters.select", config, {}),
-            [Phase("read", names, self._read, self._inputs), Phase("decide", ["all"], self._decide),
-             Phase("copy", names, self._copy, self._inputs), Phase("unscored", ["all"], self._join_unscored)],
+            config.output, MANIFEST, contents, provenance("raters.select", config, {}), [
+                Phase("read", names, self._read, self._inputs), Phase("totals", all_files, self._total),
+                Phase("cells", names, self._count_cells), Phase("borders", all_files, self._find_borders),
+                Phase("gather", names, self._gather), Phase("decide", all_files, self._decide),
+                Phase("copy", names, self._copy, self._inputs), Phase("unscored", all_files, self._join_unscored)],
             config.overwrite)
 
     def _marker(self, name: str) -> dict[str, Any]:
@@ -184,221 +197,249 @@ class Selection:
                           for scores in (config.scores, *config.others)]
         removed = self._removed.numbers(name)
         table = table.rows(~np.isin(table.number, removed))
-        write_columns(folder / COLUMNS / name, table, [aligned(table, other) for other in others])
-        return {"raters": [one.rater for one in (table, *others)], "languages": table.languages,
-                "sources": table.sources, "excluded": len(removed)}
+        write_table(folder / COLUMNS / name, table, [aligned(table, other) for other in others])
+        return {"raters": [one.rater for one in (table, *others)], "excluded": len(removed),
+                **selection_totals.describe_file(table)}
 
-    def _rated(self) -> dict[str, dict[str, Any]]:
-        """Returns name -> result of `_read`, of the files with scores."""
-        return {name: result for name, result in zip(self._files, self.plan.results("read")) if result is not None}
+    def _rated(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (name, result of `_read`) of the files with scores."""
+        for name, result in zip(self._files, self.plan.results("read")):
+            if result is not None:
+                yield name, result
+
+    def _total(self, _: str, folder: epath.Path) -> dict[str, Any]:
+        """Returns the `Totals` of all files, which the scores must fit."""
+        totals = selection_totals.join_files(self._config.scores, self._rated())
+        _check(self._config, totals)
+        return dataclasses.asdict(totals)
+
+    @functools.cached_property
+    def _totals(self) -> Totals:
+        return Totals(**self.plan.result("totals", "all"))
+
+    def _table(self, name: str) -> tuple[ScoreTable, list[np.ndarray]]:
+        """Returns (scores of a file, scores of each other rater for its rows); no rows without scores."""
+        if (read := self.plan.result("read", name)) is None:
+            return self._totals.empty_table(name), [np.zeros(0)] * (len(self._totals.raters) - 1)
+        table, others = read_table(self.plan.files / COLUMNS / name, self._totals.empty_table(name),
+                                   len(self._totals.raters) - 1)
+        language, source = (np.array([names.index(one) for one in read[field]], np.int32) for field, names in (
+            ("languages", self._totals.languages), ("sources", self._totals.sources)))
+        return dataclasses.replace(table, language=language[table.language], source=source[table.source]), others
+
+    def _preferences(self, table: ScoreTable) -> np.ndarray:
+        return quotas.preferences(table, self._config.temperature, self._totals.moments)
+
+    def _cells(self, table: ScoreTable) -> tuple[np.ndarray, Cells]:
+        """Returns (rows with a score, their cells)."""
+        rows = np.flatnonzero(table.rated)
+        by_source = self._config.per_source or self._config.source_caps is not None
+        return rows, cells_of(table.rows(rows), self._preferences(table)[rows], by_source)
+
+    def _count_cells(self, name: str, folder: epath.Path) -> None:
+        write_cells(folder / CELLS / name, join_cells([self._cells(self._table(name)[0])[1]]))
+
+    def _choice(self) -> tuple[np.ndarray, bool, dict[int, float] | None]:
+        """Returns the quotas, `per_source` and the caps of `quotas.choose`."""
+        config, totals = self._config, self._totals
+        return token_quotas(config, totals), config.per_source, _caps(config, totals.sources)
+
+    def _find_borders(self, _: str, folder: epath.Path) -> None:
+        """Divides the cells into those whose documents are looked at one by one, and the others."""
+        parts, fresh = [], 0
+        for name in self._files:
+            parts.append(read_cells(self.plan.files / CELLS / name))
+            fresh += len(parts[-1])
+            if fresh > _CELLS_JOINED:
+                parts, fresh = [join_cells(parts)], 0
+        cells = join_cells(parts)
+        cut = undecided(cells, *self._choice())
+        write_cells(folder / CUT, cells.rows(cut))
+        write_cells(folder / WHOLE, cells.rows(~cut))
+
+    def _gather(self, name: str, folder: epath.Path) -> None:
+        """Writes the scores of a file's documents in undecided cells, and of its part of the sample."""
+        table, others = self._table(name)
+        rows, cells = self._cells(table)
+        single = rows[read_cells(self.plan.files / CUT).contain(cells)]
+        write_table(folder / SINGLE / name, table.rows(single), [])
+        sample = self._totals.sample(table, SAMPLE)
+        write_table(folder / SAMPLED / name, table.rows(sample), [values[sample] for values in others])
 
     def _decide(self, _: str, folder: epath.Path) -> dict[str, Any]:
-        """Chooses the documents to keep, of all files; returns the statistics, and the examples without their texts."""
-        config, rated = self._config, self._rated()
-        scores, others = join_columns(self.plan.files / COLUMNS, rated)
-        _check(config, scores, others)
-        preference = quotas.preferences(scores, config.temperature)
-        quota = token_quotas(config, scores)
-        kept = quotas.choose(scores, preference, quota, config.per_source, _caps(config, scores))
-        starts = np.searchsorted(scores.file, np.arange(len(scores.files) + 1))
-        for name, start, stop in zip(scores.files, starts, starts[1:]):
-            write_array(folder / KEPT / name, kept[start:stop])
+        """Decides on cells and documents; returns statistics of a sample, and the examples without their texts."""
+        config, totals, files = self._config, self._totals, self.plan.files
+        whole = read_cells(files / WHOLE)
+        single = join_tables([read_table(files / SINGLE / name, totals.empty_table(name))[0] for name in self._files])
+        quota, per_source, caps = self._choice()
+        table, preference = reduced_table(whole, single, self._preferences(single))
+        chosen = quotas.choose(table, preference, quota, per_source, caps)
+        kept_cells = whole.rows(chosen[: len(whole)])
+        write_cells(folder / KEPT_CELLS, kept_cells)
+        kept_single = single.rows(chosen[len(whole) :])
+        numbers = np.split(kept_single.number, np.searchsorted(kept_single.file, np.arange(1, len(self._files))))
+        sampled, of_others, masks = [], [], []
+        for name, of_file in zip(self._files, numbers):
+            write_array(folder / KEPT / f"{name}.npy", of_file)
+            part, others = read_table(files / SAMPLED / name, totals.empty_table(name), len(totals.raters) - 1)
+            sampled.append(part)
+            of_others.append(others)
+            masks.append(self._kept(part, kept_cells, of_file))
+        scores, kept = join_tables(sampled), np.concatenate(masks)
+        others = [dataclasses.replace(scores, rater=rater, score=np.concatenate(columns))
+                  for rater, columns in zip(totals.raters[1:], zip(*of_others))]
+        share = np.bincount(scores.language[scores.rated], scores.tokens[scores.rated], len(quota)) / np.maximum(
+            np.sum(totals.tokens, axis=1), 1)
+        statistics = describe(config, scores, kept, self._preferences(scores), quota * share, others)
         shown = [{"language": scores.languages[scores.language[row]], "source": scores.sources[scores.source[row]],
                   "file": scores.files[scores.file[row]], "number": int(scores.number[row]), "quantile": quantile,
                   "score": float(scores.score[row]), "tokens": int(scores.tokens[row]), "kept": bool(kept[row])}
                  for row, quantile in score_statistics.examples(scores, EXAMPLE_QUANTILES)]
-        return {"rater": scores.rater, "statistics": describe(config, scores, kept, preference, quota, others),
-                "examples": shown}
+        return {"statistics": statistics, "examples": shown}
+
+    def _kept(self, table: ScoreTable, kept_cells: Cells, numbers: np.ndarray) -> np.ndarray:
+        """Returns the mask `[rows]` of the documents of a file to keep: those of whole cells, and single ones."""
+        rows, cells = self._cells(table)
+        kept = np.isin(table.number, numbers)
+        kept[rows[kept_cells.contain(cells)]] = True
+        return kept
 
     def _copy(self, name: str, folder: epath.Path) -> dict[str, Any] | None:
         """Copies the documents of one file that are kept.
 
         Returns:
           JSON: "texts", number -> [id, beginning of the text] of the examples; "unscored", reason -> documents without
-          a score, which UNSCORED names; "outputs", path -> SHA-256.
+          a score, which UNSCORED names; "kept", [language, source, documents, tokens] of each group; "lowest",
+          [language, preference, score]; "outputs", path -> SHA-256.
 
         Raises:
           InputError: the scores or removal lists are not of this file.
         """
         if not self._inputs(name):
             return None
-        decision = self.plan.result("decide", "all")
-        copier = DocumentCopier(self._config, name, self._files[name], [
-            example["number"] for example in decision["examples"] if example["file"] == name])
-        scores, _ = join_columns(self.plan.files / COLUMNS, {name: self.plan.result("read", name)})
+        files, (table, _) = self.plan.files, self._table(name)
+        kept = self._kept(table, read_cells(files / KEPT_CELLS), read_array(files / KEPT / f"{name}.npy"))
+        copier = DocumentCopier(self._config.corpus, name, self._config.seed, [
+            example["number"] for example in self.plan.result("decide", "all")["examples"] if example["file"] == name])
         with jsonl_writer(folder / UNSCORED / f"{name}.jsonl") as note:
-            copier.copy(scores, read_array(self.plan.files / KEPT / name), self._removed, folder / OUTPUT, note)
+            copier.copy(table, kept, self._removed, folder / OUTPUT / self._config.split, note)
         outputs = {path: sha256(folder / OUTPUT / path) for path in sorted(file_sizes(folder / OUTPUT))}
-        return {"texts": copier.texts, "unscored": copier.unscored, "outputs": outputs}
+        chosen, preference = table.rows(kept), self._preferences(table)[kept]
+        groups = [group[:4] for group in selection_totals.describe_file(chosen)["groups"]]
+        lowest = [[language, float(preference[own].min()), float(chosen.score[own].min())]
+                  for language in np.unique(chosen.language).tolist() if (own := chosen.language == language).any()]
+        return {"texts": copier.texts, "unscored": copier.unscored, "kept": groups, "lowest": lowest,
+                "outputs": outputs}
 
     def _join_unscored(self, _: str, folder: epath.Path) -> None:
         (folder / OUTPUT).mkdir()
         with (folder / OUTPUT / UNSCORED).open("wb") as joined:
-            for name in self._rated():
+            for name, _ in self._rated():
                 joined.write((self.plan.files / UNSCORED / f"{name}.jsonl").read_bytes())
 
     def manifest(self) -> dict[str, Any]:
         """Returns the content of selection.json, without its provenance."""
-        [decision] = self.plan.results("decide")
+        totals, decision = self._totals, self.plan.result("decide", "all")
         texts, outputs, unscored = {}, {}, collections.Counter()
+        kept = np.zeros((2, *np.shape(totals.documents)), np.int64)
+        lowest: dict[int, list[float]] = {}
         for name, result in zip(self._files, self.plan.results("copy")):
-            if result is not None:
-                texts |= {(name, int(number)): text for number, text in result["texts"].items()}
-                outputs |= result["outputs"]
-                unscored.update(result["unscored"])
+            if result is None:
+                continue
+            texts |= {(name, int(number)): text for number, text in result["texts"].items()}
+            outputs |= result["outputs"]
+            unscored.update(result["unscored"])
+            for language, source, *counts in result["kept"]:
+                kept[:, language, source] += counts
+            for language, *values in result["lowest"]:
+                lowest[language] = list(map(min, values, lowest.get(language, values)))
+        counts = np.stack([totals.documents, totals.tokens, *kept])  # of the whole; the statistics are of a sample
         examples = [{**example, **dict(zip(("id", "text"), texts[example["file"], example["number"]]))}
                     for example in decision["examples"] if (example["file"], example["number"]) in texts]
-        rated = self._rated()
+        rated = dict(self._rated())
         return {
-            "format": FORMAT, "version": VERSION, "rater": decision["rater"],
-            "corpus": {"pattern": "{split}/{language}/*"}, **decision["statistics"], "examples": examples,
-            "unscored": unscored, "excluded": sum(result["excluded"] for result in rated.values()),
+            "format": FORMAT, "version": VERSION, "rater": totals.raters[0],
+            "corpus": {"pattern": "{split}/{language}/*"},
+            **with_counts(decision["statistics"], totals, counts, token_quotas(self._config, totals), lowest),
+            "examples": examples, "unscored": unscored,
+            "excluded": sum(result["excluded"] for result in rated.values()),
             "failed_files": [name for name in self._files if name not in rated],
             "outputs": dict(sorted(outputs.items(), key=lambda item: epath.Path(item[0]).parts)),
         }
 
 
-class DocumentCopier:
-    """The second pass over the documents of a file: copies those kept, notes those without a score, reads examples.
-
-    Attributes:
-      texts: number -> (id, beginning of the text) of an example.
-      unscored: reason -> documents without a score.
-    """
-
-    def __init__(self, config: SelectConfig, name: str, path: epath.Path, examples: Sequence[int]):
-        """`examples` are the numbers of the documents whose text the report shows."""
-        self._config, self._name, self._path, self._examples = config, name, path, set(examples)
-        self.texts: dict[int, tuple[str, str]] = {}
-        self.unscored: dict[str, int] = {}
-
-    def copy(self, scores: ScoreTable, kept: np.ndarray, removed: RemovalLists, folder: epath.Path,
-             note: Callable[[Mapping[str, Any]], None]) -> None:
-        """Copies the documents below `folder`; calls `note` with every document without a score.
-
-        Args:
-          scores: scores of the file.
-          kept: mask `[rows]` of the documents to copy.
-          removed: the removal lists.
-          folder, note: see above.
-
-        Raises:
-          InputError: the scores or removal lists are not of this file.
-        """
-        name = self._name
-        rated = ((int(number), row) for row, number in enumerate(scores.number))
-        rated_number, row = next(rated, (math.inf, -1))
-        output = flat_output_name(name)
-
-        def unscored(number: int, document_id: str | None, reason: str, category: str) -> None:
-            self.unscored[category] = self.unscored.get(category, 0) + 1
-            note({"file": name, "number": number, "id": document_id, "reason": reason})
-
-        def unreadable(number: int, reason: str) -> None:
-            if number == rated_number:
-                raise InputError(f"{reason}; it was rated, with other keys of the corpus?")
-            unscored(number, None, reason, "unreadable")
-
-        with contextlib.ExitStack() as stack:
-            writers: dict[int, Callable[[Mapping[str, Any]], None]] = {}
-            documents = self._config.corpus.read(name, extra=None, rejected=unreadable)
-            for document in removed.keep(name, documents):
-                if rated_number < document.number:
-                    break
-                if document.number < rated_number:
-                    unscored(document.number, document.id, "not in the score file", "not in the score file")
-                    continue
-                self._check(document, scores, row)
-                if not np.isfinite(scores.score[row]):
-                    unscored(document.number, document.id, "the rater gave none", "the rater gave none")
-                if document.number in self._examples:
-                    self.texts[document.number] = document.id, document.text[:_EXAMPLE_LENGTH]
-                if kept[row]:
-                    language = int(scores.language[row])
-                    if language not in writers:
-                        writers[language] = stack.enter_context(jsonl_writer(
-                            folder / self._config.split / scores.languages[language] / output))
-                    writers[language](to_record(document, quality_score=float(scores.score[row])))
-                rated_number, row = next(rated, (math.inf, -1))
-            if rated_number < math.inf:
-                raise InputError(f"{score_path(self._config.scores, name)}: has a score for {rated_number}, where "
-                                 f"{self._path} has no document; rate it again")
-
-    def _check(self, document: Document, scores: ScoreTable, row: int) -> None:
-        language, source = scores.languages[scores.language[row]], scores.sources[scores.source[row]]
-        if document_key(self._config.seed, language, source, document.id) != int(scores.key[row]):
-            raise InputError(f"{self._path}:{document.number}: {document.id!r} is not the document that was rated "
-                             "here; rate the file again")
-
-
-def _languages(
-    scores: ScoreTable, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray
-) -> Iterator[dict[str, Any]]:
-    """Yields each language's quota, counts and distribution of scores."""
-    edges = score_statistics.score_bins(scores)
-    table = score_statistics.counts(scores, kept, scores.language, len(scores.languages))
-    for i, language in enumerate(scores.languages):
-        rows = scores.language == i
-        yield {"language": language, **{name: column[i] for name, column in table.items()}, "quota": float(quota[i]),
-               "without_score": int((rows & ~scores.rated).sum()),
-               "threshold": float(preference[rows & kept].min()) if (rows & kept).any() else None,
-               "lowest_score": float(scores.score[rows & kept].min()) if (rows & kept).any() else None,
-               **score_statistics.distribution(scores, kept, rows, edges)}
-
-
 def describe(config: SelectConfig, scores: ScoreTable, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray,
              others: Sequence[ScoreTable]) -> dict[str, Any]:
-    """Returns the statistics of a selection: by language, source and length, and the agreement of raters."""
-    edges, n_sources = score_statistics.score_bins(scores), len(scores.sources)
-    sources = score_statistics.counts(scores, kept, scores.source, n_sources)
-    cells = score_statistics.counts(scores, kept, scores.language * n_sources + scores.source,
-                                    n_sources * len(scores.languages))
+    """Returns the statistics of a selection, or of a sample of it: by language, source and length, and the agreement of
+    raters."""
+    edges = score_statistics.score_bins(scores)
     length, upper = score_statistics.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
     raters, masks = {scores.rater: scores.score}, {scores.rater: kept}
     for other in others:
         raters[other.rater] = other.score
         masks[other.rater] = quotas.choose(other, quotas.preferences(other, config.temperature), quota,
-                                           config.per_source, _caps(config, scores))
+                                           config.per_source, _caps(config, scores.sources))
+    distributions = ([score_statistics.distribution(scores, kept, column == i, edges) for i in range(len(names))]
+                     for names, column in ((scores.languages, scores.language), (scores.sources, scores.source)))
+    languages, sources = distributions
     return {
-        "bins": edges.tolist(),
-        "quantiles": list(score_statistics.QUANTILES),
-        "languages": list(_languages(scores, kept, preference, quota)),
-        "sources": [{"source": name, **{key: column[i] for key, column in sources.items()},
-                     **score_statistics.distribution(scores, kept, scores.source == i, edges)}
-                    for i, name in enumerate(scores.sources)],
-        "cells": [{"language": scores.languages[i // n_sources], "source": scores.sources[i % n_sources],
-                   **{key: column[i] for key, column in cells.items()}}
-                  for i in range(len(cells["documents"])) if cells["documents"][i]],
-        "lengths": {"upper": upper, **score_statistics.counts(scores, kept, length, len(upper))},
+        "bins": edges.tolist(), "quantiles": list(score_statistics.QUANTILES), "languages": languages,
+        "sources": sources, "lengths": {"upper": upper, **score_statistics.counts(scores, kept, length, len(upper))},
         "variance": score_statistics.variance_table(scores),
         "agreement": score_statistics.agreement(scores, raters, masks),
     }
 
 
-def _check(config: SelectConfig, scores: ScoreTable, others: Sequence[ScoreTable]) -> None:
+def with_counts(statistics: Mapping[str, Any], totals: Totals, counts: np.ndarray, quota: np.ndarray,
+                lowest: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """Returns the statistics with the counts of all documents.
+
+    Args:
+      statistics: as `describe` makes them.
+      totals: languages and sources.
+      counts: documents, tokens, documents kept and tokens kept, `[4, languages, sources]`.
+      quota: tokens to keep of each language.
+      lowest: language -> lowest preference and lowest score of those kept.
+    """
+    def named(values: np.ndarray) -> dict[str, int]:
+        return dict(zip(("documents", "tokens", "kept_documents", "kept_tokens"), values.tolist()))
+
+    languages = [{"language": language, **named(counts[:, i].sum(axis=1)), "quota": float(quota[i]),
+                  "without_score": totals.without_score[i], "threshold": lowest.get(i, (None, None))[0],
+                  "lowest_score": lowest.get(i, (None, None))[1], **statistics["languages"][i]}
+                 for i, language in enumerate(totals.languages)]
+    sources = [{"source": source, **named(counts[:, :, i].sum(axis=1)), **statistics["sources"][i]}
+               for i, source in enumerate(totals.sources)]
+    cells = [{"language": language, "source": source, **named(counts[:, i, j])}
+             for i, language in enumerate(totals.languages) for j, source in enumerate(totals.sources)
+             if counts[0, i, j]]
+    return {**{key: statistics[key] for key in ("bins", "quantiles")}, "languages": languages, "sources": sources,
+            "cells": cells, **{key: statistics[key] for key in ("lengths", "variance", "agreement")}}
+
+
+def _check(config: SelectConfig, totals: Totals) -> None:
     """Raises InputError when the scores of all files cannot be used together."""
-    names = [table.rater for table in (scores, *others)]
-    if len(set(names)) < len(names):
-        raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(names)}")
-    if bad := [name for name in scores.languages if not re.fullmatch(r"[^/.]*", name)]:
+    if len(set(totals.raters)) < len(totals.raters):
+        raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(totals.raters)}")
+    if bad := [name for name in totals.languages if not re.fullmatch(r"[^/.]*", name)]:
         raise InputError(f"{config.scores}: language {bad[0]!r} cannot be the name of a folder")
-    if not scores.rated.any():
+    if not np.sum(totals.documents):
         raise InputError(f"{config.scores}: no document has a score")
-    _refuse_undetermined(config, scores)
-
-
-def _refuse_undetermined(config: SelectConfig, scores: ScoreTable) -> None:
-    codes = [code for code, language in enumerate(scores.languages) if language == UNDETERMINED]
-    rows = np.flatnonzero(np.isin(scores.language, codes) & scores.rated)
-    if len(rows) and not config.allow_undetermined:
-        raise InputError(f"{config.scores}: {len(rows):,} documents were rated without a language, the first is "
-                         f"{scores.files[scores.file[rows[0]]]}:{scores.number[rows[0]]}; rate them again with "
-                         "{language} in Corpus.files, another Corpus.language_key or score.detect_language, or set "
-                         "select.allow_undetermined=True")
+    count, first = totals.undetermined
+    if count and not config.allow_undetermined:
+        raise InputError(f"{config.scores}: {count:,} documents were rated without a language, the first is {first}; "
+                         "rate them again with {language} in Corpus.files, another Corpus.language_key or "
+                         "score.detect_language, or set select.allow_undetermined=True")
+    token_quotas(config, totals)
+    _caps(config, totals.sources)
 
 
 def make_plan(config: SelectConfig) -> Plan:
-    """Returns the work of a selection: reading scores by file, deciding on all, and copying documents by file."""
+    """Returns the work of a selection.
+
+    The scores of each file are read, and counted in cells by preference (`raters.filtering.cells`); the documents of
+    the few cells in which a quota ends are gathered, and decided on; the documents of each file are copied.
+    """
     return Selection(config).plan
 
 
