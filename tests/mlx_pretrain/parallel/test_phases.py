@@ -78,6 +78,24 @@ def test_shards_make_the_same_phase_by_phase(config, alone, shard, capsys):
     assert contents(config.output) == alone
 
 
+def test_a_shard_may_wait_for_the_others(config, alone, shard, monkeypatch):
+    """Here the other's work appears during the first sleep of each phase."""
+    def other(_: float) -> None:
+        monkeypatch.setattr(phases, "_wait", 0.0)
+        cluster.take_shard((1, 2))
+        main(config)
+        cluster.take_shard((0, 2))
+        monkeypatch.setattr(phases, "_wait", 60.0)
+
+    monkeypatch.setattr(phases.time, "sleep", other)
+    shard((0, 2))
+    monkeypatch.setattr(phases, "_wait", 60.0)
+    main(config)
+    assert sorted(counting.done) == sorted(ALL)
+    shard(None)
+    assert main(config) and contents(config.output) == alone
+
+
 @pytest.mark.parametrize("fails", ALL)
 def test_after_a_failure_it_goes_on_with_what_is_left(config, alone, fails):
     with pytest.raises(InputError, match=f"{fails} fails"):
