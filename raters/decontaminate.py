@@ -95,7 +95,16 @@ def read_items(path: epath.Path, config: DecontaminateConfig) -> Iterator[tuple[
 
 
 class Index:
-    """The n-grams of all items.
+    """The n-grams of all items: about 9 bytes for each.
+
+        index = Index(ngram=13, least_words=8)
+        index.add("mmlu.jsonl", [("17", ["Which of the seven hills ..."]), ...])
+        index.freeze()
+        index.search(["text", ...])  # [{0: (4, "which of the seven hills ...")}, ...]
+
+    Their hashes lie sorted in buckets by the highest bits; 32 further bits are compared, so that about one in 10^9
+    n-grams that no item has is taken for one. A bitmap of the first words of all n-grams tells most places of a
+    document apart before any bucket is read.
 
     Attributes:
       items: (file, id) of every item; methods name items by their index here.
@@ -106,26 +115,36 @@ class Index:
         self._ngram, self._least = ngram, least_words
         self.items: list[tuple[str, str]] = []
         self.skipped: collections.Counter[str] = collections.Counter()
-        self._owners: dict[int, dict[int, list[int]]] = {}  # n -> hash of an n-gram -> items
-        self._sorted: dict[int, np.ndarray] = {}
+        self._sizes: set[int] = set()  # words of the n-grams
+        self._added: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # hashes, items, hashes of the first words
 
-    def add(self, file: str, name: str, texts: Sequence[str]) -> None:
-        """Adds an item with its texts."""
-        item, long_enough = len(self.items), False
-        self.items.append((file, name))
-        for text in texts:
-            words = shingles.normalised_words(text)
-            scale = UNITS_PER_WORD if shingles.without_spaces(words) else 1
-            if len(words) < scale * self._least:
-                continue
-            long_enough = True
-            n = min(len(words), scale * self._ngram)
-            owners = self._owners.setdefault(n, {})
-            for value in shingles.ngram_hashes(shingles.hash_words(words), n).tolist():
-                of_value = owners.setdefault(value, [])
-                if item not in of_value[-1:]:
-                    of_value.append(item)
-        self.skipped[file] += not long_enough
+    @property
+    def nbytes(self) -> int:
+        """Memory of the frozen index without the names of the items."""
+        return sum(array.nbytes for array in (self._bitmap, self._buckets, self._low, self._owners))
+
+    def _first_words(self, n: int) -> int:
+        """Returns the number of words of an n-gram that the bitmap knows."""
+        return self._least * (UNITS_PER_WORD if n >= self._least * UNITS_PER_WORD else 1)
+
+    def add(self, file: str, items: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """Adds items of a file, each an id with its texts."""
+        texts = [text for _, of_item in items for text in of_item]
+        owner = len(self.items) + np.repeat(np.arange(len(items)), [len(of_item) for _, of_item in items])
+        self.items += [(file, name) for name, _ in items]
+        words = shingles.find_words(texts)
+        unspaced = np.bincount(words.text_of, words.unspaced, len(texts))
+        scale = np.where(2 * unspaced > words.counts, UNITS_PER_WORD, 1)
+        long_enough = words.counts >= scale * self._least
+        self.skipped[file] += len(items) - len(np.unique(owner[long_enough]))
+        sizes = np.where(long_enough, np.minimum(words.counts, scale * self._ngram), 0)
+        for n in np.unique(sizes[long_enough]).tolist():
+            self._sizes.add(n)
+            values, at = words.ngrams(n)
+            of_size = sizes[words.text_of[at]] == n
+            values, at = values[of_size], at[of_size]
+            self._added.append((values, owner[words.text_of[at]].astype(np.uint32),
+                                (words.ngrams_at(at, self._first_words(n)) >> np.uint64(32)).astype(np.uint32)))
 
     def name(self, item: int) -> dict[str, str]:
         """Returns file and id of an item."""
@@ -134,21 +153,59 @@ class Index:
 
     def freeze(self) -> None:
         """Prepares the search; no item is added afterwards."""
-        self._sorted = {n: np.array(sorted(owners), np.uint64) for n, owners in self._owners.items()}
+        empty = (np.zeros(0, np.uint64), np.zeros(0, np.uint32), np.zeros(0, np.uint32))
+        values, owners, first_words = map(np.concatenate, zip(*(self._added or [empty])))
+        self._added.clear()
+        order = np.lexsort((owners, values))
+        values, owners = values[order], owners[order]
+        new = np.r_[True, (np.diff(values) > 0) | (np.diff(owners) > 0)][: len(values)]
+        values, self._owners = values[new], owners[new]
+        # 4 to 8 bits of the bitmap, and an eighth to a fourth of a bucket, for each n-gram.
+        bits = min(32, max(16, (4 * len(values)).bit_length()))
+        self._bitmap_shift, self._bucket_shift = np.uint32(32 - bits), np.uint64(64 + 5 - bits)
+        self._bitmap = np.zeros(1 << bits - 3, np.uint8)
+        first_words >>= self._bitmap_shift
+        np.bitwise_or.at(self._bitmap, first_words >> np.uint32(3), _bit(first_words))
+        self._low = values.astype(np.uint32)
+        self._buckets = np.searchsorted(
+            values >> self._bucket_shift, np.arange((1 << bits - 5) + 1, dtype=np.uint64)).astype(np.uint32)
 
-    def hits(self, text: str) -> dict[int, tuple[int, str]]:
-        """Returns item -> (number of n-grams it shares with the text, the first of them)."""
-        words = shingles.normalised_words(text)
-        hashes = shingles.hash_words(words)
-        hits: dict[int, tuple[int, str]] = {}
-        for n, known in self._sorted.items():
-            values = shingles.ngram_hashes(hashes, n)
-            at = np.minimum(np.searchsorted(known, values), len(known) - 1)
-            for position in np.flatnonzero(known[at] == values).tolist():
-                for item in self._owners[n][int(values[position])]:
-                    count, first = hits.get(item, (0, " ".join(words[position : position + n])))
-                    hits[item] = count + 1, first
+    def search(self, texts: Sequence[str]) -> list[dict[int, tuple[int, str]]]:
+        """Returns item -> (number of n-grams it shares with the text, the first of them), of each text."""
+        words = shingles.find_words(texts)
+        hits: list[dict[int, tuple[int, str]]] = [{} for _ in texts]
+        by_first_words: dict[int, list[int]] = {}
+        for n in sorted(self._sizes):
+            by_first_words.setdefault(self._first_words(n), []).append(n)
+        for first_words, sizes in by_first_words.items():
+            values, at = words.ngrams(first_words)
+            place = (values >> np.uint64(32)).astype(np.uint32) >> self._bitmap_shift
+            at = at[self._bitmap[place >> np.uint32(3)] & _bit(place) != 0]
+            for n in sizes:
+                at_n = words.with_ngram(at, n)
+                for position, item in self._lookup(words.ngrams_at(at_n, n), at_n):
+                    of_text = hits[words.text_of[position]]
+                    count, first = of_text.get(item) or (0, words.text(position, position + n))
+                    of_text[item] = count + 1, first
         return hits
+
+    def _lookup(self, values: np.ndarray, at: np.ndarray) -> list[tuple[int, int]]:
+        """Returns (place in `at`, item) of the values that are in the index, in this order."""
+        bucket = (values >> self._bucket_shift).astype(np.int64)
+        low, entry, end = values.astype(np.uint32), self._buckets[bucket], self._buckets[bucket + 1]
+        pairs = []
+        while len(entry):
+            left = entry < end
+            at, low, entry, end = at[left], low[left], entry[left], end[left]
+            equal = self._low[entry] == low
+            pairs += zip(at[equal].tolist(), self._owners[entry[equal]].tolist())
+            entry = entry + np.uint32(1)
+        return sorted(pairs)
+
+
+def _bit(places: np.ndarray) -> np.ndarray:
+    """Returns the bit of each place in its byte of a bitmap, uint8."""
+    return np.uint8(1) << (places & np.uint32(7)).astype(np.uint8)
 
 
 def _index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
@@ -157,8 +214,8 @@ def _index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
         texts: dict[str, list[str]] = {}
         for name, text in read_items(path, config):
             texts.setdefault(name, []).append(text)
-        for name, of_item in texts.items():
-            index.add(str(path), name, of_item)
+        for batch in shingles.batches(texts.items(), lambda item: sum(map(len, item[1]))):
+            index.add(str(path), batch)
     index.freeze()
     return index
 
@@ -177,10 +234,13 @@ def search_file(
     unreadable, hit = UnreadableRecords(), []
 
     def entries() -> Iterator[dict[str, Any]]:
-        for document in command.documents_of(name, unreadable):
-            documents[document.language] += 1
-            if hits := index.hits(document.text):
-                hits = [(item, count, ngram) for item, (count, ngram) in hits.items()]
+        documents_of = command.documents_of(name, unreadable)
+        for batch in shingles.batches(documents_of, lambda document: len(document.text)):
+            for document, found in zip(batch, index.search([document.text for document in batch])):
+                documents[document.language] += 1
+                if not found:
+                    continue
+                hits = [(item, count, ngram) for item, (count, ngram) in found.items()]
                 hit.append([document.number, document.id, document.language, hits])
                 most_shared = sorted(hits, key=lambda hit: (-hit[1], hit[0]))[:_MAX_ITEMS]
                 yield removal_entry(

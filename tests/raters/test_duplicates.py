@@ -1,9 +1,11 @@
 """Duplicates are found in every script, one of each group stays, and unlike texts are left alone."""
 
+import collections
 import dataclasses
 import gzip
 import itertools
 import json
+import math
 import pathlib
 import random
 
@@ -12,8 +14,10 @@ import pytest
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
+from raters import duplicates
 from raters.duplicates import DuplicatesConfig, main
-from raters.filtering import shingles
+from raters.filtering import minhash
+from tests.raters.filtering.test_near_duplicates import greedy
 from tests.raters.rated import read_removed, write_documents, write_removed, write_scores
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "ta") for b in ("bel", "dor", "fin", "gas", "hum", "jot")]
@@ -97,6 +101,48 @@ def test_chains_do_not_carry_away_unlike_texts(tmp_path):
         assert jaccard(texts[number - 1], texts[entry["of"]["number"] - 1]) > 0.6
 
 
+@pytest.mark.parametrize(("seed", "scored", "bands", "rows"), [
+    (5, True, 14, 8), (4, False, 2, 2)])  # in the second a document stays that has a leader, and gets another
+def test_as_by_all_pairs_however_files_and_buckets_are_divided(tmp_path, monkeypatch, seed, scored, bands, rows):
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(12):  # families of texts, each a change of one before
+        family = [text(rng, rng.choice([3, 20, 60]))]
+        for _ in range(rng.randrange(12)):
+            family.append(changed(rng, rng.choice(family), rng.choice([0, 0.02, 0.05, 0.1, 0.2])))
+        texts += map(" ".join, family)
+    rng.shuffle(texts)
+    scores = np.array([rng.choice([0.0, 1.0, 2.0, math.nan]) if scored else 0.0 for _ in texts])
+    sketches = minhash.Sketcher(5, bands, rows, seed=1).sketch(texts)
+    alike = np.array([minhash.similarity(sketches.values, row[None]) for row in sketches.values])
+    order = np.lexsort((np.arange(len(texts)), -np.nan_to_num(scores, nan=-1)))
+    expected = greedy(sketches.keys, order, alike, 0.75)
+    assert len(texts) / 4 < len(expected) < len(texts)
+
+    records = [{"id": str(i), "text": t, "lang": "en"} for i, t in enumerate(texts)]
+    for files in (1, 5):
+        folder, size = tmp_path / str(files), -(-len(texts) // files)
+        for i in range(files):
+            part = slice(i * size, (i + 1) * size)
+            write_documents(folder / f"in/{i}.jsonl", records[part])
+            write_scores(folder / "scores", f"{i}.jsonl", records[part], scores[part])
+        for part_bytes in (1 << 32, 10_000):
+            monkeypatch.setattr(duplicates, "_PART_BYTES", part_bytes)
+            output = folder / f"out{part_bytes}"
+            main(DuplicatesConfig(Corpus(folder / "in", "*"), str(output), bands=bands, rows=rows,
+                                  scores=str(folder / "scores") if scored else None))
+            removed = read_removed(output)
+            assert [int(entry["id"]) for entry in removed] == expected
+            for entry in removed:
+                document, kept = int(entry["id"]), int(entry["of"]["id"])
+                assert kept not in expected and entry["similarity"] == round(float(alike[document, kept]), 4) >= 0.75
+                assert (entry["reason"] == "exact duplicate") == (texts[document] == texts[kept])
+            report = json.loads((output / "report.json").read_text())
+            assert report["exact"] + report["near"] == len(expected) and report["crowded_buckets"] == 0
+            assert report["largest_groups"][0]["documents"] == 1 + max(
+                collections.Counter(entry["of"]["id"] for entry in removed).values())
+
+
 def test_common_boilerplate_does_not_make_a_duplicate(tmp_path):
     rng = random.Random(3)
     boilerplate = text(rng, 40)
@@ -145,11 +191,3 @@ def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
         main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out2"), exclude=("gone",)))
     with pytest.raises(InputError, match=r"duplicates.rows = 0"):
         DuplicatesConfig(None, "b", rows=0)
-
-
-def test_ngram_hashes_tell_order_and_words_apart():
-    hashes = shingles.hash_words(["a", "b", "a", "b", "c"])
-    pairs = shingles.ngram_hashes(hashes, 2)
-    assert pairs[0] == pairs[2] and len(set(pairs.tolist())) == 3 and len(shingles.ngram_hashes(hashes, 6)) == 0
-    rows = np.random.default_rng(0).integers(0, 3, (5000, 8), np.uint32)
-    assert len(np.unique(shingles.hash_rows(rows))) == len(np.unique(rows, axis=0))
