@@ -37,7 +37,8 @@ _SHARD_FLAGS = {
     "--shard=I/N": "does the I-th (from 0) of N parts of the work, without a connection to the processes that do the "
                    "others; taken from the environment in a SLURM array",
 }
-_BEAM_FLAGS = {
+_PHASE_FLAGS = {
+    "--wait=SECONDS": "lets a process with a shard wait so long, at the end of a phase, for the others; 0 by default",
     "--beam": "does the work in an Apache Beam pipeline; every flag that is not listed here is Beam's or its runner's, "
               "e.g. --runner=FlinkRunner --flink_master=HOST:8081",
 }
@@ -55,7 +56,7 @@ class Flags:
       search: folders in which relative gin files are looked for.
       coordinator, processes, process, join_timeout: see `parallel.cluster.find` and `parallel.cluster.join`.
       shard: "I/N", see `parallel.cluster.find_shard`.
-      beam: flags of Apache Beam, see `parallel.phases`; None: it is not used.
+      beam, wait: flags of Apache Beam, or None; and longest wait for other shards; see `parallel.phases.use`.
     """
 
     files: list[str] = dataclasses.field(default_factory=list)
@@ -67,6 +68,7 @@ class Flags:
     join_timeout: float = cluster.TIMEOUT
     shard: str | None = None
     beam: list[str] | None = None
+    wait: float = 0.0
 
 
 def parse_flags(
@@ -78,7 +80,7 @@ def parse_flags(
       arguments: arguments after the command.
       joins: allows the flags that make one job of several processes.
       shards: allows --shard.
-      has_phases: allows --beam, and with it flags of any other name.
+      has_phases: allows --shard, --wait and --beam, and with it flags of any other name.
 
     Raises:
       InputError: an argument is unknown, or its value is malformed.
@@ -88,7 +90,8 @@ def parse_flags(
         flags.beam, arguments = [], [argument for argument in arguments if argument != "--beam"]
     known = ["gin_file", "gin_search_path"]
     known += ["coordinator", "processes", "process", "join_timeout"] if joins else []
-    known += ["shard"] if shards else []
+    known += ["shard"] if shards or has_phases else []
+    known += ["wait"] if has_phases else []
     for argument in arguments:
         name, separator, value = argument.removeprefix("--").removeprefix("-").partition("=")
         if flags.beam is not None and name not in known and not name.startswith("gin."):
@@ -104,9 +107,9 @@ def parse_flags(
             flags.files.append(value)
         elif name == "gin_search_path":
             flags.search.append(value)
-        elif name in ("processes", "process", "join_timeout"):
+        elif name in ("processes", "process", "join_timeout", "wait"):
             try:
-                setattr(flags, name, float(value) if name == "join_timeout" else int(value))
+                setattr(flags, name, int(value) if name.startswith("process") else float(value))
             except ValueError:
                 raise InputError(f"{argument}: not a number") from None
         else:
@@ -185,7 +188,7 @@ def run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_logging()
     all_flags = GIN_FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {}) | (
-        _BEAM_FLAGS if has_phases else {})
+        _PHASE_FLAGS if has_phases else {})
     help_if_wanted(main, config, module, all_flags)
     # The module is known by its own name too, so that gin files that import it do not register a second copy.
     if not hasattr(sys.modules.get(module), "__path__"):  # a package run by its __main__ stays what it is
@@ -194,7 +197,7 @@ def run(
         flags = parse_flags(sys.argv[1:], joins=joins, shards=shards, has_phases=has_phases)
         parse_gin(flags.files, flags.bindings, flags.search)
         backend.prepare()
-        phases.use_beam(flags.beam)
+        phases.use(flags.beam, flags.wait)
         with _hosts(flags, joins, shards):
             try:
                 main(config())

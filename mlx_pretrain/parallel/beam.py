@@ -4,6 +4,7 @@ Only text travels: a worker imports the command's module and does a task by its 
 packages installed, and the same paths (gs://, or a shared folder).
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +28,9 @@ def run(flags: Sequence[str], address: Address, tasks: Mapping[str, Sequence[tup
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise InputError("--beam needs Apache Beam: pip install -r requirements/beam.txt") from None
+    # The error itself ends the command, in one line.
+    logging.getLogger("apache_beam.runners.common").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError)))
     try:
         pipeline = apache_beam.Pipeline(options=PipelineOptions(list(flags)))
         before = None
@@ -42,7 +46,8 @@ def run(flags: Sequence[str], address: Address, tasks: Mapping[str, Sequence[tup
         pipeline.run().wait_until_finish()
     except Exception as error:
         # Runners give errors of workers as text, in their own exceptions.
-        if not (lines := re.findall(r"InputError: (.*?)(?: \[while running .*)?$", str(error), re.MULTILINE)):
+        text = f"{type(error).__name__}: {error}"
+        if not (lines := re.findall(r"InputError: (.*?)(?: \[while running .*)?$", text, re.MULTILINE)):
             raise
         raise InputError(lines[-1]) from None
 

@@ -78,7 +78,7 @@ from mlx_pretrain.files import (
 from mlx_pretrain.parallel import cluster
 
 OUTPUT = "output"  # what a task writes into this folder becomes part of the command's output
-_LOG_SECONDS = 10
+_LOG_SECONDS, _POLL_SECONDS = 10, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,11 @@ class Plan:
         """Yields the results of a complete phase, in the order of its tasks."""
         [tasks] = [one.tasks for one in self.phases if one.name == phase]
         for task in tasks:
-            yield read_json(self._marker(phase, task), "result of a task")["result"]
+            yield self.result(phase, task)
+
+    def result(self, phase: str, task: str) -> Any:
+        """Returns the result of a task that is done."""
+        return read_json(self._marker(phase, task), "result of a task")["result"]
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Writes `record`, with the provenance, as the output's marker, and puts the output in its place."""
@@ -307,19 +311,25 @@ def _run_in_worker(address: Address, arguments: tuple[str, str, str]) -> None:
 
 
 _beam: list[str] | None = None
+_wait = 0.0
 
 
-def use_beam(flags: list[str] | None) -> None:
-    """Lets `complete` do all tasks in an Apache Beam pipeline with these flags; None: no longer."""
-    global _beam
-    _beam = flags
+def use(beam: list[str] | None = None, wait: float = 0.0) -> None:
+    """Sets how `complete` works from now on.
+
+    Args:
+      beam: flags of an Apache Beam pipeline that does all tasks; None: no pipeline.
+      wait: seconds that a process with a shard waits for others at the end of a phase.
+    """
+    global _beam, _wait
+    _beam, _wait = beam, wait
 
 
 def complete(make_plan: Callable[[Any], Plan], config: Any, workers: int = 1) -> Plan | None:
     """Does the tasks of a plan that are not done: in this process, in local processes or in Apache Beam.
 
     A process with a shard (`cluster.shard`) does its tasks of each phase in turn, as long as the phases before are
-    complete, and logs what is left.
+    complete, or become so while it waits (`use`), and logs what is left.
 
     Args:
       make_plan: makes the plan of a configuration; a function at the top of a module.
@@ -370,7 +380,10 @@ def _run_shard(plan: Plan, number: int, count: int) -> None:
         left = set(plan.left(phase))
         own = [task for task in phase.tasks[number::count] if task in left]
         _log_progress(plan, phase, len(own), _run_all(plan, phase, own))
-        if left := plan.left(phase) if left else []:
+        deadline = time.monotonic() + _wait
+        while left and (left := plan.left(phase)) and time.monotonic() < deadline:
+            time.sleep(min(_POLL_SECONDS, max(deadline - time.monotonic(), 0)))
+        if left:
             at = [one.name for one in plan.phases].index(phase.name) + 1
             cluster.log(f"{plan.output}: {phase.name} (phase {at} of {len(plan.phases)}): {len(left):,} of "
                         f"{len(phase.tasks):,} tasks are left to other shards; when they are done, start the shards "

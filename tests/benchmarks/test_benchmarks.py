@@ -52,6 +52,7 @@ def test_variants_of_the_gpu_step_are_sorted_and_a_failing_one_stops_nothing():
     assert result["variants"][-1]["variant"] == "none-cudnn" and "cudnn" in result["variants"][-1]["error"]
 
 
+@pytest.mark.slow
 def test_solver_reaches_optimality():
     result = last_line("climb_solver.py", "--languages", "12")
     assert result["languages"] == 12 and result["kkt"] < 1e-6 and 0 <= result["joint_gap"] < 0.1
@@ -182,8 +183,7 @@ def test_nested_combinations_take_fewer_tokens_and_favour_no_frame():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", ["moments", "stories"])
 def test_the_evidence_of_frame_voyager_runs_from_nothing(tmp_path, world):
-    result = last_line("video_evidence.py", f"--world={world}", f"--output={tmp_path}", "--llm_seeds=1",
-                       "--voyager_seeds=2")
+    result = last_line("video_evidence.py", f"--world={world}", f"--output={tmp_path}", "--voyager_seeds=2")
     assert result["questions"] == 6 and list(result["accuracy"]) == ["4 of 16", "4 of 32", "2 of 16", "4 of 64"]
     assert all(0 <= accuracy <= 1 for row in result["accuracy"].values() for accuracy in row.values())
     assert {"uniform", "similarity", "MDP3", "Frame-Voyager", "frames that matter"} < set(result["accuracy"]["2 of 16"])

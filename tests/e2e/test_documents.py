@@ -12,12 +12,13 @@ import time
 import pytest
 
 from tests.e2e.conftest import REPOSITORY, run, started
-from tests.raters.rated import write_documents
+from tests.raters.rated import write_documents, write_scores
 
-STAGES = {
-    "languages": (),
-    "duplicates": (),
-    "decontaminate": ("--gin.ITEMS=['items.jsonl']",),
+STAGES = {  # stage -> macro of its output, further flags
+    "languages": ("MISLABELLED", "--gin.languages.write_documents=True"),
+    "duplicates": ("DUPLICATES", "--gin.duplicates.write_documents=True"),
+    "decontaminate": ("CONTAMINATED", "--gin.ITEMS=['items.jsonl']"),
+    "select": ("SELECTED", "--gin.SCORES=scores", "--gin.select.fraction=0.4"),
 }
 WAYS = ("alone", "workers", "shards", "beam")
 
@@ -33,14 +34,15 @@ def corpus(tmp_path_factory) -> pathlib.Path:
             part = records[10 * number : 10 * number + 10]
             part += [records[0] | {"id": f"copy{number}"}, records[number] | {"id": "wrong", "lang": other}]
             write_documents(folder / f"corpus/{language}/{number}.jsonl", part)
+            write_scores(folder / "scores", f"{language}/{number}.jsonl", part, [len(one["text"]) % 97 for one in part])
     write_documents(folder / "items.jsonl", [{"id": "leak", "text": records[7]["text"][:200]}])
     return folder
 
 
 def flags(stage: str, output: str, *more: str) -> list[str]:
-    macro = {"languages": "MISLABELLED", "duplicates": "DUPLICATES", "decontaminate": "CONTAMINATED"}[stage]
-    return [f"raters.{stage}", f"--gin_file=gin/raters/{stage}.gin", "--gin.DOCUMENTS=corpus/*/*.jsonl",
-            f"--gin.{macro}={output}", f"--gin.{stage}.write_documents=True", *STAGES[stage], *more]
+    macro, *settings = STAGES[stage]
+    return [f"raters.{stage}", f"--gin_file=gin/raters/{stage}.gin", "--gin.DOCUMENTS=*/*.jsonl", "--gin.ROOT=corpus",
+            f"--gin.{macro}={output}", *settings, *more]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -58,8 +60,8 @@ def undisturbed(corpus):
             ended = run(*flags(stage, f"whole-{stage}"), folder=corpus)
             assert ended.code == 0, ended.err
             made[stage] = contents(corpus / f"whole-{stage}"), time.monotonic() - start
-            assert {name.split("/")[0] for name in made[stage][0]} >= {"removed", "documents", "report.json"}
-            assert any(made[stage][0][name] for name in made[stage][0] if name.startswith("removed/"))
+            kinds = {name.split("/")[0] for name, content in made[stage][0].items() if content}
+            assert kinds >= ({"train", "selection.json"} if stage == "select" else {"removed", "report.json"})
         return made[stage]
 
     return of
@@ -68,7 +70,7 @@ def undisturbed(corpus):
 def commands(stage: str, output: str, way: str) -> list[list[str]]:
     """Returns the commands that together make the output, to be run one after the other until all have ended well."""
     if way == "shards":
-        return [flags(stage, output, f"--shard={number}/2") for number in (0, 1)] + [flags(stage, output)]
+        return [flags(stage, output, f"--shard={number}/2") for number in (1, 0, 1, 0)] + [flags(stage, output)]
     return [flags(stage, output, *{"alone": (), "workers": (f"--gin.{stage}.workers=2",),
                                    "beam": ("--beam", "--runner=DirectRunner")}[way])]
 
@@ -92,7 +94,7 @@ def kill_and_go_on(corpus: pathlib.Path, stage: str, way: str, seconds: float, k
                 break
             assert ended.code == -signal.SIGKILL, ended.err
             killed += 1
-            report = corpus / "killed/report.json"
+            report = corpus / "killed" / ("selection.json" if stage == "select" else "report.json")
             assert not (corpus / "killed").exists() or json.loads(report.read_text()), "a part of an output"
 
 

@@ -95,12 +95,12 @@ def test_killed_while_it_writes_it_leaves_nothing_that_could_be_read(tmp_path):
     flags = [f"--gin.select.{name}={value}" for name, value in settings.items()]
     flags += ["--gin_file=gin/raters/select.gin", "--gin.DOCUMENTS=corpus/*", "--gin.select.output=kept"]
     with started("raters.select", *flags, folder=tmp_path) as process:
-        process.wait_for((tmp_path / ".kept.partial/train").exists)
+        process.wait_for((tmp_path / ".kept.parts/done/decide").exists)
         process.signal(signal.SIGKILL)
         assert process.end().code == -signal.SIGKILL
-    assert not (tmp_path / "kept").exists() and (tmp_path / ".kept.partial").exists()
+    assert not (tmp_path / "kept").exists() and (tmp_path / ".kept.parts").exists()
     assert run("raters.select", *flags, folder=tmp_path).code == 0
-    assert not (tmp_path / ".kept.partial").exists()
+    assert not (tmp_path / ".kept.parts").exists()
     main(SelectConfig(Corpus(tmp_path / "corpus", "*"), **settings, output=str(tmp_path / "whole")))
     files = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
     assert len(files) == 3

@@ -36,6 +36,7 @@ def test_with_beam_other_flags_are_those_of_beam():
         has_phases=True)
     assert flags.beam == ["--runner=DirectRunner", "--streaming", "-x", "1"]
     assert (flags.files, flags.bindings) == (["a.gin"], ["a.b = 2"])
+    assert command_line.parse_flags(["--shard=1/2", "--wait=9.5"], has_phases=True).wait == 9.5
     for arguments, has_phases in ((["--runner=DirectRunner"], True), (["--beam"], False)):
         with pytest.raises(InputError):
             command_line.parse_flags(arguments, has_phases=has_phases)

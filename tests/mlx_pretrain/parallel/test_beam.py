@@ -20,9 +20,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # Beam's own
 
 @pytest.fixture
 def beam():
-    phases.use_beam(["--runner=DirectRunner"])
+    phases.use(beam=["--runner=DirectRunner"])
     yield
-    phases.use_beam(None)
+    phases.use()
 
 
 def test_a_pipeline_makes_the_same(config, alone, beam):  # noqa: F811

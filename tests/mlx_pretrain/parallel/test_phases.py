@@ -6,6 +6,7 @@ import os
 import pathlib
 
 import pytest
+from etils import epath
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import cluster, phases
@@ -75,6 +76,24 @@ def test_shards_make_the_same_phase_by_phase(config, alone, shard, capsys):
     shard(None)
     assert main(config) and counting.done == []
     assert contents(config.output) == alone
+
+
+def test_a_shard_may_wait_for_the_others(config, alone, shard, monkeypatch):
+    """Here the other's work appears during the first sleep of each phase."""
+    def other(_: float) -> None:
+        monkeypatch.setattr(phases, "_wait", 0.0)
+        cluster.take_shard((1, 2))
+        main(config)
+        cluster.take_shard((0, 2))
+        monkeypatch.setattr(phases, "_wait", 60.0)
+
+    monkeypatch.setattr(phases.time, "sleep", other)
+    shard((0, 2))
+    monkeypatch.setattr(phases, "_wait", 60.0)
+    main(config)
+    assert sorted(counting.done) == sorted(ALL)
+    shard(None)
+    assert main(config) and contents(config.output) == alone
 
 
 @pytest.mark.parametrize("fails", ALL)
@@ -165,3 +184,32 @@ def test_workers_that_see_another_configuration_are_refused(config):
     address = phases.Address(counting.__name__, "make_plan", phases.to_text(config), "another")
     with pytest.raises(InputError, match="this process sees other settings or files"):
         phases.run_task(address, "count", "0.txt", plan.keys["count"]["0.txt"])
+
+
+def test_an_output_on_an_object_store_is_the_same(config, alone, gcs, shard, monkeypatch):
+    output = epath.Path("gs://bucket/counted/out")
+    remote = dataclasses.replace(config, output=str(output))
+    shard((0, 2))
+    assert not main(remote)
+    shard(None)
+    assert main(remote) and counting.done.count("0.txt") == 1
+
+    def written() -> dict[str, bytes]:
+        return {name.removeprefix("counted/"): one.content for name, one in gcs.buckets["bucket"].items()
+                if name.startswith("counted/")}
+
+    assert written() == {f"out/{name}": content for name, content in alone.items()}
+
+    def move_one(source, target, last):
+        (target / "words/3.txt.json").write_bytes((source / "words/3.txt.json").read_bytes())
+        (source / "words/3.txt.json").unlink()
+        raise KeyboardInterrupt
+
+    # Objects are moved one by one: a killed process leaves some at the old place, and no marker at the new one.
+    (output / "report.json").unlink()
+    with monkeypatch.context() as killed:
+        killed.setattr(phases, "move_folder", move_one)
+        with pytest.raises(KeyboardInterrupt):
+            main(dataclasses.replace(remote, overwrite=True))
+    assert "out/report.json" not in written()
+    assert not main(remote) and written() == {f"out/{name}": content for name, content in alone.items()}
