@@ -7,7 +7,7 @@ FineWeb's, arXiv 2406.17557), the sketches' own estimate of the Jaccard similari
 What holds, on any number of processes (`filtering.near_duplicates`): a document is removed only when a better one
 *that stays* is similar enough by the estimate, so that chains of small changes do not remove unlike texts; and no two
 documents that stay share a bucket and are similar enough. What may be missed: two similar documents without a common
-bucket (of similarity .75 every 4th, of .8 every 13th, of .9 one in 6,000), and duplicates in a bucket where more than
+bucket (of similarity .75 every 4th, of .8 every 13th, of .9 one in 2,600), and duplicates in a bucket where more than
 1,000 documents are all unlike, which the report counts as `crowded_buckets`. The standard error of the estimate is at
 most .041 at a similarity of .75.
 
