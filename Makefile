@@ -32,7 +32,7 @@ lint: setup
 
 # Needs `uv`; rewrites the pinned files from requirements/*.in for Python 3.11 and 3.12 at once.
 lock:
-	@for name in core data raters evals video gcs compile wandb docs test; do (cd requirements && uv pip compile --quiet --universal --python-version 3.11 \
+	@for name in core data raters evals video gcs compile wandb docs beam test; do (cd requirements && uv pip compile --quiet --universal --python-version 3.11 \
 	  --no-annotate --custom-compile-command "make lock" $$name.in -o $$name.txt); done
 
 clean:

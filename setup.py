@@ -32,6 +32,7 @@ setup(
     install_requires=requirements("core"),
     extras_require={
         **{name: requirements(name) for name in EXTRAS},
+        "beam": requirements("beam"),  # not among EXTRAS: its versions are not those that the tests take
         "test": [line for name in (*EXTRAS, "test") for line in requirements(name)],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],

@@ -32,9 +32,10 @@ from climb_corpus import command, in_held_out, train
 
 from mlx_pretrain.data.documents import Document, read_documents
 from mlx_pretrain.data.rates import save_rates
-from mlx_pretrain.files import atomic_writer, read_json, read_jsonl, write_json
+from mlx_pretrain.files import atomic_writer, read_json, read_jsonl, write_atomic, write_json
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
 from mlx_pretrain.parallel import partitioning
+from raters.filtering.removal_lists import list_path
 from raters.preferences.corruption import CORRUPTIONS, corrupt, corrupt_share
 from raters.scoring.quality_model import load_quality, quality
 
@@ -261,11 +262,9 @@ def pretraining(
     command("raters.select", select__output=work / "best half", **half)
     command("raters.select", select__output=work / "best half of each source", select__per_source=True, **half)
     command("raters.select", select__output=work / "random half", select__temperature=1e6, **half)
-    removed = work / "best_half_removed.jsonl"
-    if not removed.exists():
-        removed.write_text("".join(kept_of(web, work / "best half")))
+    list_kept(web, work / "best half", work / "best half removed")
     command("raters.select", select__output=work / "worst half", **{**half, "select__fraction": 1.0},
-            select__exclude=[str(removed)])
+            select__exclude=[str(work / "best half removed")])
     save_rates(work / "rates.json", dict.fromkeys(PRETRAINED_ON, 1 / len(PRETRAINED_ON)), {"program": "equal shares"})
     found = {}
     for arm in ARMS:
@@ -290,13 +289,15 @@ def pretraining(
     return found
 
 
-def kept_of(documents: pathlib.Path, kept: pathlib.Path) -> Iterator[str]:
-    """A removal list of what a selection kept."""
+def list_kept(documents: pathlib.Path, kept: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes removal lists of what a selection kept."""
     for path in sorted(documents.glob("*.jsonl")):
+        entries = []
         ids = {document.id for document in read_documents(kept / "train" / path.stem / f"{path.stem}.jsonl.gz")}
         for number, record in read_jsonl(path):
             if record["id"] in ids:
-                yield json.dumps({"file": path.name, "number": number, "id": record["id"], "reason": "kept"}) + "\n"
+                entries.append({"file": path.name, "number": number, "id": record["id"], "reason": "kept"})
+        write_atomic(list_path(folder, path.name), "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def main() -> None:

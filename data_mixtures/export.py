@@ -2,8 +2,8 @@
 
     python -m data_mixtures.export --gin_file=gin/mixtures/sample.gin --gin_file=gin/mixtures/prepare.gin
 
-The manifest is written last, so that an export that was killed leaves no store. Run again, it keeps the parts (a
-language of a split) that are whole.
+The manifest is written last, so that an export that was killed leaves no store. Run again, it keeps the parts that are
+whole. A part is a language of a split or, with `group_bytes`, a group of its files, which becomes an array of its own.
 
 Several processes that see the same folders can share the parts (`--shard=I/N`, or a SLURM array). The process that
 finds all parts whole writes the manifest. The command without `--shard` exports the parts that are left.
@@ -11,9 +11,11 @@ finds all parts whole writes the manifest. The command without `--shard` exports
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import numpy as np
@@ -28,7 +30,7 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.token_store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import file_sizes, read_json, write_atomic, write_json
+from mlx_pretrain.files import file_sizes, read_json, sha256, write_atomic, write_json
 from mlx_pretrain.parallel import cluster
 
 HELDOUT = "heldout"
@@ -94,32 +96,53 @@ def _report(name: str, documents: int, tokens: int, seconds: float) -> None:
     cluster.log(f"{name:<16} {documents:>10,} documents {tokens:>14,} tokens {tokens / seconds / 1e6:6.2f}M tokens/s")
 
 
+class Unit(NamedTuple):
+    """What is exported at once: a language of a split, or a group of its files.
+
+    Attributes:
+      split, language: see above.
+      group: number of the group; "" for all files.
+    """
+
+    split: str
+    language: str
+    group: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Folder of its array, relative to the store."""
+        return "/".join(filter(None, self))
+
+
 class PartRecords:
     """Records of the whole parts of an unfinished store, one file each: STORE/.export/SPLIT/LANGUAGE.json.
+
+    The record of a group of files is LANGUAGE.GROUP.json.
 
     A process compares the documents of its own parts by their hashes. Those of other processes' parts it compares by
     size and time of change, which are the same for all processes that see the same folder.
     """
 
-    def __init__(self, store: epath.Path, corpus_of: Callable[[str], Corpus], settings: Mapping[str, Any]):
-        """Stores the corpus of a split, and the settings on which all parts depend in addition to their documents."""
-        self._store, self._corpus_of, self._settings = store, corpus_of, settings
+    def __init__(self, store: epath.Path, files_of: Callable[[Unit], Mapping[str, epath.Path]],
+                 settings: Mapping[str, Any]):
+        """Stores the files of each part, and the settings on which all parts depend in addition to their documents."""
+        self._store, self._files_of, self._settings = store, files_of, settings
 
-    def add(self, split: str, language: str, hashes: Mapping[str, str], files: list[list], part: Part) -> None:
+    def add(self, unit: Unit, hashes: Mapping[str, str], files: list[list], part: Part) -> None:
         """Records that a part is whole; `hashes` and `files` (see `fingerprint`) are those before it was made."""
-        write_json(self._path(split, language), {
+        write_json(self._path(unit), {
             "settings": self._settings, "hashes": hashes, "files": files, "part": dataclasses.asdict(part)})
 
-    def remove(self, split: str, language: str) -> None:
+    def remove(self, unit: Unit) -> None:
         """Removes the record of a part."""
-        self._path(split, language).unlink(missing_ok=True)
+        self._path(unit).unlink(missing_ok=True)
 
-    def find(self, split: str, language: str, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    def find(self, unit: Unit, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
         """Returns the record of a whole part made from the documents as they are now; None without such a part.
 
         Documents are compared by `hashes`, or, where these are None, by size and time of change.
         """
-        path = self._path(split, language)
+        path = self._path(unit)
         if not any(other.name == path.name for other in _children(path.parent)):
             return None  # network file systems remember that a file was absent, but list folders afresh
         try:
@@ -127,15 +150,15 @@ class PartRecords:
             part = record["part"] = Part(**record["part"])
         except (InputError, KeyError, TypeError):  # removed since, as the store is complete, or of another version
             return None
-        unchanged = (record["files"] == self.fingerprint(split, language) if hashes is None
+        unchanged = (record["files"] == self.fingerprint(unit) if hashes is None
                      else record["hashes"] == hashes)
         if not unchanged or record["settings"] != self._settings:
             return None
-        return record if part.files.items() <= file_sizes(self._store / split / language).items() else None
+        return record if part.files.items() <= file_sizes(self._store / unit.folder).items() else None
 
-    def fingerprint(self, split: str, language: str) -> list[list]:
+    def fingerprint(self, unit: Unit) -> list[list]:
         """Returns [path relative to the corpus's root, size, time of change] of each file of a part."""
-        stats = {name: path.stat() for name, path in self._corpus_of(split).files_of(split, language).items()}
+        stats = {name: path.stat() for name, path in self._files_of(unit).items()}
         return [[name, stat.length, stat.mtime] for name, stat in stats.items()]
 
     def clear(self) -> None:
@@ -144,8 +167,9 @@ class PartRecords:
             if (self._store / RECORDS).exists():
                 (self._store / RECORDS).rmtree()
 
-    def _path(self, split: str, language: str) -> epath.Path:
-        return self._store / RECORDS / split / f"{language}.json"
+    def _path(self, unit: Unit) -> epath.Path:
+        split, *names = filter(None, unit)
+        return self._store / RECORDS / split / f"{'.'.join(names)}.json"
 
 
 def _children(folder: epath.Path) -> list[epath.Path]:
@@ -184,6 +208,8 @@ class ExportConfig:
       store: folder of the store, local or gs://.
       sequence_length: tokens per row.
       num_threads: threads that tokenise.
+      group_bytes: bytes of input files, in order, that make up a group. Each becomes an array of its own, so that
+        processes can share a language, and a restart makes less again; None: one array a language.
       overwrite: replaces a store that was made from other documents or settings.
       heldout: corpus of the split "heldout", where that is another one than `corpus`, e.g. as `corpus` holds only the
         training documents that a filter kept.
@@ -194,6 +220,7 @@ class ExportConfig:
     store: epath.PathLike = gin.REQUIRED
     sequence_length: int = gin.REQUIRED
     num_threads: int = 2
+    group_bytes: int | None = None
     overwrite: bool = False
     heldout: Corpus | None = None
 
@@ -201,23 +228,53 @@ class ExportConfig:
         """Returns the corpus of a split."""
         return self.heldout if self.heldout is not None and split == HELDOUT else self.corpus
 
-    @property
-    def parts(self) -> list[tuple[str, str]]:
-        """(split, language) of all parts. Raises InputError where `heldout` has no such split."""
+    @functools.cached_property
+    def parts(self) -> dict[Unit, dict[str, epath.Path]]:
+        """All parts, with their files: path relative to the root -> path.
+
+        Raises InputError where `heldout` has no such split.
+        """
         splits = self.corpus.all_splits
         if self.heldout is not None and HELDOUT not in splits:
             splits.append(HELDOUT)
-        return [(split, language) for split in splits for language in self.corpus_of(split).languages_of(split)]
+        parts: dict[Unit, dict[str, epath.Path]] = {}
+        for split in splits:
+            for language in self.corpus_of(split).languages_of(split):
+                groups = self._groups(self.corpus_of(split).files_of(split, language))
+                for number, files in enumerate(groups):
+                    parts[Unit(split, language, str(number) if len(groups) > 1 else "")] = files
+        return parts
+
+    def _groups(self, files: Mapping[str, epath.Path]) -> list[dict[str, epath.Path]]:
+        groups, size = [{}], 0
+        for name, path in files.items():
+            length = path.stat().length
+            if self.group_bytes is not None and groups[-1] and size + length > self.group_bytes:
+                groups.append({})
+                size = 0
+            groups[-1][name] = path
+            size += length
+        return groups
+
+    def documents(self, unit: Unit) -> Iterator[Document]:
+        """Streams the documents of a part. Raises InputError as `Corpus.documents`; a group may be without text."""
+        corpus = self.corpus_of(unit.split)
+        if not unit.group:
+            return corpus.documents(unit.split, unit.language)
+        return itertools.chain.from_iterable(map(corpus.read, self.parts[unit]))
 
     @property
     def record_settings(self) -> dict[str, Any]:
-        """Settings of the reading of records that a store records."""
+        """Settings of the reading of records, and of the groups, that a store records."""
         heldout = {} if self.heldout is None else {"heldout": self.heldout.record_settings}
-        return {**self.corpus.record_settings, **heldout}
+        groups = {} if self.group_bytes is None else {"group_bytes": self.group_bytes}
+        return {**self.corpus.record_settings, **heldout, **groups}
 
     def __post_init__(self):
         if not isinstance(self.sequence_length, int) or self.sequence_length < 1:
             raise InputError(f"export_tokens.sequence_length: {self.sequence_length!r} is no positive number of tokens")
+        if self.group_bytes is not None and not (isinstance(self.group_bytes, int) and self.group_bytes > 0):
+            raise InputError(f"export_tokens.group_bytes: {self.group_bytes!r} is no positive number of bytes")
 
 
 def export_tokens(config: ExportConfig) -> None:
@@ -232,18 +289,18 @@ def export_tokens(config: ExportConfig) -> None:
     store, model = epath.Path(config.store), Tokenizer(config.tokenizer)
     parts = config.parts
     number, count = cluster.shard()
-    bytes_of = {part: sum(path.stat().length for path in config.corpus_of(part[0]).files_of(*part).values())
-                for part in parts}
+    bytes_of = {part: sum(path.stat().length for path in files.values()) for part, files in parts.items()}
     # The largest first, dealt out in turn.
     own_parts = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
     start = time.perf_counter()
     settings = {"program": "data_mixtures.export", "version": __version__, **config.record_settings}
     # All documents are hashed where a store is in the way, those of this process's parts otherwise.
     exists = (store / token_store.MANIFEST).exists()
-    hashes = {part: config.corpus_of(part[0]).hashes(*part) for part in (parts if exists else own_parts)}
+    hashes = {part: {name: sha256(path) for name, path in parts[part].items()}
+              for part in (parts if exists else own_parts)}
     planned = Manifest(config.sequence_length, model.vocab_size, model.sha256, {}, {})
     records = PartRecords(
-        store, config.corpus_of, {**settings, "sequence_length": config.sequence_length, "tokenizer": model.sha256})
+        store, parts.__getitem__, {**settings, "sequence_length": config.sequence_length, "tokenizer": model.sha256})
     if exists:
         made_from = {"sequence_length": config.sequence_length, "tokenizer_sha256": model.sha256,
                      **_with_inputs(planned, settings, hashes).provenance}
@@ -252,15 +309,15 @@ def export_tokens(config: ExportConfig) -> None:
             return
         (store / token_store.MANIFEST).unlink(missing_ok=True)
     for part in own_parts:
-        if records.find(*part, hashes[part]):
+        if records.find(part, hashes[part]):
             continue
-        records.remove(*part)
-        files = records.fingerprint(*part)
-        written = export_part(config.corpus_of(part[0]).documents(*part), model, store / part[0] / part[1],
-                              config.sequence_length, planned.dtype, config.num_threads, "/".join(part))
-        records.add(*part, hashes[part], files, written)
+        records.remove(part)
+        files = records.fingerprint(part)
+        written = export_part(config.documents(part), model, store / part.folder, config.sequence_length,
+                              planned.dtype, config.num_threads, part.folder)
+        records.add(part, hashes[part], files, written)
     whole = {part: record for part in parts
-             if (record := records.find(*part, hashes.get(part) if part in own_parts else None))}
+             if (record := records.find(part, hashes.get(part) if part in own_parts else None))}
     if len(whole) < len(parts):
         if (store / token_store.MANIFEST).exists():
             cluster.log(f"{store}: completed by another process")
@@ -275,24 +332,37 @@ def export_tokens(config: ExportConfig) -> None:
             sum(record["part"].tokens for record in whole.values()), time.perf_counter() - start)
 
 
-def _with_inputs(planned: Manifest, settings: Mapping[str, Any], hashes: Mapping[tuple[str, str], Any]) -> Manifest:
+def _with_inputs(planned: Manifest, settings: Mapping[str, Any], hashes: Mapping[Unit, Mapping[str, str]]) -> Manifest:
     """Returns `planned` with its provenance: `settings` and, as "inputs", the documents' hashes by split, language."""
     inputs: dict[str, dict[str, Any]] = {}
-    for (split, language), part_hashes in hashes.items():
-        inputs.setdefault(split, {})[language] = part_hashes
+    for unit, of_unit in hashes.items():
+        inputs.setdefault(unit.split, {}).setdefault(unit.language, {}).update(of_unit)
     return dataclasses.replace(planned, provenance={**settings, "inputs": inputs})
 
 
-def _complete(store: epath.Path, model: Tokenizer, planned: Manifest, parts: Mapping[tuple[str, str], Part]) -> None:
-    """Makes a store of whole parts; several processes may do so at once, as they write the same."""
+def _complete(store: epath.Path, model: Tokenizer, planned: Manifest, parts: Mapping[Unit, Part]) -> None:
+    """Makes a store of whole parts; several processes may do so at once, as they write the same.
+
+    Raises:
+      InputError: a language whose files are in groups has no text.
+    """
+    by_language: dict[tuple[str, str], list[Part]] = {}
+    for unit, part in parts.items():
+        by_language.setdefault(unit[:2], []).append(part)
     splits: dict[str, dict[str, Part]] = {}
-    for (split, language), part in parts.items():
+    for (split, language), groups in by_language.items():
+        part = token_store.join_parts(groups) if len(groups) > 1 else groups[0]
+        if not part.bytes:
+            raise InputError(f"{store}: no document has any text; leave {language!r} out of {split!r}")
         splits.setdefault(split, {})[language] = part
     for split, languages in splits.items():
-        for folder in _children(store / split):
-            if folder.name not in languages:  # part of an earlier store
+        children = [(path, languages) for path in _children(store / split)]
+        children += [(path, part.arrays) for language, part in languages.items() if part.groups
+                     for path in _children(store / split / language)]
+        for path, expected in children:
+            if path.name not in expected:  # part of an earlier store
                 with contextlib.suppress(OSError):
-                    folder.rmtree()
+                    path.rmtree() if path.is_dir() else path.unlink()
     write_atomic(store / token_store.TOKENIZER, model.model)
     token_store.write_manifest(store, dataclasses.replace(planned, splits=splits))
 

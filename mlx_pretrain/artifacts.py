@@ -41,7 +41,7 @@ from mlx_pretrain.parallel import cluster
 _SHOWN = 4  # differences in a message
 _NAMED = 2  # files in a difference
 _HASH = re.compile(r"[0-9a-f]{64}")
-_NOT_SETTINGS = ("output", "overwrite")
+_NOT_SETTINGS = ("output", "overwrite", "workers")
 _REMEDY = "set overwrite=True to replace it, or name another output"
 
 
@@ -51,8 +51,8 @@ def provenance(program: str, config: Any, inputs: Mapping[str, Any]) -> dict[str
     Args:
       program: the command, e.g. "raters.duplicates".
       config: dataclass of its settings, or name -> value of those that the output depends on. Of a dataclass, where the
-        output goes and whether it may be replaced is left out; of a value that has `settings` itself, as a `Corpus`
-        has, these are taken.
+        output goes, whether it may be replaced and how many processes make it is left out; of a value that has
+        `settings` itself, as a `Corpus` has, these are taken.
       inputs: name -> SHA-256 of each file that is read; may be nested.
     """
     settings = config if isinstance(config, Mapping) else settings_of(config)
@@ -60,7 +60,7 @@ def provenance(program: str, config: Any, inputs: Mapping[str, Any]) -> dict[str
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Returns the fields of a command's dataclass as JSON, but for `output` and `overwrite`."""
+    """Returns the fields of a command's dataclass as JSON, but for `output`, `overwrite` and `workers`."""
     return as_json({field.name: getattr(config, field.name) for field in dataclasses.fields(config)
                     if field.name not in _NOT_SETTINGS})
 
@@ -288,7 +288,7 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
       marker: name of the file that says that the folder is whole; on gs:// it is moved last.
     """
     output = epath.Path(output)
-    partial, former = output.parent / f".{output.name}.partial", _former(output)
+    partial = output.parent / f".{output.name}.partial"
     _restore_former(output)
     if partial.exists():  # of a killed run
         partial.rmtree()
@@ -298,6 +298,13 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
     except BaseException:
         partial.rmtree(missing_ok=True)
         raise
+    replace_folder(partial, output, marker)
+
+
+def replace_folder(folder: epath.PathLike, output: epath.PathLike, marker: str) -> None:
+    """Moves a folder to the place of `output`, which may exist; `marker` as for `new_folder`."""
+    output = epath.Path(output)
+    former = _former(output)
     if output.exists() and gcs.is_gs(output):
         (output / marker).unlink(missing_ok=True)
         output.rmtree()
@@ -305,7 +312,7 @@ def new_folder(output: epath.PathLike, marker: str) -> Iterator[epath.Path]:
         if former.exists():  # a run was killed after it had replaced that
             former.rmtree()
         output.rename(former)
-    move_folder(partial, output, last=marker)
+    move_folder(folder, output, last=marker)
     if former.exists():
         former.rmtree()
 

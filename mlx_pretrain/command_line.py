@@ -16,7 +16,7 @@ from mlx_pretrain import gcs
 from mlx_pretrain.configuration.command_help import command_help
 from mlx_pretrain.configuration.gin_files import as_gin_value, parse_gin
 from mlx_pretrain.errors import InputError, first_line
-from mlx_pretrain.parallel import backend, cluster
+from mlx_pretrain.parallel import backend, cluster, phases
 
 GIN_FLAGS = {
     "--gin_file=FILE": "gin configuration; several are read in order",
@@ -37,6 +37,11 @@ _SHARD_FLAGS = {
     "--shard=I/N": "does the I-th (from 0) of N parts of the work, without a connection to the processes that do the "
                    "others; taken from the environment in a SLURM array",
 }
+_PHASE_FLAGS = {
+    "--wait=SECONDS": "lets a process with a shard wait so long, at the end of a phase, for the others; 0 by default",
+    "--beam": "does the work in an Apache Beam pipeline; every flag that is not listed here is Beam's or its runner's, "
+              "e.g. --runner=FlinkRunner --flink_master=HOST:8081",
+}
 
 PEER_SECONDS = 20  # a host that vanishes is noticed within this time
 
@@ -51,6 +56,7 @@ class Flags:
       search: folders in which relative gin files are looked for.
       coordinator, processes, process, join_timeout: see `parallel.cluster.find` and `parallel.cluster.join`.
       shard: "I/N", see `parallel.cluster.find_shard`.
+      beam, wait: flags of Apache Beam, or None; and longest wait for other shards; see `parallel.phases.use`.
     """
 
     files: list[str] = dataclasses.field(default_factory=list)
@@ -61,25 +67,36 @@ class Flags:
     process: int | None = None
     join_timeout: float = cluster.TIMEOUT
     shard: str | None = None
+    beam: list[str] | None = None
+    wait: float = 0.0
 
 
-def parse_flags(arguments: Sequence[str], *, joins: bool = False, shards: bool = False) -> Flags:
+def parse_flags(
+    arguments: Sequence[str], *, joins: bool = False, shards: bool = False, has_phases: bool = False
+) -> Flags:
     """Parses a command line.
 
     Args:
       arguments: arguments after the command.
       joins: allows the flags that make one job of several processes.
       shards: allows --shard.
+      has_phases: allows --shard, --wait and --beam, and with it flags of any other name.
 
     Raises:
       InputError: an argument is unknown, or its value is malformed.
     """
     flags = Flags()
+    if has_phases and "--beam" in arguments:
+        flags.beam, arguments = [], [argument for argument in arguments if argument != "--beam"]
     known = ["gin_file", "gin_search_path"]
     known += ["coordinator", "processes", "process", "join_timeout"] if joins else []
-    known += ["shard"] if shards else []
+    known += ["shard"] if shards or has_phases else []
+    known += ["wait"] if has_phases else []
     for argument in arguments:
         name, separator, value = argument.removeprefix("--").removeprefix("-").partition("=")
+        if flags.beam is not None and name not in known and not name.startswith("gin."):
+            flags.beam.append(argument)
+            continue
         if not argument.startswith("-") or not separator:
             raise InputError(f"{argument}: arguments look like --gin_file=FILE or --gin.NAME=VALUE")
         if name.startswith("gin."):
@@ -90,9 +107,9 @@ def parse_flags(arguments: Sequence[str], *, joins: bool = False, shards: bool =
             flags.files.append(value)
         elif name == "gin_search_path":
             flags.search.append(value)
-        elif name in ("processes", "process", "join_timeout"):
+        elif name in ("processes", "process", "join_timeout", "wait"):
             try:
-                setattr(flags, name, float(value) if name == "join_timeout" else int(value))
+                setattr(flags, name, int(value) if name.startswith("process") else float(value))
             except ValueError:
                 raise InputError(f"{argument}: not a number") from None
         else:
@@ -135,7 +152,8 @@ def help_if_wanted(main: Callable[..., object], config: type | None, module: str
 
 
 def run(
-    main: Callable[[Any], object], config: type, module: str, *, joins: bool = False, shards: bool = False
+    main: Callable[[Any], object], config: type, module: str, *, joins: bool = False, shards: bool = False,
+    has_phases: bool = False,
 ) -> None:
     """Runs `main(config())` as the command `python -m module`, the parameters of `config` set by gin.
 
@@ -163,19 +181,23 @@ def run(
       joins: makes one job of several processes that are started with the command, see `parallel.cluster`.
       shards: lets a process do only `parallel.cluster.shard` of the work. A command that neither joins nor shards runs
         in process 0 alone.
+      has_phases: shards, and lets Apache Beam do the work, see `parallel.phases`.
     """
+    shards = shards or has_phases
     # Shells start commands in the background with SIGINT ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_logging()
-    all_flags = GIN_FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {})
+    all_flags = GIN_FLAGS | (_JOIN_FLAGS if joins else {}) | (_SHARD_FLAGS if shards else {}) | (
+        _PHASE_FLAGS if has_phases else {})
     help_if_wanted(main, config, module, all_flags)
     # The module is known by its own name too, so that gin files that import it do not register a second copy.
     if not hasattr(sys.modules.get(module), "__path__"):  # a package run by its __main__ stays what it is
         sys.modules[module] = sys.modules["__main__"]
     with errors_as_one_line():
-        flags = parse_flags(sys.argv[1:], joins=joins, shards=shards)
+        flags = parse_flags(sys.argv[1:], joins=joins, shards=shards, has_phases=has_phases)
         parse_gin(flags.files, flags.bindings, flags.search)
         backend.prepare()
+        phases.use(flags.beam, flags.wait)
         with _hosts(flags, joins, shards):
             try:
                 main(config())
@@ -195,6 +217,8 @@ def _hosts(flags: Flags, joins: bool, shards: bool) -> Iterator[None]:
     shard = cluster.find_shard(flags.shard) if shards else None
     if shard is not None and flags.coordinator is not None:
         raise InputError(f"--shard={flags.shard}: a process with --shard does not join a job")
+    if shard is not None and flags.beam is not None:
+        raise InputError("--beam: Beam divides the work itself; leave out --shard")
     cluster.take_shard(shard)
     if joins and shard is None:
         cluster.join(cluster.find(flags.coordinator, flags.processes, flags.process), flags.join_timeout)

@@ -34,7 +34,7 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
     """
     path = epath.Path(path)
     if gcs.is_gs(path):
-        with _full_disk_named(tempfile.gettempdir()), tempfile.NamedTemporaryFile() as file:
+        with full_disk_named(tempfile.gettempdir()), tempfile.NamedTemporaryFile() as file:
             yield file
             file.flush()
             gcs.upload(file.name, path)
@@ -42,7 +42,7 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        with _full_disk_named(path), scratch.open("wb") as file:
+        with full_disk_named(path), scratch.open("wb") as file:
             yield file
         scratch.replace(path)
     except BaseException:
@@ -51,7 +51,7 @@ def atomic_writer(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _full_disk_named(path: epath.PathLike) -> Iterator[None]:
+def full_disk_named(path: epath.PathLike) -> Iterator[None]:
     """Turns the errors of a full disk, a quota or a limit on files into InputError."""
     try:
         yield
@@ -180,6 +180,25 @@ def move_folder(source: epath.PathLike, target: epath.PathLike, last: str | None
                       [name for name in names if "/" in name and name != last],
                       [name for name in names if name == last]):
             list(pool.map(move, stage))
+
+
+def fingerprint(path: epath.PathLike) -> list[int]:
+    """Returns [size in bytes, time of change] of a file, which all hosts that see the file see alike.
+
+    The time is in nanoseconds, on gs:// in seconds.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    try:
+        if gcs.is_gs(path):
+            with gcs.named_errors(path):
+                stat = epath.Path(path).stat()
+            return [stat.length, int(stat.mtime)]
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
 
 
 def sha256(path: epath.PathLike) -> str:

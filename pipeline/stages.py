@@ -183,7 +183,7 @@ class _Stages:
 
     def _select(self, name: str, title: str, output: str, more: Callable[[], Settings] | None = None) -> Stage:
         lists = ("languages", "duplicates", *(["decontaminate"] if self._config.tasks else []))
-        removed = [f"{self.out}/removed/{stage}/removed.jsonl" for stage in lists]
+        removed = [f"{self.out}/removed/{stage}" for stage in lists]
         best = {"select.fraction": self._config.keep, "select.per_source": True, "select.exclude": removed}
         return Stage(name, title, "raters.select", f"{output.removeprefix(self.out)[1:]}/selection.json", lambda: {
             **self._training_text(), "SCORES": self.scores, "SELECTED": output, **(more() if more else best),

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mlx_pretrain import __version__
 from mlx_pretrain.data.rates import load_rates
 from mlx_pretrain.data.token_store import MANIFEST, read_manifest
-from mlx_pretrain.files import read_json, read_jsonl, write_atomic
+from mlx_pretrain.files import file_sizes, read_json, read_jsonl, write_atomic
 from mlx_pretrain.languages import LANGUAGES
 from mlx_pretrain.reports.figures import ACCENT, MUTED, RULE, inline_svg, legend, plot_style, render_page, rows_panel
 from mlx_pretrain.reports.numbers import compact
@@ -151,9 +151,9 @@ def _removal_card(folder: epath.Path) -> Card | None:
     counts = {}
     for name, words in (("languages", "in another language"), ("duplicates", "that repeat others"),
                         ("decontaminate", "with evaluation items")):
-        path = folder / f"removed/{name}/removed.jsonl"
-        if path.exists():
-            counts[words] = len(read_jsonl(path))
+        lists = folder / f"removed/{name}/removed"
+        if lists.exists():
+            counts[words] = sum(len(read_jsonl(lists / path)) for path in file_sizes(lists))
     if not counts:
         return None
     note = ", ".join(f"{count:,} {words}" for words, count in counts.items())

@@ -5,41 +5,57 @@
     OUTPUT/unscored.jsonl                           documents without a score, which are never kept, and why
     OUTPUT/selection.json                           counts of what was kept; `raters.selection_report` shows it
 
-The documents to keep are chosen from the score files alone, and then copied one at a time. Memory: about a quarter of a
-kilobyte a document, however long.
+The work is done in phases of tasks (see `make_plan` and `mlx_pretrain.parallel.phases`). Memory does not grow with the
+number of documents, but with the largest file of scores. Counts are exact; distributions and the agreement of raters
+are those of a sample of a million documents.
 """
 
-import contextlib
+import collections
 import dataclasses
+import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 import numpy as np
 from etils import epath
 
-from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
+from mlx_pretrain.artifacts import provenance, read_folder_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data.corpus import Corpus
-from mlx_pretrain.data.documents import Document
-from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer, to_record
+from mlx_pretrain.data.record_files import flat_output_name, jsonl_writer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import read_json, sha256, write_json
-from mlx_pretrain.languages import UNDETERMINED
+from mlx_pretrain.files import file_sizes, read_json, sha256
 from mlx_pretrain.parallel.cluster import log
-from raters.filtering import quotas, score_statistics
+from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
+from raters.filtering import quotas, score_statistics, selection_totals
+from raters.filtering.cells import Cells, cells_of, join_cells, reduced_table, undecided
+from raters.filtering.document_copier import DocumentCopier
 from raters.filtering.removal_lists import RemovalLists
-from raters.filtering.score_table import ScoreTable, aligned, document_key, read_scores, score_path
+from raters.filtering.score_columns import (
+    join_tables,
+    read_array,
+    read_cells,
+    read_table,
+    write_array,
+    write_cells,
+    write_table,
+)
+from raters.filtering.score_table import ScoreTable, aligned, read_scores, score_path
+from raters.filtering.selection_totals import Totals
 from raters.scoring.shards import MARKER
 
 FORMAT, VERSION = "mlx-selection", 1
 MANIFEST, UNSCORED = "selection.json", "unscored.jsonl"
 _REPORT = ("report.html", "figures")  # of `raters.selection_report`
+COLUMNS, CELLS, CUT, WHOLE = "columns", "cells", "cut.npy", "whole.npy"  # what tasks leave for others
+SINGLE, SAMPLED, KEPT, KEPT_CELLS = "single", "sampled", "kept", "kept_cells.npy"
+SAMPLE = 1_000_000  # documents that the statistics are made from
+_CELLS_JOINED = 4_000_000
 EXAMPLE_QUANTILES = (0.02, 0.25, 0.5, 0.75, 0.98)
-_EXAMPLE_LENGTH = 400  # characters
 
 
 @gin.configurable("select")
@@ -52,7 +68,8 @@ class SelectConfig:
       scores: folder of the score files of the rater that decides.
       output: folder for the documents kept.
       others: folders of further raters' scores; the report shows their agreement.
-      exclude: removal lists of `raters.duplicates`, `.languages`, `.decontaminate`; quotas are shares of what remains.
+      exclude: outputs of `raters.duplicates`, `.languages`, `.decontaminate`: documents on their removal lists are left
+        out, and quotas are shares of what remains.
       fraction: share of each language's tokens to keep, one number or language -> share.
       tokens: tokens to keep of each language in place of a fraction, one number or language -> tokens.
       temperature: 0 keeps the best; above, samples with probability proportional to exp(score / temperature), the
@@ -62,6 +79,7 @@ class SelectConfig:
       allow_undetermined: True: treats documents of unknown language ("und") as one more language.
       seed: seed of the sampling and of the order among equal scores.
       split: name of the output's split.
+      workers: processes that share the work on this machine; 1: the command does it itself.
       overwrite: replaces an output made from other files or settings.
     """
 
@@ -78,6 +96,7 @@ class SelectConfig:
     allow_undetermined: bool = False
     seed: int = 0
     split: str = "train"
+    workers: int = 1
     overwrite: bool = False
 
     def __post_init__(self):
@@ -105,199 +124,323 @@ def _per_language(name: str, value: float | Mapping[str, float], languages: Sequ
     return np.array([float(value[language]) for language in languages])
 
 
-def token_quotas(config: SelectConfig, scores: ScoreTable) -> np.ndarray:
+def token_quotas(config: SelectConfig, totals: Totals) -> np.ndarray:
     """Returns the tokens to keep of each language, float64 `[languages]`."""
     if config.tokens is not None:
-        return _per_language("tokens", config.tokens, scores.languages)
-    total = np.bincount(scores.language[scores.rated], scores.tokens[scores.rated], len(scores.languages))
-    return _per_language("fraction", config.fraction, scores.languages) * total
+        return _per_language("tokens", config.tokens, totals.languages)
+    return _per_language("fraction", config.fraction, totals.languages) * np.sum(totals.tokens, axis=1)
 
 
-def _caps(config: SelectConfig, scores: ScoreTable) -> dict[int, float] | None:
+def _caps(config: SelectConfig, sources: Sequence[str]) -> dict[int, float] | None:
     """Returns source -> largest share of a language's quota."""
     caps = config.source_caps
     if caps is None:
         return None
     if not isinstance(caps, Mapping):
-        return dict.fromkeys(range(len(scores.sources)), float(caps))
-    if unknown := sorted(set(caps) - set(scores.sources)):
+        return dict.fromkeys(range(len(sources)), float(caps))
+    if unknown := sorted(set(caps) - set(sources)):
         raise InputError(f"select.source_caps: no document of source {unknown[0]!r} was rated; available: "
-                         f"{', '.join(scores.sources)}")
-    return {scores.sources.index(source): cap for source, cap in caps.items()}
+                         f"{', '.join(sources)}")
+    return {sources.index(source): cap for source, cap in caps.items()}
 
 
-class DocumentCopier:
-    """The second pass over the documents: copies those kept, notes those without a score, reads the examples.
+class Selection:
+    """The tasks of a selection, see `make_plan`.
 
     Attributes:
-      examples: row of the scores -> quantile, of the documents whose text the report shows.
-      texts: row -> (id, beginning of the text) of an example.
-      unscored: reason -> documents without a score.
-      excluded: documents on removal lists.
+      plan: the phases.
     """
 
-    def __init__(self, config: SelectConfig, scores: ScoreTable, kept: np.ndarray, removed: RemovalLists):
-        """`kept` is the mask `[rows]` of the documents to copy."""
-        self._config, self._scores, self._kept, self._removed = config, scores, kept, removed
-        self.examples = dict(score_statistics.examples(scores, EXAMPLE_QUANTILES))
-        self.texts: dict[int, tuple[str, str]] = {}
-        self.unscored: dict[str, int] = {}
-        self.excluded = 0
+    def __init__(self, config: SelectConfig):
+        """Raises InputError where two outputs would have one name, or as `RemovalLists`."""
+        self._config = config
+        self._files = config.corpus.paths()
+        if len(set(map(flat_output_name, self._files))) < len(self._files):
+            raise InputError(f"{config.corpus.location}: two files would have one name in the output")
+        self._removed = RemovalLists(config.exclude, self._files)
+        recorded = read_folder_record(config.output, MANIFEST) or {}
+        contents = {MANIFEST, UNSCORED, config.split, (recorded.get("settings") or {}).get("split"), *_REPORT}
+        names, all_files = list(self._files), ["all"]
+        self.plan = Plan(
+            config.output, MANIFEST, contents, provenance("raters.select", config, {}), [
+                Phase("read", names, self._read, self._inputs), Phase("totals", all_files, self._total),
+                Phase("cells", names, self._count_cells), Phase("borders", all_files, self._find_borders),
+                Phase("gather", names, self._gather), Phase("decide", all_files, self._decide),
+                Phase("copy", names, self._copy, self._inputs), Phase("unscored", all_files, self._join_unscored)],
+            config.overwrite)
 
-    def copy(self, name: str, path: epath.Path, folder: epath.Path, note: Callable[[Mapping[str, Any]], None]) -> None:
-        """Copies one file below `folder`; calls `note` with every document without a score.
+    def _marker(self, name: str) -> dict[str, Any]:
+        """Returns what `raters.score` recorded of a file; {} for scores of another program."""
+        marker = epath.Path(self._config.scores) / (name + MARKER)
+        return read_json(marker, "marker") if marker.exists() else {}
+
+    def _inputs(self, name: str) -> dict[str, epath.Path]:
+        if self._marker(name).get("status") == "failed":  # the rater could not read it
+            return {}
+        folders = (self._config.scores, *self._config.others)
+        scores = {f"{folder}/{name}": score_path(folder, name, self._config.corpus.folder) for folder in folders}
+        return {name: self._files[name], **scores, **{str(path): path for path in self._removed.paths(name)}}
+
+    def _read(self, name: str, folder: epath.Path) -> dict[str, Any] | None:
+        """Reads the scores of one file, but for documents on removal lists; returns None for one that was not rated.
+
+        Raises:
+          InputError: scores cannot be read or used, or the file has changed since it was rated.
+        """
+        marker, path, config = self._marker(name), self._files[name], self._config
+        if marker.get("status") == "failed":
+            return None
+        if marker.get("input", {}).get("sha256") not in (None, sha256(path)):
+            raise InputError(f"{path}: is not the file that was rated as {name}, or has changed since; rate it again, "
+                             "or set Corpus.root as it was then")
+        table, *others = [read_scores(scores, [name], config.seed, config.corpus.folder)
+                          for scores in (config.scores, *config.others)]
+        removed = self._removed.numbers(name)
+        table = table.rows(~np.isin(table.number, removed))
+        write_table(folder / COLUMNS / name, table, [aligned(table, other) for other in others])
+        return {"raters": [one.rater for one in (table, *others)], "excluded": len(removed),
+                **selection_totals.describe_file(table)}
+
+    def _rated(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (name, result of `_read`) of the files with scores."""
+        for name, result in zip(self._files, self.plan.results("read")):
+            if result is not None:
+                yield name, result
+
+    def _total(self, _: str, folder: epath.Path) -> dict[str, Any]:
+        """Returns the `Totals` of all files, which the scores must fit."""
+        totals = selection_totals.join_files(self._config.scores, self._rated())
+        _check(self._config, totals)
+        return dataclasses.asdict(totals)
+
+    @functools.cached_property
+    def _totals(self) -> Totals:
+        return Totals(**self.plan.result("totals", "all"))
+
+    def _table(self, name: str) -> tuple[ScoreTable, list[np.ndarray]]:
+        """Returns (scores of a file, scores of each other rater for its rows); no rows without scores."""
+        if (read := self.plan.result("read", name)) is None:
+            return self._totals.empty_table(name), [np.zeros(0)] * (len(self._totals.raters) - 1)
+        table, others = read_table(self.plan.files / COLUMNS / name, self._totals.empty_table(name),
+                                   len(self._totals.raters) - 1)
+        language, source = (np.array([names.index(one) for one in read[field]], np.int32) for field, names in (
+            ("languages", self._totals.languages), ("sources", self._totals.sources)))
+        return dataclasses.replace(table, language=language[table.language], source=source[table.source]), others
+
+    def _preferences(self, table: ScoreTable) -> np.ndarray:
+        return quotas.preferences(table, self._config.temperature, self._totals.moments)
+
+    def _cells(self, table: ScoreTable) -> tuple[np.ndarray, Cells]:
+        """Returns (rows with a score, their cells)."""
+        rows = np.flatnonzero(table.rated)
+        by_source = self._config.per_source or self._config.source_caps is not None
+        return rows, cells_of(table.rows(rows), self._preferences(table)[rows], by_source)
+
+    def _count_cells(self, name: str, folder: epath.Path) -> None:
+        write_cells(folder / CELLS / name, join_cells([self._cells(self._table(name)[0])[1]]))
+
+    def _choice(self) -> tuple[np.ndarray, bool, dict[int, float] | None]:
+        """Returns the quotas, `per_source` and the caps of `quotas.choose`."""
+        config, totals = self._config, self._totals
+        return token_quotas(config, totals), config.per_source, _caps(config, totals.sources)
+
+    def _find_borders(self, _: str, folder: epath.Path) -> None:
+        """Divides the cells into those whose documents are looked at one by one, and the others."""
+        parts, fresh = [], 0
+        for name in self._files:
+            parts.append(read_cells(self.plan.files / CELLS / name))
+            fresh += len(parts[-1])
+            if fresh > _CELLS_JOINED:
+                parts, fresh = [join_cells(parts)], 0
+        cells = join_cells(parts)
+        cut = undecided(cells, *self._choice())
+        write_cells(folder / CUT, cells.rows(cut))
+        write_cells(folder / WHOLE, cells.rows(~cut))
+
+    def _gather(self, name: str, folder: epath.Path) -> None:
+        """Writes the scores of a file's documents in undecided cells, and of its part of the sample."""
+        table, others = self._table(name)
+        rows, cells = self._cells(table)
+        single = rows[read_cells(self.plan.files / CUT).contain(cells)]
+        write_table(folder / SINGLE / name, table.rows(single), [])
+        sample = self._totals.sample(table, SAMPLE)
+        write_table(folder / SAMPLED / name, table.rows(sample), [values[sample] for values in others])
+
+    def _decide(self, _: str, folder: epath.Path) -> dict[str, Any]:
+        """Decides on cells and documents; returns statistics of a sample, and the examples without their texts."""
+        config, totals, files = self._config, self._totals, self.plan.files
+        whole = read_cells(files / WHOLE)
+        single = join_tables([read_table(files / SINGLE / name, totals.empty_table(name))[0] for name in self._files])
+        quota, per_source, caps = self._choice()
+        table, preference = reduced_table(whole, single, self._preferences(single))
+        chosen = quotas.choose(table, preference, quota, per_source, caps)
+        kept_cells = whole.rows(chosen[: len(whole)])
+        write_cells(folder / KEPT_CELLS, kept_cells)
+        kept_single = single.rows(chosen[len(whole) :])
+        numbers = np.split(kept_single.number, np.searchsorted(kept_single.file, np.arange(1, len(self._files))))
+        sampled, of_others, masks = [], [], []
+        for name, of_file in zip(self._files, numbers):
+            write_array(folder / KEPT / f"{name}.npy", of_file)
+            part, others = read_table(files / SAMPLED / name, totals.empty_table(name), len(totals.raters) - 1)
+            sampled.append(part)
+            of_others.append(others)
+            masks.append(self._kept(part, kept_cells, of_file))
+        scores, kept = join_tables(sampled), np.concatenate(masks)
+        others = [dataclasses.replace(scores, rater=rater, score=np.concatenate(columns))
+                  for rater, columns in zip(totals.raters[1:], zip(*of_others))]
+        share = np.bincount(scores.language[scores.rated], scores.tokens[scores.rated], len(quota)) / np.maximum(
+            np.sum(totals.tokens, axis=1), 1)
+        statistics = describe(config, scores, kept, self._preferences(scores), quota * share, others)
+        shown = [{"language": scores.languages[scores.language[row]], "source": scores.sources[scores.source[row]],
+                  "file": scores.files[scores.file[row]], "number": int(scores.number[row]), "quantile": quantile,
+                  "score": float(scores.score[row]), "tokens": int(scores.tokens[row]), "kept": bool(kept[row])}
+                 for row, quantile in score_statistics.examples(scores, EXAMPLE_QUANTILES)]
+        return {"statistics": statistics, "examples": shown}
+
+    def _kept(self, table: ScoreTable, kept_cells: Cells, numbers: np.ndarray) -> np.ndarray:
+        """Returns the mask `[rows]` of the documents of a file to keep: those of whole cells, and single ones."""
+        rows, cells = self._cells(table)
+        kept = np.isin(table.number, numbers)
+        kept[rows[kept_cells.contain(cells)]] = True
+        return kept
+
+    def _copy(self, name: str, folder: epath.Path) -> dict[str, Any] | None:
+        """Copies the documents of one file that are kept.
+
+        Returns:
+          JSON: "texts", number -> [id, beginning of the text] of the examples; "unscored", reason -> documents without
+          a score, which UNSCORED names; "kept", [language, source, documents, tokens] of each group; "lowest",
+          [language, preference, score]; "outputs", path -> SHA-256.
 
         Raises:
           InputError: the scores or removal lists are not of this file.
         """
-        scores = self._scores
-        rows = np.flatnonzero(scores.file == scores.files.index(name))
-        rated = ((int(number), int(row)) for number, row in zip(scores.number[rows], rows))
-        rated_number, row = next(rated, (math.inf, -1))
-        output = flat_output_name(name)
-        self.excluded += len(set(self._removed.numbers(name).tolist()))
+        if not self._inputs(name):
+            return None
+        files, (table, _) = self.plan.files, self._table(name)
+        kept = self._kept(table, read_cells(files / KEPT_CELLS), read_array(files / KEPT / f"{name}.npy"))
+        copier = DocumentCopier(self._config.corpus, name, self._config.seed, [
+            example["number"] for example in self.plan.result("decide", "all")["examples"] if example["file"] == name])
+        with jsonl_writer(folder / UNSCORED / f"{name}.jsonl") as note:
+            copier.copy(table, kept, self._removed, folder / OUTPUT / self._config.split, note)
+        outputs = {path: sha256(folder / OUTPUT / path) for path in sorted(file_sizes(folder / OUTPUT))}
+        chosen, preference = table.rows(kept), self._preferences(table)[kept]
+        groups = [group[:4] for group in selection_totals.describe_file(chosen)["groups"]]
+        lowest = [[language, float(preference[own].min()), float(chosen.score[own].min())]
+                  for language in np.unique(chosen.language).tolist() if (own := chosen.language == language).any()]
+        return {"texts": copier.texts, "unscored": copier.unscored, "kept": groups, "lowest": lowest,
+                "outputs": outputs}
 
-        def unscored(number: int, document_id: str | None, reason: str, category: str) -> None:
-            self.unscored[category] = self.unscored.get(category, 0) + 1
-            note({"file": name, "number": number, "id": document_id, "reason": reason})
+    def _join_unscored(self, _: str, folder: epath.Path) -> None:
+        (folder / OUTPUT).mkdir()
+        with (folder / OUTPUT / UNSCORED).open("wb") as joined:
+            for name, _ in self._rated():
+                joined.write((self.plan.files / UNSCORED / f"{name}.jsonl").read_bytes())
 
-        def unreadable(number: int, reason: str) -> None:
-            if number == rated_number:
-                raise InputError(f"{reason}; it was rated, with other keys of the corpus?")
-            unscored(number, None, reason, "unreadable")
-
-        with contextlib.ExitStack() as stack:
-            writers: dict[int, Callable[[Mapping[str, Any]], None]] = {}
-            documents = self._config.corpus.read(name, extra=None, rejected=unreadable)
-            for document in self._removed.keep(name, documents):
-                if rated_number < document.number:
-                    break
-                if document.number < rated_number:
-                    unscored(document.number, document.id, "not in the score file", "not in the score file")
-                    continue
-                self._check(document, row, path)
-                if not np.isfinite(scores.score[row]):
-                    unscored(document.number, document.id, "the rater gave none", "the rater gave none")
-                if row in self.examples:
-                    self.texts[row] = document.id, document.text[:_EXAMPLE_LENGTH]
-                if self._kept[row]:
-                    language = int(scores.language[row])
-                    if language not in writers:
-                        writers[language] = stack.enter_context(jsonl_writer(
-                            folder / scores.languages[language] / output))
-                    writers[language](to_record(document, quality_score=float(scores.score[row])))
-                rated_number, row = next(rated, (math.inf, -1))
-            if rated_number < math.inf:
-                raise InputError(f"{score_path(self._config.scores, name)}: has a score for {rated_number}, where "
-                                 f"{path} has no document; rate it again")
-
-    def _check(self, document: Document, row: int, path: epath.Path) -> None:
-        scores = self._scores
-        language, source = scores.languages[scores.language[row]], scores.sources[scores.source[row]]
-        if document_key(self._config.seed, language, source, document.id) != int(scores.key[row]):
-            raise InputError(f"{path}:{document.number}: {document.id!r} is not the document that was rated here; "
-                             "rate the file again")
-
-
-def _without(scores: ScoreTable, removed: RemovalLists) -> ScoreTable:
-    """Returns the scores of the documents that are on no removal list."""
-    keep = np.ones(len(scores), bool)
-    for index, name in enumerate(scores.files):
-        rows = scores.file == index
-        keep[rows] = ~np.isin(scores.number[rows], removed.numbers(name))
-    return scores.rows(keep)
-
-
-def _languages(
-    scores: ScoreTable, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray
-) -> Iterator[dict[str, Any]]:
-    """Yields each language's quota, counts and distribution of scores."""
-    edges = score_statistics.score_bins(scores)
-    table = score_statistics.counts(scores, kept, scores.language, len(scores.languages))
-    for i, language in enumerate(scores.languages):
-        rows = scores.language == i
-        yield {"language": language, **{name: column[i] for name, column in table.items()}, "quota": float(quota[i]),
-               "without_score": int((rows & ~scores.rated).sum()),
-               "threshold": float(preference[rows & kept].min()) if (rows & kept).any() else None,
-               "lowest_score": float(scores.score[rows & kept].min()) if (rows & kept).any() else None,
-               **score_statistics.distribution(scores, kept, rows, edges)}
+    def manifest(self) -> dict[str, Any]:
+        """Returns the content of selection.json, without its provenance."""
+        totals, decision = self._totals, self.plan.result("decide", "all")
+        texts, outputs, unscored = {}, {}, collections.Counter()
+        kept = np.zeros((2, *np.shape(totals.documents)), np.int64)
+        lowest: dict[int, list[float]] = {}
+        for name, result in zip(self._files, self.plan.results("copy")):
+            if result is None:
+                continue
+            texts |= {(name, int(number)): text for number, text in result["texts"].items()}
+            outputs |= result["outputs"]
+            unscored.update(result["unscored"])
+            for language, source, *counts in result["kept"]:
+                kept[:, language, source] += counts
+            for language, *values in result["lowest"]:
+                lowest[language] = list(map(min, values, lowest.get(language, values)))
+        counts = np.stack([totals.documents, totals.tokens, *kept])  # of the whole; the statistics are of a sample
+        examples = [{**example, **dict(zip(("id", "text"), texts[example["file"], example["number"]]))}
+                    for example in decision["examples"] if (example["file"], example["number"]) in texts]
+        rated = dict(self._rated())
+        return {
+            "format": FORMAT, "version": VERSION, "rater": totals.raters[0],
+            "corpus": {"pattern": "{split}/{language}/*"},
+            **with_counts(decision["statistics"], totals, counts, token_quotas(self._config, totals), lowest),
+            "examples": examples, "unscored": unscored,
+            "excluded": sum(result["excluded"] for result in rated.values()),
+            "failed_files": [name for name in self._files if name not in rated],
+            "outputs": dict(sorted(outputs.items(), key=lambda item: epath.Path(item[0]).parts)),
+        }
 
 
 def describe(config: SelectConfig, scores: ScoreTable, kept: np.ndarray, preference: np.ndarray, quota: np.ndarray,
              others: Sequence[ScoreTable]) -> dict[str, Any]:
-    """Returns the statistics of a selection: by language, source and length, and the agreement of raters."""
-    edges, n_sources = score_statistics.score_bins(scores), len(scores.sources)
-    sources = score_statistics.counts(scores, kept, scores.source, n_sources)
-    cells = score_statistics.counts(scores, kept, scores.language * n_sources + scores.source,
-                                    n_sources * len(scores.languages))
+    """Returns the statistics of a selection, or of a sample of it: by language, source and length, and the agreement of
+    raters."""
+    edges = score_statistics.score_bins(scores)
     length, upper = score_statistics.length_groups(scores.tokens) if len(scores) else (scores.tokens, [])
     raters, masks = {scores.rater: scores.score}, {scores.rater: kept}
     for other in others:
-        by_other = dataclasses.replace(scores, score=aligned(scores, other))
-        raters[other.rater] = by_other.score
-        masks[other.rater] = quotas.choose(by_other, quotas.preferences(by_other, config.temperature), quota,
-                                           config.per_source, _caps(config, scores))
+        raters[other.rater] = other.score
+        masks[other.rater] = quotas.choose(other, quotas.preferences(other, config.temperature), quota,
+                                           config.per_source, _caps(config, scores.sources))
+    distributions = ([score_statistics.distribution(scores, kept, column == i, edges) for i in range(len(names))]
+                     for names, column in ((scores.languages, scores.language), (scores.sources, scores.source)))
+    languages, sources = distributions
     return {
-        "bins": edges.tolist(),
-        "quantiles": list(score_statistics.QUANTILES),
-        "languages": list(_languages(scores, kept, preference, quota)),
-        "sources": [{"source": name, **{key: column[i] for key, column in sources.items()},
-                     **score_statistics.distribution(scores, kept, scores.source == i, edges)}
-                    for i, name in enumerate(scores.sources)],
-        "cells": [{"language": scores.languages[i // n_sources], "source": scores.sources[i % n_sources],
-                   **{key: column[i] for key, column in cells.items()}}
-                  for i in range(len(cells["documents"])) if cells["documents"][i]],
-        "lengths": {"upper": upper, **score_statistics.counts(scores, kept, length, len(upper))},
+        "bins": edges.tolist(), "quantiles": list(score_statistics.QUANTILES), "languages": languages,
+        "sources": sources, "lengths": {"upper": upper, **score_statistics.counts(scores, kept, length, len(upper))},
         "variance": score_statistics.variance_table(scores),
         "agreement": score_statistics.agreement(scores, raters, masks),
     }
 
 
-def _rated_files(config: SelectConfig) -> tuple[dict[str, epath.Path], list[str]]:
-    """Returns the files with scores, and the names of those that the rater could not read, according to its markers.
+def with_counts(statistics: Mapping[str, Any], totals: Totals, counts: np.ndarray, quota: np.ndarray,
+                lowest: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """Returns the statistics with the counts of all documents.
 
-    Raises:
-      InputError: a file has changed since it was rated.
+    Args:
+      statistics: as `describe` makes them.
+      totals: languages and sources.
+      counts: documents, tokens, documents kept and tokens kept, `[4, languages, sources]`.
+      quota: tokens to keep of each language.
+      lowest: language -> lowest preference and lowest score of those kept.
     """
-    files, failed = config.corpus.paths(), []
-    for name, path in files.items():
-        marker = epath.Path(config.scores) / (name + MARKER)
-        record = read_json(marker, "marker") if marker.exists() else {}
-        if record.get("status") == "failed":
-            failed.append(name)
-            log(f"note: {path}: left out, it could not be rated")
-        elif record.get("input", {}).get("sha256") not in (None, sha256(path)):
-            raise InputError(f"{path}: is not the file that was rated as {name}, or has changed since; rate it again, "
-                             "or set Corpus.root as it was then")
-    return {name: path for name, path in files.items() if name not in failed}, failed
+    def named(values: np.ndarray) -> dict[str, int]:
+        return dict(zip(("documents", "tokens", "kept_documents", "kept_tokens"), values.tolist()))
+
+    languages = [{"language": language, **named(counts[:, i].sum(axis=1)), "quota": float(quota[i]),
+                  "without_score": totals.without_score[i], "threshold": lowest.get(i, (None, None))[0],
+                  "lowest_score": lowest.get(i, (None, None))[1], **statistics["languages"][i]}
+                 for i, language in enumerate(totals.languages)]
+    sources = [{"source": source, **named(counts[:, :, i].sum(axis=1)), **statistics["sources"][i]}
+               for i, source in enumerate(totals.sources)]
+    cells = [{"language": language, "source": source, **named(counts[:, i, j])}
+             for i, language in enumerate(totals.languages) for j, source in enumerate(totals.sources)
+             if counts[0, i, j]]
+    return {**{key: statistics[key] for key in ("bins", "quantiles")}, "languages": languages, "sources": sources,
+            "cells": cells, **{key: statistics[key] for key in ("lengths", "variance", "agreement")}}
 
 
-def _read_scores(config: SelectConfig, files: Mapping[str, epath.Path]) -> tuple[ScoreTable, list[ScoreTable]]:
-    """Returns the scores of the deciding rater and those of the other raters.
-
-    Raises:
-      InputError: scores cannot be read or used, or two raters have one name.
-    """
-    scores, *others = [read_scores(folder, list(files), config.seed, config.corpus.folder)
-                       for folder in (config.scores, *config.others)]
-    names = [table.rater for table in (scores, *others)]
-    if len(set(names)) < len(names):
-        raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(names)}")
-    if bad := [name for name in scores.languages if not re.fullmatch(r"[^/.]*", name)]:
+def _check(config: SelectConfig, totals: Totals) -> None:
+    """Raises InputError when the scores of all files cannot be used together."""
+    if len(set(totals.raters)) < len(totals.raters):
+        raise InputError(f"select.others: two folders hold scores of one rater: {', '.join(totals.raters)}")
+    if bad := [name for name in totals.languages if not re.fullmatch(r"[^/.]*", name)]:
         raise InputError(f"{config.scores}: language {bad[0]!r} cannot be the name of a folder")
-    if not scores.rated.any():
+    if not np.sum(totals.documents):
         raise InputError(f"{config.scores}: no document has a score")
-    return scores, others
+    count, first = totals.undetermined
+    if count and not config.allow_undetermined:
+        raise InputError(f"{config.scores}: {count:,} documents were rated without a language, the first is {first}; "
+                         "rate them again with {language} in Corpus.files, another Corpus.language_key or "
+                         "score.detect_language, or set select.allow_undetermined=True")
+    token_quotas(config, totals)
+    _caps(config, totals.sources)
 
 
-def _refuse_undetermined(config: SelectConfig, scores: ScoreTable) -> None:
-    codes = [code for code, language in enumerate(scores.languages) if language == UNDETERMINED]
-    rows = np.flatnonzero(np.isin(scores.language, codes) & scores.rated)
-    if len(rows) and not config.allow_undetermined:
-        raise InputError(f"{config.scores}: {len(rows):,} documents were rated without a language, the first is "
-                         f"{scores.files[scores.file[rows[0]]]}:{scores.number[rows[0]]}; rate them again with "
-                         "{language} in Corpus.files, another Corpus.language_key or score.detect_language, or set "
-                         "select.allow_undetermined=True")
+def make_plan(config: SelectConfig) -> Plan:
+    """Returns the work of a selection.
+
+    The scores of each file are read, and counted in cells by preference (`raters.filtering.cells`); the documents of
+    the few cells in which a quota ends are gathered, and decided on; the documents of each file are copied.
+    """
+    return Selection(config).plan
 
 
 def main(config: SelectConfig) -> None:
@@ -307,51 +450,14 @@ def main(config: SelectConfig) -> None:
       InputError: files or settings are wrong, or the output has another origin; nothing is written then.
     """
     started = time.perf_counter()
-    files, failed = _rated_files(config)
-    if len(set(map(flat_output_name, files))) < len(files):
-        raise InputError(f"{config.corpus.location}: two files would have one name in the output")
-    score_files = {f"{folder}/{name}": score_path(folder, name, config.corpus.folder)
-                   for folder in (config.scores, *config.others) for name in files}
-    removed = RemovalLists(config.exclude, config.corpus.paths())
-    inputs = {**files, **score_files, **{path: epath.Path(path) for path in config.exclude}}
-    made_from = provenance("raters.select", config, {name: sha256(path) for name, path in inputs.items()})
-    recorded = read_folder_record(config.output, MANIFEST)
-    splits = {config.split, ((recorded or {}).get("settings") or {}).get("split")}
-    if is_current(config.output, recorded, made_from, overwrite=config.overwrite,
-                  contents={MANIFEST, UNSCORED, *splits, *_REPORT}):
+    if complete(make_plan, config, config.workers) is None:
         return
-    scores, others = _read_scores(config, files)
-    scores = _without(scores, removed)
-    _refuse_undetermined(config, scores)
-    preference = quotas.preferences(scores, config.temperature)
-    quota = token_quotas(config, scores)
-    kept = quotas.choose(scores, preference, quota, config.per_source, _caps(config, scores))
-    log(f"decided on {len(scores):,} documents in {time.perf_counter() - started:.1f} s")
-    copier = DocumentCopier(config, scores, kept, removed)
-    with new_folder(config.output, MANIFEST) as folder:
-        with jsonl_writer(folder / UNSCORED) as note:
-            for name, path in files.items():
-                copier.copy(name, path, folder / config.split, note)
-        manifest = {
-            "format": FORMAT, "version": VERSION, "rater": scores.rater,
-            "corpus": {"pattern": "{split}/{language}/*"},
-            **describe(config, scores, kept, preference, quota, others),
-            "examples": _examples(scores, kept, copier),
-            "unscored": copier.unscored, "excluded": copier.excluded, "failed_files": failed,
-            "outputs": {str(path.relative_to(folder)): sha256(path)
-                        for path in sorted((folder / config.split).glob("*/*"))},
-            "provenance": made_from,
-        }
-        write_json(folder / MANIFEST, manifest)
+    selection = Selection(config)
+    manifest = selection.manifest()
+    selection.plan.finish(manifest)
+    for name in manifest["failed_files"]:
+        log(f"note: {config.corpus.paths()[name]}: left out, it could not be rated")
     _log_summary(config, manifest, time.perf_counter() - started)
-
-
-def _examples(scores: ScoreTable, kept: np.ndarray, copier: DocumentCopier) -> list[dict[str, Any]]:
-    return [{"language": scores.languages[scores.language[row]], "source": scores.sources[scores.source[row]],
-             "file": scores.files[scores.file[row]], "number": int(scores.number[row]), "quantile": quantile,
-             "score": float(scores.score[row]), "tokens": int(scores.tokens[row]), "kept": bool(kept[row]),
-             "id": copier.texts[row][0], "text": copier.texts[row][1]}
-            for row, quantile in copier.examples.items() if row in copier.texts]
 
 
 def _log_summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: float) -> None:
@@ -369,4 +475,4 @@ def _log_summary(config: SelectConfig, manifest: Mapping[str, Any], seconds: flo
 
 
 if __name__ == "__main__":
-    run(main, SelectConfig, "raters.select")
+    run(main, SelectConfig, "raters.select", has_phases=True)

@@ -13,6 +13,7 @@ row group for parquet).
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -99,12 +100,12 @@ class RecordKeys:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if getattr(self, field.name) != field.default}
 
-    @property
+    @functools.cached_property
     def languages(self) -> tuple[str, ...]:
         """Keys that may have the language, the one to prefer first."""
         return {None: (), "lang": ("lang", "language")}.get(self.language, (self.language,))
 
-    @property
+    @functools.cached_property
     def all(self) -> tuple[str, ...]:
         """All keys that are read."""
         return (self.id, self.text, self.source, *self.languages)
@@ -230,11 +231,11 @@ def read_documents(
     else:
         raise InputError(f"{path}: unknown type of document file; known are {', '.join(_JSON)} and .txt "
                          f"(also with {', '.join(_DECOMPRESS)}) and .parquet")
-    empty = True
+    empty, place = True, str(path)
     for number, record in records:
         empty = False
         try:
-            document = parse(record, f"{path}:{number}", number, name or path.name, language, keys, extra)
+            document = parse(record, f"{place}:{number}", number, name or path.name, language, keys, extra)
         except InputError as error:
             if rejected is None:
                 raise
@@ -364,7 +365,8 @@ def _document(
         json_name = _JSON_NAMES.get(type(language), type(language).__name__)
         raise InputError(f'{where}: "{language_key}" is {json_name} where a string is expected '
                          "(Corpus.language_key names another, or is None)")
-    read = {*_COLUMNS, keys.id, keys.text, keys.source, language_key}
-    further = [key for key in record if key not in read] if extra is None else extra
+    if extra is None:
+        read = {*_COLUMNS, keys.id, keys.text, keys.source, language_key}
+        extra = [key for key in record if key not in read]
     return Document(f"{name}:{number}" if document_id is None else str(document_id), text, language,
-                    str(source or ""), number, {key: record.get(key) for key in further})
+                    str(source or ""), number, {key: record.get(key) for key in extra})

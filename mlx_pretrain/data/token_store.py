@@ -2,15 +2,16 @@
 
     STORE/manifest.json            content and provenance; written last, so that its presence means "complete"
     STORE/tokenizer.model          SentencePiece model that made the tokens
-    STORE/<split>/<language>/      zarr3 array [sequences, length], uint16 or uint32
+    STORE/<split>/<language>/      zarr3 array [sequences, length], uint16 or uint32; of a language that was exported in
+                                   groups of files there are arrays 0/, 1/, ... in the folder
 
 A training sequence is a slice of the language's documents, each ended by EOS, joined and cut to `length`; the last
-row is padded with 0. Rows are read by random access, on local disks and gs://.
+row of an array is padded with 0. Rows are read by random access, on local disks and gs://.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ class Part:
       tokens: tokens that are not padding, one EOS per document included.
       bytes: UTF-8 bytes of the text.
       documents: number of documents.
-      files: data file (relative to the array's folder) -> size in bytes, by which truncation is noticed.
+      files: data file (relative to the language's folder) -> size in bytes, by which truncation is noticed.
+      groups: rows of each array of a language with several, which are read as one; empty for a single array.
     """
 
     sequences: int
@@ -48,6 +50,20 @@ class Part:
     bytes: int
     documents: int
     files: Mapping[str, int]
+    groups: Sequence[int] = ()
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Folder of each array, relative to the language's -> its rows."""
+        return {str(i): rows for i, rows in enumerate(self.groups)} or {"": self.sequences}
+
+
+def join_parts(parts: Sequence[Part]) -> Part:
+    """Returns the part of a language of which each of `parts` has written an array, into the folders 0/, 1/, ..."""
+    sequences, tokens, n_bytes, documents = (sum(getattr(part, name) for part in parts)
+                                             for name in ("sequences", "tokens", "bytes", "documents"))
+    files = {f"{i}/{name}": size for i, part in enumerate(parts) for name, size in part.files.items()}
+    return Part(sequences, tokens, n_bytes, documents, files, [part.sequences for part in parts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +93,8 @@ class Manifest:
 def write_manifest(store: epath.PathLike, manifest: Manifest) -> None:
     """Writes the manifest, which completes a store; all arrays and the tokenizer must be in place."""
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
+    for part in (part for parts in content["splits"].values() for part in parts.values() if not part["groups"]):
+        del part["groups"]
     write_json(epath.Path(store) / MANIFEST, content)
 
 
@@ -234,9 +252,12 @@ class TokenStore:
         for language in languages:
             if (split, language) not in self._arrays:
                 self._check_files(split, language)
-                opening[language] = ts.open(zarr3_spec(self.path / split / language), read=True, open=True)
-        for language, array in opening.items():
-            self._arrays[split, language] = self._checked(split, language, array)
+                folder = self.path / split / language
+                opening[language] = [(folder / name, rows, ts.open(zarr3_spec(folder / name), read=True, open=True))
+                                     for name, rows in self.part(split, language).arrays.items()]
+        for language, parts in opening.items():
+            opened = [self._checked(*part) for part in parts]
+            self._arrays[split, language] = ts.concat(opened, axis=0) if len(opened) > 1 else opened[0]
         return [self._arrays[split, language] for language in languages]
 
     def _check_files(self, split: str, language: str) -> None:
@@ -251,15 +272,14 @@ class TokenStore:
                 raise InputError(f"{folder / name}: {actual_size} bytes where the manifest says {size}; export the "
                                  "token store again")
 
-    def _checked(self, split: str, language: str, opening: ts.Future) -> ts.TensorStore:
-        part, folder = self.part(split, language), self.path / split / language
+    def _checked(self, folder: epath.Path, rows: int, opening: ts.Future) -> ts.TensorStore:
         try:
             array = opening.result()
         except ValueError as error:
             raise InputError(f"{folder}: cannot be opened as zarr3: {str(error).splitlines()[0]}") from None
-        if array.shape != (part.sequences, self.manifest.sequence_length):
+        if array.shape != (rows, self.manifest.sequence_length):
             raise InputError(f"{folder}: shape {array.shape} where the manifest says "
-                             f"{(part.sequences, self.manifest.sequence_length)}; export the token store again")
+                             f"{(rows, self.manifest.sequence_length)}; export the token store again")
         return array
 
     def array(self, split: str, language: str) -> ts.TensorStore:

@@ -7,12 +7,19 @@ import numpy as np
 from raters.filtering.score_table import ScoreTable
 
 
-def preferences(scores: ScoreTable, temperature: float) -> np.ndarray:
+def preferences(
+    scores: ScoreTable, temperature: float, moments: Sequence[tuple[float, float]] | None = None
+) -> np.ndarray:
     """Returns the values that rank documents within their language: float64 `[rows]`, higher is better.
 
     They are the scores; with a temperature, the score standardised within its language, over the temperature, plus
     Gumbel noise that depends on the seed and the document: the highest of these are a sample without replacement with
     probabilities proportional to exp(score / temperature) (arXiv 2402.09739, which standardises over all documents).
+
+    Args:
+      scores: the scores.
+      temperature: 0 for the scores themselves.
+      moments: mean and standard deviation of each language's scores, where `scores` are a part of them.
     """
     if not temperature:
         return scores.score
@@ -21,7 +28,8 @@ def preferences(scores: ScoreTable, temperature: float) -> np.ndarray:
         rows = np.flatnonzero((scores.language == language) & scores.rated)
         if len(rows):
             values = scores.score[rows]
-            standardised[rows] = (values - values.mean()) / (values.std() or 1.0) / temperature
+            mean, deviation = moments[language] if moments is not None else (values.mean(), values.std())
+            standardised[rows] = (values - mean) / (deviation or 1.0) / temperature
     # 52 bits, for float64 holds each of these halves: it is never rounded to 1, whose noise would be infinite.
     uniform = ((scores.key >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
     return standardised - np.log(-np.log(uniform))

@@ -2,27 +2,28 @@
 
 A command leaves its input as it is and writes a folder, whole or not at all:
 
+    removed/           removal lists, one per input file, see `removal_lists`
     report.json        counts, findings, provenance
-    removed.jsonl      the removal list, see `removal_lists`
     documents/         if asked for: the documents that stay, one .jsonl.gz per input file
+
+Their work is done in phases of tasks, see `mlx_pretrain.parallel.phases`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 from etils import epath
 
-from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
+from mlx_pretrain.artifacts import provenance
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.record_files import UnreadableRecords, jsonl_writer, output_name, to_record
-from mlx_pretrain.files import sha256, write_json
-from mlx_pretrain.parallel import cluster
-from raters.filtering import map_files
-from raters.filtering.removal_lists import REMOVED, REPORT, RemovalLists
+from mlx_pretrain.errors import InputError
+from mlx_pretrain.files import sha256
+from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan
+from raters.filtering.removal_lists import REMOVED, REPORT, RemovalLists, list_path
 
 DOCUMENTS = "documents"
 
@@ -33,9 +34,10 @@ class RemovalConfig:
 
     Attributes:
       corpus: the documents.
-      output: folder for the removal list and the report.
-      exclude: removal lists of other commands; their documents are skipped.
+      output: folder for the removal lists and the report.
+      exclude: outputs of other such commands; the documents on their removal lists are skipped.
       write_documents: writes the documents that stay, too.
+      workers: processes that share the work on this machine; 1: the command does it itself.
       overwrite: replaces an output made from other files or settings.
     """
 
@@ -43,18 +45,26 @@ class RemovalConfig:
     output: str = gin.REQUIRED
     exclude: Sequence[str] = ()
     write_documents: bool = False
+    workers: int = 1
     overwrite: bool = False
+
+    def __post_init__(self):
+        if not (isinstance(self.workers, int) and self.workers >= 1):
+            raise InputError(f"workers = {self.workers!r}: must be a number of processes")
 
 
 class RemovalCommand:
-    """One run of such a command.
+    """What such a command reads and writes.
 
-        command = RemovalCommand("raters.languages", config)
-        if command.is_current():
-            return
-        results = command.map_files(check)  # or: for name, document in command.documents(unreadable)
-        if results is not None:             # None in a process with a shard
-            command.write(entries, report)
+        def make_plan(config):
+            command = RemovalCommand("raters.languages", config)
+
+            def check(name, folder):                               # a task of one input file
+                documents = command.documents_of(name, unreadable)
+                command.write_list(name, folder, (entry for ...))  # sorted by number
+                return counts
+
+            return command.plan([Phase("check", list(command.files), check, command.inputs_of)])
 
     Attributes:
       files: path relative to the corpus's root -> path.
@@ -62,12 +72,12 @@ class RemovalCommand:
     """
 
     def __init__(self, program: str, config: RemovalConfig, inputs: Mapping[str, epath.Path] | None = None):
-        """Reads the lists to exclude.
+        """Looks for the lists to exclude.
 
         Args:
           program: the command, e.g. "raters.duplicates".
           config: its parameters.
-          inputs: name -> path of the files that it reads besides the documents.
+          inputs: name -> path of the files that all its tasks read besides the documents.
 
         Raises:
           InputError: as `RemovalLists`.
@@ -75,75 +85,39 @@ class RemovalCommand:
         self._config = config
         self.files = config.corpus.paths()
         self.removed = RemovalLists(config.exclude, self.files)
-        self._made_by = provenance(program, config, {name: sha256(path) for name, path in {
-            **(inputs or {}), **{path: epath.Path(path) for path in config.exclude}}.items()})
+        self._made_from = provenance(program, config, {name: sha256(path) for name, path in (inputs or {}).items()})
 
-    @functools.cached_property
-    def made_from(self) -> dict[str, Any]:
-        """Provenance of the output."""
-        inputs = {name: sha256(path) for name, path in self.files.items()}
-        return {**self._made_by, "inputs": {**inputs, **self._made_by["inputs"]}}
+    def plan(self, phases: Sequence[Phase], further: Sequence[str] = ()) -> Plan:
+        """Returns the plan of the command; `further` names what it writes besides lists, documents and report."""
+        return Plan(self._config.output, REPORT, (REPORT, REMOVED, DOCUMENTS, *further), self._made_from, phases,
+                    self._config.overwrite)
 
-    def _made_from_file(self, name: str) -> dict[str, Any]:
-        """Returns the provenance of the result for one file."""
-        return {**self._made_by, "input": sha256(self.files[name])}
-
-    def is_current(self, further: Sequence[str] = ()) -> bool:
-        """Returns whether the output was made from the same; False in a process with a shard, which does not look.
-
-        Args:
-          further: names of the further files that the command writes.
-
-        Raises:
-          InputError: as `artifacts.is_current`.
-        """
-        output = self._config.output
-        return cluster.shard()[1] == 1 and is_current(
-            output, read_folder_record(output, REPORT), self.made_from, overwrite=self._config.overwrite,
-            contents=(REPORT, REMOVED, DOCUMENTS, *further))
+    def inputs_of(self, name: str) -> dict[str, epath.Path]:
+        """Returns {label: path} of one input file and the lists to exclude from it, the inputs of its tasks."""
+        return {name: self.files[name], **{str(path): path for path in self.removed.paths(name)}}
 
     def documents_of(self, name: str, unreadable: UnreadableRecords) -> Iterator[Document]:
         """Streams the documents of one file that are on no list to exclude."""
         return self.removed.keep(name, self._config.corpus.read(name, rejected=unreadable))
 
-    def documents(self, unreadable: UnreadableRecords) -> Iterator[tuple[str, Document]]:
-        """Streams (path of the file relative to the root, document) of all files."""
-        for name in self.files:
-            for document in self.documents_of(name, unreadable):
-                yield name, document
-
-    def map_files(self, function: Callable[[str], Any]) -> list[Any] | None:
-        """Returns the results of a function of every file, see `map_files.map_files`."""
-        return map_files.map_files(self._config.output, list(self.files), self._made_from_file, function)
-
-    def write(
-        self, entries: Iterable[Mapping[str, Any]], report: Mapping[str, Any],
-        further: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
-    ) -> None:
-        """Writes the output.
+    def write_list(self, name: str, folder: epath.Path, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the removal list of one file and, if asked for, its documents that stay.
 
         Args:
-          entries: the removal list.
-          report: the report without its provenance.
-          further: name of a further .jsonl file -> its records.
+          name: the file.
+          folder: the task's folder.
+          entries: the entries, in the order of the documents.
         """
-        with new_folder(self._config.output, REPORT) as folder:
-            for name, records in {REMOVED: entries, **(further or {})}.items():
-                with jsonl_writer(folder / name) as write:
-                    for record in records:
-                        write(record)
-            if self._config.write_documents:
-                self._write_documents(folder)
-            write_json(folder / REPORT, {**report, "provenance": self.made_from})
-        map_files.remove_parts(self._config.output)
-
-    def _write_documents(self, folder: epath.Path) -> None:
-        removed = RemovalLists([*self._config.exclude, folder / REMOVED], self.files)
-        for name in self.files:
-            documents = removed.keep(name, self._config.corpus.read(name, extra=None, rejected=lambda *_: None))
-            if (first := next(documents, None)) is None:
-                continue
-            with jsonl_writer(folder / DOCUMENTS / output_name(name)) as write:
-                write(to_record(first))
-                for document in documents:
-                    write(to_record(document))
+        with jsonl_writer(list_path(folder / OUTPUT, name)) as write:
+            for entry in entries:
+                write(entry)
+        if not self._config.write_documents:
+            return
+        documents = self._config.corpus.read(name, extra=None, rejected=lambda *_: None)
+        kept = RemovalLists([folder / OUTPUT], [name]).keep(name, self.removed.keep(name, documents))
+        if (first := next(kept, None)) is None:
+            return
+        with jsonl_writer(folder / OUTPUT / DOCUMENTS / output_name(name)) as write:
+            write(to_record(first))
+            for document in kept:
+                write(to_record(document))

@@ -1,12 +1,15 @@
 """Removal lists: documents to leave out.
 
-A list is a .jsonl file with an object per document, {"file", "number", "id", "reason", ...}: the file's path relative
-to the corpus's root, the document's line or row there, and its id. `raters.duplicates`, `raters.languages` and
-`raters.decontaminate` write them; these commands and `raters.select` leave out the documents of any number of lists
-(`exclude`). The lists may be made in any order, from any files below the same root.
+    FOLDER/removed/<file>.jsonl     the documents of one input file, <file> being its path relative to the corpus's root
+    FOLDER/report.json              names, in its provenance, the files that were looked through
+
+A list has an object per document, {"file", "number", "id", "reason", ...}: the file, the document's line or row there,
+and its id. `raters.duplicates`, `raters.languages` and `raters.decontaminate` write such folders, with a list for every
+file that they have looked through; these commands and `raters.select` leave out the documents on the lists of any
+number of folders (`exclude`). The lists may be made in any order, from any files below the same root, and by other
+programs, which need no report.
 """
 
-import array
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +21,13 @@ from mlx_pretrain.artifacts import read_record
 from mlx_pretrain.data.documents import Document, id_hash
 from mlx_pretrain.errors import InputError
 
-REMOVED = "removed.jsonl"
-REPORT = "report.json"  # beside a list; its provenance names the files that were looked through
+REMOVED = "removed"
+REPORT = "report.json"
+
+
+def list_path(folder: epath.PathLike, name: str) -> epath.Path:
+    """Returns the path of the removal list of an input file."""
+    return epath.Path(folder) / REMOVED / f"{name}.jsonl"
 
 
 def document_reference(name: str, number: int, document_id: str) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def removal_entry(document: Mapping[str, Any], reason: str, **more: Any) -> dict
 
 
 class RemovalLists:
-    """The documents on removal lists: 16 bytes of memory for each.
+    """The documents on the removal lists of some folders, of which one file's at a time are in memory.
 
         removed = RemovalLists(config.exclude, corpus.paths())
         for name in corpus.paths():
@@ -41,57 +49,74 @@ class RemovalLists:
                 ...
     """
 
-    def __init__(self, paths: Sequence[epath.PathLike], files: Collection[str]):
-        """Reads the lists.
+    def __init__(self, folders: Sequence[epath.PathLike], files: Collection[str]):
+        """Looks for the lists.
 
         Args:
-          paths: the lists.
-          files: paths of all files of the command relative to the corpus's root; entries for other files are ignored.
+          folders: the folders.
+          files: paths of all files of the command relative to the corpus's root; lists of other files are ignored.
 
         Raises:
-          InputError: a list is missing or malformed, or it was made from none of the files.
+          InputError: a folder has no removal lists, or none of these files.
         """
-        self._paths = list(paths)
-        self._numbers: dict[str, array.array[int]] = {}
-        self._hashes: dict[str, array.array[int]] = {}
-        for path in map(epath.Path, paths):
-            self._read(path, files)
+        self._folders = list(map(epath.Path, folders))
+        for folder in self._folders:
+            if not (folder / REMOVED).is_dir():
+                raise InputError(f"{folder}: no folder with removal lists ({REMOVED}/<file>.jsonl)")
+            if not any(list_path(folder, name).exists() for name in files):
+                other = next((path for path in (folder / REMOVED).iterdir()), None)
+                raise InputError(f"{folder}: has a removal list of no file of this corpus"
+                                 + (f", but {other}, say" if other else "")
+                                 + "; give both commands the same Corpus.root")
 
-    def _read(self, path: epath.Path, files: Collection[str]) -> None:
-        if not path.exists():
-            raise InputError(f"{path}: no such removal list")
-        other_file, matched = None, False
-        with path.open() as lines:
-            for at, line in enumerate(lines, 1):
-                try:
-                    entry = json.loads(line)
-                    name, number, hashed = str(entry["file"]), int(entry["number"]), id_hash(entry["id"])
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(f'{path}:{at}: not a JSON object with "file", "number" and "id"') from None
-                if name not in files:
-                    other_file = name
-                    continue
-                matched = True
-                self._numbers.setdefault(name, array.array("q")).append(number)
-                self._hashes.setdefault(name, array.array("Q")).append(hashed)
-        if other_file is not None and not matched and not _looked_through(path) & set(files):
-            raise InputError(f"{path}: names no document of this corpus, but documents of {other_file!r}, say; give "
-                             "both commands the same Corpus.root")
+    def paths(self, name: str) -> list[epath.Path]:
+        """Returns the lists of a file.
+
+        Raises:
+          InputError: a list is missing of a file that was looked through.
+        """
+        paths = []
+        for folder in self._folders:
+            path = list_path(folder, name)
+            if path.exists():
+                paths.append(path)
+            elif name in (read_record(folder / REPORT, "provenance") or {}).get("inputs", {}):
+                raise InputError(f"{path}: no such removal list, though the report says that {name} was looked "
+                                 "through; make the lists again")
+        return paths
+
+    def _read(self, name: str) -> dict[int, int]:
+        """Returns number -> hash of the id of the documents on the lists of a file.
+
+        Raises:
+          InputError: a list is malformed, or two name different documents in one place.
+        """
+        hashes: dict[int, int] = {}
+        for path in self.paths(name):
+            with path.open() as lines:
+                for at, line in enumerate(lines, 1):
+                    try:
+                        entry = json.loads(line)
+                        file, number, hashed = str(entry["file"]), int(entry["number"]), id_hash(entry["id"])
+                    except (ValueError, KeyError, TypeError, AttributeError):
+                        raise InputError(f'{path}:{at}: not a JSON object with "file", "number" and "id"') from None
+                    if file != name:
+                        raise InputError(f"{path}:{at}: names a document of {file!r} in the list of {name!r}")
+                    if hashes.setdefault(number, hashed) != hashed:
+                        raise InputError(f"{name}:{number}: the removal lists {self._listed()} name two documents here")
+        return hashes
 
     def numbers(self, name: str) -> np.ndarray:
-        """Returns the numbers of the documents of a file to leave out, int64, in any order."""
-        return np.array(self._numbers.get(name, ()), np.int64)
+        """Returns the numbers of the documents of a file to leave out, int64. Raises InputError for a bad list."""
+        return np.array(list(self._read(name)), np.int64)
 
     def keep(self, name: str, documents: Iterable[Document]) -> Iterator[Document]:
         """Yields the documents of a file that are on no list.
 
         Raises:
-          InputError: an entry's number and id are of no document of the file.
+          InputError: a list is malformed, or an entry's number and id are of no document of the file.
         """
-        hashes: dict[int, int] = {}
-        for number, hashed in zip(self._numbers.get(name, ()), self._hashes.get(name, ())):
-            if hashes.setdefault(number, hashed) != hashed:
-                raise InputError(f"{name}:{number}: the removal lists {self._listed()} name two documents here")
+        hashes = self._read(name)
         for document in documents:
             hashed = hashes.pop(document.number, None)
             if hashed is None:
@@ -104,10 +129,4 @@ class RemovalLists:
                              f"{self._listed()} names one; it was made from another file or Corpus")
 
     def _listed(self) -> str:
-        return " or ".join(map(str, self._paths))
-
-
-def _looked_through(path: epath.Path) -> set[str]:
-    """Returns the files that a list was made from, as far as the report beside it tells."""
-    provenance = read_record(path.parent / REPORT, "provenance") or {}
-    return set(provenance.get("inputs", {}))
+        return " or ".join(map(str, self._folders))

@@ -203,3 +203,14 @@ def test_conversions_hold_less_than_the_model():
     result = last_line("convert_memory.py")
     assert result["parameters_mb"] == 134
     assert max(result["float32_mb"], result["bfloat16_mb"]) < 180 and result["load_mb"] < 90
+
+
+@pytest.mark.parametrize("stages", [["decontaminate"], pytest.param(
+    ["duplicates", "languages", "decontaminate", "select"], marks=pytest.mark.slow)])
+def test_documents_has_a_field_for_each_stage(stages):
+    result = last_line("documents.py", str(ROOT / "samples/text/train"), f"--stages={','.join(stages)}")
+    assert result["documents"] == 2000 and list(result)[2:] == stages
+    for stage in stages:
+        assert result[stage]["documents_per_s"] > 100 and 20 < result[stage]["peak_memory_mb"] < 2000
+        assert result[stage]["bytes_per_s"] == pytest.approx(
+            result[stage]["documents_per_s"] * result["bytes"] / 2000, rel=0.01)

@@ -1,5 +1,6 @@
 """The exporter: rows hold the documents, bytes are reproducible, and an interrupted export leaves no store."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,6 +18,7 @@ from data_mixtures import export
 from data_mixtures.export import ExportConfig, export_tokens
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import Document
+from mlx_pretrain.data.loader import BatchSource, store_mixture
 from mlx_pretrain.data.token_store import ROWS_PER_SHARD, TokenStore, read_manifest
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
@@ -332,3 +334,74 @@ def test_heldout_documents_of_another_corpus(corpus, tokenizer_path, tmp_path):
         export_tokens(ExportConfig(kept, tokenizer_path, tmp_path / "store", 32))
     with pytest.raises(InputError, match="no split 'heldout'"):
         export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "other", 32, heldout=kept))
+
+
+@pytest.fixture
+def many_files(tmp_path, write_jsonl, made_up_text) -> Corpus:
+    """English in five files of unlike sizes, Chinese in one."""
+    for number, n in enumerate((3, 1, 6, 2, 1)):
+        write_jsonl(tmp_path / f"corpus/train/en/{number}.jsonl", [
+            {"text": made_up_text("en", 60, 10 * number + i)} for i in range(n)])
+    write_jsonl(tmp_path / "corpus/train/zh/0.jsonl", [{"text": made_up_text("zh", 60, 1)}])
+    return Corpus(tmp_path / "corpus", "{split}/{language}/*")
+
+
+def test_groups_of_files_become_arrays_that_are_read_as_one(many_files, tokenizer_path, tmp_path, shard):
+    sizes = [path.stat().length for path in many_files.files_of("train", "en").values()]
+    config = ExportConfig(many_files, tokenizer_path, tmp_path / "store", 32, group_bytes=sum(sizes[:2]))
+    export_tokens(config)
+    store = TokenStore(tmp_path / "store")
+    groups = (["0", "1"], ["2"], ["3", "4"])
+    expected = []
+    for number, names in enumerate(groups):
+        part = Corpus(many_files.folder, [f"{{split}}/{{language}}/{name}.*" for name in names])
+        expected.append(plain_rows(part, "train", "en", tokenizer_path, 32))
+        assert (tmp_path / f"store/train/en/{number}/zarr.json").exists()
+    rows = np.concatenate([rows for rows, _ in expected])
+    np.testing.assert_array_equal(store.read("train", "en"), rows)
+    np.testing.assert_array_equal(store.array("train", "en")[np.array([len(rows) - 1, 0, 5])].read().result(),
+                                  rows[[-1, 0, 5]])
+    part = store.part("train", "en")
+    assert (part.documents, part.tokens) == (13, sum(tokens for _, tokens in expected))
+    assert part.groups == [len(rows) for rows, _ in expected] and not store.part("train", "zh").groups
+    assert set(store.fingerprints("train", ["en", "zh"])) == {"en", "zh"}
+    # Shards share the groups, and one that is damaged is made again alone.
+    shared = dataclasses.replace(config, store=tmp_path / "shared")
+    for number in (2, 0):
+        shard((number, 4))
+        export_tokens(shared)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("zarr.json")}
+    damaged, whole = sorted(stamps)
+    next(damaged.parent.rglob("c/0/0")).unlink()
+    shard(None)
+    export_tokens(shared)
+    assert whole.stat().st_mtime_ns == stamps[whole]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "store")
+    # Other groups leave nothing behind.
+    export_tokens(dataclasses.replace(config, group_bytes=None, store=tmp_path / "one"))
+    export_tokens(dataclasses.replace(config, store=tmp_path / "one", overwrite=True))
+    assert contents(tmp_path / "one") == contents(tmp_path / "store")
+    export_tokens(dataclasses.replace(config, group_bytes=1, store=tmp_path / "one", overwrite=True))
+    export_tokens(dataclasses.replace(config, store=tmp_path / "one", overwrite=True))
+    assert contents(tmp_path / "one") == contents(tmp_path / "store")
+
+
+def test_the_loader_reads_groups(many_files, tokenizer_path, tmp_path):
+    export_tokens(ExportConfig(many_files, tokenizer_path, tmp_path / "store", 32, group_bytes=1))
+    store = TokenStore(tmp_path / "store")
+    rates = {"en": 1.0}
+    source = BatchSource(store, store_mixture(store, rates, 4, seed=0))
+    rows = {row.tobytes() for row in store.read("train", "en").astype(np.int32)}
+    assert len(store.part("train", "en").groups) == 5
+    assert all(row.tobytes() in rows for batch in range(5) for row in source[batch]["tokens"])
+
+
+def test_a_language_without_text_in_any_group_leaves_no_store(tmp_path, tokenizer_path, write_jsonl):
+    for name in "ab":
+        write_jsonl(tmp_path / f"corpus/train/en/{name}.jsonl", [{"text": ""}])
+    config = ExportConfig(Corpus(tmp_path / "corpus", "{split}/{language}/*"), tokenizer_path, tmp_path / "store", 32,
+                          group_bytes=1)
+    with pytest.raises(InputError, match="no document has any text; leave 'en' out of 'train'"):
+        export_tokens(config)
+    with pytest.raises(InputError, match="group_bytes: 0 is no positive number"):
+        dataclasses.replace(config, group_bytes=0)

@@ -11,7 +11,7 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from raters.select import SelectConfig, main
 from tests.e2e.conftest import REPOSITORY, run, started
-from tests.raters.rated import write_documents, write_scores
+from tests.raters.rated import read_removed, write_documents, write_scores
 
 LANGUAGES = ("en", "id", "zh")
 DOCUMENTS = "--gin.DOCUMENTS=corpus/*.jsonl"
@@ -51,7 +51,7 @@ def finished(corpus) -> pathlib.Path:
         ("raters.decontaminate", "--gin_file=gin/raters/decontaminate.gin", "--gin.CONTAMINATED=leaks",
          "--gin.ITEMS=['items.jsonl']", "--gin.decontaminate.item_fields=['question']"),
         (*SELECT, "--gin.SELECTED=kept", "--gin.select.fraction=0.5",
-         "--gin.select.exclude=['twins/removed.jsonl', 'strays/removed.jsonl', 'leaks/removed.jsonl']"),
+         "--gin.select.exclude=['twins', 'strays', 'leaks']"),
     ):
         ended = run(module, *flags, *((DOCUMENTS,) if module != "raters.select" else ()), folder=corpus)
         assert ended.code == 0, ended.err
@@ -59,8 +59,7 @@ def finished(corpus) -> pathlib.Path:
 
 
 def removed(folder: pathlib.Path, name: str) -> set[tuple[str, str]]:
-    lines = (folder / name / "removed.jsonl").read_text().splitlines()
-    return {(record["file"], record["id"]) for record in map(json.loads, lines)}
+    return {(entry["file"], entry["id"]) for entry in read_removed(folder / name)}
 
 
 def test_each_stage_finds_what_was_planted(finished):
@@ -96,12 +95,12 @@ def test_killed_while_it_writes_it_leaves_nothing_that_could_be_read(tmp_path):
     flags = [f"--gin.select.{name}={value}" for name, value in settings.items()]
     flags += ["--gin_file=gin/raters/select.gin", "--gin.DOCUMENTS=corpus/*", "--gin.select.output=kept"]
     with started("raters.select", *flags, folder=tmp_path) as process:
-        process.wait_for((tmp_path / ".kept.partial/train").exists)
+        process.wait_for((tmp_path / ".kept.parts/done/decide").exists)
         process.signal(signal.SIGKILL)
         assert process.end().code == -signal.SIGKILL
-    assert not (tmp_path / "kept").exists() and (tmp_path / ".kept.partial").exists()
+    assert not (tmp_path / "kept").exists() and (tmp_path / ".kept.parts").exists()
     assert run("raters.select", *flags, folder=tmp_path).code == 0
-    assert not (tmp_path / ".kept.partial").exists()
+    assert not (tmp_path / ".kept.parts").exists()
     main(SelectConfig(Corpus(tmp_path / "corpus", "*"), **settings, output=str(tmp_path / "whole")))
     files = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
     assert len(files) == 3

@@ -30,20 +30,32 @@ def test_unknown_flags_are_refused(argument):
         command_line.parse_flags([argument])
 
 
+def test_with_beam_other_flags_are_those_of_beam():
+    flags = command_line.parse_flags(
+        ["--gin_file=a.gin", "--beam", "--runner=DirectRunner", "--streaming", "-x", "1", "--gin.a.b=2"],
+        has_phases=True)
+    assert flags.beam == ["--runner=DirectRunner", "--streaming", "-x", "1"]
+    assert (flags.files, flags.bindings) == (["a.gin"], ["a.b = 2"])
+    assert command_line.parse_flags(["--shard=1/2", "--wait=9.5"], has_phases=True).wait == 9.5
+    for arguments, has_phases in ((["--runner=DirectRunner"], True), (["--beam"], False)):
+        with pytest.raises(InputError):
+            command_line.parse_flags(arguments, has_phases=has_phases)
+
+
 PLACE = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 
 
 def test_a_command_for_one_process_runs_in_process_0_alone(tmp_path):
     """Other processes write nothing, and process 0 does not wait for them."""
-    (tmp_path / "en.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog near the river bank."}\n')
-    command = [sys.executable, "-m", "raters.duplicates", "--gin.Corpus.files=en.jsonl",
-               "--gin.duplicates.corpus=@Corpus()", "--gin.duplicates.output=out"]
+    (tmp_path / "en.jsonl").write_text('{"text": "The quick brown fox"}\n{"text": "jumps over the lazy dog."}\n')
+    command = [sys.executable, "-m", "data_mixtures.hold_out", "--gin.Corpus.files=en.jsonl",
+               "--gin.hold_out.corpus=@Corpus()", "--gin.hold_out.output=out"]
     environment = os.environ | PLACE | {"PYTHONPATH": gin_files.GIN_ROOT}
     other = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (other.returncode, other.stdout) == (0, "") and not (tmp_path / "out").exists()
     assert other.stderr == "process 2 of 3: this command runs in one process, which is process 0\n"
     main = subprocess.run(command, cwd=tmp_path, env=environment | {"JAX_PROCESS_ID": "0"}, capture_output=True)
-    assert main.returncode == 0 and (tmp_path / "out/report.json").exists()
+    assert main.returncode == 0 and (tmp_path / "out/held_out.json").exists()
 
 
 def test_processes_that_a_launcher_started_are_shards(monkeypatch):

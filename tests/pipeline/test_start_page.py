@@ -31,9 +31,9 @@ def test_numbers_are_those_of_the_files(config, tmp_path):
         bits | {"bits_per_byte": 2.5, "bits_per_byte/de": 3.25, "bits_per_byte/en": 1.75}) + "\n")
     write(out / "rater/run/metrics.jsonl", json.dumps(
         {"kind": "eval", "step": 3, "accuracy": 0.61, "accuracy/monolingual": 1, "accuracy/de": 1}) + "\n")
-    write(out / "removed/languages/removed.jsonl", '{"id": "a"}\n{"id": "b"}\n')
+    write(out / "removed/languages/removed/train/sw.jsonl.jsonl", '{"id": "a"}\n{"id": "b"}\n')
     write(out / "removed/languages/report.json", {"languages": {"sw": {"removed": 2}, "de": {"confirmed": 1}}})
-    write(out / "removed/duplicates/removed.jsonl", '{"id": "c"}\n')
+    write(out / "removed/duplicates/removed/train/de.jsonl.jsonl", '{"id": "c"}\n')
     write(out / "selected/selection.json", {"languages": [
         {"kept_documents": 5, "documents": 9, "kept_tokens": 1500}] * 2})
     write(out / "control/selected/selection.json", {"languages": [{"kept_tokens": 3456}]})

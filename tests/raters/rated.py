@@ -51,3 +51,16 @@ def make_score_table(score, tokens, language=None, source=None, seed: int = 0) -
     names = lambda codes: tuple(f"n{i}" for i in range(int(codes.max(initial=0)) + 1))  # noqa: E731
     return ScoreTable("tested", ("a",), np.zeros(n, np.int32), np.arange(1, n + 1), key, names(language), language,
                   names(source), source, np.asarray(score, np.float64), np.asarray(tokens, np.int64))
+
+
+def read_removed(output: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the entries of all removal lists of a command's output, by file."""
+    return [json.loads(line) for path in sorted((output / "removed").rglob("*.jsonl"))
+            for line in path.read_text().splitlines()]
+
+
+def write_removed(folder: pathlib.Path, entries: Sequence[Mapping[str, Any]]) -> str:
+    """Writes removal lists with these entries; returns the folder, for `exclude`."""
+    for name in {entry["file"] for entry in entries}:
+        write_documents(folder / f"removed/{name}.jsonl", [entry for entry in entries if entry["file"] == name])
+    return str(folder)

@@ -6,13 +6,11 @@ import pathlib
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
-from raters.decontaminate import DecontaminateConfig, Index, main
-from tests.raters.rated import write_documents
+from raters.decontaminate import DecontaminateConfig, main
+from tests.raters.rated import read_removed, write_documents
 
 QUESTION = "Which of the seven hills of Rome was, according to legend, the one on which Romulus founded the city?"
 CHINESE = "北京市位于华北平原的北部边缘，是中华人民共和国的首都，也是全国的政治中心、文化中心和国际交往中心。"
@@ -28,9 +26,8 @@ def run(
     name = "items.txt" if isinstance(items, str) else "items.jsonl"
     (folder / name).write_text(items) if isinstance(items, str) else write_documents(folder / name, items)
     main(DecontaminateConfig(Corpus(folder / "in", "*"), str(folder / "out"), items=[str(folder / name)], **more))
-    removed, found = ([json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
-                      for name in ("removed.jsonl", "items.jsonl"))
-    return removed, found, json.loads((folder / "out/report.json").read_text())
+    found = [json.loads(line) for line in (folder / "out/items.jsonl").read_text().splitlines()]
+    return read_removed(folder / "out"), found, json.loads((folder / "out/report.json").read_text())
 
 
 def test_a_leak_is_found_whatever_its_dress(tmp_path):
@@ -70,20 +67,6 @@ def test_set_phrases_show_in_the_report(tmp_path):
     _, _, report = run(tmp_path, [f"text {i} {phrase} {FILLER}" for i in range(5)], phrase + "\n")
     assert report["most_frequent_ngrams"][0]["documents"] == 5
     assert report["most_frequent_ngrams"][0]["ngram"] in phrase
-
-
-@given(st.lists(st.sampled_from("abcdefgh"), min_size=13, max_size=60), st.data())
-def test_every_shared_ngram_is_found_and_nothing_else(words, data):
-    item = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=5, max_size=30))
-    if data.draw(st.booleans()):
-        start = data.draw(st.integers(0, len(words) - 13))
-        item += words[start : start + 13]
-    n = min(len(item), 13)
-    grams = lambda of: {tuple(of[i : i + n]) for i in range(len(of) - n + 1)}  # noqa: E731
-    index = Index(13, 5)
-    index.add("items", "1", [" ".join(item)])
-    index.freeze()
-    assert bool(index.hits(" ".join(words))) == bool(grams(item) & grams(words))
 
 
 def test_items_that_cannot_be_read_are_refused(tmp_path):

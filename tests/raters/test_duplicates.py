@@ -1,9 +1,11 @@
 """Duplicates are found in every script, one of each group stays, and unlike texts are left alone."""
 
+import collections
 import dataclasses
 import gzip
 import itertools
 import json
+import math
 import pathlib
 import random
 
@@ -12,9 +14,11 @@ import pytest
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
+from raters import duplicates
 from raters.duplicates import DuplicatesConfig, main
-from raters.filtering import shingles
-from tests.raters.rated import write_documents, write_scores
+from raters.filtering import minhash
+from tests.raters.filtering.test_near_duplicates import greedy
+from tests.raters.rated import read_removed, write_documents, write_removed, write_scores
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "ta") for b in ("bel", "dor", "fin", "gas", "hum", "jot")]
 HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏閏餘成歲律呂調陽雲騰致雨露結為霜金生麗水玉出崑岡"
@@ -35,7 +39,7 @@ def run(folder: pathlib.Path, texts: list[str], **more) -> tuple[dict[int, dict]
     """Returns (number -> entry of the removal list, report) of documents numbered from 1."""
     write_documents(folder / "en.jsonl", [{"id": f"d{i}", "text": t, "lang": "en"} for i, t in enumerate(texts, 1)])
     main(DuplicatesConfig(Corpus(folder, "*.jsonl"), str(folder / "out"), **more))
-    entries = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
+    entries = read_removed(folder / "out")
     return {entry["number"]: entry for entry in entries}, json.loads((folder / "out/report.json").read_text())
 
 
@@ -97,6 +101,48 @@ def test_chains_do_not_carry_away_unlike_texts(tmp_path):
         assert jaccard(texts[number - 1], texts[entry["of"]["number"] - 1]) > 0.6
 
 
+@pytest.mark.parametrize(("seed", "scored", "bands", "rows"), [
+    (5, True, 14, 8), (4, False, 2, 2)])  # in the second a document stays that has a leader, and gets another
+def test_as_by_all_pairs_however_files_and_buckets_are_divided(tmp_path, monkeypatch, seed, scored, bands, rows):
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(12):  # families of texts, each a change of one before
+        family = [text(rng, rng.choice([3, 20, 60]))]
+        for _ in range(rng.randrange(12)):
+            family.append(changed(rng, rng.choice(family), rng.choice([0, 0.02, 0.05, 0.1, 0.2])))
+        texts += map(" ".join, family)
+    rng.shuffle(texts)
+    scores = np.array([rng.choice([0.0, 1.0, 2.0, math.nan]) if scored else 0.0 for _ in texts])
+    sketches = minhash.Sketcher(5, bands, rows, seed=1).sketch(texts)
+    alike = np.array([minhash.similarity(sketches.values, row[None]) for row in sketches.values])
+    order = np.lexsort((np.arange(len(texts)), -np.nan_to_num(scores, nan=-1)))
+    expected = greedy(sketches.keys, order, alike, 0.75)
+    assert len(texts) / 4 < len(expected) < len(texts)
+
+    records = [{"id": str(i), "text": t, "lang": "en"} for i, t in enumerate(texts)]
+    for files in (1, 5):
+        folder, size = tmp_path / str(files), -(-len(texts) // files)
+        for i in range(files):
+            part = slice(i * size, (i + 1) * size)
+            write_documents(folder / f"in/{i}.jsonl", records[part])
+            write_scores(folder / "scores", f"{i}.jsonl", records[part], scores[part])
+        for part_bytes in (1 << 32, 10_000):
+            monkeypatch.setattr(duplicates, "_PART_BYTES", part_bytes)
+            output = folder / f"out{part_bytes}"
+            main(DuplicatesConfig(Corpus(folder / "in", "*"), str(output), bands=bands, rows=rows,
+                                  scores=str(folder / "scores") if scored else None))
+            removed = read_removed(output)
+            assert [int(entry["id"]) for entry in removed] == expected
+            for entry in removed:
+                document, kept = int(entry["id"]), int(entry["of"]["id"])
+                assert kept not in expected and entry["similarity"] == round(float(alike[document, kept]), 4) >= 0.75
+                assert (entry["reason"] == "exact duplicate") == (texts[document] == texts[kept])
+            report = json.loads((output / "report.json").read_text())
+            assert report["exact"] + report["near"] == len(expected) and report["crowded_buckets"] == 0
+            assert report["largest_groups"][0]["documents"] == 1 + max(
+                collections.Counter(entry["of"]["id"] for entry in removed).values())
+
+
 def test_common_boilerplate_does_not_make_a_duplicate(tmp_path):
     rng = random.Random(3)
     boilerplate = text(rng, 40)
@@ -128,10 +174,17 @@ def test_the_documents_that_stay_and_removal_lists(tmp_path):
     with gzip.open(tmp_path / "out/documents/b/en.jsonl.gz", "rt") as lines:
         assert [json.loads(line)["id"] for line in lines] == ["\ud800"]
     # Documents removed by another stage are skipped: the first "other" was removed, so the second stays.
-    (tmp_path / "list.jsonl").write_text('{"file": "a/en.jsonl.gz", "number": 3, "id": "2"}\n')
-    main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(str(tmp_path / "list.jsonl"),)))
-    entries = [json.loads(line) for line in (tmp_path / "out2/removed.jsonl").read_text().splitlines()]
+    lists = write_removed(tmp_path / "lists", [{"file": "a/en.jsonl.gz", "number": 3, "id": "2"}])
+    main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(lists,)))
+    entries = read_removed(tmp_path / "out2")
     assert [(one["file"], one["number"]) for one in entries] == [("a/en.jsonl.gz", 2)]
+    # All documents of a file may be removed; `similarity=1` finds the same.
+    lists = write_removed(tmp_path / "lists3", [{"file": "b/en.jsonl.gz", "number": 1, "id": "x"},
+                                                {"file": "b/en.jsonl.gz", "number": 2, "id": "\ud800"}])
+    for similarity in (0.75, 1.0):
+        output = str(tmp_path / f"out{similarity}")
+        main(dataclasses.replace(config, output=output, exclude=(lists,), similarity=similarity))
+        assert [(one["file"], one["number"]) for one in read_removed(tmp_path / output)] == [("a/en.jsonl.gz", 2)]
 
 
 def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
@@ -141,15 +194,7 @@ def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
     main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out")))
     unreadable = json.loads((tmp_path / "out/report.json").read_text())["unreadable"]
     assert unreadable["count"] == 1 and 'en.jsonl:2: no "text" string' in unreadable["first"][0]
-    with pytest.raises(InputError, match=r"gone.jsonl: no such removal list"):
-        main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out2"), exclude=("gone.jsonl",)))
+    with pytest.raises(InputError, match=r"gone: no folder with removal lists"):
+        main(DuplicatesConfig(Corpus(tmp_path, "en.jsonl"), str(tmp_path / "out2"), exclude=("gone",)))
     with pytest.raises(InputError, match=r"duplicates.rows = 0"):
         DuplicatesConfig(None, "b", rows=0)
-
-
-def test_ngram_hashes_tell_order_and_words_apart():
-    hashes = shingles.hash_words(["a", "b", "a", "b", "c"])
-    pairs = shingles.ngram_hashes(hashes, 2)
-    assert pairs[0] == pairs[2] and len(set(pairs.tolist())) == 3 and len(shingles.ngram_hashes(hashes, 6)) == 0
-    rows = np.random.default_rng(0).integers(0, 3, (5000, 8), np.uint32)
-    assert len(np.unique(shingles.hash_rows(rows))) == len(np.unique(rows, axis=0))

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
-from raters.languages import Identifier, LanguagesConfig, language_subtag, main, pieces
-from tests.raters.rated import write_documents
+from raters.languages import CONFUSABLE, Identifier, LanguagesConfig, language_subtag, main, pieces, share_declared
+from tests.raters.rated import read_removed, write_documents
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "samples/text/heldout"
 LANGUAGES = sorted(path.name.split(".")[0] for path in SAMPLES.glob("*.jsonl.xz"))
@@ -24,8 +24,7 @@ def sample(language: str, number: int = 4) -> list[dict]:
 def run(folder: pathlib.Path, **more) -> tuple[list[dict], dict]:
     """Returns (removal list, report)."""
     main(LanguagesConfig(Corpus(folder / "in", "*"), str(folder / "out"), **more))
-    removed = [json.loads(line) for line in (folder / "out/removed.jsonl").read_text().splitlines()]
-    return removed, json.loads((folder / "out/report.json").read_text())
+    return read_removed(folder / "out"), json.loads((folder / "out/report.json").read_text())
 
 
 def test_real_text_in_many_languages_is_left_alone(tmp_path):
@@ -81,9 +80,71 @@ def test_pieces_are_spread_over_the_text_and_do_not_overlap():
 
 
 def test_codes_of_scripts_and_regions_are_of_their_language():
-    identifier = Identifier((("id", "ms"), ("zh", "wuu", "yue")))
+    identifier = Identifier((("id", "ms"), ("zh", "wuu", "yue")), 0.8)
     assert identifier.group("zh-Hant") == identifier.group("zh_TW") == identifier.group("YUE") == "zh"
     assert identifier.knows("ms") and not identifier.knows("tlh")
+
+
+def test_no_document_is_removed_on_the_word_of_one_identifier(tmp_path):
+    """CLD2 takes these for Serbian, surely: messages of Django in Macedonian and Bulgarian."""
+    macedonian = "Секој, без каква и да е дискриминација, има право на еднаква плата за иста работа."
+    bulgarian = "Файлът, който сте качили или не е изображение, или е повреден."
+    serbian = "Свако, без икакве разлике, има право на једнаку плату за једнак рад."
+    identifier = Identifier(CONFUSABLE, 0.8)
+    for text in (macedonian, bulgarian):
+        guess = identifier.cld2(text)
+        assert identifier.group(guess.language) == identifier.group("sr") and guess.confidence >= 0.8
+    write_documents(tmp_path / "in/x.jsonl", [
+        {"id": "mk", "lang": "mk", "text": macedonian}, {"id": "bg", "lang": "bg", "text": bulgarian},
+        {"id": "sr", "lang": "mk", "text": serbian}])
+    removed, report = run(tmp_path)
+    assert [(one["id"], one["found"]) for one in removed] == [("sr", "sr")]
+    assert report["languages"]["bg"] == {"confirmed": 1}
+
+
+def test_a_language_that_one_identifier_knows_is_identified(tmp_path):
+    """The first article of the Universal Declaration of Human Rights; CLD2 knows Cebuano, py3langid Acehnese."""
+    cebuano = ("Ang tanang katawhan gipakatawo nga may kagawasan ug managsama sa kabililhon. Sila gigasahan sa "
+               "salabutan ug tanlag og mag-ilhanay isip managsoon sa usa'g-usa diha sa diwa sa ospiritu.")
+    acehnese = ("Bandum manusia lahee bebah merdeka deungon hak ngon martabat nyang sama. Ngon akai taseumikee, ngon "
+                "atee tameurasa bandum geutanyoe lagee syedara.")
+    english = ("All human beings are born free and equal in dignity and rights. They are endowed with reason and "
+               "conscience and should act towards one another in a spirit of brotherhood.")
+    write_documents(tmp_path / "in/x.jsonl", [
+        {"id": "ceb", "lang": "ceb", "text": cebuano}, {"id": "ace", "lang": "ace", "text": acehnese},
+        {"id": "no ceb", "lang": "ceb", "text": english}, {"id": "no ace", "lang": "ace", "text": english}])
+    removed, report = run(tmp_path)
+    assert [(one["id"], one["found"]) for one in removed] == [("no ceb", "en"), ("no ace", "en")]
+    assert report["confirmed"] == 2
+
+
+def test_characters_that_no_text_should_hold_do_no_harm(tmp_path):
+    """CLD2 refuses control characters, and code points that are no characters."""
+    german = sample("de")[0]["text"][:300]
+    marks = "\0\x0b\x1b\x7f\x9f\ufdd0\uffff\U0010fffe"
+    write_documents(tmp_path / "in/x.jsonl", [
+        {"id": str(i), "lang": "de", "text": german[:100] + mark + german[100:]} for i, mark in enumerate(marks)])
+    removed, report = run(tmp_path)
+    assert not removed and report["confirmed"] == len(marks)
+
+
+@pytest.mark.parametrize("least_share", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_looking_at_few_pieces_gives_the_verdict_of_all(least_share):
+    kinds = {"de": sample("de")[0]["text"][:300], "en": sample("en")[0]["text"][:300], "": "12 345 " * 50}
+    kinds = {language: text.ljust(300)[:300] for language, text in kinds.items()}
+    config = LanguagesConfig(None, "b", least_share=least_share)
+    identifier = Identifier(CONFUSABLE, config.least_confidence)
+    looked_at = []
+    identifier.cld2 = lambda text, identify=identifier.cld2: looked_at.append(text) or identify(text)
+    for languages in itertools.product(kinds, repeat=4):
+        share, _ = share_declared("".join(map(kinds.get, languages)), "de", identifier, config)
+        sure = [language for language in languages if language]
+        assert (share is None) == (not sure)
+        if sure:
+            assert (share >= least_share) == (sure.count("de") / len(sure) >= least_share)
+    looked_at.clear()
+    share_declared(4 * kinds["de"], "de", identifier, config)
+    assert len(looked_at) == max(4 * least_share, 1)
 
 
 @pytest.mark.parametrize("code, subtag", [

@@ -16,10 +16,13 @@ import pytest
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.data.documents import read_documents
 from mlx_pretrain.errors import InputError
-from raters import selection_report
+from mlx_pretrain.parallel import cluster
+from raters import select, selection_report
+from raters.filtering import quotas
+from raters.filtering.score_table import read_scores
 from raters.scoring.shards import claim_root
 from raters.select import SelectConfig, main
-from tests.raters.rated import write_documents, write_scores
+from tests.raters.rated import write_documents, write_removed, write_scores
 
 RECORDS = {
     language: [{"id": f"{language}{i}", "lang": language, "source": ("web", "book")[i % 3 == 0],
@@ -120,17 +123,16 @@ def test_documents_without_a_score_are_counted_and_named(tmp_path):
 
 
 def test_removal_lists_are_obeyed_before_quotas_are_made(tmp_path):
-    removed = tmp_path / "removed.jsonl"
-    entries = [{"file": "one/th.jsonl", "number": n, "id": f"th{n - 1}"} for n in range(1, 31)]
-    removed.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    config = make(tmp_path, exclude=(str(removed),), fraction=0.5)
+    removed = write_removed(tmp_path / "lists", [
+        {"file": "one/th.jsonl", "number": n, "id": f"th{n - 1}"} for n in range(1, 31)])
+    config = make(tmp_path, exclude=(removed,), fraction=0.5)
     main(config)
     manifest = json.loads((tmp_path / "kept/selection.json").read_text())
     assert manifest["excluded"] == 30 and not manifest["unscored"]
     kept = [key for key in written(config.output) if key.startswith("th")]
     assert set(kept) <= {f"th{i}" for i in range(30, 40)} and 3 <= len(kept) <= 7
-    removed.write_text('{"file": "one/th.jsonl"}\n')
-    with pytest.raises(InputError, match=r'removed.jsonl:1: not a JSON object with "file", "number" and "id"'):
+    (tmp_path / "lists/removed/one/th.jsonl.jsonl").write_text('{"file": "one/th.jsonl"}\n')
+    with pytest.raises(InputError, match=r'th.jsonl.jsonl:1: not a JSON object with "file", "number" and "id"'):
         main(dataclasses.replace(config, output=str(tmp_path / "other")))
 
 
@@ -167,9 +169,9 @@ def test_nothing_is_left_when_it_fails_and_a_strange_folder_is_not_touched(tmp_p
     with pytest.raises(InputError, match=r"th.jsonl:1: 'th1' is not the document that was rated here"):
         main(config)
     (tmp_path / "corpus/one/th.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(InputError, match=r"th.jsonl.scores.parquet: has a score for 40, where .*th.jsonl has no"):
+    with pytest.raises(InputError, match=r"th.jsonl: has no document 40, which has a score; rate the file"):
         main(config)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "others", "scores"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kept.parts", "corpus", "others", "scores"]
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine.txt").write_text("precious")
     for overwrite, cause in ((False, "kept: has no record of what it was made from; set overwrite"),
@@ -302,10 +304,64 @@ def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
     claim_root(tmp_path / "scores", config.corpus, [])
     with pytest.raises(InputError, match=r"not under this Corpus\.root: the scores are of .*/corpus$"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
-    (tmp_path / "list.jsonl").write_text('{"file": "th.jsonl", "number": 1, "id": "th0"}\n')
-    with pytest.raises(InputError, match=r"list\.jsonl: names no document of this corpus"):
-        main(dataclasses.replace(config, exclude=[str(tmp_path / "list.jsonl")]))
-    (tmp_path / "list.jsonl").write_text('{"file": "one/th.jsonl", "number": 2, "id": "th0"}\n')
+    lists = write_removed(tmp_path / "lists", [{"file": "th.jsonl", "number": 1, "id": "th0"}])
+    with pytest.raises(InputError, match=r"lists: has a removal list of no file of this corpus, but .*th\.jsonl\.js"):
+        main(dataclasses.replace(config, exclude=[lists]))
+    lists = write_removed(tmp_path / "others", [{"file": "one/th.jsonl", "number": 2, "id": "th0"}])
     with pytest.raises(InputError, match=r"one/th\.jsonl:2: 'th1' is not the document that the removal list"):
-        main(dataclasses.replace(config, exclude=[str(tmp_path / "list.jsonl")]))
+        main(dataclasses.replace(config, exclude=[lists]))
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.fixture
+def shard():
+    yield cluster.take_shard
+    cluster.take_shard(None)
+
+
+def test_shards_make_what_one_process_makes(tmp_path, shard):
+    config = make(tmp_path, others=[str(tmp_path / "others")], temperature=2.0)
+    main(config)
+    for _ in range(8):  # a phase at a time
+        for number in (1, 0):
+            shard((number, 2))
+            main(dataclasses.replace(config, output=str(tmp_path / "shared")))
+    assert not (tmp_path / "shared").exists()
+    shard(None)
+    main(dataclasses.replace(config, output=str(tmp_path / "shared")))
+    contents = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                for folder in (tmp_path / "kept", tmp_path / "shared")]
+    assert contents[0] == contents[1] and len(contents[0]) == 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_source": True}, {"source_caps": {"web": 0.4, "book": 0.1, "": 1.0}},
+                                      {"temperature": 1.5, "fraction": 0.6}])
+def test_decided_in_phases_it_keeps_what_one_table_of_all_scores_decides(tmp_path, monkeypatch, settings):
+    """The statistics are those of a sample, the counts exact."""
+    rng = np.random.default_rng(1)
+    names = [f"{i}/{language}.jsonl" for i in range(3) for language in ("de", "th")]
+    for name in names:
+        records = [{"id": f"{name}-{i}", "lang": name[2:4], "source": str(rng.choice(["web", "book", ""])), "text": "x"}
+                   for i in range(700)]
+        write_documents(tmp_path / "corpus" / name, records)
+        write_scores(tmp_path / "scores", name, records, np.round(rng.normal(size=700), 2),
+                     rng.integers(1, 900, 700))
+    config = SelectConfig(**{"corpus": Corpus(tmp_path / "corpus", "*/*"), "scores": str(tmp_path / "scores"),
+                             "output": str(tmp_path / "kept"), "fraction": 0.3, **settings})
+    monkeypatch.setattr(select, "SAMPLE", 800)
+    main(config)
+    scores = read_scores(config.scores, names)
+    preference = quotas.preferences(scores, config.temperature)
+    quota = [config.fraction * scores.tokens[scores.language == i].sum() for i in range(2)]
+    caps = {scores.sources.index(key): cap for key, cap in config.source_caps.items()} if config.source_caps else None
+    kept = quotas.choose(scores, preference, quota, config.per_source, caps)
+    expected = {f"{names[scores.file[row]]}-{scores.number[row] - 1}" for row in np.flatnonzero(kept)}
+    assert set(written(config.output)) == expected
+    manifest = json.loads((tmp_path / "kept/selection.json").read_text())
+    for i, language in enumerate(manifest["languages"]):
+        own = scores.language == i
+        assert (language["documents"], language["kept_documents"]) == (2100, int((kept & own).sum()))
+        assert language["kept_tokens"] == scores.tokens[kept & own].sum()
+        assert language["threshold"] == pytest.approx(preference[kept & own].min())
+        assert 250 < sum(language["histogram"]) < 550
+    assert sum(cell["kept_tokens"] for cell in manifest["cells"]) == scores.tokens[kept].sum()
