@@ -1,6 +1,6 @@
 """Runs Frame-Voyager's evidence from nothing: videos, Video-LLMs, labels, runs of Frame-Voyager, the table.
 
-    python benchmarks/video_evidence.py --world=moments --output=DIR [--llm_seeds=3] [--voyager_seeds=5]
+    python benchmarks/video_evidence.py --world=moments --output=DIR [--voyager_seeds 5 1 1]
         [--set train_voyager.rank=0 ...] [--name=voyager] [--evaluate=False] [--quick]
 
 Each step is a command of the project with a gin file of its own in DIR/gin, so an interrupted run goes on where it was,
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", default="moments", choices=["moments", "stories"])
     parser.add_argument("--output", required=True, type=pathlib.Path)
-    parser.add_argument("--llm_seeds", type=int, default=3)
-    parser.add_argument("--voyager_seeds", type=int, default=5)
+    parser.add_argument("--voyager_seeds", type=int, nargs="+", default=[5, 1, 1],
+                        help="runs of Frame-Voyager for each of the Video-LLMs")
     parser.add_argument("--set", action="append", default=[], help="a parameter of Frame-Voyager's training")
     parser.add_argument("--name", default="voyager", help="name of Frame-Voyager's runs, for other settings")
     parser.add_argument("--evaluate", default=True, type=lambda text: text != "False")
@@ -75,14 +75,14 @@ def main() -> None:
     run("decode", "decode")
     run("train_towers", "towers")
     parts, trials = [], []
-    for llm_seed in range(arguments.llm_seeds):
+    for llm_seed, voyager_seeds in enumerate(arguments.voyager_seeds):
         llm = f"{output}/llm{llm_seed}"
         run("train", f"llm{llm_seed}", VIDEO_LLM=llm, **{"train_video.seed": llm_seed})
         stores = {split: f"{output}/{split}{llm_seed}" for split in ("labels", "validation")}
         for split in stores:
             run("label", f"{split}{llm_seed}", VIDEO_LLM=llm, LABELS=stores[split],
                 **{"label.questions": f"{output}/videos/{split}.jsonl"})
-        runs = [f"{output}/{name}{llm_seed}_{seed}" for seed in range(arguments.voyager_seeds)]
+        runs = [f"{output}/{name}{llm_seed}_{seed}" for seed in range(voyager_seeds)]
         extra = dict(text.split("=", 1) for text in arguments.set)
         for seed, folder in enumerate(runs):
             run("train_voyager", pathlib.Path(folder).name, VIDEO_LLM=llm, LABELS=stores["labels"],

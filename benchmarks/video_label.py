@@ -55,7 +55,7 @@ def random_video_llm(size: str):
     return config, params, mesh, Prompts(config, (3,), 1, encode)
 
 
-def naive(config, params, prompts, frames, question, all_combinations, batch):
+def naive(config, params, prompts, frames, times, question, all_combinations, batch):
     """Returns the answer's mean loss for each combination: float64 `[combinations]`."""
     words = prompts.words([question.question])[0]
     (answer,) = prompts.answers([question.answer])
@@ -65,7 +65,7 @@ def naive(config, params, prompts, frames, question, all_combinations, batch):
     losses = []
     for start in range(0, len(all_combinations), batch):
         part = all_combinations[np.minimum(np.arange(start, start + batch), len(all_combinations) - 1)]
-        losses.append(run(params, frames[part], np.tile(tokens, (batch, 1)), answer))
+        losses.append(run(params, frames[part], times[part], np.tile(tokens, (batch, 1)), answer))
     return np.concatenate([np.asarray(x) for x in losses])[: len(all_combinations)]
 
 
@@ -74,8 +74,8 @@ _programs = {}
 
 def _program(config, start, batch):
     @jax.jit
-    def run(params, frames, tokens, answer):
-        features = encode_frames(config, params, frames)
+    def run(params, frames, times, tokens, answer):
+        features = encode_frames(config, params, frames, times)
         hidden = hidden_states(config, params, features.reshape(batch, -1, features.shape[-1]), tokens)[:, start - 1 :]
         scores = all_logits(params["decoder"], hidden)
         own = token_logits(params["decoder"], hidden, jnp.broadcast_to(answer, hidden.shape[:2]))
@@ -107,14 +107,14 @@ def main() -> None:
         config, params, mesh, prompts = llm.config, llm.params, llm.mesh, llm.prompts
         store, questions = FrameStore(arguments.frame_store), read_questions(arguments.questions)[: arguments.count]
         indices = even(store.candidates, arguments.candidates)
-        videos = {q.video: store.frames([store.row(q.video)])[0][indices] for q in questions}
+        videos = {q.video: [x[indices] for x in store.video(q.video)] for q in questions}
     else:
         config, params, mesh, prompts = random_video_llm(arguments.size)
         rng, size = np.random.default_rng(1), config.vision.image_size
         questions = [Question(str(n), f"{n // 2}.mp4", "Which came first, then?"[: 12 + 5 * (n % 3)], "left")
                      for n in range(arguments.count)]
-        videos = {q.video: rng.integers(0, 256, (arguments.candidates, size, size, 3)).astype(np.uint8)
-                  for q in questions}
+        videos = {q.video: (rng.integers(0, 256, (arguments.candidates, size, size, 3)).astype(np.uint8),
+                            np.arange(arguments.candidates, dtype=np.float32)) for q in questions}
     drawn = [combinations(arguments.candidates, arguments.frames, arguments.combinations, name=question.id,
                           nested=not arguments.one_by_one) for question in questions]
     length = len(prompts.context(prompts.words([questions[0].question])[0], range(arguments.frames)))
@@ -123,11 +123,11 @@ def main() -> None:
     answer_scorer = AnswerScorer(config, params, mesh, prompts)
 
     def trees():
-        answered = answer_scorer(lambda video: answer_scorer.features(videos[video]), questions, drawn, options=False)
+        answered = answer_scorer(lambda video: answer_scorer.features(*videos[video]), questions, drawn, options=False)
         return [answers.losses for answers in answered]
 
     def loop():
-        return [naive(config, params, prompts, videos[q.video], q, rows, batch) for q, rows in zip(questions, drawn)]
+        return [naive(config, params, prompts, *videos[q.video], q, rows, batch) for q, rows in zip(questions, drawn)]
 
     ours, theirs = trees(), [naive(config, params, prompts, videos[q.video], q, rows[:batch], batch)
                              for q, rows in zip(questions, drawn)]  # compiles

@@ -39,6 +39,7 @@ from mlx_pretrain.parallel import cluster, hardware
 from video.frame_choice.evaluation_tables import (
     COST,
     EVIDENCE,
+    HYBRID,
     RANDOM,
     REPORT,
     UNIFORM,
@@ -49,7 +50,8 @@ from video.frame_choice.evaluation_tables import (
     write_report,
 )
 from video.frame_choice.rules import ASKING, RULES, even
-from video.frame_choice.scorers import Similarity, Voyager
+from video.frame_choice.scorers import Scorer, Similarity, Voyager
+from video.frame_choice.scores import Scores
 from video.frame_choice.selector import Selector
 from video.frames.frame_store import FrameStore
 from video.frames.reading import Candidates
@@ -74,12 +76,14 @@ class Trial:
       name: name of its file of answers, such as "seed0".
       video_llm: folder of the Video-LLM.
       voyagers: runs of `video.train_voyager` for it, which count as seeds.
+      hybrids: runs that have the similarities of the towers as an input, which are another method.
       towers: run of `video.train_towers` for the rules on similarities; None: these are left out.
     """
 
     name: str = gin.REQUIRED
     video_llm: str = gin.REQUIRED
     voyagers: Sequence[str] = ()
+    hybrids: Sequence[str] = ()
     towers: str | None = None
 
 
@@ -130,6 +134,21 @@ class EvaluateConfig:
                              f"{', '.join(name for name in RULES if name not in ASKING)}")
         if not self.settings or any(len(pair) != 2 or not 1 <= pair[1] <= pair[0] for pair in self.settings):
             raise InputError("evaluate_frames.settings: must be pairs (M, T) with T from 1 to M")
+
+
+class _KeepScores:
+    """A scorer that keeps the scores of the last question on the very same array, for all rules and T."""
+
+    def __init__(self, scorer: Scorer):
+        self._scorer, self._last = scorer, (None, "", None)
+        self.settings = scorer.settings
+        if hasattr(scorer, "score_some"):
+            self.score_some = scorer.score_some
+
+    def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
+        if self._last[0] is not frames or self._last[1] != question:
+            self._last = frames, question, self._scorer(video, frames, times, question)
+        return self._last[2]
 
 
 class _Chooser(NamedTuple):
@@ -189,9 +208,10 @@ def _choosers(trial: Trial, config: EvaluateConfig) -> tuple[Any, list[_Chooser]
     llm = load_video_llm(trial.video_llm)
     choosers = [_Chooser(UNIFORM), _Chooser(RANDOM)]
     if trial.towers is not None:
-        similarity = Similarity(trial.towers)
+        similarity = _KeepScores(Similarity(trial.towers))
         choosers += [_Chooser(_NAMES[rule], similarity, rule) for rule in config.rules]
-    choosers += [_Chooser(VOYAGER, Voyager(run, trial.video_llm), config.choice) for run in trial.voyagers]
+    choosers += [_Chooser(method, _KeepScores(Voyager(run, trial.video_llm, towers=trial.towers)), config.choice)
+                 for method, runs in ((VOYAGER, trial.voyagers), (HYBRID, trial.hybrids)) for run in runs]
     return llm, [*choosers, _Chooser(EVIDENCE)]
 
 
@@ -205,11 +225,11 @@ def _answer(
     chosen: dict[str, list] = {question.id: [] for question in questions}
     for number, (video, group) in enumerate(tqdm(by_video(questions).items(), f"{name}: choose", disable=None)):
         row = store.row(video)
-        frames, times = store.frames([row])[0], store.times[row]
+        frames, times = store.video(video)
         for candidates, settings in itertools.groupby(sorted(config.settings), operator.itemgetter(0)):
             grid = even(store.candidates, candidates)
             part = frames[grid]  # one array for all that follows: scorers keep what they encoded of the last one
-            for (_, num_frames), question, chooser in itertools.product(settings, group, choosers):
+            for question, (_, num_frames), chooser in itertools.product(group, list(settings), choosers):
                 # On a copy, nothing is encoded yet.
                 timed = question is group[0] and number < _TIMED
                 shown = Candidates(part.copy() if timed else part, times[grid], store.durations[row], grid)
@@ -219,7 +239,7 @@ def _answer(
                     spent[candidates, num_frames, chooser.method].append((time.perf_counter() - started, encoded))
                 chosen[question.id].append((candidates, num_frames, chooser.method, grid[indices]))
     scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
-    answers = scorer(lambda video: scorer.features(store.frames([store.row(video)])[0]), questions,
+    answers = scorer(lambda video: scorer.features(*store.video(video)), questions,
                      [[indices.tolist() for *_, indices in of_question] for of_question in chosen.values()])
     # The first video is left out where there are others: its choices compile programs.
     costs = {key: Cost(float(np.median([seconds for seconds, _ in values[1:] or values])),

@@ -11,10 +11,10 @@ The results are two stores (`video.frames.row_store`):
 
 so learning from them needs no Video-LLM. All embeddings of a frame are in memory only, those of one video at a time. A
 killed run resumes at the first question without a row, and encodes the frames of its video again. Several processes
-are one mesh of all their devices, which share the frames of a video and a question's combinations.
+are one mesh of all their devices, which share the frames of a video and a question's combinations. With `label.guided`
+a part of a question's combinations is drawn by the losses on the others.
 """
 
-import collections
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -36,9 +36,11 @@ from video.frames.row_store import RowWriter
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import VideoLLM, load_video_llm
 from video.questions import Question, by_video, draw_questions, read_questions
-from video.voyager.combinations import combinations, frame_counts
+from video.voyager.combinations import around_the_best, combinations, frame_counts, sample_sizes
 from video.voyager.frame_features import FEATURES, open_feature_writer, pool_tokens
 from video.voyager.loss_labels import LOSSES, combination_sizes
+
+_GROUP = 64  # questions whose first round is done before their second
 
 
 @gin.configurable("label")
@@ -56,6 +58,8 @@ class LabelConfig:
       max_combinations: K, number of combinations drawn for each question where there are more; None: all.
       nested: True: drawn combinations share their first frames, which the Video-LLM then reads once for all of them;
         False: they are drawn one by one, see `voyager.combinations`.
+      guided: share of them that is drawn in a second round, around those that had low losses in the first, see
+        `voyager.combinations.around_the_best`; 0: all are drawn at random (the paper's).
       compare_options: True: the loss of a question with options is the negative logarithm of the right option's share
         of the options' likelihoods (our own: it decides which option is chosen); False: the mean over the tokens of the
         right answer, as without options (the paper's).
@@ -74,11 +78,16 @@ class LabelConfig:
     num_frames: int | Sequence[int] = 4
     max_combinations: int | None = None
     nested: bool = True
+    guided: float = 0.0
     compare_options: bool = True
     feature_tokens: int = 1
     limit: int | None = None
     seed: int = 0
     compilation_cache: str | None = "~/.cache/mlx_pretrain/xla"
+
+    def __post_init__(self):
+        if not 0 <= self.guided < 1:
+            raise InputError(f"label.guided = {self.guided!r}: must be a share, from 0 to below 1")
 
 
 def main(config: LabelConfig) -> None:
@@ -91,7 +100,8 @@ def main(config: LabelConfig) -> None:
     questions = draw_questions(read_questions(config.questions), config.limit, config.seed)
     if config.candidates > store.candidates:
         raise InputError(f"label: candidates = {config.candidates}, but the frame store has {store.candidates}")
-    shape = combinations(config.candidates, config.num_frames, config.max_combinations, config.seed).shape
+    sizes = sample_sizes(config.candidates, config.num_frames, config.max_combinations, config.guided)
+    shape = sum(sum(counts.values()) for counts in sizes), max(sizes[0])
     hardware.keep_compiled(config.compilation_cache)
     llm = load_video_llm(config.model)
     store.check_size(llm.config.vision.image_size)
@@ -135,8 +145,8 @@ class _Labelling:
                                              (config.candidates, tokens, embed))
         sizes = frame_counts(config.candidates, config.num_frames)
         settings |= {"questions": sha256(config.questions), "frames": sizes if len(sizes) > 1 else sizes[0],
-                     "most": config.max_combinations, "nested": config.nested, "seed": config.seed,
-                     "compare_options": config.compare_options}
+                     "most": config.max_combinations, "nested": config.nested, "guided": config.guided,
+                     "seed": config.seed, "compare_options": config.compare_options}
         self._losses = RowWriter(output / LOSSES, LOSSES, settings, len(questions), {
             "losses": (shape[:1], np.dtype(np.float32)), "combinations": (shape, np.dtype(np.uint16))})
         for question in questions:
@@ -149,16 +159,26 @@ class _Labelling:
         remaining = [question for question in self._usable if question.id not in self._losses.done]
         if 0 < len(remaining) < len(self._usable):
             cluster.log(f"{len(self._usable) - len(remaining):,} of {len(self._usable):,} questions were done before")
-        drawn: collections.deque[np.ndarray] = collections.deque()
-        answered = self.scorer(self._encode, remaining, self._draw(remaining, drawn),
-                               options=self._config.compare_options)
+        config = self._config
+        _, around = sample_sizes(config.candidates, config.num_frames, config.max_combinations, config.guided)
         disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
-        for question, answers in tqdm(zip(remaining, answered), "questions", len(remaining), disable=disable):
-            self._write_features(question.video)
-            compares = self._config.compare_options and question.options
-            losses = answers.option_losses if compares else answers.losses
-            self._losses.add(question.id, {
-                "losses": losses, "combinations": drawn.popleft().astype(np.uint16)}, video=question.video)
+        with tqdm(total=len(remaining), desc="questions", disable=disable) as progress:
+            for start in range(0, len(remaining), _GROUP):
+                group = remaining[start : start + _GROUP]
+                drawn = [combinations(config.candidates, config.num_frames, config.max_combinations, config.seed,
+                                      question.id, config.nested, config.guided) for question in group]
+                losses = self._losses_on(group, drawn)
+                if any(around.values()):
+                    first = list(losses)
+                    further = [around_the_best(*labels, around, config.candidates, config.seed, question.id)
+                               for question, *labels in zip(group, drawn, first)]
+                    losses = map(np.concatenate, zip(first, self._losses_on(group, further)))
+                    drawn = list(map(np.concatenate, zip(drawn, further)))
+                for question, rows, values in zip(group, drawn, losses):
+                    self._write_features(question.video)
+                    self._losses.add(question.id, {"losses": values, "combinations": rows.astype(np.uint16)},
+                                     video=question.video)
+                    progress.update()
         for video in self._videos:
             if video not in self._features.done:  # its questions were done before, its features are gone
                 self._encode(video)
@@ -167,18 +187,16 @@ class _Labelling:
         self._losses.complete()
         return len(remaining)
 
-    def _draw(self, questions: Sequence[Question], drawn: collections.deque[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """Yields each question's combinations, without unused places; appends them to `drawn` with those."""
-        config = self._config
-        for question in questions:
-            rows = combinations(config.candidates, config.num_frames, config.max_combinations, config.seed,
-                                question.id, config.nested)
-            drawn.append(rows)
-            yield [row[:size] for row, size in zip(rows, combination_sizes(rows, config.candidates))]
+    def _losses_on(self, questions: Sequence[Question], drawn: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields the losses on each question's combinations, float32 `[combinations]`."""
+        candidates, compares = self._config.candidates, self._config.compare_options
+        used = ([row[:size] for row, size in zip(rows, combination_sizes(rows, candidates))] for rows in drawn)
+        for question, answers in zip(questions, self.scorer(self._encode, questions, used, options=compares)):
+            yield answers.option_losses if compares and question.options else answers.losses
 
     def _encode(self, video: str) -> jax.Array:
         """Returns all embeddings of a video's candidates; averages those that are still to be written."""
-        embeddings = self.scorer.features(self._store.frames([self._store.row(video)])[0][self._indices])
+        embeddings = self.scorer.features(*(x[self._indices] for x in self._store.video(video)))
         if video not in self._features.done:
             self._pooled[video] = self._pool(embeddings)
         return embeddings

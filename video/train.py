@@ -117,6 +117,7 @@ class VideoTraining(TrainModule):
         size, per_row = self._store.size, config.questions_per_video
         self.batch_row = {
             "frames": jax.ShapeDtypeStruct((config.frames, size, size, 3), np.uint8),
+            "times": jax.ShapeDtypeStruct((config.frames,), np.float32),
             "tokens": jax.ShapeDtypeStruct((per_row, config.length + 1), np.int32),
             "answers": jax.ShapeDtypeStruct((per_row, 2), np.int32),
         }
@@ -126,7 +127,7 @@ class VideoTraining(TrainModule):
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
         rows, per_row, _ = batch["tokens"].shape
-        features = encode_frames(self.model, params, batch["frames"])
+        features = encode_frames(self.model, params, batch["frames"], batch["times"])
         features = features.reshape(rows, -1, features.shape[-1])
         features = jnp.repeat(features, per_row, axis=0)
         tokens = batch["tokens"].reshape(rows * per_row, -1)
@@ -204,7 +205,7 @@ class QuestionEvaluator:
         self._has_evidence = any(question.evidence for question in questions)
 
     def _features(self, video: str) -> jax.Array:
-        return self._scorer.features(self._store.frames([self._store.row(video)])[0])
+        return self._scorer.features(*self._store.video(video))
 
     def __call__(self, params: Any, check: Callable[[], None]) -> dict[str, float]:
         if self._scorer is None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import gin
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain import command_line
@@ -26,8 +27,11 @@ from mlx_pretrain.training.train_state import abstract_params
 from mlx_pretrain.training.train_step import LossParts
 from mlx_pretrain.training.trainer import Trainer
 from mlx_pretrain.training.trainer_config import TrainerConfig
+from video.frame_choice.scorers import Similarity
+from video.frames.frame_store import FrameStore
 from video.llm.loading import load_video_llm
-from video.llm.prompts import PaddedPrompts
+from video.llm.prompts import QuestionWords
+from video.questions import by_video
 from video.voyager.frame_voyager import (
     OBJECTIVES,
     VoyagerConfig,
@@ -54,7 +58,9 @@ class TrainVoyagerConfig(TrainerConfig):
       layers: number of these layers.
       frame_tokens: tokens of a frame, 1 or, for None, as many as the labels store, see `video.label`.
       head_dim, frame_layers, frame_heads, rank: see `VoyagerConfig`.
-      tune_layers: True: trains the Video-LLM's layers too; False: what is added to them alone.
+      towers: run of `video.train_towers`: makes a hybrid, which also reads the similarity of frame and question in
+        their space; None: Frame-Voyager.
+      frame_store: folder of the frames that were labelled, of use for a hybrid alone.
       objective, temperature: see `ranking_loss`.
       strides: in training, one of these is drawn for each question, and only every so many candidates see each other,
         so that rewards are learnt for several M from labels of one.
@@ -78,7 +84,8 @@ class TrainVoyagerConfig(TrainerConfig):
     frame_layers: int = 2
     frame_heads: int = 4
     rank: int = 16
-    tune_layers: bool = True
+    towers: str | None = None
+    frame_store: str | None = None
     objective: str = "pairs"
     temperature: float = 0.1
     strides: Sequence[int] = (1, 2)
@@ -95,6 +102,8 @@ class TrainVoyagerConfig(TrainerConfig):
             raise self.config_error("objective", f"must be one of {', '.join(OBJECTIVES)}")
         if not self.strides or any(not isinstance(n, int) or n < 1 for n in self.strides):
             raise self.config_error("strides", "must be a list of positive integers")
+        if (self.towers is None) != (self.frame_store is None):
+            raise self.config_error("towers", "needs frame_store, and frame_store needs towers")
         if not self.temperature > 0:
             raise self.config_error("temperature", "must be above 0 nats")
 
@@ -128,32 +137,29 @@ class VoyagerTraining(TrainModule):
         decoder, params = bottom_layers(llm.config, llm.params, config.layers)
         self._bottom = jax.device_get(params)
         self.model = VoyagerConfig(decoder, tokens, config.head_dim, config.frame_layers, config.frame_heads,
-                                   config.rank)
+                                   config.rank, config.towers is not None)
         self.tokenizer_path = llm.tokenizer_path
-        self._prompts = PaddedPrompts(self.model.prompt, tokens, llm.language_model, [
-            question.question for labels in (self._train, self._validation) for question in labels.questions])
+        similarity = None if config.towers is None else Similarity(config.towers)
+        self._similarity = similarity and similarity.settings
+        self._train_inputs, self._validation_inputs = (
+            QuestionInputs(labels, QuestionWords(self.model.prompt, llm.language_model, [
+                question.question for question in labels.questions]), similarity, config.frame_store)
+            for labels in (self._train, self._validation))
         self._row_combinations = min(config.combinations or self._train.losses.shape[1], self._train.losses.shape[1])
-        length = self._prompts.length(candidates)
-        if (longest := self._prompts.length(1)) > decoder.max_length:
+        words = self._train_inputs.words.length
+        if (longest := max(words, self._validation_inputs.words.length) + tokens) > decoder.max_length:
             raise InputError(f"{config.labels}: {longest} tokens of a question and a frame, the decoder has "
                              f"max_length={decoder.max_length}")
-        float32, int32 = np.float32, np.int32
         self.batch_row = {
-            "features": jax.ShapeDtypeStruct(self._train.features.shape, float32),
-            "tokens": jax.ShapeDtypeStruct((length,), int32),
-            "indices": jax.ShapeDtypeStruct((candidates, tokens), int32),
-            "times": jax.ShapeDtypeStruct((candidates,), float32),
-            "segments": jax.ShapeDtypeStruct((candidates,), int32),
-            "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), int32),
-            "losses": jax.ShapeDtypeStruct((self._row_combinations,), float32),
+            **{name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+               for name, x in self._train_inputs[np.arange(1)].items()},
+            "combinations": jax.ShapeDtypeStruct((self._row_combinations, self._train.combinations.shape[2]), np.int32),
+            "losses": jax.ShapeDtypeStruct((self._row_combinations,), np.float32),
         }
-        self.tokens_per_sequence = length
-        self.flops_per_token = decoder.flops_per_token(length)
+        self.tokens_per_sequence = words + candidates * tokens
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, LossParts]:
-        if not self._config.tune_layers:
-            params = {**params, "decoder": jax.lax.stop_gradient(params["decoder"])}
-        frame_rewards = rewards(self.model, params, *(batch[name] for name in _INPUTS))
+        frame_rewards = rewards(self.model, params, *(batch[name] for name in self._train_inputs.names))
         combinations = batch["combinations"]
         losses, right, usable = ranking_loss(
             combination_rewards(frame_rewards, combinations), batch["losses"],
@@ -164,17 +170,17 @@ class VoyagerTraining(TrainModule):
         return total, LossParts(weight, means)
 
     def source(self, mixture: Mixture, rows: np.ndarray) -> "LabelSource":
-        return LabelSource(self._train, self._prompts, self._row_combinations, self._config.strides, mixture, rows)
+        return LabelSource(self._train_inputs, self._row_combinations, self._config.strides, mixture, rows)
 
     def tokens(self, batch: Batch) -> collections.Counter[str]:
-        return collections.Counter({"questions": len(batch["tokens"])})
+        return collections.Counter({"questions": len(batch["losses"])})
 
     def evaluators(self, mesh: Mesh) -> list[Evaluator]:
-        predict = RewardPredictor(self.model, mesh, self._prompts, self._config.eval_batch_size)
+        predict = RewardPredictor(self.model, mesh, self._config.eval_batch_size)
 
         def evaluate(params: Any, check: Callable[[], None]) -> dict[str, float]:
             check()
-            return ranking_metrics(predict(params, self._validation), self._validation)
+            return ranking_metrics(predict(params, self._validation_inputs), self._validation)
 
         return [Evaluator(HELD_OUT, self._config.eval_every, evaluate, format_ranking)]
 
@@ -195,12 +201,53 @@ class VoyagerTraining(TrainModule):
         return {
             "labels": {"path": str(config.labels), **self._train.settings, "left_out": self._train.dropped},
             "validation": {"path": str(config.validation), **self._validation.settings},
+            "similarity": self._similarity,
             "questions_sha256": [sha256(config.questions), sha256(config.validation_questions)],
         }
 
 
-# Arguments of `rewards` in a batch, in order.
-_INPUTS = ("features", "tokens", "indices", "times", "segments")
+class QuestionInputs:
+    """What `rewards` reads of labelled questions.
+
+    Attributes:
+      labels: the questions with their labels.
+      words: the questions' words.
+      names: names of the arguments of `rewards`, in order.
+    """
+
+    def __init__(self, labels: Labels, words: QuestionWords, similarity: Similarity | None = None,
+                 frame_store: epath.PathLike | None = None):
+        """Computes similarities with the frames of the store, for a hybrid.
+
+        Raises:
+          InputError: other frames than those of the store were labelled, or the towers take frames of another size.
+        """
+        self.labels, self.words = labels, words
+        self.names = ["features", "words", "lengths", "times", "segments"]
+        if similarity is not None:
+            self.names.append("similarities")
+            store = FrameStore(frame_store)
+            if store.fingerprint() != labels.settings["frame_store"]:
+                raise InputError(f"{frame_store}: not the frames that were labelled in {labels.path}")
+            store.check_size(similarity.size)
+            self._similarities = np.zeros((len(labels), labels.features.shape[0]), np.float32)
+            rows = {question.id: row for row, question in enumerate(labels.questions)}
+            for video, group in by_video(labels.questions).items():
+                frames, times = (x[labels.settings["candidates"]] for x in store.video(video))
+                for question in group:
+                    self._similarities[rows[question.id]] = similarity(video, frames, times, question.question).values
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the arguments for some questions, name -> `[rows, ...]`; all candidates see each other."""
+        labels = self.labels
+        videos, candidates = labels.video[rows], labels.features.shape[0]
+        words, lengths = self.words[rows]
+        inputs = {"features": labels.features.features_of(videos), "words": words, "lengths": lengths,
+                  "times": labels.features.times[videos].astype(np.float32),
+                  "segments": np.ones((len(rows), candidates), np.int32)}
+        if "similarities" in self.names:
+            inputs["similarities"] = self._similarities[rows]
+        return inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,17 +261,15 @@ class LabelProvenance:
 class LabelSource(MixtureSource):
     """Batches of questions with some of their labels."""
 
-    def __init__(self, labels: Labels, prompts: PaddedPrompts, combinations: int, strides: Sequence[int],
-                 mixture: Mixture, rows: np.ndarray | None = None):
+    def __init__(self, inputs: QuestionInputs, combinations: int, strides: Sequence[int], mixture: Mixture,
+                 rows: np.ndarray | None = None):
         """Opens the source; `combinations` counts those of a row. See `MixtureSource` for the rest."""
-        self._labels, self._row_combinations, self._strides = labels, combinations, strides
+        self._inputs, self._row_combinations, self._strides = inputs, combinations, strides
         super().__init__(mixture, rows)
-        self._tokens, self._indices = prompts([question.question for question in labels.questions],
-                                             labels.features.shape[0])
 
     def __getitem__(self, batch: int) -> Batch:
         """Returns this host's rows of a batch, see `VoyagerTraining.batch_row`."""
-        labels = self._labels
+        labels = self._inputs.labels
         _, rows, epochs = self.sampler.locate(batch, self.rows)
         drawn, segments = [], []
         for row, epoch in zip(rows, epochs):
@@ -233,10 +278,8 @@ class LabelSource(MixtureSource):
             segments.append(np.arange(labels.features.shape[0], dtype=np.int32) % rng.choice(self._strides) + 1)
         drawn = np.stack(drawn)
         return {
-            **label_inputs(labels, rows),
+            **self._inputs[rows],
             "segments": np.stack(segments).astype(np.int32),
-            "tokens": self._tokens[rows],
-            "indices": self._indices[rows],
             "combinations": np.take_along_axis(labels.combinations[rows], drawn[..., None], 1).astype(np.int32),
             "losses": np.take_along_axis(labels.losses[rows], drawn, 1),
         }
@@ -244,36 +287,29 @@ class LabelSource(MixtureSource):
     def provenance(self, batch: int) -> list[LabelProvenance]:
         """Returns where every row of the global batch comes from, for error reports."""
         _, rows, epochs = self.sampler.locate(batch)
-        return [LabelProvenance(self._labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
-
-
-def label_inputs(labels: Labels, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns what `rewards` reads of questions besides their tokens: features, times, segments, `[rows, M, ...]`."""
-    videos, candidates = labels.video[rows], labels.features.shape[0]
-    return {"features": labels.features.features_of(videos), "times": labels.features.times[videos].astype(np.float32),
-            "segments": np.ones((len(rows), candidates), np.int32)}
+        return [LabelProvenance(self._inputs.labels.questions[row].id, int(epoch)) for row, epoch in zip(rows, epochs)]
 
 
 class RewardPredictor:
     """Computes the rewards of the labelled combinations of many questions, a batch at a time."""
 
-    def __init__(self, config: VoyagerConfig, mesh: Mesh, prompts: PaddedPrompts, batch_size: int):
+    def __init__(self, config: VoyagerConfig, mesh: Mesh, batch_size: int):
         """Stores the model; `batch_size` counts questions, over all devices."""
-        self._prompts, self._batch_size = prompts, batch_size
+        self._batch_size = batch_size
         self._sharding = partitioning.batch_sharding(mesh)
         self._step = jax.jit(
             lambda params, combinations, *inputs: combination_rewards(rewards(config, params, *inputs), combinations),
             out_shardings=partitioning.replicated(mesh))
 
-    def __call__(self, params: Any, labels: Labels) -> np.ndarray:
+    def __call__(self, params: Any, questions: QuestionInputs) -> np.ndarray:
         """Returns rewards of combinations, float32 `[questions, combinations]`."""
-        tokens, indices = self._prompts([question.question for question in labels.questions], labels.features.shape[0])
+        labels = questions.labels
         batches = []
         for start in range(0, len(labels), self._batch_size):
             # The last batch repeats a question to keep its shape.
             rows = np.minimum(np.arange(start, start + self._batch_size), len(labels) - 1)
-            inputs = label_inputs(labels, rows) | {"tokens": tokens[rows], "indices": indices[rows]}
-            arrays = labels.combinations[rows].astype(np.int32), *(inputs[name] for name in _INPUTS)
+            inputs = questions[rows]
+            arrays = labels.combinations[rows].astype(np.int32), *(inputs[name] for name in questions.names)
             batches.append(self._step(params, *(partitioning.put(x, self._sharding) for x in arrays)))
         return np.concatenate(jax.device_get(batches))[: len(labels)]
 

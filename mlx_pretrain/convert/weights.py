@@ -89,6 +89,11 @@ class StoredParameter:
         self.shape = self._layer_shape if n_layers is None else (n_layers, *self._layer_shape)
         self.dtype = np.dtype(dtype)
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the first axis is that of layers, each of which is a tensor of its own."""
+        return self._n_layers is not None
+
     def astype(self, dtype: np.dtype | type) -> "StoredParameter":
         """Returns the same parameter in another dtype; tensors are converted one by one."""
         return StoredParameter(self._layer_shape, self._read, self._n_layers, dtype)

@@ -252,7 +252,8 @@ def from_pretrained(
 ) -> LanguageModel:
     """Returns a model with a Hugging Face tokenizer.
 
-    Parameters in host memory or in files (`open_pretrained`) are put on `mesh`; without one they stay as they are.
+    Parameters in host memory or in files (`open_pretrained`) are put on `mesh`; without one, or if they are arrays
+    there already, maybe a part of the model's, they stay as they are.
 
     Raises:
       InputError: the tokenizer's ids, or those that begin or end a document, exceed the vocabulary, or no id begins or
@@ -267,9 +268,8 @@ def from_pretrained(
     for name, tokens in (("bos_token_id", bos), ("eos_token_id", ids.eos_ids)):
         if beyond := [token for token in tokens if not 0 <= token < config.vocab_size]:
             raise InputError(f"{path}: {name} {beyond[0]} is not one of the model's {config.vocab_size} ids")
-    if mesh is not None:
-        params = jax.tree.map(lambda x, like: x if isinstance(x, jax.Array) else partitioning.put_parts(x, like),
-                              params, abstract_params(config, mesh))
+    if mesh is not None and not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+        params = jax.tree.map(partitioning.put_parts, params, abstract_params(config, mesh))
     return LanguageModel(str(path), None, config, params, mesh, tokenizer, prefix_ids, (bos or ids.eos_ids)[0],
                          ids.eos_ids or bos, pad_id=ids.pad_id)
 

@@ -206,21 +206,50 @@ class Decoder(nn.Module):
         if segment_ids is not None and not config.segment_attention:
             # Positions that restart would place documents that attend to each other on top of each other.
             segment_ids, positions = None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        angles = rotary_angles(positions, config.head_dim, config.rope_theta)
-        block = Block
-        if config.remat != "none" and cache is None:
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            length=config.n_layers,
-            unroll=config.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, tree_mask, cache)
-        return RMSNorm(config.norm_epsilon, dtype, name="final_norm")(x), cache
+        return _run_layers(config, x, positions, segment_ids, cache, tree_mask)
+
+
+class DecoderLayers(nn.Module):
+    """The layers of a decoder, for inputs that are embeddings already: `Decoder` without its embedding."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[ArrayLike, "batch length embed"],
+        positions: Int[ArrayLike, "batch length"],
+        tree_mask: TreeMask | None = None,
+    ) -> Float[Array, "batch length embed"]:
+        """Maps embeddings `[batch, length, embed]` to states after the final norm; arguments as in `Decoder`."""
+        return _run_layers(self.config, jnp.asarray(x, self.config.dtype), positions, None, None, tree_mask)[0]
+
+
+def _run_layers(
+    config: DecoderConfig,
+    x: Float[Array, "batch length embed"],
+    positions: Int[ArrayLike, "batch length"],
+    segment_ids: Int[ArrayLike, "batch length"] | None,
+    cache: Cache | None,
+    tree_mask: TreeMask | None,
+) -> tuple[Float[Array, "batch length embed"], Cache | None]:
+    """Runs all layers and the final norm, whose parameters belong to the module that calls it."""
+    dtype = jnp.dtype(config.dtype)
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    block = Block
+    if config.remat != "none" and cache is None:
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    layers = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        length=config.n_layers,
+        unroll=config.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    x, cache = layers(config, dtype, name="layers")(x, angles, positions, segment_ids, tree_mask, cache)
+    return RMSNorm(config.norm_epsilon, dtype, name="final_norm")(x), cache
 
 
 class _Output(nn.Module):

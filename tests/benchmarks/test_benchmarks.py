@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -52,6 +53,7 @@ def test_variants_of_the_gpu_step_are_sorted_and_a_failing_one_stops_nothing():
     assert result["variants"][-1]["variant"] == "none-cudnn" and "cudnn" in result["variants"][-1]["error"]
 
 
+@pytest.mark.slow
 def test_solver_reaches_optimality():
     result = last_line("climb_solver.py", "--languages", "12")
     assert result["languages"] == 12 and result["kkt"] < 1e-6 and 0 <= result["joint_gap"] < 0.1
@@ -182,8 +184,7 @@ def test_nested_combinations_take_fewer_tokens_and_favour_no_frame():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", ["moments", "stories"])
 def test_the_evidence_of_frame_voyager_runs_from_nothing(tmp_path, world):
-    result = last_line("video_evidence.py", f"--world={world}", f"--output={tmp_path}", "--llm_seeds=1",
-                       "--voyager_seeds=2")
+    result = last_line("video_evidence.py", f"--world={world}", f"--output={tmp_path}", "--voyager_seeds=2")
     assert result["questions"] == 6 and list(result["accuracy"]) == ["4 of 16", "4 of 32", "2 of 16", "4 of 64"]
     assert all(0 <= accuracy <= 1 for row in result["accuracy"].values() for accuracy in row.values())
     assert {"uniform", "similarity", "MDP3", "Frame-Voyager", "frames that matter"} < set(result["accuracy"]["2 of 16"])
@@ -203,3 +204,12 @@ def test_conversions_hold_less_than_the_model():
     result = last_line("convert_memory.py")
     assert result["parameters_mb"] == 134
     assert max(result["float32_mb"], result["bfloat16_mb"]) < 180 and result["load_mb"] < 90
+
+
+def test_identifiers_of_languages_know_the_sample(tmp_path):
+    for language in ("de", "hi", "zh"):
+        shutil.copy(ROOT / f"samples/text/heldout/{language}.jsonl.xz", tmp_path)
+    result = last_line("language_id.py", str(tmp_path), "--only", "py3langid,cld2")
+    accuracy = result["accuracy"][f"all, {tmp_path.name}, 300"]
+    assert accuracy["languages"] == 3 and min(accuracy["py3langid"], accuracy["cld2"]) >= 0.8
+    assert result["judgements"]["with_cld2, 300"][0] >= 80 and result["microseconds"]["cld2"]["300"] > 0

@@ -1,5 +1,6 @@
 """Frame-Voyager from rendering to selection, as a user runs it: a broken video, kill -9, wrong inputs."""
 
+import itertools
 import json
 
 import jax
@@ -185,13 +186,13 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
     np.testing.assert_allclose(killed.features_of(rows), whole.features_of(rows), atol=0.02)  # bfloat16
 
 
-def test_shuffled_questions_and_several_sizes(command, labelled):
+def test_shuffled_questions_several_sizes_and_a_second_round(command, labelled):
     questions = (labelled / "videos/labels.jsonl").read_text().splitlines()
     np.random.default_rng(0).shuffle(questions)
     (labelled / "videos/shuffled.jsonl").write_text("\n".join(questions) + "\n")
     flags = ("--gin.LABELS=shuffled", "--gin.LABEL_QUESTIONS=videos/shuffled.jsonl")
     said = good(command("label", *flags, "--gin.label.num_frames=(1, 2)", "--gin.label.feature_tokens=4",
-                        "--gin.label.limit=14"))
+                        "--gin.label.limit=14", "--gin.label.max_combinations=12", "--gin.label.guided=0.5"))
     assert "combinations of 1 or 2 out of 6 frames" in said
     one = read_labels(labelled / "labels", labelled / "videos/labels.jsonl")
     both = read_labels(labelled / "shuffled", labelled / "videos/shuffled.jsonl")
@@ -199,13 +200,16 @@ def test_shuffled_questions_and_several_sizes(command, labelled):
     np.testing.assert_array_equal(both.combinations[0, :6], [[frame, 6] for frame in range(6)])
     row = {question.id: row for row, question in enumerate(one.questions)}
     rows = [row[question.id] for question in both.questions]
-    np.testing.assert_array_equal(both.combinations[:, 6:], one.combinations[rows])
-    np.testing.assert_allclose(both.losses[:, 6:], one.losses[rows], atol=1e-4)
+    pairs = list(itertools.combinations(range(6), 2))
+    assert one.combinations[0].tolist() == [list(pair) for pair in pairs]
+    for found, losses, of_all in zip(both.combinations[:, 6:].tolist(), both.losses[:, 6:], one.losses[rows]):
+        assert len({tuple(pair) for pair in found}) == 6  # 3 drawn at random, 3 around the best
+        np.testing.assert_allclose(losses, of_all[[pairs.index(tuple(pair)) for pair in found]], atol=1e-4)
     assert both.features.shape == (6, 4, 32)
     np.testing.assert_allclose(both.features.features_of(both.video).mean(axis=2, keepdims=True),
                                one.features.features_of(one.video[rows]), atol=0.02)  # bfloat16
     said = good(command("train_voyager", *flags, "--gin.VOYAGER=mixed", "--gin.train_voyager.frame_tokens=1"))
-    assert "21 combinations of 1 or 2 out of 6 frames" in said and "pairs in order" in said
+    assert "12 combinations of 1 or 2 out of 6 frames" in said and "pairs in order" in said
     ended = command("train_voyager", *flags, "--gin.VOYAGER=other", "--gin.train_voyager.frame_tokens=None")
     assert ended.code == 1 and "must be 1 or the 1 that validation_labels stores" in ended.err
 
@@ -246,7 +250,8 @@ def test_two_processes_train_the_same(labelled, name, configurable, macro):
 def test_parts_of_a_video_llm_are_those_of_the_whole(trained):
     whole, tower = load_video_llm(trained / "llm"), load_video_llm(trained / "llm", layers=0)
     bottom = load_video_llm(trained / "llm", layers=2, frames=False)
-    assert set(bottom.params) == {"decoder"} and set(tower.params) == {"frames"}
+    assert set(bottom.params) == {"decoder"} and set(tower.params) == {"frames", "decoder"}
+    assert set(tower.params["decoder"]) == {"embedding"}
     assert bottom.fingerprint() == tower.fingerprint() == whole.fingerprint()
     jax.tree.map(np.testing.assert_array_equal, tower.params["frames"], whole.params["frames"])
     decoder, params = bottom_layers(bottom.config, bottom.params, 2)
@@ -316,7 +321,7 @@ def test_accuracy_with_the_frames_of_every_chooser(command, labelled, voyager):
     for line in answers[:3]:
         assert {(choice[0], choice[1]) for choice in line["choices"]} == {(6, 2), (12, 3)}
         assert {choice[2] for choice in line["choices"]} == methods
-        features = scorer.features(store.frames([store.row(line["video"])])[0])
+        features = scorer.features(*store.video(line["video"]))
         for candidates, count, _, frames, is_right, loss in line["choices"]:
             assert len(set(frames)) == count and set(frames) <= set(range(1, 12, 2) if candidates == 6 else range(12))
             (alone,) = scorer(lambda video, features=features: features, [questions[line["id"]]], [[frames]])
@@ -328,6 +333,23 @@ def test_accuracy_with_the_frames_of_every_chooser(command, labelled, voyager):
         for method, row in setting["methods"].items():
             assert row["accuracy"]["all"]["value"] == pytest.approx(np.mean(right[setting["candidates"], method]))
     assert (labelled / "evaluation/cost.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_hybrid_is_trained_evaluated_and_needs_its_towers(command, labelled):
+    good(command("train_towers", "--gin.TOWERS=hybrid_towers"))
+    trained = good(command("train_voyager", "--gin.VOYAGER=hybrid", "--gin.train_voyager.towers=hybrid_towers",
+                           "--gin.train_voyager.frame_store=frames"))
+    assert "pairs in order" in trained
+    good(command("evaluate", "--gin.TOWERS=hybrid_towers", "--gin.EVALUATION=with_hybrid", "--gin.Trial.voyagers=[]",
+                 "--gin.Trial.hybrids=['hybrid']"))
+    results = json.loads((labelled / "with_hybrid/results.json").read_text())
+    assert "hybrid of Frame-Voyager and similarity" in results["settings"][0]["methods"]
+    selected = good(command("select", "--gin.VOYAGER=hybrid", "--gin.Voyager.towers=hybrid_towers",
+                            "--gin.SELECTED=by_hybrid"))
+    assert "selected: 3 of 10 frames for " in selected.replace("by_hybrid", "selected")
+    ended = command("select", "--gin.VOYAGER=hybrid", "--gin.SELECTED=other")
+    assert ended.code == 1 and "hybrid: a hybrid, which needs Voyager.towers" in ended.err
 
 
 @pytest.mark.parametrize("stage, flags, message", [

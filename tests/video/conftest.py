@@ -75,7 +75,7 @@ def config():
     vision = VisionConfig(image_size=29, patch_size=4, embed_dim=16, n_layers=2, n_heads=2, mlp_dim=24)
     decoder = DecoderConfig(vocab_size=270, embed_dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, mlp_dim=48,
                             max_length=96)
-    return VideoLLMConfig(vision, decoder, pooled_side=2)
+    return VideoLLMConfig(vision, decoder, pooled_side=2, frame_times=True)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from mlx_pretrain.reports.figures import ACCENT, INK, MUTED, plot_style, save_fi
 
 REPORT, COST = "report.md", "cost"  # the figure is an SVG and a PNG
 UNIFORM, RANDOM, EVIDENCE, VOYAGER = "uniform", "random", "frames that matter", "Frame-Voyager"
+HYBRID = "hybrid of Frame-Voyager and similarity"
 _LEVEL = 0.95
 
 Key = tuple[int, int, str]  # M, T, method

@@ -23,7 +23,7 @@ from video.frame_choice.scores import Scores
 from video.frame_choice.towers import TowersConfig, embed_frames, embed_texts
 from video.llm.loading import load_video_llm
 from video.llm.model import encode_frames
-from video.llm.prompts import PaddedPrompts
+from video.llm.prompts import QuestionWords
 from video.voyager.frame_voyager import VoyagerConfig, rewards
 
 
@@ -61,13 +61,13 @@ class AskableScorer(Scorer, Protocol):
 class _KeepLast:
     """Encodes frames, and keeps the result for the next question on the very same array."""
 
-    def __init__(self, encode: Callable[[np.ndarray], jax.Array]):
+    def __init__(self, encode: Callable[..., jax.Array]):
         self._encode = encode
         self._frames: np.ndarray | None = None
 
-    def __call__(self, frames: np.ndarray) -> jax.Array:
+    def __call__(self, frames: np.ndarray, *times: np.ndarray) -> jax.Array:
         if self._frames is not frames:
-            self._features, self._frames = self._encode(frames), frames
+            self._features, self._frames = self._encode(frames, *times), frames
         return self._features
 
 
@@ -84,26 +84,35 @@ class Voyager:
     resize_mode = "stretch"
 
     def __init__(self, run_dir: epath.PathLike = gin.REQUIRED, video_llm: epath.PathLike = gin.REQUIRED,
-                 step: int | Literal["best"] | None = "best"):
+                 step: int | Literal["best"] | None = "best", towers: epath.PathLike | None = None):
         """Loads a run of `video.train_voyager` and the Video-LLM it was trained for.
 
         Args:
           run_dir: folder of the run.
           video_llm: folder of the Video-LLM, see `load_video_llm`.
           step: checkpoint of the run, see `checkpoints.find_step`.
+          towers: run of `video.train_towers` that a hybrid was trained with; of no use for others.
 
         Raises:
-          InputError: one of them is missing, or the run was trained for another Video-LLM.
+          InputError: one of them is missing, or the run was trained for another Video-LLM or with other towers.
         """
         mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
         llm, self._config = load_video_llm(video_llm, mesh, layers=0), checkpoints.load_model(run_dir, VoyagerConfig)
-        self._trained_for = read_json(epath.Path(run_dir) / "run.json", "run")["labels"]["model"]
+        record = read_json(epath.Path(run_dir) / "run.json", "run")
+        self._trained_for = record["labels"]["model"]
         if self._trained_for != llm.fingerprint():
             raise InputError(f"{run_dir}: trained for another Video-LLM than {video_llm}")
+        self._similarity = None
+        if self._config.hybrid:
+            if towers is None:
+                raise InputError(f"{run_dir}: a hybrid, which needs Voyager.towers, the run it was trained with")
+            self._similarity = Similarity(towers)
+            if self._similarity.settings != record["similarity"]:
+                raise InputError(f"{run_dir}: trained with other towers than {towers}")
         self.size = llm.config.vision.image_size
         self._params, _ = checkpoints.restore_params(run_dir, abstract_params(self._config, mesh), step)
         self._encode = _KeepLast(functools.partial(jax.jit(functools.partial(encode_frames, llm.config)), llm.params))
-        self._prompts = PaddedPrompts(self._config.prompt, self._config.frame_tokens, llm.language_model, [])
+        self._words = functools.partial(QuestionWords, self._config.prompt, llm.language_model)
         self._rewards = jax.jit(functools.partial(rewards, self._config))
 
     @functools.cached_property
@@ -113,13 +122,15 @@ class Voyager:
                 "fingerprint": fingerprint(self._params, dataclasses.asdict(self._config))}
 
     def __call__(self, video: str, frames: np.ndarray, times: np.ndarray, question: str) -> Scores:
-        tokens, frame_positions = self._prompts([question], len(frames))
-        own = tokens.shape[1] - (len(frames) - 1) * self._config.frame_tokens  # the question and one frame
+        words, lengths = self._words([question])[[0]]
+        own = lengths[0] + self._config.frame_tokens  # the question and one frame
         if own > self._config.decoder.max_length:
             raise InputError(f"{video}: the question has {own} tokens with a frame, Frame-Voyager takes "
                              f"{self._config.decoder.max_length}")
-        times, segments = times.astype(np.float32)[None], np.ones((1, len(frames)), np.int32)
-        scores = self._rewards(self._params, self._encode(frames)[None], tokens, frame_positions, times, segments)
+        times, segments = times.astype(np.float32), np.ones((1, len(frames)), np.int32)
+        features = self._encode(frames, times)[None]
+        similarities = self._similarity and self._similarity(video, frames, times, question).values[None]
+        scores = self._rewards(self._params, features, words, lengths, times[None], segments, similarities)
         return Scores(np.asarray(scores.values)[0], np.asarray(scores.pairs)[0] if self._config.rank else None)
 
 

@@ -37,8 +37,7 @@ class FrameStore:
 
         store = FrameStore("runs/video/frames")
         if "videos/v00003.mp4" in store:
-            row = store.row("videos/v00003.mp4")
-            frames, times = store.frames([row])[0], store.times[row]   # uint8 [candidates, size, size, 3], seconds
+            frames, times = store.video("videos/v00003.mp4")   # uint8 [candidates, size, size, 3], seconds
 
     Attributes:
       size: pixels of a side of every frame.
@@ -86,3 +85,8 @@ class FrameStore:
     def frames(self, rows: Iterable[int] | None = None) -> np.ndarray:
         """Reads frames uint8 `[rows, candidates, size, size, 3]`; None: all rows."""
         return self._rows.read("frames", rows)
+
+    def video(self, video: str) -> tuple[np.ndarray, np.ndarray]:
+        """Reads a video's frames uint8 `[candidates, size, size, 3]`; returns them with their times `[candidates]`."""
+        row = self.row(video)
+        return self.frames([row])[0], self.times[row]

@@ -41,7 +41,7 @@ class AnswerScorer:
     """Scores answers to questions on videos.
 
         scorer = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts)
-        features = scorer.features(frames)                          # frames uint8 [16, size, size, 3] of one video
+        features = scorer.features(frames, times)                   # uint8 [16, size, size, 3] of one video, seconds
         combinations_of_each = [[(0, 5), (3, 9)]] * len(questions)  # two combinations for every question
         for answers in scorer(lambda video: features, questions, combinations_of_each):
             answers.losses, answers.right                           # [2] each
@@ -66,15 +66,14 @@ class AnswerScorer:
         self._params = params
         self.scorer.update(params["decoder"])
 
-    def features(self, frames: np.ndarray) -> jax.Array:
-        """Encodes frames uint8 `[frames, size, size, 3]` as embeddings `[frames, frame_tokens, embed]`."""
+    def features(self, frames: np.ndarray, times: np.ndarray) -> jax.Array:
+        """Encodes frames uint8 `[frames, size, size, 3]` with their times as `[frames, frame_tokens, embed]`."""
         count = len(frames)
-        padding = -count % self._shards
-        if padding:
-            frames = np.concatenate([frames, np.zeros((padding, *frames.shape[1:]), frames.dtype)])
+        padded = np.minimum(np.arange(count + -count % self._shards), count - 1)
+        sharding = partitioning.batch_sharding(self._mesh)
         with partitioning.use(self._mesh):
-            sharded = partitioning.put(frames, partitioning.batch_sharding(self._mesh))
-            return self._encode(self._params, sharded)[:count]
+            arrays = (partitioning.put(x[padded], sharding) for x in (frames, np.asarray(times, np.float32)))
+            return self._encode(self._params, *arrays)[:count]
 
     def __call__(
         self,

@@ -28,7 +28,7 @@ from mlx_pretrain.training.optimizers import decay_mask
 from mlx_pretrain.training.train_state import abstract_params
 from video.llm.llava import open_llava
 from video.llm.model import VideoLLMConfig
-from video.llm.parts import read_parts
+from video.llm.parts import read_parts, read_stored_parts
 from video.llm.prompts import Prompts
 
 
@@ -71,7 +71,7 @@ class VideoLLM:
     def fingerprint(self) -> str:
         """Digest of configuration, tokenizer, special ids and the parameters' bytes, the same on any mesh."""
         content = dataclasses.asdict(self.config)
-        del content["variant"]  # the parameters show it
+        del content["variant"], content["frame_times"]  # the parameters show them
         for part in ("vision", "decoder"):
             content[part] = {name: value for name, value in content[part].items() if name not in NOT_DIGESTED}
         model = self.language_model
@@ -100,9 +100,10 @@ def load_video_llm(
       dtype: compute dtype, "float32" or "bfloat16"; None: the run's, float32 for a LLaVA, whose matrices are then kept
         in this dtype too: they are read tensor by tensor, each device its own parts.
       pooled_side, prompt: see `VideoLLMConfig`; None: the run's, or those of the LLaVA, see `open_llava`.
-      layers: number of the decoder's bottom layers that are needed, with its embedding and final norm; 0: none of it;
-        None: the whole decoder. Other layers of a run are not read; a LLaVA is read whole.
-      frames: False: the vision tower and the projector are not needed, and not read of a run.
+      layers: number of the decoder's bottom layers that are needed, with its embedding and final norm; 0: the embedding
+        alone; None: the whole decoder. Other layers of a run are not read, those of a LLaVA one by one for their
+        digest.
+      frames: False: the vision tower and the projector are not needed either.
 
     Raises:
       InputError: the folder holds neither of them, or a file cannot be read.
@@ -111,14 +112,18 @@ def load_video_llm(
     changes = {name: value for name, value in (("pooled_side", pooled_side), ("prompt", prompt)) if value is not None}
     if (path / CONFIG).exists():
         with open_llava(path, dtype or "float32", **changes) as (config, stored), partitioning.use(mesh):
-            params = jax.tree.map(lambda x, like: partitioning.put_parts(x.astype(like.dtype), like), stored,
-                                  _compute_layout(abstract_params(config, mesh), config.dtype))
+            layout, saved = _compute_layout(abstract_params(config, mesh), config.dtype), None
+            if layers is None and frames:
+                params = jax.tree.map(
+                    lambda x, like: partitioning.put_parts(x.astype(like.dtype), like), stored, layout)
+            else:
+                params, saved = read_stored_parts(stored, layout, layers, frames)
         raw = read_object(path / CONFIG)
         stated = {name: value for name, value in raw.items() if value is not None}
         tokenizer = SubwordTokenizer(path / HF_TOKENIZER)
         ids = read_special_ids(path, {**raw["text_config"], **stated}, tokenizer)
-        decoder = from_pretrained(path, config.decoder, params["decoder"], mesh, tokenizer, ids)
-        return VideoLLM(str(path), None, config, params, mesh, decoder)
+        decoder = from_pretrained(path, config.decoder, params.get("decoder"), mesh, tokenizer, ids)
+        return VideoLLM(str(path), None, config, params, mesh, decoder, saved)
     config = checkpoints.load_model(path, VideoLLMConfig)
     if dtype is not None:
         changes |= {part: dataclasses.replace(getattr(config, part), dtype=dtype) for part in ("vision", "decoder")}

@@ -13,7 +13,7 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, UInt8
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.config_checks import check_choice, check_nested
@@ -24,6 +24,13 @@ from mlx_pretrain.models.vision import VisionConfig, VisionTransformer
 
 # Order of question and frames; the answer follows.
 PROMPT = "{question}{frames}"
+_PERIODS = tuple(0.5 * 2.0**k for k in range(16))  # seconds: half a second to four and a half hours
+
+
+def time_waves(times: Float[ArrayLike, "*frames"]) -> Float32[Array, "*frames waves"]:
+    """Returns sines and cosines of times in seconds at sixteen frequencies, float32 `[..., 32]`."""
+    angles = 2 * jnp.pi * jnp.asarray(times, jnp.float32)[..., None] / jnp.asarray(_PERIODS, jnp.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 @gin.configurable
@@ -39,6 +46,7 @@ class VideoLLMConfig:
         once for all combinations of frames, see `video.label`.
       variant: "llava": patches are averaged before the projector. "onevision": they are interpolated behind it, and a
         learned vector, the newline, follows the frames.
+      frame_times: the decoder sees when a frame was shown: a projection of its time's waves is added to its embeddings.
     """
 
     vision: VisionConfig = gin.REQUIRED
@@ -46,6 +54,7 @@ class VideoLLMConfig:
     pooled_side: int | None = None
     prompt: str = PROMPT
     variant: str = "llava"
+    frame_times: bool = False
 
     def __post_init__(self):
         check_nested(self, "vision", VisionConfig)
@@ -76,14 +85,15 @@ class VideoLLMConfig:
         """Draws parameters `{"frames": {"vision", "projector", ...}, "decoder"}` in boxes with their axis names."""
         frames_key, decoder_key = jax.random.split(key)
         images = jnp.zeros((1, self.vision.image_size, self.vision.image_size, 3), jnp.uint8)
-        frames = FrameEncoder(self).init(frames_key, images)["params"]
+        frames = FrameEncoder(self).init(frames_key, images, jnp.zeros(1))["params"]
         return {"frames": frames, "decoder": self.decoder.init(decoder_key)}
 
     def parameters(self) -> int:
         """Number of parameters."""
         embed = self.decoder.embed_dim
         projector = (self.vision.embed_dim + 1) * embed + (embed + 1) * embed
-        return self.vision.parameters() + projector + embed * self.has_newline + self.decoder.parameters()
+        times = 2 * len(_PERIODS) * embed * self.frame_times
+        return self.vision.parameters() + projector + embed * self.has_newline + times + self.decoder.parameters()
 
 
 class FrameEncoder(nn.Module):
@@ -92,8 +102,10 @@ class FrameEncoder(nn.Module):
     config: VideoLLMConfig
 
     @nn.compact
-    def __call__(self, images: UInt8[ArrayLike, "frames size size 3"]) -> Float[Array, "frames frame_tokens embed"]:
-        """Maps uint8 `[frames, size, size, 3]` to `[frames, frame_tokens, embed]`."""
+    def __call__(
+        self, images: UInt8[ArrayLike, "frames size size 3"], times: Float[ArrayLike, " frames"]
+    ) -> Float[Array, "frames frame_tokens embed"]:
+        """Maps uint8 `[frames, size, size, 3]`, shown at these seconds, to `[frames, frame_tokens, embed]`."""
         config, embed = self.config, self.config.decoder.embed_dim
         x, projector = VisionTransformer(config.vision, name="vision")(images), _Projector(embed, name="projector")
         if config.variant == "llava":
@@ -102,6 +114,10 @@ class FrameEncoder(nn.Module):
             # Declared here so that one parameter tree holds it; `with_newline` reads it.
             vector(self, "newline", (embed,), ("norm",), nn.initializers.normal(embed**-0.5))
             x = self._pooled(projector(x), bilinear_pooling)
+        if config.frame_times:
+            waves = time_waves(times)
+            kernel = matrix(self, "time", (waves.shape[-1], embed), (None, "norm"), waves.shape[-1])
+            x = x.astype(jnp.float32) + (waves @ kernel)[:, None]
         return x.astype(config.decoder.dtype)
 
     def _pooled(self, x: jax.Array, pooling: Callable[[int, int], np.ndarray]) -> jax.Array:
@@ -149,11 +165,13 @@ def bilinear_pooling(size: int, parts: int) -> np.ndarray:
 
 
 def encode_frames(
-    config: VideoLLMConfig, params: Any, images: UInt8[ArrayLike, "*batch size size 3"]
+    config: VideoLLMConfig, params: Any, images: UInt8[ArrayLike, "*batch size size 3"],
+    times: Float[ArrayLike, "*batch"],
 ) -> Float[Array, "*batch frame_tokens embed"]:
-    """Encodes frames uint8 `[..., size, size, 3]` as embeddings `[..., frame_tokens, embed]`."""
+    """Encodes frames uint8 `[..., size, size, 3]`, shown at `times` in seconds, as `[..., frame_tokens, embed]`."""
     shape = images.shape[:-3]
-    embeddings = FrameEncoder(config).apply({"params": params["frames"]}, images.reshape(-1, *images.shape[-3:]))
+    embeddings = FrameEncoder(config).apply(
+        {"params": params["frames"]}, images.reshape(-1, *images.shape[-3:]), jnp.reshape(times, -1))
     return embeddings.reshape(*shape, *embeddings.shape[1:])
 
 

@@ -1,7 +1,7 @@
-"""Reads only those parts of a Video-LLM that are used, from a run of `video.train`.
+"""Reads only those parts of a Video-LLM that are used.
 
-Training Frame-Voyager takes the decoder's bottom layers, its use the vision tower and the projector: of 8 billion
-parameters a tenth.
+Training Frame-Voyager takes the decoder's embedding and bottom layers, its use the vision tower, the projector and the
+embedding: of 8 billion parameters a tenth.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlx_pretrain.parallel import partitioning
+from mlx_pretrain.training.checksums import RunningChecksum, named_leaves
 from mlx_pretrain.training.saved_arrays import SavedArray, open_params
 from mlx_pretrain.training.train_state import abstract_params
 from video.llm.model import VideoLLMConfig
@@ -46,11 +47,42 @@ def read_parts(
         return jax.tree_util.tree_map_with_path(read, wanted, _wanted(saved, layers, frames))
 
 
+def read_stored_parts(
+    stored: dict[str, Any], layout: dict[str, Any], layers: int | None, frames: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads a published model tensor by tensor, and keeps parts of it.
+
+    Args:
+      stored: tree of `StoredParameter`, all of them.
+      layout: shapes, dtypes and layouts of the parameters.
+      layers, frames: see `load_video_llm`.
+
+    Returns:
+      The parts, and the checksums of all parameters, as `checksums` has them of arrays: a model's fingerprint is the
+      same whichever parts of it are kept.
+    """
+    wanted = _wanted(layout, layers, frames)
+    arrays, sums = dict.fromkeys(named_leaves(wanted)), {}
+    for (name, like), array in zip(named_leaves(layout).items(), jax.tree.leaves(stored), strict=True):
+        checksum, rows, array = RunningChecksum(), [], array.astype(like.dtype)
+        last = layers if layers is not None and name.startswith("decoder/layers/") else array.shape[0]
+        for number in range(array.shape[0]) if array.is_stacked else [...]:
+            part = array[number]
+            checksum.add(*((part[None], number) if array.is_stacked else (part, 0)))
+            if name in arrays and len(rows) < last:
+                rows.append(part)
+        sums[name] = checksum.digits()
+        if name in arrays:
+            arrays[name] = partitioning.put(np.stack(rows) if array.is_stacked else rows[0], like.sharding)
+    return jax.tree.unflatten(jax.tree.structure(wanted), arrays.values()), sums
+
+
 def _wanted(params: dict[str, Any], layers: int | None, frames: bool) -> dict[str, Any]:
     """Returns the parameters that have to be read, whole."""
     parts = {"frames": params["frames"]} if frames else {}
     if layers is None:
         parts["decoder"] = params["decoder"]
-    elif layers:
-        parts["decoder"] = {name: params["decoder"][name] for name in ("embedding", "final_norm", "layers")}
+    else:
+        names = ("embedding", "final_norm", "layers") if layers else ("embedding",)
+        parts["decoder"] = {name: params["decoder"][name] for name in names}
     return parts

@@ -8,9 +8,9 @@ combination, and belongs to the words behind the frames.
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
-from mlx_pretrain.data.token_store import PAD_ID
 from mlx_pretrain.inference.language_model import LanguageModel, with_prefix
 from video.llm.model import VideoLLMConfig
 
@@ -59,33 +59,34 @@ class Prompts:
         return np.concatenate([words[0], self.frames(frames), words[1]])
 
 
-class PaddedPrompts:
-    """Builds rows of one length, a question with all candidates each, for Frame-Voyager.
+class QuestionWords:
+    """The words of questions as Frame-Voyager reads them: embeddings that are the Video-LLM's, and stay so.
 
-    Padding is at the end, so causal layers need no mask for it.
+        questions = QuestionWords(PROMPT, llm.language_model, ["What colour was the star?"])
+        words, lengths = questions[[0]]      # float32 [1, 16, embed], int32 [1]
+
+    Only the embeddings of these words are held, not those of the whole vocabulary.
+
+    Attributes:
+      length: tokens of a row: those of the longest question, rounded up to a multiple of 8.
     """
 
-    def __init__(self, prompt: str, frame_tokens: int, model: LanguageModel, questions: Sequence[str]):
-        """Takes the prompt and the number of a frame's tokens; rows are as long as the longest question needs."""
-        self._prompt, self._frame_tokens, self._model = prompt, frame_tokens, model
-        self._word_tokens = max((len(first) + len(second) for first, second in self._parts(questions)), default=0)
+    def __init__(self, prompt: str, model: LanguageModel, questions: Sequence[str]):
+        """Encodes the questions.
 
-    def _parts(self, questions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return split_words(self._prompt, questions, self._model.prefix_ids, self._model.tokenizer.encode_batch)
+        Args:
+          prompt: {question}, and {frames} at the end.
+          model: the Video-LLM's decoder; of its parameters only the embedding is used.
+          questions: texts.
+        """
+        ids = [first for first, _ in split_words(prompt, questions, model.prefix_ids, model.tokenizer.encode_batch)]
+        self._lengths = np.array([len(row) for row in ids], np.int32)
+        self.length = -(-int(self._lengths.max(initial=1)) // 8) * 8
+        used, rows = np.unique(np.concatenate(ids), return_inverse=True)
+        self._table = np.asarray(jnp.take(model.params["embedding"], used, axis=0)).astype(np.float32)
+        self._rows = np.zeros((len(ids), self.length), np.int32)  # of the table; padding is never read
+        self._rows[np.arange(self.length) < self._lengths[:, None]] = rows
 
-    def length(self, candidates: int) -> int:
-        """Returns the number of tokens of a row, a multiple of 8."""
-        return -(-(self._word_tokens + candidates * self._frame_tokens) // 8) * 8
-
-    def __call__(self, questions: Sequence[str], candidates: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids int32 `[questions, length]`, and positions of frames `[questions, candidates, frame_tokens]`."""
-        count = candidates * self._frame_tokens
-        frames = self._model.config.vocab_size + np.arange(count, dtype=np.int32)
-        parts = self._parts(questions)
-        longest = max(len(first) + len(second) for first, second in parts)
-        tokens = np.full((len(parts), -(-(max(longest, self._word_tokens) + count) // 8) * 8), PAD_ID, np.int32)
-        frame_positions = np.zeros((len(parts), count), np.int32)
-        for row, positions, (first, second) in zip(tokens, frame_positions, parts):
-            row[: len(first) + count + len(second)] = np.concatenate([first, frames, second])
-            positions[:] = len(first) + np.arange(count)
-        return tokens, frame_positions.reshape(len(parts), candidates, self._frame_tokens)
+    def __getitem__(self, questions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns embeddings float32 `[questions, length, embed]` and numbers of words int32 `[questions]`."""
+        return self._table[self._rows[questions]], self._lengths[questions]

@@ -116,6 +116,7 @@ class ClipSource(MixtureSource):
 
         Returns:
           frames: uint8 `[rows, frames, size, size, 3]`.
+          times: float32 `[rows, frames]`, seconds.
           tokens: int32 `[rows, questions, length + 1]`; the ids of frames are those of `Prompts.frames`.
           answers: int32 `[rows, questions, 2]`: positions of the answer's first token and of the one behind its last.
         """
@@ -128,8 +129,10 @@ class ClipSource(MixtureSource):
             tokens.append(sequences)
             answers.append(spans)
         candidates = self._store.frames([self._rows_of[video] for video in videos])
+        times = [self._store.times[self._rows_of[video]][chosen] for video, chosen in zip(videos, indices)]
         return {"frames": np.stack([frames[chosen] for frames, chosen in zip(candidates, indices)]),
-                "tokens": np.stack(tokens), "answers": np.array(answers, np.int32)}
+                "times": np.stack(times).astype(np.float32), "tokens": np.stack(tokens),
+                "answers": np.array(answers, np.int32)}
 
     def _row(self, video: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list]:
         """Draws a row: indices of its frames, sequences `[questions, length + 1]`, (start, end) of the answers."""

@@ -1,9 +1,9 @@
-"""Combinations of T frames out of M candidates: all of them, or a seeded sample whose members begin alike."""
+"""Combinations of T frames out of M candidates: all of them, or a seeded sample, a part of it around the best ones."""
 
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.special
@@ -18,6 +18,7 @@ def combinations(
     seed: int = 0,
     name: str = "",
     nested: bool = False,
+    guided: float = 0.0,
 ) -> np.ndarray:
     """Lists or draws distinct combinations, those of a size in lexicographic order.
 
@@ -32,6 +33,7 @@ def combinations(
       name: name of the sample, e.g. a question's id; each name has a different sample.
       nested: True: combinations of a sample share their first frames, so that a Video-LLM reads fewer tokens, see
         `group_sizes`; False: they are drawn one by one.
+      guided: share of the sample that is left to `around_the_best`.
 
     Returns:
       int32 `[combinations, largest T]`, each ascending; the places that a smaller combination leaves unused are its
@@ -40,20 +42,87 @@ def combinations(
     Raises:
       InputError: a T is not between 1 and M, or there are too many combinations to list.
     """
+    first, _ = sample_sizes(candidates, num_frames, max_combinations, guided)
+    rng = _generator(seed, name, 0)
+    return _padded([_some(rng, candidates, size, count, nested) for size, count in first.items()], candidates)
+
+
+def sample_sizes(
+    candidates: int, num_frames: int | Sequence[int], max_combinations: int | None = None, guided: float = 0.0
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Returns how many combinations of each size `combinations` draws, and how many `around_the_best`.
+
+    Raises InputError as `combinations`.
+    """
     sizes = frame_counts(candidates, num_frames)
     totals = {size: math.comb(candidates, size) for size in sizes}
     if max_combinations is None and sum(totals.values()) > 10_000_000:
         raise InputError(f"{sum(totals.values()):,} combinations of {' or '.join(map(str, sizes))} out of {candidates} "
                          "frames: draw a sample")
-    digest = hashlib.sha256(name.encode()).digest()
-    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
-    parts, left = {}, max_combinations
+    counts, left = {}, max_combinations
     for rest, size in zip(range(len(sizes), 0, -1), sorted(sizes, key=totals.__getitem__)):
-        count = totals[size] if left is None else min(totals[size], left // rest)
-        left = None if left is None else left - count
-        parts[size] = _some(rng, candidates, size, count, nested)
+        counts[size] = totals[size] if left is None else min(totals[size], left // rest)
+        left = None if left is None else left - counts[size]
+    # Where nearly all are labelled anyway, there is nothing to look for.
+    around = {size: int(guided * counts[size]) if 2 * counts[size] <= totals[size] else 0 for size in sizes}
+    return {size: counts[size] - around[size] for size in sizes}, around
+
+
+def around_the_best(
+    drawn: np.ndarray, losses: np.ndarray, counts: Mapping[int, int], candidates: int, seed: int = 0, name: str = ""
+) -> np.ndarray:
+    """Draws further combinations of a question, mostly of frames with which its losses were low.
+
+    Of random combinations of few frames, hardly one shows both moments that a question asks about. Our own rule: a
+    frame's gain is the mean over the combinations with it of what their losses are below the mean of their size, as if
+    there were one more of no gain; T frames are drawn one after the other, each with probability proportional to
+    exp(1.5 gain / standard deviation of the gains).
+
+    Args:
+      drawn: int `[K, T]`, the question's combinations so far, as `combinations` returns them.
+      losses: float `[K]`, the Video-LLM's losses on them.
+      counts: size -> number to draw.
+      candidates: M.
+      seed, name: see `combinations`.
+
+    Returns:
+      int32 `[sum of counts, largest T]`, distinct from each other and from `drawn`; smaller sizes first.
+    """
+    rng = _generator(seed, name, 1)
+    shown = (drawn[:, :, None] == np.arange(candidates)).any(axis=1)  # [K, M]
+    sizes = shown.sum(axis=1)
+    means = {size: losses[sizes == size].mean() for size in np.unique(sizes).tolist()}
+    below = np.array([means[size] for size in sizes.tolist()]) - losses
+    gains = (below @ shown) / (shown.sum(axis=0) + 1)
+    logits = 1.5 * gains / max(gains.std(), 1e-9)
+    parts = []
+    for size, count in counts.items():
+        known = {tuple(row[:size]) for row in drawn[sizes == size].tolist()}
+        before, tries = len(known), 0
+        new = []
+        while len(known) < before + count:
+            # The largest T of logits with Gumbel noise are a draw without replacement (Efraimidis and Spirakis 2006).
+            # Where too few combinations are likely, the others become so.
+            tries += 1
+            noise = rng.gumbel(size=candidates) * (1 + tries // (4 * count))
+            row = tuple(np.sort(np.argpartition(-(logits + noise), size - 1)[:size]).tolist())
+            if row not in known:
+                known.add(row)
+                new.append(row)
+        parts.append(np.array(sorted(new), np.int32).reshape(-1, size))
+    return _padded(parts, candidates)
+
+
+def _generator(seed: int, name: str, which: int) -> np.random.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big"), *([which] if which else [])])
+
+
+def _padded(parts: Sequence[np.ndarray], candidates: int) -> np.ndarray:
+    """Joins combinations of several sizes; unused places hold M."""
+    largest = max(part.shape[1] for part in parts)
     return np.concatenate([
-        np.pad(parts[size], ((0, 0), (0, sizes[-1] - size)), constant_values=candidates) for size in sizes])
+        np.pad(part, ((0, 0), (0, largest - part.shape[1])), constant_values=candidates) for part in parts])
 
 
 def frame_counts(candidates: int, num_frames: int | Sequence[int]) -> list[int]:

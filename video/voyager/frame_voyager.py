@@ -25,15 +25,14 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.config_checks import check_integers, check_nested
-from mlx_pretrain.models.decoder import Decoder, DecoderConfig
+from mlx_pretrain.models.decoder import DecoderConfig, DecoderLayers
 from mlx_pretrain.models.encoder import LayerNorm, gelu, vector
 from mlx_pretrain.models.layers import matrix
 from mlx_pretrain.models.tree_attention import TreeMask
 from mlx_pretrain.models.vision import LayersConfig, layers
-from video.llm.model import PROMPT, VideoLLMConfig
+from video.llm.model import PROMPT, VideoLLMConfig, time_waves
 from video.voyager.frame_features import pool_tokens
 
-_PERIODS = tuple(0.5 * 2.0**k for k in range(16))  # seconds: half a second to four and a half hours
 OBJECTIVES = ("pairs", "gaps", "list")
 
 
@@ -62,6 +61,7 @@ class VoyagerConfig:
       frame_heads: heads of such a layer.
       rank: number of dimensions in which frames attract each other, and of those in which they repel each other; 0: no
         interactions.
+      hybrid: a frame's similarity to the question, by another model, is an input besides.
       prompt: {question} and {frames}; the frames come last, so that their states depend on the question.
     """
 
@@ -71,6 +71,7 @@ class VoyagerConfig:
     frame_layers: int = 2
     frame_heads: int = 4
     rank: int = 16
+    hybrid: bool = False
     prompt: str = PROMPT
 
     def __post_init__(self):
@@ -95,10 +96,9 @@ class VoyagerConfig:
 
     def init(self, key: jax.Array) -> Any:
         """Draws parameters in boxes that carry their logical axis names."""
-        features = jnp.zeros((1, 1, self.frame_tokens, self.decoder.embed_dim))
-        frame_positions = jnp.zeros((1, 1, self.frame_tokens), jnp.int32)
-        return FrameVoyager(self).init(key, features, jnp.zeros((1, 2), jnp.int32), frame_positions, jnp.zeros((1, 1)),
-                                       jnp.ones((1, 1), jnp.int32))["params"]
+        embed, one = self.decoder.embed_dim, jnp.ones((1, 1), jnp.int32)
+        return FrameVoyager(self).init(key, jnp.zeros((1, 1, self.frame_tokens, embed)), jnp.zeros((1, 1, embed)),
+                                       one[0], jnp.zeros((1, 1)), one, jnp.zeros((1, 1)))["params"]
 
     def parameters(self) -> int:
         """Number of parameters."""
@@ -110,9 +110,11 @@ class FrameVoyager(nn.Module):
 
         decoder, decoder_params = bottom_layers(llm.config, llm.params, 2)
         config = VoyagerConfig(decoder)
-        prompts = PaddedPrompts(config.prompt, config.frame_tokens, llm.language_model, questions)
-        tokens, frame_positions = prompts(questions, candidates=16)
-        FrameVoyager(config).apply({"params": params}, features, tokens, frame_positions, times, segments)
+        words, lengths = QuestionWords(config.prompt, llm.language_model, questions)[[0]]
+        FrameVoyager(config).apply({"params": params}, features, words, lengths, times, segments)
+
+    The embedding of the question's words is the Video-LLM's and no parameter of this module: in a model of 8 billion
+    parameters it has half a billion, and questions show few of them.
     """
 
     config: VoyagerConfig
@@ -121,32 +123,35 @@ class FrameVoyager(nn.Module):
     def __call__(
         self,
         features: Float[ArrayLike, "batch candidates llm_tokens embed"],
-        tokens: Int[ArrayLike, "batch length"],
-        frame_positions: Int[ArrayLike, "batch candidates frame_tokens"],
+        words: Float[ArrayLike, "batch words embed"],
+        lengths: Int[ArrayLike, " batch"],
         times: Float[ArrayLike, "batch candidates"],
         segments: Int[ArrayLike, "batch candidates"],
+        similarities: Float[ArrayLike, "batch candidates"] | None = None,
     ) -> FrameRewards:
         """Returns the rewards of all candidates.
 
         Args:
           features: `[batch, candidates, llm_tokens, embed]`, embeddings of each frame for the Video-LLM's decoder.
-          tokens: int `[batch, length]`; id vocab_size + i refers to the i-th token of the candidates, which follow each
-            other from the first one on.
-          frame_positions: int `[batch, candidates, frame_tokens]`, positions of those ids in `tokens`.
+          words: `[batch, words, embed]`, embeddings of the prompt's words before the frames, padded at the end.
+          lengths: int `[batch]`, numbers of these words.
           times: `[batch, candidates]`, seconds.
           segments: int `[batch, candidates]`; only candidates of the same number see each other.
+          similarities: `[batch, candidates]`, cosines of frame and question; read by a hybrid alone.
         """
-        config, embed = self.config, self.config.decoder.embed_dim
+        config = self.config
         if features.shape[2] != config.frame_tokens:
             features = pool_tokens(features, config.frame_tokens)
-        positions, tree_mask = _each_frame_alone(frame_positions, tokens.shape[1])
-        hidden, _ = Decoder(config.decoder, name="decoder")(
-            tokens, positions, features=features.reshape(len(features), -1, embed), tree_mask=tree_mask)
-        states = jnp.take_along_axis(hidden, frame_positions.reshape(len(frame_positions), -1)[..., None], axis=1)
-        states = states.reshape(*frame_positions.shape, embed).astype(jnp.float32).mean(axis=2)
+        flat = jnp.asarray(features, config.dtype).reshape(len(features), -1, features.shape[-1])
+        positions, tree_mask = _each_frame_alone(jnp.asarray(lengths), words.shape[1], *features.shape[1:3])
+        hidden = DecoderLayers(config.decoder, name="decoder")(
+            jnp.concatenate([jnp.asarray(words, config.dtype), flat], axis=1), positions, tree_mask)
+        states = hidden[:, words.shape[1] :].reshape(features.shape).astype(jnp.float32).mean(axis=2)
+        if config.hybrid:
+            kernel = matrix(self, "similarity", (1, states.shape[-1]), (None, "norm"), 1)
+            states += 10 * jnp.asarray(similarities, jnp.float32)[..., None] @ kernel  # cosines differ by about a tenth
         if config.frame_layers:
-            angles = 2 * jnp.pi * times[..., None].astype(jnp.float32) / jnp.asarray(_PERIODS, jnp.float32)
-            waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+            waves, embed = time_waves(times), states.shape[-1]
             states += waves @ matrix(self, "time", (waves.shape[-1], embed), (None, "norm"), waves.shape[-1])
             states, _ = layers(config.layers, name="layers")(states.astype(config.dtype), segments)
             states = LayerNorm(1e-6, name="final_norm")(states.astype(jnp.float32))
@@ -154,16 +159,17 @@ class FrameVoyager(nn.Module):
 
 
 def _each_frame_alone(
-    frame_positions: Int[ArrayLike, "batch candidates frame_tokens"], length: int
+    lengths: Int[Array, " batch"], words: int, candidates: int, size: int
 ) -> tuple[Int[Array, "batch length"], TreeMask]:
-    """Returns positions and a mask under which each frame reads the question and itself, right behind the question."""
-    candidates, size = frame_positions.shape[1:]
-    index = jnp.arange(length, dtype=jnp.int32)
-    first = frame_positions[:, 0, :1]
-    behind = index - first
-    is_frame = (behind >= 0) & (behind < candidates * size)
-    positions = jnp.where(is_frame, first + behind % size, index)
-    ends = jnp.where(behind < 0, length, jnp.where(is_frame, first + (behind // size + 1) * size, index + 1))
+    """Returns positions and a mask under which each frame reads the question and itself, right behind the question.
+
+    A row is `words` words, of which the first `lengths` are the question, and candidates of `size` tokens.
+    """
+    index, lengths = jnp.arange(words + candidates * size, dtype=jnp.int32), lengths[:, None]
+    behind = index - words
+    positions = jnp.where(behind < 0, index, lengths + behind % size)
+    ends = jnp.where(behind >= 0, words + (behind // size + 1) * size,
+                     jnp.where(index < lengths, len(index), index + 1))  # padding is seen by nobody else
     return positions, TreeMask(ends, jnp.int32(0))
 
 
@@ -252,18 +258,16 @@ def ranking_loss(
 
 
 def bottom_layers(config: VideoLLMConfig, params: Any, layers: int) -> tuple[DecoderConfig, Any]:
-    """Cuts a Video-LLM's decoder to its first layers; embedding and final norm stay.
+    """Cuts a Video-LLM's decoder to its first layers and the final norm.
 
     Returns:
-      The cut decoder's configuration and parameters.
+      The cut decoder's configuration and the parameters of `DecoderLayers`.
 
     Raises:
       InputError: `layers` is less than 1, or more than the decoder has.
     """
     if not 1 <= layers <= config.decoder.n_layers:
         raise InputError(f"layers = {layers}: the Video-LLM's decoder has {config.decoder.n_layers}")
-    decoder = dataclasses.replace(config.decoder, n_layers=layers, tie_embeddings=True,
-                                  unroll=min(config.decoder.unroll, layers))
+    decoder = dataclasses.replace(config.decoder, n_layers=layers, unroll=min(config.decoder.unroll, layers))
     parts = params["decoder"]
-    return decoder, {"embedding": parts["embedding"], "final_norm": parts["final_norm"],
-                     "layers": jax.tree.map(lambda x: x[:layers], parts["layers"])}
+    return decoder, {"final_norm": parts["final_norm"], "layers": jax.tree.map(lambda x: x[:layers], parts["layers"])}

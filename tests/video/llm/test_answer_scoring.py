@@ -1,5 +1,6 @@
 """Losses with shared beginnings are those of every combination by itself."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,9 +24,12 @@ def videos(frames):
     return {"one.mp4": frames, "two.mp4": frames[::-1]}
 
 
+TIMES = np.array([0.5, 1.0, 2.5, 3.0, 4.0, 6.5, 7.0], np.float32)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def run(config, params, frames, tokens):
-    features = encode_frames(config, params, frames)
+def run(config, params, frames, times, tokens):
+    features = encode_frames(config, params, frames, times)
     hidden = hidden_states(config, params, features.reshape(1, -1, features.shape[-1]), tokens)
     return logits(params["decoder"], hidden)
 
@@ -35,14 +39,16 @@ def alone(config, params, prompts, frames, question, indices, answer):
     context = prompts.context(prompts.words([question])[0], range(len(indices)))
     (answer,) = prompts.answers([answer])
     tokens = np.concatenate([context, answer])[None]
-    scores = np.asarray(run(config, params, frames[list(indices)], tokens[:, :-1]), np.float64)[0, len(context) - 1 :]
+    chosen = list(indices)
+    scores = np.asarray(run(config, params, frames[chosen], TIMES[chosen], tokens[:, :-1]), np.float64)
+    scores = scores[0, len(context) - 1 :]
     return np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(answer)), answer])
 
 
 def test_losses_and_choices_equal_one_sequence_at_a_time(config, params, mesh, prompts, videos):
     triples = combinations(7, 3)
     answer_scorer = AnswerScorer(config, params, mesh, prompts)
-    scored = list(answer_scorer(lambda video: answer_scorer.features(videos[video]), QUESTIONS, [triples] * 3))
+    scored = list(answer_scorer(lambda video: answer_scorer.features(videos[video], TIMES), QUESTIONS, [triples] * 3))
     for question, answers in zip(QUESTIONS, scored):
         assert answers.losses.shape == answers.right.shape == (35,)
         assert np.ptp(answers.losses) > 0.05  # frames matter
@@ -66,7 +72,7 @@ def test_another_video_behind_the_same_question(config, params, mesh, prompts, v
     """The cached prefix of a question and its frames must not be used for another video."""
     asked = [QUESTIONS[0], Question("d", "two.mp4", QUESTIONS[0].question, "left"), QUESTIONS[0]]
     answer_scorer = AnswerScorer(config, params, mesh, prompts)
-    first, other, again = answer_scorer(lambda video: answer_scorer.features(videos[video]), asked,
+    first, other, again = answer_scorer(lambda video: answer_scorer.features(videos[video], TIMES), asked,
                                         [combinations(7, 2)] * 3, options=False)
     assert np.abs(first.losses - other.losses).max() > 0.01
     np.testing.assert_allclose(first.losses, again.losses, atol=1e-6)
@@ -76,7 +82,17 @@ def test_a_question_too_long_is_named(config, params, mesh, prompts, videos):
     answer_scorer = AnswerScorer(config, params, mesh, prompts)
     long = Question("long", "one.mp4", "x" * 80, "yes")
     with pytest.raises(InputError, match=r"question long: .* max_length=96"):
-        list(answer_scorer(lambda video: answer_scorer.features(videos[video]), [long], [[[0, 1, 2, 3]]]))
+        list(answer_scorer(lambda video: answer_scorer.features(videos[video], TIMES), [long], [[[0, 1, 2, 3]]]))
+
+
+def test_the_same_frames_at_other_times_are_another_input(config, params, mesh, prompts, videos):
+    answer_scorer = AnswerScorer(config, params, mesh, prompts)
+    one, other = (next(answer_scorer(lambda _, times=times: answer_scorer.features(videos["one.mp4"], times),
+                                     QUESTIONS[:1], [[(0, 3)]])).losses[0] for times in (TIMES, TIMES + 2))
+    assert abs(one - other) > 1e-3
+    without = dataclasses.replace(config, frame_times=False)
+    features = [encode_frames(without, params, videos["one.mp4"], times) for times in (TIMES, TIMES + 2)]
+    np.testing.assert_array_equal(*features)
 
 
 def test_pooling_is_the_mean_over_parts():

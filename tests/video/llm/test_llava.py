@@ -49,7 +49,7 @@ def test_logits_are_those_of_transformers():
 
     @jax.jit
     def run(params, images, tokens):
-        features = encode_frames(config, params, images)
+        features = encode_frames(config, params, images, np.zeros(images.shape[:-3]))
         hidden = hidden_states(config, params, features.reshape(1, -1, features.shape[-1]), tokens)
         return logits(params["decoder"], hidden)
 

@@ -19,7 +19,7 @@ from video.llm.answer_scoring import AnswerScorer
 from video.llm.llava import open_llava
 from video.llm.loading import load_video_llm
 from video.llm.model import bilinear_pooling, encode_frames, hidden_states
-from video.llm.prompts import PaddedPrompts
+from video.llm.prompts import QuestionWords
 from video.questions import Question
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "llava_onevision"
@@ -54,7 +54,7 @@ def change(path, **changes):
 
 def run(llm, frames, tokens):
     def compute(params, frames, tokens):
-        features = encode_frames(llm.config, params, frames)
+        features = encode_frames(llm.config, params, frames, np.zeros(frames.shape[:-3]))
         hidden = hidden_states(llm.config, params, features.reshape(1, -1, features.shape[-1]), tokens)
         return logits(params["decoder"], hidden)
 
@@ -85,7 +85,7 @@ def test_losses_with_shared_beginnings_are_those_of_each_combination(llm, golden
     """All frames: transformers' logits. Two of three: the newline follows the last of them."""
     question = Question("a", "clip.mp4", QUESTION, "B", options=("A", "B"))
     scorer, combinations = AnswerScorer(llm.config, llm.params, llm.mesh, llm.prompts), [(0, 1, 2), (0, 1), (0, 2)]
-    features = scorer.features(golden["frames"])
+    features = scorer.features(golden["frames"], np.zeros(3))
     (answers,) = scorer(lambda video: features, [question], [combinations], options=False)
     (words,), (answer,) = llm.prompts.words([QUESTION]), llm.prompts.answers(["B"])
     assert answer[-1] == llm.language_model.tokenizer.vocabulary()["<|im_end|>"]
@@ -102,9 +102,25 @@ def test_losses_with_shared_beginnings_are_those_of_each_combination(llm, golden
     assert scorer.scorer.fed_tokens < 0.8 * scorer.scorer.naive_tokens
 
 
-def test_frame_voyager_reads_frames_without_the_newline(llm):
-    tokens, positions = PaddedPrompts("{question}{frames}", 9, llm.language_model, [QUESTION])([QUESTION], 2)
-    np.testing.assert_array_equal(tokens[0, positions.ravel()] - llm.config.decoder.vocab_size, np.arange(18))
+def test_frame_voyager_reads_the_embeddings_of_the_video_llm(llm):
+    words, (count,) = QuestionWords("{question}{frames}", llm.language_model, ["Why?", QUESTION])[[1]]
+    ids = llm.language_model.tokenizer.encode(QUESTION)
+    assert count == len(ids) and words.shape[1] % 8 == 0
+    np.testing.assert_array_equal(words[0, :count], llm.params["decoder"]["embedding"][np.asarray(ids)])
+
+
+@pytest.mark.parametrize("layers, frames", [(0, True), (1, False), (None, False)])
+def test_parts_of_it_are_those_of_the_whole(llm, mesh, layers, frames):
+    part = load_video_llm(GOLDEN, mesh, layers=layers, frames=frames)
+    assert part.fingerprint() == llm.fingerprint()
+    assert set(part.params) == ({"frames", "decoder"} if frames else {"decoder"})
+    if layers == 0:
+        assert set(part.params["decoder"]) == {"embedding"}
+    whole = llm.params["decoder"]["layers"]["mlp"]["up"]
+    if layers != 0:
+        up = part.params["decoder"]["layers"]["mlp"]["up"]
+        np.testing.assert_array_equal(up, whole[:layers])
+        assert len(up) == (layers or len(whole))
 
 
 def test_matrices_are_kept_in_the_compute_dtype(llm, mesh, golden):

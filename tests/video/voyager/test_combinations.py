@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_pretrain.errors import InputError
-from video.voyager.combinations import _draw_tree, combinations
+from video.voyager.combinations import _draw_tree, around_the_best, combinations, sample_sizes
 
 
 def test_all_in_order():
@@ -76,6 +76,43 @@ def test_several_sizes_share_a_sample():
     # A size with few combinations leaves its part to the others.
     assert (combinations(16, (1, 4), 40) < 16).sum(axis=1).tolist() == [1] * 16 + [4] * 24
     assert len(combinations(5, (1, 2))) == 5 + 10
+
+
+@given(st.integers(4, 12), st.integers(1, 40), st.sampled_from([0.25, 0.5, 0.9]), st.integers(0, 9))
+def test_both_rounds_together_are_a_distinct_sample_of_the_size_of_one(candidates, limit, guided, seed):
+    num_frames = (1, 2, 3)
+    first = combinations(candidates, num_frames, limit, seed, "a", guided=guided)
+    losses = np.random.default_rng(seed).normal(size=len(first))
+    sizes, around = sample_sizes(candidates, num_frames, limit, guided)
+    second = around_the_best(first, losses, around, candidates, seed, "a")
+    both = np.concatenate([first, second])
+    assert len({tuple(row) for row in both.tolist()}) == len(both)
+    whole = combinations(candidates, num_frames, limit, seed, "a")
+    assert sorted((both < candidates).sum(axis=1)) == sorted((whole < candidates).sum(axis=1))
+    assert [(first < candidates).sum(axis=1).tolist().count(size) for size in num_frames] == list(sizes.values())
+    for row in second.tolist():
+        used = [frame for frame in row if frame < candidates]
+        assert row == sorted(set(used)) + [candidates] * (3 - len(used))
+
+
+def test_the_second_round_finds_the_two_moments_that_matter():
+    """The loss is low with frames 5 and 20 together alone; of eight random pairs 1.6% have such a one."""
+    found = []
+    for question in range(200):
+        drawn = combinations(32, (2, 8), 32, name=str(question), guided=0.5)
+        losses = 1.0 - np.array([{5, 20} <= set(row) for row in drawn.tolist()])
+        if losses.min() == 0:
+            second = around_the_best(drawn, losses, {2: 8}, 32, name=str(question))
+            found.append([5, 20] in second.tolist())
+    assert len(found) > 50 and np.mean(found) > 0.1
+
+
+def test_where_all_losses_are_equal_the_second_round_is_random_too():
+    drawn = combinations(8, 2, 8, name="a", guided=0.5)
+    counts = np.zeros(8)
+    for seed in range(500):
+        np.add.at(counts, around_the_best(drawn, np.ones(len(drawn)), {2: 2}, 8, seed), 1)
+    assert np.abs(counts - 250).max() < 5 * 250**0.5 + 60  # frames of `drawn` itself are a little rarer
 
 
 def test_too_many_or_none():

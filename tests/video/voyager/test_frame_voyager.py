@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.models.decoder import Decoder
+from mlx_pretrain.models.decoder import Decoder, DecoderLayers
 from mlx_pretrain.training.train_state import abstract_params
 from video.voyager.frame_voyager import (
     OBJECTIVES,
@@ -132,16 +132,15 @@ def test_what_a_reward_depends_on(config, params, frame_tokens, frame_layers):
     voyager, drawn = random_voyager(config, params, frame_tokens=frame_tokens, frame_layers=frame_layers)
     rng = np.random.default_rng(1)
     features = rng.normal(size=(1, 5, 4, 32)).astype(np.float32)
-    count = 5 * frame_tokens
     inputs = {
         "features": features,
-        "tokens": np.concatenate([[3, 50, 60], 270 + np.arange(count), [0, 0]])[None].astype(np.int32),
-        "indices": (3 + np.arange(count)).reshape(1, 5, frame_tokens),
+        "words": rng.normal(size=(1, 5, 32)).astype(np.float32),
+        "lengths": np.array([3]),
         "times": np.array([[0.5, 1.5, 2.5, 3.5, 4.5]], np.float32),
         "segments": np.array([[1, 1, 1, 1, 2]]),
     }
     run = jax.jit(lambda inputs: rewards(voyager, drawn, *(inputs[name] for name in (
-        "features", "tokens", "indices", "times", "segments"))))
+        "features", "words", "lengths", "times", "segments"))))
     first = run(inputs)
     assert first.values.shape == (1, 5) and first.values.dtype == np.float32 and first.pairs.shape == (1, 5, 5)
     np.testing.assert_allclose(first.pairs[0], first.pairs[0].T, atol=1e-6)
@@ -159,9 +158,20 @@ def test_what_a_reward_depends_on(config, params, frame_tokens, frame_layers):
     together = [0, 1, 2, 3] if frame_layers else []  # frames of one segment see each other, earlier and later ones
     assert seen_by(change("features", (0, 2), features[0, 2] + 1)) == (together or [2])
     assert seen_by(change("features", (0, 4), features[0, 4] + 1)) == [4]
-    assert seen_by(change("tokens", (0, 2), 61)) == everyone
-    assert seen_by(change("tokens", (0, -1), 9)) == []  # padding
+    assert seen_by(change("words", (0, 2), features[0, 0, 0])) == everyone
+    assert seen_by(change("words", (0, 3), features[0, 0, 0])) == []  # padding
+    assert seen_by(change("lengths", 0, 4)) == everyone
     assert seen_by(change("times", (0, 1), 9.0)) == together
+
+
+def test_a_hybrid_reads_similarities_too(config, params):
+    voyager, drawn = random_voyager(config, params, frame_layers=0, hybrid=True)
+    rng = np.random.default_rng(1)
+    inputs = (rng.normal(size=(1, 5, 4, 32)), rng.normal(size=(1, 3, 32)), np.array([3]), np.zeros((1, 5)),
+              np.ones((1, 5), int))
+    similarities = np.array([[0.1, 0.2, 0.3, 0.2, 0.1]])
+    values = [rewards(voyager, drawn, *inputs, x).values[0] for x in (similarities, similarities + 0.1 * np.eye(5)[2])]
+    assert np.flatnonzero(np.abs(values[0] - values[1]) > 1e-4).tolist() == [2]
 
 
 def test_a_frame_reads_the_question_and_itself_alone(config, params):
@@ -169,20 +179,21 @@ def test_a_frame_reads_the_question_and_itself_alone(config, params):
     voyager, drawn = random_voyager(config, params, frame_tokens=4, frame_layers=0)
     features = np.random.default_rng(1).normal(size=(1, 6, 4, 32)).astype(np.float32)
 
+    words = np.zeros((1, 4, 32), np.float32)  # the last one is padding
+    words[0, :3] = params["decoder"]["embedding"][np.array([3, 50, 60])]
+
     def values(features):
         count = features.shape[1]
-        tokens = np.concatenate([[3, 50, 60], 270 + np.arange(4 * count)])[None].astype(np.int32)
-        indices = (3 + np.arange(4 * count)).reshape(1, count, 4)
-        times, segments = np.zeros((1, count)), np.ones((1, count), int)
-        return rewards(voyager, drawn, features, tokens, indices, times, segments).values[0]
+        return rewards(voyager, drawn, features, words, np.array([3]), np.zeros((1, count)),
+                       np.ones((1, count), int)).values[0]
 
     together = values(features)
     alone = [values(features[:, [i]])[0] for i in range(6)]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.ptp(together) > 1e-3
     hidden, _ = Decoder(voyager.decoder).apply(
-        {"params": drawn["decoder"]}, np.array([[3, 50, 60, 270, 271, 272, 273]]), np.arange(7)[None],
-        features=features[:, 5])
+        {"params": {**params["decoder"], **drawn["decoder"]}}, np.array([[3, 50, 60, 270, 271, 272, 273]]),
+        np.arange(7)[None], features=features[:, 5])
     state = np.asarray(hidden[0, 3:].mean(axis=0))
     head = drawn["head"]
     expected = scipy_gelu(state @ head["first"] + head["bias"]) @ head["second"] + head["second_bias"]
@@ -196,7 +207,7 @@ def scipy_gelu(x):
 def test_bottom_layers_are_the_first_ones(config, params):
     decoder, decoder_params = bottom_layers(config, params, 2)
     tokens = jnp.arange(10, dtype=jnp.int32)[None]
-    short, _ = Decoder(decoder).apply({"params": decoder_params}, tokens, tokens)
+    short = DecoderLayers(decoder).apply({"params": decoder_params}, params["decoder"]["embedding"][tokens], tokens)
     same = {**params["decoder"], "layers": jax.tree.map(lambda x: x.at[2].set(0), params["decoder"]["layers"])}
     long, _ = Decoder(config.decoder).apply({"params": same}, tokens, tokens)  # a layer of zeros adds nothing
     np.testing.assert_allclose(short, long, atol=1e-5)
