@@ -15,6 +15,7 @@ shards or Apache Beam may do; see `mlx_pretrain.parallel.phases`.
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
