@@ -7,8 +7,8 @@ surroundings; n-grams that many documents share count, too, but the report lists
 can be told from a leak.
 
 Writes removal lists and a report, see `raters.filtering.removal_command`; the lists name the items and the n-grams they
-share, items.jsonl each item that was found, with its documents. Each file is a task, which local processes, shards or
-Apache Beam may do; see `mlx_pretrain.parallel.phases`.
+share, items.jsonl each item that was found, with its documents. One task makes the index of the items' n-grams
+(`raters.filtering.ngram_index`), then each file is a task; see `mlx_pretrain.parallel.phases`.
 """
 
 import collections
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
-import numpy as np
 from etils import epath
 
 from mlx_pretrain.command_line import run
@@ -31,6 +30,7 @@ from mlx_pretrain.files import read_jsonl
 from mlx_pretrain.parallel.cluster import log
 from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
 from raters.filtering import shingles
+from raters.filtering.ngram_index import Index, IndexBuilder
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import document_reference, removal_entry
 
@@ -94,134 +94,20 @@ def read_items(path: epath.Path, config: DecontaminateConfig) -> Iterator[tuple[
                          "decontaminate.item_fields")
 
 
-class Index:
-    """The n-grams of all items: about 9 bytes for each.
-
-        index = Index(ngram=13, least_words=8)
-        index.add("mmlu.jsonl", [("17", ["Which of the seven hills ..."]), ...])
-        index.freeze()
-        index.search(["text", ...])  # [{0: (4, "which of the seven hills ...")}, ...]
-
-    Their hashes lie sorted in buckets by the highest bits; 32 further bits are compared, so that about one in 10^9
-    n-grams that no item has is taken for one. A bitmap of the first words of all n-grams tells most places of a
-    document apart before any bucket is read.
-
-    Attributes:
-      items: (file, id) of every item; methods name items by their index here.
-      skipped: file -> items without a text that is long enough.
-    """
-
-    def __init__(self, ngram: int, least_words: int):
-        self._ngram, self._least = ngram, least_words
-        self.items: list[tuple[str, str]] = []
-        self.skipped: collections.Counter[str] = collections.Counter()
-        self._sizes: set[int] = set()  # words of the n-grams
-        self._added: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # hashes, items, hashes of the first words
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the frozen index without the names of the items."""
-        return sum(array.nbytes for array in (self._bitmap, self._buckets, self._low, self._owners))
-
-    def _first_words(self, n: int) -> int:
-        """Returns the number of words of an n-gram that the bitmap knows."""
-        return self._least * (UNITS_PER_WORD if n >= self._least * UNITS_PER_WORD else 1)
-
-    def add(self, file: str, items: Sequence[tuple[str, Sequence[str]]]) -> None:
-        """Adds items of a file, each an id with its texts."""
-        texts = [text for _, of_item in items for text in of_item]
-        owner = len(self.items) + np.repeat(np.arange(len(items)), [len(of_item) for _, of_item in items])
-        self.items += [(file, name) for name, _ in items]
-        words = shingles.find_words(texts)
-        unspaced = np.bincount(words.text_of, words.unspaced, len(texts))
-        scale = np.where(2 * unspaced > words.counts, UNITS_PER_WORD, 1)
-        long_enough = words.counts >= scale * self._least
-        self.skipped[file] += len(items) - len(np.unique(owner[long_enough]))
-        sizes = np.where(long_enough, np.minimum(words.counts, scale * self._ngram), 0)
-        for n in np.unique(sizes[long_enough]).tolist():
-            self._sizes.add(n)
-            values, at = words.ngrams(n)
-            of_size = sizes[words.text_of[at]] == n
-            values, at = values[of_size], at[of_size]
-            self._added.append((values, owner[words.text_of[at]].astype(np.uint32),
-                                (words.ngrams_at(at, self._first_words(n)) >> np.uint64(32)).astype(np.uint32)))
-
-    def name(self, item: int) -> dict[str, str]:
-        """Returns file and id of an item."""
-        file, item_id = self.items[item]
-        return {"file": file, "id": item_id}
-
-    def freeze(self) -> None:
-        """Prepares the search; no item is added afterwards."""
-        empty = (np.zeros(0, np.uint64), np.zeros(0, np.uint32), np.zeros(0, np.uint32))
-        values, owners, first_words = map(np.concatenate, zip(*(self._added or [empty])))
-        self._added.clear()
-        order = np.lexsort((owners, values))
-        values, owners = values[order], owners[order]
-        new = np.r_[True, (np.diff(values) > 0) | (np.diff(owners) > 0)][: len(values)]
-        values, self._owners = values[new], owners[new]
-        # 4 to 8 bits of the bitmap, and an eighth to a fourth of a bucket, for each n-gram.
-        bits = min(32, max(16, (4 * len(values)).bit_length()))
-        self._bitmap_shift, self._bucket_shift = np.uint32(32 - bits), np.uint64(64 + 5 - bits)
-        self._bitmap = np.zeros(1 << bits - 3, np.uint8)
-        first_words >>= self._bitmap_shift
-        np.bitwise_or.at(self._bitmap, first_words >> np.uint32(3), _bit(first_words))
-        self._low = values.astype(np.uint32)
-        self._buckets = np.searchsorted(
-            values >> self._bucket_shift, np.arange((1 << bits - 5) + 1, dtype=np.uint64)).astype(np.uint32)
-
-    def search(self, texts: Sequence[str]) -> list[dict[int, tuple[int, str]]]:
-        """Returns item -> (number of n-grams it shares with the text, the first of them), of each text."""
-        words = shingles.find_words(texts)
-        hits: list[dict[int, tuple[int, str]]] = [{} for _ in texts]
-        by_first_words: dict[int, list[int]] = {}
-        for n in sorted(self._sizes):
-            by_first_words.setdefault(self._first_words(n), []).append(n)
-        for first_words, sizes in by_first_words.items():
-            values, at = words.ngrams(first_words)
-            place = (values >> np.uint64(32)).astype(np.uint32) >> self._bitmap_shift
-            at = at[self._bitmap[place >> np.uint32(3)] & _bit(place) != 0]
-            for n in sizes:
-                at_n = words.with_ngram(at, n)
-                for position, item in self._lookup(words.ngrams_at(at_n, n), at_n):
-                    of_text = hits[words.text_of[position]]
-                    count, first = of_text.get(item) or (0, words.text(position, position + n))
-                    of_text[item] = count + 1, first
-        return hits
-
-    def _lookup(self, values: np.ndarray, at: np.ndarray) -> list[tuple[int, int]]:
-        """Returns (place in `at`, item) of the values that are in the index, in this order."""
-        bucket = (values >> self._bucket_shift).astype(np.int64)
-        low, entry, end = values.astype(np.uint32), self._buckets[bucket], self._buckets[bucket + 1]
-        pairs = []
-        while len(entry):
-            left = entry < end
-            at, low, entry, end = at[left], low[left], entry[left], end[left]
-            equal = self._low[entry] == low
-            pairs += zip(at[equal].tolist(), self._owners[entry[equal]].tolist())
-            entry = entry + np.uint32(1)
-        return sorted(pairs)
-
-
-def _bit(places: np.ndarray) -> np.ndarray:
-    """Returns the bit of each place in its byte of a bitmap, uint8."""
-    return np.uint8(1) << (places & np.uint32(7)).astype(np.uint8)
-
-
-def _index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
-    index = Index(config.ngram, config.least_words)
+def make_index(config: DecontaminateConfig, files: Sequence[epath.Path]) -> Index:
+    """Returns the index of all items."""
+    builder = IndexBuilder(config.ngram, config.least_words)
     for path in files:
         texts: dict[str, list[str]] = {}
         for name, text in read_items(path, config):
             texts.setdefault(name, []).append(text)
         for batch in shingles.batches(texts.items(), lambda item: sum(map(len, item[1]))):
-            index.add(str(path), batch)
-    index.freeze()
-    return index
+            builder.add(str(path), batch)
+    return builder.build()
 
 
 def search_file(
-    name: str, folder: epath.Path, command: RemovalCommand, make_index: Callable[[], Index]
+    name: str, folder: epath.Path, command: RemovalCommand, load_index: Callable[[], Index]
 ) -> dict[str, Any]:
     """Searches the documents of one file, and writes its removal list below `folder`.
 
@@ -229,7 +115,7 @@ def search_file(
       JSON: "documents", their number by language; "hit", [number, id, language, hits] of each document that is hit, a
       hit being [item, n-grams shared, first of them]; "unreadable", records that could not be read.
     """
-    index = make_index()
+    index = load_index()
     documents: collections.Counter[str] = collections.Counter()
     unreadable, hit = UnreadableRecords(), []
 
@@ -294,11 +180,9 @@ class Findings:
     def report(self) -> dict[str, Any]:
         """Returns the report: documents, items of each file, languages, frequent n-grams, unreadable records."""
         total, hit = (sum(counts[key] for counts in self.languages.values()) for key in ("documents", "hit"))
-        by_file: dict[str, dict[str, int]] = {}
-        for item, (file, _) in enumerate(self._index.items):
-            counts = by_file.setdefault(file, {"items": 0, "found": 0, "too_short": self._index.skipped[file]})
-            counts["items"] += 1
-            counts["found"] += item in self.n_documents
+        found = collections.Counter(map(self._index.file_of, self.n_documents))
+        by_file = {file: {"items": items, "found": found[file], "too_short": too_short}
+                   for file, items, too_short in self._index.files}
         return {"documents": total, "hit": hit, "items": by_file, "languages": dict(sorted(self.languages.items())),
                 "most_frequent_ngrams": [{"ngram": ngram, "documents": count}
                                          for ngram, count in self.ngrams.most_common(_FREQUENT_NGRAMS)],
@@ -306,20 +190,24 @@ class Findings:
 
 
 def make_plan(config: DecontaminateConfig) -> Plan:
-    """Returns the work of a search: a task for each file, and one that puts their findings together."""
+    """Returns the work of a search: the index, a task for each file, and one that puts their findings together."""
     item_files = [path for pattern in config.items for path in match_files(pattern)]
     command = RemovalCommand("raters.decontaminate", config, {str(path): path for path in item_files})
-    make_index = functools.cache(lambda: _index(config, item_files))
+    load_index = functools.cache(lambda: Index.load(plan.files / "index"))
+
+    def index(_: str, folder: epath.Path) -> None:
+        make_index(config, item_files).save(folder / "index")
 
     def report(_: str, folder: epath.Path) -> dict[str, Any]:
-        findings = Findings(zip(command.files, plan.results("search")), make_index())
+        findings = Findings(zip(command.files, plan.results("search")), load_index())
         with jsonl_writer(folder / OUTPUT / ITEMS) as write:
             for item in findings.items():
                 write(item)
         return findings.report()
 
-    search = functools.partial(search_file, command=command, make_index=make_index)
-    plan = command.plan([Phase("search", list(command.files), search, command.inputs_of),
+    search = functools.partial(search_file, command=command, load_index=load_index)
+    plan = command.plan([Phase("index", ["all"], index),
+                         Phase("search", list(command.files), search, command.inputs_of),
                          Phase("report", ["all"], report)], [ITEMS])
     return plan
 

@@ -120,7 +120,7 @@ class Search:
     @functools.cached_property
     def _files(self) -> sketch_files.SketchFiles:
         folders = {name: self.plan.files / "sketches" / name for name in self._command.files}
-        return sketch_files.SketchFiles(folders, [result["documents"] for result in self._sketched],
+        return sketch_files.SketchFiles(folders, [result["documents"] for result in self._sketched], self._bands,
                                         self._config.rows * self._sketcher.bands)
 
     def _similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:

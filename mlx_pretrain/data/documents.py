@@ -13,6 +13,7 @@ row group for parquet).
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -99,12 +100,12 @@ class RecordKeys:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if getattr(self, field.name) != field.default}
 
-    @property
+    @functools.cached_property
     def languages(self) -> tuple[str, ...]:
         """Keys that may have the language, the one to prefer first."""
         return {None: (), "lang": ("lang", "language")}.get(self.language, (self.language,))
 
-    @property
+    @functools.cached_property
     def all(self) -> tuple[str, ...]:
         """All keys that are read."""
         return (self.id, self.text, self.source, *self.languages)

@@ -58,14 +58,12 @@ class Sketcher:
     def sketch(self, texts: Sequence[str]) -> Sketches:
         """Returns the sketches of a batch of texts."""
         words = shingles.find_words(texts)
-        digests = np.empty((len(texts), 2), np.uint64)
         hashes, first = memoryview(words.hashes), words.first.tolist()
-        for i, text in enumerate(texts):
-            if first[i] < first[i + 1]:
-                digest = hashlib.blake2b(hashes[first[i] : first[i + 1]], digest_size=16)
-            else:  # a text without words equals only itself
-                digest = hashlib.blake2b(text.strip().encode(errors="surrogatepass"), digest_size=16, person=b"text")
-            digests[i] = np.frombuffer(digest.digest(), np.uint64)
+        # A text without words equals only itself.
+        digests = np.frombuffer(b"".join(
+            hashlib.blake2b(hashes[start:end], digest_size=16).digest() if start < end else
+            hashlib.blake2b(text.strip().encode(errors="surrogatepass"), digest_size=16, person=b"text").digest()
+            for text, start, end in zip(texts, first, first[1:])), np.uint64).reshape(-1, 2)
         if not self.bands:
             return Sketches(digests, np.zeros((len(texts), 0), np.uint16), digests.T[:1])
         values, at = words.ngrams(self.ngram)

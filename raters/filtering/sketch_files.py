@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mlx_pretrain import gcs
 from mlx_pretrain.data.documents import Document
 from raters.filtering import minhash, shingles
+from raters.filtering.mapped_arrays import map_array
 from raters.filtering.removal_lists import document_reference
 
 # Number in the file, language as an index, end of its id in ids.bin, score (-inf without), digest of the words.
@@ -54,11 +54,12 @@ def write(
             keys.append(sketches.keys)
             part = np.zeros(len(batch), DOCUMENT)
             part["digest"] = sketches.digests
-            for row, document in zip(part, batch):
-                ids.append(document.id.encode(errors="surrogatepass"))
-                id_end += len(ids[-1])
-                row["number"], row["id_end"] = document.number, id_end
-                row["language"] = languages.setdefault(document.language, len(languages))
+            part["number"] = [document.number for document in batch]
+            part["language"] = [languages.setdefault(document.language, len(languages)) for document in batch]
+            encoded = [document.id.encode(errors="surrogatepass") for document in batch]
+            part["id_end"] = id_end + np.cumsum(list(map(len, encoded)))
+            ids += encoded
+            id_end = int(part["id_end"][-1])
             rows.append(part)
     table = np.concatenate(rows)
     found = np.searchsorted(numbers, table["number"])
@@ -71,13 +72,6 @@ def write(
     return list(languages), len(table)
 
 
-def _array(path: epath.Path, dtype: np.dtype | type) -> np.ndarray:
-    """Returns a file as an array, of which only what is looked at is read where the file system can do that."""
-    if gcs.is_gs(path):
-        return np.frombuffer(path.read_bytes(), dtype)
-    return np.memmap(path, dtype, "r") if path.stat().length else np.zeros(0, dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class SketchFiles:
     """The sketches of all input files.
@@ -85,11 +79,12 @@ class SketchFiles:
     Attributes:
       folders: input file -> folder of its sketches.
       counts: documents of each.
-      bins: bins of a sketch.
+      bands, bins: rows of `keys.bin`, and bins of a sketch.
     """
 
     folders: dict[str, epath.Path]
     counts: Sequence[int]
+    bands: int
     bins: int
 
     @functools.cached_property
@@ -98,18 +93,29 @@ class SketchFiles:
         return np.r_[0, np.cumsum(self.counts, dtype=np.int64)]
 
     @functools.cached_property
-    def _tables(self) -> list[np.ndarray]:
-        return [_array(folder / "documents.bin", DOCUMENT) for folder in self.folders.values()]
+    def _map(self) -> Callable[..., np.ndarray]:
+        @functools.lru_cache(10_000)  # a process may map some 65,000 files
+        def map_file(file: int, name: str, dtype: np.dtype | type) -> np.ndarray:
+            return map_array(self._folders[file] / name, dtype)
+
+        return map_file
+
+    def _tables(self, file: int) -> np.ndarray:
+        return self._map(file, "documents.bin", DOCUMENT)
+
+    def _values(self, file: int) -> np.ndarray:
+        return self._map(file, "values.bin", np.uint16).reshape(self.counts[file], self.bins)
+
+    def _keys(self, file: int) -> np.ndarray:
+        return self._map(file, "keys.bin", np.uint64).reshape(self.bands, self.counts[file])
 
     @functools.cached_property
-    def _values(self) -> list[np.ndarray]:
-        return [_array(folder / "values.bin", np.uint16).reshape(count, self.bins)
-                for folder, count in zip(self.folders.values(), self.counts)]
+    def _names(self) -> list[str]:
+        return list(self.folders)
 
     @functools.cached_property
-    def _keys(self) -> list[np.ndarray]:
-        return [_array(folder / "keys.bin", np.uint64).reshape(-1, count)
-                for folder, count in zip(self.folders.values(), self.counts)]
+    def _folders(self) -> list[epath.Path]:
+        return list(self.folders.values())
 
     def in_slice(self, band: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the documents with every `parts`-th bucket of a band: their buckets, and their numbers."""
@@ -117,25 +123,26 @@ class SketchFiles:
 
     def in_buckets_of(self, band: int, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the documents that share a bucket of a band with some: their buckets, and their numbers."""
-        wanted = self._gather([keys[band] for keys in self._keys], documents)
+        wanted = self._gather(lambda file: self._keys(file)[band], documents)
         return self._select(band, lambda keys: np.isin(keys, wanted))
 
     def _select(self, band: int, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         keys, documents = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for of_file, start in zip(self._keys, self.starts.tolist()):
-            if of_file.size:
-                rows = np.flatnonzero(choose(of_file[band]))
-                keys.append(of_file[band][rows])
-                documents.append(start + rows)
+        for file, start in enumerate(self.starts[:-1].tolist()):
+            of_file = self._keys(file)[band]
+            rows = np.flatnonzero(choose(of_file))
+            keys.append(of_file[rows])
+            documents.append(start + rows)
         return np.concatenate(keys), np.concatenate(documents)
 
-    def _gather(self, arrays: Sequence[np.ndarray], documents: np.ndarray) -> np.ndarray:
-        rows = np.empty((len(documents), *arrays[0].shape[1:]), arrays[0].dtype)
+    def _gather(self, array: Callable[[int], np.ndarray], documents: np.ndarray) -> np.ndarray:
+        first = array(0)
+        rows = np.empty((len(documents), *first.shape[1:]), first.dtype)
         order = np.argsort(documents)
         ends = np.searchsorted(documents[order], self.starts)
-        for i in np.flatnonzero(np.diff(ends)).tolist():
-            of_file = order[ends[i] : ends[i + 1]]
-            rows[of_file] = arrays[i][documents[of_file] - self.starts[i]]
+        for file in np.flatnonzero(np.diff(ends)).tolist():
+            of_file = order[ends[file] : ends[file + 1]]
+            rows[of_file] = array(file)[documents[of_file] - self.starts[file]]
         return rows
 
     def table(self, documents: np.ndarray) -> np.ndarray:
@@ -152,9 +159,8 @@ class SketchFiles:
 
     def reference(self, document: int) -> dict[str, Any]:
         """Returns file, number and id of a document."""
-        i = int(np.searchsorted(self.starts, document, "right")) - 1
-        row = document - int(self.starts[i])
-        name, folder = list(self.folders.items())[i]
-        start, end = (int(self._tables[i]["id_end"][row - 1]) if row else 0), int(self._tables[i]["id_end"][row])
-        document_id = _array(folder / "ids.bin", np.uint8)[start:end].tobytes().decode(errors="surrogatepass")
-        return document_reference(name, int(self._tables[i]["number"][row]), document_id)
+        file = int(np.searchsorted(self.starts, document, "right")) - 1
+        row, table = document - int(self.starts[file]), self._tables(file)
+        start, end = (int(table["id_end"][row - 1]) if row else 0), int(table["id_end"][row])
+        document_id = self._map(file, "ids.bin", np.uint8)[start:end].tobytes().decode(errors="surrogatepass")
+        return document_reference(self._names[file], int(table["number"][row]), document_id)

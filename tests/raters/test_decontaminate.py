@@ -3,19 +3,13 @@
 import dataclasses
 import json
 import pathlib
-import random
 import re
-import string
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlx_pretrain.data.corpus import Corpus
-from mlx_pretrain.data.word_boundaries import is_unspaced
 from mlx_pretrain.errors import InputError
-from raters.decontaminate import DecontaminateConfig, Index, main
-from tests.raters.filtering.test_shingles import reference_words
+from raters.decontaminate import DecontaminateConfig, main
 from tests.raters.rated import read_removed, write_documents
 
 QUESTION = "Which of the seven hills of Rome was, according to legend, the one on which Romulus founded the city?"
@@ -73,45 +67,6 @@ def test_set_phrases_show_in_the_report(tmp_path):
     _, _, report = run(tmp_path, [f"text {i} {phrase} {FILLER}" for i in range(5)], phrase + "\n")
     assert report["most_frequent_ngrams"][0]["documents"] == 5
     assert report["most_frequent_ngrams"][0]["ngram"] in phrase
-
-
-def reference_hits(items: list[str], text: str) -> dict[int, tuple[int, str]]:
-    """Returns item -> (n-grams it shares with a text, the first of them), by sets of tuples; n-grams 5, least 3."""
-    hits = {}
-    words = reference_words(text)
-    for item, of_item in enumerate(map(reference_words, items)):
-        scale = 2 if 2 * sum(map(is_unspaced, of_item)) > len(of_item) else 1
-        n = min(len(of_item), 5 * scale)
-        known = {tuple(of_item[i : i + n]) for i in range(len(of_item) - n + 1)}
-        shared = [words[i : i + n] for i in range(len(words) - n + 1) if tuple(words[i : i + n]) in known]
-        if len(of_item) >= 3 * scale and shared:
-            hits[item] = len(shared), " ".join(shared[0])
-    return hits
-
-
-SENTENCES = st.lists(st.sampled_from(["a", "B", "c.", "d", "天", "地", "ม", "ก"]), max_size=40).map(" ".join)
-
-
-@given(st.lists(SENTENCES, max_size=8), st.lists(SENTENCES, min_size=1, max_size=5))
-def test_every_shared_ngram_is_found_and_nothing_else(items, texts):
-    index = Index(5, 3)
-    for file in ("a", "b"):  # in two parts
-        half = items[: len(items) // 2] if file == "a" else items[len(items) // 2 :]
-        index.add(file, [(str(i), [item]) for i, item in enumerate(half)])
-    index.freeze()
-    assert index.search(texts) == [reference_hits(items, text) for text in texts]
-
-
-def test_an_item_of_several_texts_and_memory():
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(string.ascii_lowercase, k=20)) for _ in range(20_000)]
-    index = Index(13, 8)
-    index.add("f", [(str(i), [f"{i} {text} {i}", "a b c", f"{text} x {i}"]) for i, text in enumerate(texts)])
-    index.freeze()
-    assert index.nbytes < 10 * 12 * len(texts)  # 20 - 12 n-grams of a text, 4 with a further word
-    found = index.search([texts[5], "nothing", texts[7] + " x 7"])
-    assert [set(hits) for hits in found] == [{5}, set(), {7}]
-    assert [hits[item][0] for hits, item in ((found[0], 5), (found[2], 7))] == [8, 10]
 
 
 def test_items_that_cannot_be_read_are_refused(tmp_path):

@@ -178,6 +178,13 @@ def test_the_documents_that_stay_and_removal_lists(tmp_path):
     main(dataclasses.replace(config, output=str(tmp_path / "out2"), exclude=(lists,)))
     entries = read_removed(tmp_path / "out2")
     assert [(one["file"], one["number"]) for one in entries] == [("a/en.jsonl.gz", 2)]
+    # All documents of a file may be removed; `similarity=1` finds the same.
+    lists = write_removed(tmp_path / "lists3", [{"file": "b/en.jsonl.gz", "number": 1, "id": "x"},
+                                                {"file": "b/en.jsonl.gz", "number": 2, "id": "\ud800"}])
+    for similarity in (0.75, 1.0):
+        output = str(tmp_path / f"out{similarity}")
+        main(dataclasses.replace(config, output=output, exclude=(lists,), similarity=similarity))
+        assert [(one["file"], one["number"]) for one in read_removed(tmp_path / output)] == [("a/en.jsonl.gz", 2)]
 
 
 def test_bad_records_are_counted_and_a_missing_list_is_refused(tmp_path):
