@@ -24,13 +24,14 @@ from mlx_pretrain import generate
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.train import TrainConfig, train
 from mlx_pretrain.training.optimizers import constant
-from raters import pairs, score, select
+from raters import human_agreement, pairs, score, select
 from raters.rater_plugins.heuristics import Heuristics
 from raters.scoring.shards import SCHEMA
 from tests.data_mixtures.climb import test_allocate as allocate_tests
 from tests.evals.scoring.test_results import ITEMS, RIGHT, TASK
 from tests.evals.scoring.test_results import table as item_table
 from tests.raters import test_decontaminate, test_duplicates, test_languages
+from tests.raters import test_human_agreement as agreement_tests
 from tests.raters import test_pairs as pair_tests
 from tests.raters import test_select as selection_tests
 from tests.raters.rated import write_documents
@@ -118,6 +119,13 @@ def test_proxy_runs(tmp_path, tiny_config):
         assert next(csv.reader(file)) == header
     (settings,) = examples("Proxy runs")
     assert not [key for key in settings if f'"{key}":' not in inspect.getsource(proxies)]
+
+
+def test_agreement_with_people(tmp_path):
+    labels = agreement_tests.labels_file(tmp_path, agreement_tests.made("de", 30, 2))
+    human_agreement.main(agreement_tests.config(labels, output=str(tmp_path / "out"), resamples=3))
+    written = json.loads((tmp_path / "out/human_agreement.json").read_text())
+    assert_same_keys(*examples("Agreement with people"), written)
 
 
 def test_pairs(tmp_path):
