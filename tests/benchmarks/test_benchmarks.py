@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -214,3 +215,12 @@ def test_documents_has_a_field_for_each_stage(stages):
         assert result[stage]["documents_per_s"] > 100 and 20 < result[stage]["peak_memory_mb"] < 2000
         assert result[stage]["bytes_per_s"] == pytest.approx(
             result[stage]["documents_per_s"] * result["bytes"] / 2000, rel=0.01)
+
+
+def test_identifiers_of_languages_know_the_sample(tmp_path):
+    for language in ("de", "hi", "zh"):
+        shutil.copy(ROOT / f"samples/text/heldout/{language}.jsonl.xz", tmp_path)
+    result = last_line("language_id.py", str(tmp_path), "--only", "py3langid,cld2")
+    accuracy = result["accuracy"][f"all, {tmp_path.name}, 300"]
+    assert accuracy["languages"] == 3 and min(accuracy["py3langid"], accuracy["cld2"]) >= 0.8
+    assert result["judgements"]["with_cld2, 300"][0] >= 80 and result["microseconds"]["cld2"]["300"] > 0
