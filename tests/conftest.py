@@ -17,8 +17,11 @@ QUICK_COMPILES = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitt
 # Before jax is imported anywhere.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs are compiled once, here and in the commands that tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+# Programs are compiled once: here, in the commands that tests start, and in the other processes of pytest-xdist, which
+# have the first one's environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis
@@ -39,7 +42,6 @@ from mlx_pretrain.data.rates import save_rates
 from mlx_pretrain.files import sha256, write_atomic
 from mlx_pretrain.models.decoder import DecoderConfig
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 gc.set_threshold(50_000, 20, 100)  # a collection walks all that was ever traced: together a tenth of the tests' time
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile(
