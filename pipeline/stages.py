@@ -278,7 +278,7 @@ class _Stages:
             "FRAMES": "frames", "VIDEO_LLM": "llm", "LABELS": "labels", "VALIDATION_LABELS": "validation_labels",
             "VOYAGER": "voyager", "TOWERS": "towers", "SELECTED": "selected"}
         paths = {macro: f"{self.video}/{name}".rstrip("/") for macro, name in macros.items()}
-        short = {"STEPS": 60, "warmup_cosine.warmup_steps": 10}
+        short = {"STEPS": 30, "warmup_cosine.warmup_steps": 10}
         labels = {"label.candidates": 16, "label.num_frames": 4}
         for name, module, title, output, settings, seconds in (
             ("videos", "synthetic", "Render short videos with questions", "test.jsonl",
@@ -286,11 +286,11 @@ class _Stages:
               "synthetic.test_videos": 16}, 20),
             ("frames", "decode", "Decode their frames", "frames/manifest.json", {"CANDIDATES": 32}, 8),
             ("video_llm", "train", "Train a small Video-LLM", "llm/checkpoints",
-             {**short, "train_video.towers": None, "train_video.eval_questions": 40}, 60),
+             {**short, "train_video.towers": None, "train_video.eval_questions": 40}, 35),
             ("labels", "label", "Compute its losses on combinations of frames", "labels/losses",
-             {**labels, "label.max_combinations": 64}, 20),
+             {**labels, "label.max_combinations": 48}, 20),
             ("validation_labels", "label", "Compute them on held-out videos", "validation_labels/losses",
-             {**labels, "label.max_combinations": 256, "LABEL_QUESTIONS": paths["VALIDATION"],
+             {**labels, "label.max_combinations": 128, "LABEL_QUESTIONS": paths["VALIDATION"],
               "LABELS": paths["VALIDATION_LABELS"]}, 12),
             ("voyager", "train_voyager", "Train Frame-Voyager on these losses", "voyager/checkpoints", short, 20),
             ("frame_choice", "select", "Choose 4 of 32 frames for every question", "selected/selected.json",
