@@ -17,7 +17,7 @@ a part of a question's combinations is drawn by the losses on the others.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import gin
 import jax
@@ -36,11 +36,13 @@ from video.frames.row_store import RowWriter
 from video.llm.answer_scoring import AnswerScorer
 from video.llm.loading import VideoLLM, load_video_llm
 from video.questions import Question, by_video, draw_questions, read_questions
-from video.voyager.combinations import around_the_best, combinations, frame_counts, sample_sizes
+from video.voyager.combinations import around_the_best, combinations, sample_sizes
 from video.voyager.frame_features import FEATURES, open_feature_writer, pool_tokens
 from video.voyager.loss_labels import LOSSES, combination_sizes
 
-_GROUP = 64  # questions whose first round is done before their second
+# Questions that are scored as one stream, whose last batch is not full; with a second round it begins when the first is
+# done with all of them, so a killed run loses that many.
+_GROUP, _GROUP_OF_ONE_ROUND = 64, 4096
 
 
 @gin.configurable("label")
@@ -101,18 +103,16 @@ def main(config: LabelConfig) -> None:
     if config.candidates > store.candidates:
         raise InputError(f"label: candidates = {config.candidates}, but the frame store has {store.candidates}")
     sizes = sample_sizes(config.candidates, config.num_frames, config.max_combinations, config.guided)
-    shape = sum(sum(counts.values()) for counts in sizes), max(sizes[0])
     hardware.keep_compiled(config.compilation_cache)
     llm = load_video_llm(config.model)
     store.check_size(llm.config.vision.image_size)
-    labelling = _Labelling(config, store, llm, questions, shape)
+    labelling = _Labelling(config, store, llm, questions, *sizes)
     started = time.monotonic()
     done = labelling.run()
     if done:
-        seconds, scorer, sizes = time.monotonic() - started, labelling.scorer.scorer, frame_counts(
-            config.candidates, config.num_frames)
+        seconds, scorer = time.monotonic() - started, labelling.scorer.scorer
         cluster.log(
-            f"{done:,} questions, {done * shape[0]:,} combinations of {' or '.join(map(str, sizes))} out of "
+            f"{done:,} questions, {done * labelling.count:,} combinations of {' or '.join(map(str, sizes[0]))} out of "
             f"{config.candidates} frames in {seconds:.0f} s; fed {scorer.fed_tokens:,} tokens on {llm.mesh.size} "
             f"devices ({scorer.naive_tokens:,} if nothing were shared)")
 
@@ -122,12 +122,15 @@ class _Labelling:
 
     Attributes:
       scorer: computes the losses.
+      count: number of a question's combinations.
     """
 
     def __init__(self, config: LabelConfig, store: FrameStore, llm: VideoLLM, questions: Sequence[Question],
-                 shape: tuple[int, int]):
-        """Opens both stores; `shape`: of a question's combinations. Raises InputError as `main`."""
-        self._config, self._store = config, store
+                 first: Mapping[int, int], around: Mapping[int, int]):
+        """Opens both stores; `first`, `around`: see `sample_sizes`. Raises InputError as `main`."""
+        self._config, self._store, self._around = config, store, around
+        self.count, sizes = sum(first.values()) + sum(around.values()), list(first)
+        shape = self.count, max(sizes)
         groups = by_video(questions)
         # A video's questions in a row, so that its frames are encoded once.
         self._usable = [question for video, group in groups.items() if video not in store.rejected
@@ -143,7 +146,6 @@ class _Labelling:
         self._pooled: dict[str, jax.Array] = {}  # features still to be written
         self._features = open_feature_writer(output / FEATURES, settings, len(self._videos),
                                              (config.candidates, tokens, embed))
-        sizes = frame_counts(config.candidates, config.num_frames)
         settings |= {"questions": sha256(config.questions), "frames": sizes if len(sizes) > 1 else sizes[0],
                      "most": config.max_combinations, "nested": config.nested, "guided": config.guided,
                      "seed": config.seed, "compare_options": config.compare_options}
@@ -159,12 +161,12 @@ class _Labelling:
         remaining = [question for question in self._usable if question.id not in self._losses.done]
         if 0 < len(remaining) < len(self._usable):
             cluster.log(f"{len(self._usable) - len(remaining):,} of {len(self._usable):,} questions were done before")
-        config = self._config
-        _, around = sample_sizes(config.candidates, config.num_frames, config.max_combinations, config.guided)
+        config, around = self._config, self._around
         disable = None if cluster.is_main() else True  # tqdm's None: no bar where there is no terminal
+        size = _GROUP if any(around.values()) else _GROUP_OF_ONE_ROUND
         with tqdm(total=len(remaining), desc="questions", disable=disable) as progress:
-            for start in range(0, len(remaining), _GROUP):
-                group = remaining[start : start + _GROUP]
+            for start in range(0, len(remaining), size):
+                group = remaining[start : start + size]
                 drawn = [combinations(config.candidates, config.num_frames, config.max_combinations, config.seed,
                                       question.id, config.nested, config.guided) for question in group]
                 losses = self._losses_on(group, drawn)
