@@ -33,6 +33,7 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel.cluster import log
 from mlx_pretrain.parallel.phases import Phase, Plan, complete
 from raters.filtering import minhash, near_duplicates, shingles, sketch_files
+from raters.filtering.mapped_arrays import map_array
 from raters.filtering.removal_command import RemovalCommand, RemovalConfig
 from raters.filtering.removal_lists import removal_entry
 from raters.filtering.score_table import read_scores, score_path
@@ -167,7 +168,7 @@ class Search:
             raise InputError(f"{self._config.scores}: scores of several raters: {', '.join(sorted(raters))}")
         links = np.zeros(0, near_duplicates.PAIR)
         for path in sorted((self.plan.files / "links").iterdir()):
-            links = near_duplicates.merge(links, np.frombuffer(path.read_bytes(), near_duplicates.PAIR))
+            links = near_duplicates.merge(links, map_array(path, near_duplicates.PAIR))
         removed = near_duplicates.settle(links, self._files.rank, self._link_again)
         ends = np.searchsorted(removed["worse"], self._files.starts).tolist()
         for name, start, end in zip(self._command.files, ends, ends[1:]):
@@ -181,7 +182,7 @@ class Search:
 
     def remove(self, name: str, folder: epath.Path) -> dict[str, dict[str, int]]:
         """Writes the removal list of a file; returns its documents by language: all, exact and near duplicates."""
-        removed = np.frombuffer((self.plan.files / "duplicates" / name).read_bytes(), near_duplicates.PAIR)
+        removed = map_array(self.plan.files / "duplicates" / name, near_duplicates.PAIR)
         exact = self._equal(removed["better"], removed["worse"])
 
         def entries() -> Iterator[dict[str, Any]]:
