@@ -169,13 +169,17 @@ def _check_settings(config: PipelineConfig, progress: Progress, stages: Sequence
 
 
 def _wait(command: Sequence[str]) -> int:
-    """Runs a command and returns its exit code.
+    """Runs a command and returns its exit code, which is that of the signal when one is passed on and it then fails.
 
     Ctrl-C, also as `kill -INT` of this process alone, and SIGTERM are passed on. If this process is killed, the command
     gets SIGTERM, so that it does not run on beside the next pipeline. The command has a process group of its own: with
     ours, the terminal would send it every Ctrl-C a second time, which for a training means "at once".
     """
-    parent, passed_on = os.getpid(), {signal.SIGTERM, signal.SIGINT}
+    parent, passed_on, received = os.getpid(), {signal.SIGTERM, signal.SIGINT}, []
+
+    def pass_on(number: int, _) -> None:
+        received.append(number)
+        process.send_signal(number)
 
     def pause(*_) -> None:  # Ctrl-Z
         os.killpg(process.pid, signal.SIGSTOP)
@@ -193,12 +197,13 @@ def _wait(command: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
     with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent,
                           process_group=0) as process:
-        previous = {number: signal.signal(number, lambda number, _: process.send_signal(number))
-                    for number in passed_on}
+        previous = {number: signal.signal(number, pass_on) for number in passed_on}
         previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, pause)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         try:
-            return process.wait()
+            code = process.wait()
+            # While Python starts, before the command handles it, a signal gives another code.
+            return 128 + received[0] if code and received else code
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

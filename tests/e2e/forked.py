@@ -139,8 +139,13 @@ def _fork() -> int:
 if __name__ == "__main__":
     import flax.linen  # noqa: F401
     import grain  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import optax  # noqa: F401
     import orbax.checkpoint  # noqa: F401
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import scipy.optimize
+    import scipy.stats  # noqa: F401
 
     gc.freeze()
     sys.argv = _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -32,9 +32,9 @@ SMALL = {
     "train_and_sample": "LANGUAGES, STEPS, BATCH_SIZE, EVAL_EVERY, TOKENIZER_BYTES = ['de', 'zh'], 12, 4, 12, 200_000",
     "climb": """
 from data_mixtures.climb.laws.climb import Climb
-LAW, COMPARED, REPLICATES, FOLDS = Climb("saturating_fading", starts=1), [], 3, 2
+LAW, COMPARED, REPLICATES, FOLDS = Climb("saturating_fading", starts=1), [], 2, 2
 """,
-    "rate_documents": "LANGUAGES, DOCUMENTS, STEPS, TOKENIZER_BYTES = ['en', 'it'], 60, 20, 200_000",
+    "rate_documents": "LANGUAGES, DOCUMENTS, STEPS, TOKENIZER_BYTES = ['en', 'it'], 60, 6, 200_000",
     "consistency": "LANGUAGES, ITEMS = ['en', 'de', 'es'], 8",
     "frame_voyager": """
 LLM_VIDEOS, LABEL_VIDEOS, VALIDATION_VIDEOS, TEST_VIDEOS = 4, 2, 2, 3
