@@ -2,27 +2,25 @@
 
     python -m data_mixtures.export --gin_file=gin/mixtures/sample.gin --gin_file=gin/mixtures/prepare.gin
 
-The manifest is written last, so that an export that was killed leaves no store. Run again, it keeps the parts that are
-whole. A part is a language of a split or, with `group_bytes`, a group of its files, which becomes an array of its own.
-
-Several processes that see the same folders can share the parts (`--shard=I/N`, or a SLURM array). The process that
-finds all parts whole writes the manifest. The command without `--shard` exports the parts that are left.
+The work is done in phases of tasks (see `make_plan` and `mlx_pretrain.parallel.phases`), so the store appears whole or
+not at all, and a killed export goes on with the tasks that are left. A task writes one array: the rows of a language of
+a split or, with `group_bytes`, of a group of its files. With `shuffle_seed` the documents of each language are shuffled
+over all its files first (see `document_shuffle`), and each bucket of the shuffle becomes an array. Memory does not grow
+with the number of documents.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
-import functools
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import gin
 import numpy as np
 from etils import epath
 
-from mlx_pretrain import __version__
-from mlx_pretrain.artifacts import is_current, read_record
+from data_mixtures.document_shuffle import TokenisedDocument, document_key, read_bucket, write_run
+from mlx_pretrain.artifacts import provenance, read_folder_record
 from mlx_pretrain.command_line import run
 from mlx_pretrain.data import token_store
 from mlx_pretrain.data.corpus import Corpus
@@ -30,171 +28,19 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.data.token_store import EOS_ID, PAD_ID, Manifest, Part, PartWriter, TokenStore
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
-from mlx_pretrain.files import file_sizes, read_json, sha256, write_atomic, write_json
+from mlx_pretrain.files import fingerprint, write_atomic
 from mlx_pretrain.parallel import cluster
+from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
 
 HELDOUT = "heldout"
-RECORDS = ".export"  # folder in an unfinished store with a record of each whole part
+ROWS, SCATTER, MANIFEST = "rows", "scatter", "manifest"  # phases
+_EARLIER_RECORDS = ".export"  # folder in stores that an earlier version was killed at
 _BATCH_BYTES = 1 << 20  # of text tokenised at a time
+_SCATTER_BYTES = 1 << 30  # of files that a task of the shuffle reads, where `group_bytes` does not say otherwise
+_TEXT_PER_COMPRESSED_BYTE = 4
+_DOCUMENT_BYTES = 256  # of memory that a document takes besides its tokens
+_DOCUMENTS_JOINED = 1000
 _EOS = np.array([EOS_ID], np.int32)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    """Yields groups of texts of about _BATCH_BYTES, each with its size in UTF-8 bytes."""
-    texts, size = [], 0
-    for document in documents:
-        texts.append(document.text)
-        size += len(document.text.encode())
-        if size >= _BATCH_BYTES:
-            yield texts, size
-            texts, size = [], 0
-    if texts:
-        yield texts, size
-
-
-def export_part(
-    documents: Iterable[Document], tokenizer: Tokenizer, path: epath.PathLike, sequence_length: int,
-    dtype: np.dtype, num_threads: int = 2, name: str = "",
-) -> Part:
-    """Writes one language: documents, each followed by EOS, joined and cut into rows; the last row is padded.
-
-    Args:
-      documents: texts, in order.
-      tokenizer: tokenizer that gives the ids.
-      path: folder of the array.
-      sequence_length: tokens per row.
-      dtype: type of the array.
-      num_threads: threads that tokenise.
-      name: name of the part in the progress lines on stderr.
-    """
-    writer = PartWriter(path, sequence_length, dtype)
-    n_tokens = n_bytes = n_documents = 0
-    rest = np.empty(0, np.int32)
-    start = last = time.perf_counter()
-    for texts, size in _batches(documents):
-        ids = tokenizer.encode_batch(texts, num_threads)
-        tokens = np.concatenate([rest, *(piece for document in ids for piece in (document, _EOS))])
-        n_tokens += len(tokens) - len(rest)
-        n_bytes += size
-        n_documents += len(texts)
-        whole = len(tokens) // sequence_length * sequence_length
-        writer.append(tokens[:whole].reshape(-1, sequence_length).astype(dtype))
-        rest = tokens[whole:]
-        if (now := time.perf_counter()) - last > 10:
-            _report(name, n_documents, n_tokens, now - start)
-            last = now
-    if len(rest):
-        row = np.full((1, sequence_length), PAD_ID, dtype)
-        row[0, : len(rest)] = rest
-        writer.append(row)
-    part = writer.close(n_tokens, n_bytes, n_documents)
-    _report(name, n_documents, n_tokens, time.perf_counter() - start)
-    return part
-
-
-def _report(name: str, documents: int, tokens: int, seconds: float) -> None:
-    cluster.log(f"{name:<16} {documents:>10,} documents {tokens:>14,} tokens {tokens / seconds / 1e6:6.2f}M tokens/s")
-
-
-class Unit(NamedTuple):
-    """What is exported at once: a language of a split, or a group of its files.
-
-    Attributes:
-      split, language: see above.
-      group: number of the group; "" for all files.
-    """
-
-    split: str
-    language: str
-    group: str = ""
-
-    @property
-    def folder(self) -> str:
-        """Folder of its array, relative to the store."""
-        return "/".join(filter(None, self))
-
-
-class PartRecords:
-    """Records of the whole parts of an unfinished store, one file each: STORE/.export/SPLIT/LANGUAGE.json.
-
-    The record of a group of files is LANGUAGE.GROUP.json.
-
-    A process compares the documents of its own parts by their hashes. Those of other processes' parts it compares by
-    size and time of change, which are the same for all processes that see the same folder.
-    """
-
-    def __init__(self, store: epath.Path, files_of: Callable[[Unit], Mapping[str, epath.Path]],
-                 settings: Mapping[str, Any]):
-        """Stores the files of each part, and the settings on which all parts depend in addition to their documents."""
-        self._store, self._files_of, self._settings = store, files_of, settings
-
-    def add(self, unit: Unit, hashes: Mapping[str, str], files: list[list], part: Part) -> None:
-        """Records that a part is whole; `hashes` and `files` (see `fingerprint`) are those before it was made."""
-        write_json(self._path(unit), {
-            "settings": self._settings, "hashes": hashes, "files": files, "part": dataclasses.asdict(part)})
-
-    def remove(self, unit: Unit) -> None:
-        """Removes the record of a part."""
-        self._path(unit).unlink(missing_ok=True)
-
-    def find(self, unit: Unit, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-        """Returns the record of a whole part made from the documents as they are now; None without such a part.
-
-        Documents are compared by `hashes`, or, where these are None, by size and time of change.
-        """
-        path = self._path(unit)
-        if not any(other.name == path.name for other in _children(path.parent)):
-            return None  # network file systems remember that a file was absent, but list folders afresh
-        try:
-            record = read_json(path)
-            part = record["part"] = Part(**record["part"])
-        except (InputError, KeyError, TypeError):  # removed since, as the store is complete, or of another version
-            return None
-        unchanged = (record["files"] == self.fingerprint(unit) if hashes is None
-                     else record["hashes"] == hashes)
-        if not unchanged or record["settings"] != self._settings:
-            return None
-        return record if part.files.items() <= file_sizes(self._store / unit.folder).items() else None
-
-    def fingerprint(self, unit: Unit) -> list[list]:
-        """Returns [path relative to the corpus's root, size, time of change] of each file of a part."""
-        stats = {name: path.stat() for name, path in self._files_of(unit).items()}
-        return [[name, stat.length, stat.mtime] for name, stat in stats.items()]
-
-    def clear(self) -> None:
-        """Removes all records, once the store is complete."""
-        with contextlib.suppress(OSError):  # another process may be removing them too
-            if (self._store / RECORDS).exists():
-                (self._store / RECORDS).rmtree()
-
-    def _path(self, unit: Unit) -> epath.Path:
-        split, *names = filter(None, unit)
-        return self._store / RECORDS / split / f"{'.'.join(names)}.json"
-
-
-def _children(folder: epath.Path) -> list[epath.Path]:
-    return list(folder.iterdir()) if folder.exists() else []
-
-
-def _recorded(store: epath.Path) -> dict[str, Any] | None:
-    """Returns what a store's manifest records of its making; None without a readable manifest."""
-    manifest = read_record(store / token_store.MANIFEST)
-    if manifest is None:
-        return None
-    provenance = manifest.get("provenance")
-    return {**{name: manifest.get(name) for name in ("sequence_length", "tokenizer_sha256")},
-            **(provenance if isinstance(provenance, dict) else {})}
-
-
-def _damage(store: epath.Path) -> str | None:
-    """Returns what is missing from a store or cannot be read; None for a whole one."""
-    try:
-        existing = TokenStore(store)
-        for split in existing.manifest.splits:
-            existing.arrays(split, existing.parts(split))
-    except InputError as error:
-        return str(error)
-    return None
 
 
 @gin.configurable("export_tokens")
@@ -207,12 +53,17 @@ class ExportConfig:
       tokenizer: SentencePiece model file; a copy goes into the store.
       store: folder of the store, local or gs://.
       sequence_length: tokens per row.
-      num_threads: threads that tokenise.
-      group_bytes: bytes of input files, in order, that make up a group. Each becomes an array of its own, so that
-        processes can share a language, and a restart makes less again; None: one array a language.
+      num_threads: threads that tokenise, in each process.
+      group_bytes: bytes of input files, in order, that make up a group, the work of one task. Each becomes an array of
+        its own, so that processes can share a language, and a restart makes less again; None: one array a language.
+        Arrays of shuffled documents do not depend on it.
       overwrite: replaces a store that was made from other documents or settings.
       heldout: corpus of the split "heldout", where that is another one than `corpus`, e.g. as `corpus` holds only the
         training documents that a filter kept.
+      workers: processes that share the work on this machine; 1: the command does it itself.
+      shuffle_seed: shuffles the documents of each language before they are joined into rows; None: they stay in the
+        order of the files.
+      bucket_bytes: bytes of text, about, that are sorted in memory at a time by the shuffle, and become an array.
     """
 
     corpus: Corpus = gin.REQUIRED
@@ -223,149 +74,347 @@ class ExportConfig:
     group_bytes: int | None = None
     overwrite: bool = False
     heldout: Corpus | None = None
+    workers: int = 1
+    shuffle_seed: int | None = None
+    bucket_bytes: int = 1 << 29
+
+    def __post_init__(self):
+        for name, unit in (("sequence_length", "tokens"), ("group_bytes", "bytes"), ("workers", "processes"),
+                           ("bucket_bytes", "bytes")):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and (name, value) != ("group_bytes", None):
+                raise InputError(f"export_tokens.{name}: {value!r} is no positive number of {unit}")
+        if not (self.shuffle_seed is None or isinstance(self.shuffle_seed, int)):
+            raise InputError(f"export_tokens.shuffle_seed: {self.shuffle_seed!r} is no whole number")
 
     def corpus_of(self, split: str) -> Corpus:
         """Returns the corpus of a split."""
         return self.heldout if self.heldout is not None and split == HELDOUT else self.corpus
 
-    @functools.cached_property
-    def parts(self) -> dict[Unit, dict[str, epath.Path]]:
-        """All parts, with their files: path relative to the root -> path.
-
-        Raises InputError where `heldout` has no such split.
-        """
-        splits = self.corpus.all_splits
-        if self.heldout is not None and HELDOUT not in splits:
-            splits.append(HELDOUT)
-        parts: dict[Unit, dict[str, epath.Path]] = {}
-        for split in splits:
-            for language in self.corpus_of(split).languages_of(split):
-                groups = self._groups(self.corpus_of(split).files_of(split, language))
-                for number, files in enumerate(groups):
-                    parts[Unit(split, language, str(number) if len(groups) > 1 else "")] = files
-        return parts
-
-    def _groups(self, files: Mapping[str, epath.Path]) -> list[dict[str, epath.Path]]:
-        groups, size = [{}], 0
-        for name, path in files.items():
-            length = path.stat().length
-            if self.group_bytes is not None and groups[-1] and size + length > self.group_bytes:
-                groups.append({})
-                size = 0
-            groups[-1][name] = path
-            size += length
-        return groups
-
-    def documents(self, unit: Unit) -> Iterator[Document]:
-        """Streams the documents of a part. Raises InputError as `Corpus.documents`; a group may be without text."""
-        corpus = self.corpus_of(unit.split)
-        if not unit.group:
-            return corpus.documents(unit.split, unit.language)
-        return itertools.chain.from_iterable(map(corpus.read, self.parts[unit]))
-
     @property
-    def record_settings(self) -> dict[str, Any]:
-        """Settings of the reading of records, and of the groups, that a store records."""
-        heldout = {} if self.heldout is None else {"heldout": self.heldout.record_settings}
-        groups = {} if self.group_bytes is None else {"group_bytes": self.group_bytes}
-        return {**self.corpus.record_settings, **heldout, **groups}
+    def settings(self) -> dict[str, Any]:
+        """Settings that the store depends on."""
+        settings = {"sequence_length": self.sequence_length, **self.corpus.record_settings}
+        if self.heldout is not None:
+            settings["heldout"] = self.heldout.record_settings
+        if self.shuffle_seed is not None:
+            return settings | {"shuffle_seed": self.shuffle_seed, "bucket_bytes": self.bucket_bytes}
+        return settings if self.group_bytes is None else settings | {"group_bytes": self.group_bytes}
 
-    def __post_init__(self):
-        if not isinstance(self.sequence_length, int) or self.sequence_length < 1:
-            raise InputError(f"export_tokens.sequence_length: {self.sequence_length!r} is no positive number of tokens")
-        if self.group_bytes is not None and not (isinstance(self.group_bytes, int) and self.group_bytes > 0):
-            raise InputError(f"export_tokens.group_bytes: {self.group_bytes!r} is no positive number of bytes")
+
+class RowWriter:
+    """Joins tokens, and writes them in rows of one length, of which the last is padded.
+
+        writer = RowWriter("tokens/train/en", 256, np.uint16)
+        writer.add(tokens, n_bytes=4000, n_documents=1)        # [tokens], EOS after each document
+        part = writer.close()
+    """
+
+    def __init__(self, path: epath.PathLike, sequence_length: int, dtype: np.dtype):
+        """Creates the array at `path`."""
+        self._writer, self._length = PartWriter(path, sequence_length, dtype), sequence_length
+        self._rest = np.empty(0, dtype)
+        self.tokens = self.n_bytes = self.documents = 0
+
+    def add(self, tokens: np.ndarray, n_bytes: int, n_documents: int) -> None:
+        """Appends the tokens of whole documents, with their bytes of text and number."""
+        self.tokens += len(tokens)
+        self.n_bytes += n_bytes
+        self.documents += n_documents
+        tokens = np.concatenate([self._rest, tokens.astype(self._rest.dtype)])
+        whole = len(tokens) // self._length * self._length
+        self._writer.append(tokens[:whole].reshape(-1, self._length))
+        self._rest = tokens[whole:]
+
+    def close(self) -> Part:
+        """Writes the last row and returns the counts."""
+        if len(self._rest):
+            row = np.full((1, self._length), PAD_ID, self._rest.dtype)
+            row[0, : len(self._rest)] = self._rest
+            self._writer.append(row)
+        return self._writer.close(self.tokens, self.n_bytes, self.documents)
+
+
+class _Progress:
+    """Logs the speed of a task, every 10 seconds and at its end."""
+
+    def __init__(self, name: str):
+        self._name, self._start = name, time.perf_counter()
+        self._last = self._start
+
+    def update(self, documents: int, tokens: int, *, ends: bool = False) -> None:
+        now = time.perf_counter()
+        if ends or now - self._last > 10:
+            seconds, self._last = max(now - self._start, 1e-9), now
+            cluster.log(f"{self._name:<16} {documents:>10,} documents {tokens:>14,} tokens "
+                        f"{tokens / seconds / 1e6:6.2f}M tokens/s")
+
+
+def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[list[tuple[str, Document]], list[int]]]:
+    """Yields groups of documents with about _BATCH_BYTES of text, each with the sizes of its texts in UTF-8 bytes."""
+    batch, sizes, size = [], [], 0
+    for named in documents:
+        batch.append(named)
+        sizes.append(len(named[1].text.encode()))
+        size += sizes[-1]
+        if size >= _BATCH_BYTES:
+            yield batch, sizes
+            batch, sizes, size = [], [], 0
+    if batch:
+        yield batch, sizes
+
+
+def _sizes(paths: Iterable[epath.Path]) -> list[int]:
+    """Returns the files' sizes in bytes; on gs:// each is a request, of which many are made at once."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return [size for size, _ in pool.map(fingerprint, paths)]
+
+
+class Export:
+    """The tasks of an export, see `make_plan`.
+
+    A task that reads documents, or that writes an array, is named after its part of the store: SPLIT/LANGUAGE, or
+    SPLIT/LANGUAGE/NUMBER.
+
+    Attributes:
+      plan: the phases.
+    """
+
+    def __init__(self, config: ExportConfig):
+        """Finds the files. Raises InputError as `Tokenizer`, or where `heldout` has no such split."""
+        self._config = config
+        self._tokenizer = Tokenizer(config.tokenizer)
+        self._manifest = Manifest(config.sequence_length, self._tokenizer.vocab_size, self._tokenizer.sha256, {}, {})
+        shuffles = config.shuffle_seed is not None
+        self._reading: dict[str, dict[str, epath.Path]] = {}  # task -> its files, by their paths below the root
+        self._readers: dict[str, list[str]] = {}  # SPLIT/LANGUAGE -> tasks that read its files, in order
+        self._arrays: dict[str, list[str]] = {}  # SPLIT/LANGUAGE -> tasks that write its arrays, in order
+        sizes: dict[str, int] = {}  # task -> bytes
+        for part, files in self._files().items():
+            of_files = dict(zip(files, _sizes(files.values())))
+            groups = _groups(of_files, config.group_bytes or (_SCATTER_BYTES if shuffles else None))
+            self._readers[part] = _numbered(part, len(groups))
+            for task, names in zip(self._readers[part], groups):
+                self._reading[task] = {name: files[name] for name in names}
+                sizes[task] = sum(of_files[name] for name in names)
+            self._arrays[part] = self._readers[part]
+            if shuffles:
+                text = sum(_text_bytes(name, size) for name, size in of_files.items())
+                self._arrays[part] = _numbered(part, -(-text // config.bucket_bytes))
+
+        # The largest first, so that no process begins a long task when the others are at the end.
+        reading = sorted(self._reading, key=lambda task: (-sizes[task], task))
+        arrays = [task for tasks in self._arrays.values() for task in tasks]
+        phases = ([Phase(SCATTER, reading, self._scatter, self._inputs), Phase(ROWS, arrays, self._write_bucket)]
+                  if shuffles else [Phase(ROWS, reading, self._write_rows, self._inputs)])
+        self.plan = Plan(
+            config.store, token_store.MANIFEST, self._contents(),
+            provenance("data_mixtures.export", config.settings, {"tokenizer": self._tokenizer.sha256}),
+            [*phases, Phase(MANIFEST, ["all"], self._describe)], config.overwrite,
+            recorded=self._recorded, damage=self._damage)
+
+    def _files(self) -> dict[str, dict[str, epath.Path]]:
+        """Returns SPLIT/LANGUAGE -> path below the root -> path."""
+        config = self._config
+        splits = config.corpus.all_splits
+        if config.heldout is not None and HELDOUT not in splits:
+            splits.append(HELDOUT)
+        return {f"{split}/{language}": config.corpus_of(split).files_of(split, language)
+                for split in splits for language in config.corpus_of(split).languages_of(split)}
+
+    def _inputs(self, task: str) -> dict[str, epath.Path]:
+        return {_label(_part_of(task), name): path for name, path in self._reading[task].items()}
+
+    def _contents(self) -> set[str]:
+        """Returns the names of all that this store, and the one that is there, consist of."""
+        there = read_folder_record(self._config.store, token_store.MANIFEST, key=None) or {}
+        splits = there.get("splits")
+        return {token_store.MANIFEST, token_store.TOKENIZER, _EARLIER_RECORDS,
+                *(part.split("/")[0] for part in self._arrays), *(splits if isinstance(splits, dict) else ())}
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """Returns the provenance of the store that is there; earlier versions wrote it in another layout."""
+        manifest = read_folder_record(self._config.store, token_store.MANIFEST, key=None)
+        if not manifest:
+            return manifest
+        recorded = manifest.get("provenance")
+        if not isinstance(recorded, dict) or "program" not in recorded or "settings" in recorded:
+            return recorded if isinstance(recorded, dict) else {}
+        inputs = {_label(f"{split}/{language}", name): digest for split, languages in recorded["inputs"].items()
+                  for language, files in languages.items() for name, digest in files.items()}
+        settings = {name: value for name, value in recorded.items() if name not in ("program", "version", "inputs")}
+        return {"program": recorded["program"], "version": recorded["version"],
+                "settings": {"sequence_length": manifest["sequence_length"], **settings},
+                "inputs": {"tokenizer": manifest["tokenizer_sha256"], **inputs}}
+
+    def _damage(self) -> str | None:
+        """Returns what is missing from the store or cannot be read; None for a whole one."""
+        try:
+            store = TokenStore(self._config.store)
+            for split in store.manifest.splits:
+                store.arrays(split, store.parts(split))
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _documents(self, task: str) -> Iterator[tuple[str, Document]]:
+        corpus = self._config.corpus_of(task.split("/")[0])
+        for name in self._reading[task]:
+            for document in corpus.read(name):
+                yield name, document
+
+    def _tokenised(self, task: str) -> Iterator[tuple[list[tuple[str, Document]], list[int], list[np.ndarray]]]:
+        """Yields batches of a task's documents: (file, document), sizes in bytes, and int32 ids of each text."""
+        progress, n_documents, n_tokens = _Progress(task), 0, 0
+        for batch, sizes in _batches(self._documents(task)):
+            ids = self._tokenizer.encode_batch([document.text for _, document in batch], self._config.num_threads)
+            yield batch, sizes, ids
+            n_documents += len(batch)
+            n_tokens += sum(map(len, ids)) + len(ids)
+            progress.update(n_documents, n_tokens)
+        progress.update(n_documents, n_tokens, ends=True)
+
+    def _row_writer(self, task: str, folder: epath.Path) -> RowWriter:
+        return RowWriter(folder / OUTPUT / task, self._config.sequence_length, self._manifest.dtype)
+
+    def _write_rows(self, task: str, folder: epath.Path) -> dict[str, Any]:
+        """Writes an array of documents in the order of the files.
+
+        Returns:
+          JSON: "part", its counts; "has_text", whether any text is not blank.
+        """
+        rows, has_text = self._row_writer(task, folder), False
+        for batch, sizes, ids in self._tokenised(task):
+            has_text = has_text or any(document.text.strip() for _, document in batch)
+            rows.add(np.concatenate([piece for of_text in ids for piece in (of_text, _EOS)]), sum(sizes), len(batch))
+        return {"part": dataclasses.asdict(rows.close()), "has_text": has_text}
+
+    def _scatter(self, task: str, folder: epath.Path) -> dict[str, Any]:
+        """Writes runs of tokenised documents, sorted by key.
+
+        Returns:
+          JSON: "runs", their number; "has_text", whether any text is not blank.
+        """
+        config, buckets = self._config, len(self._arrays[_part_of(task)])
+        run, size, runs, has_text = [], 0, 0, False
+
+        def write() -> None:
+            write_run(folder / _run_path(task, runs), run, buckets, self._manifest.dtype)
+
+        for batch, sizes, ids in self._tokenised(task):
+            has_text = has_text or any(document.text.strip() for _, document in batch)
+            run += [TokenisedDocument(document_key(config.shuffle_seed, name, document.number), n_bytes,
+                                      np.concatenate([of_text, _EOS]).astype(self._manifest.dtype))
+                    for (name, document), n_bytes, of_text in zip(batch, sizes, ids)]
+            size += sum(sizes) + _DOCUMENT_BYTES * len(batch)
+            if size >= config.bucket_bytes:
+                write()
+                run, size, runs = [], 0, runs + 1
+        if run:
+            write()
+            runs += 1
+        return {"runs": runs, "has_text": has_text}
+
+    def _write_bucket(self, task: str, folder: epath.Path) -> dict[str, Any]:
+        """Writes an array of the documents of a bucket, sorted by key; returns JSON: "part", its counts."""
+        part = _part_of(task)
+        bucket = self._arrays[part].index(task)
+        documents = [document for reader in self._readers[part]
+                     for run in range(self.plan.result(SCATTER, reader)["runs"])
+                     for document in read_bucket(self.plan.files / _run_path(reader, run), bucket,
+                                                 self._manifest.dtype)]
+        documents.sort(key=lambda document: document.key)
+        rows = self._row_writer(task, folder)
+        for start in range(0, len(documents), _DOCUMENTS_JOINED):
+            batch = documents[start : start + _DOCUMENTS_JOINED]
+            rows.add(np.concatenate([document.tokens for document in batch]),
+                     sum(document.n_bytes for document in batch), len(batch))
+        return {"part": dataclasses.asdict(rows.close())}
+
+    def _describe(self, _: str, folder: epath.Path) -> dict[str, Any]:
+        """Copies the tokenizer; returns the content of the manifest, without its provenance.
+
+        Raises:
+          InputError: no document of a language has any text.
+        """
+        reading = SCATTER if self._config.shuffle_seed is not None else ROWS
+        splits: dict[str, dict[str, Part]] = {}
+        for name, tasks in self._arrays.items():
+            split, language = name.split("/")
+            if not any(self.plan.result(reading, task)["has_text"] for task in self._readers[name]):
+                paths = [str(path) for task in self._readers[name] for path in self._reading[task].values()]
+                more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
+                raise InputError(f"{', '.join(paths[:3])}{more}: no document has any text; leave {language!r} out of "
+                                 f"{split!r}")
+            parts = [Part(**self.plan.result(ROWS, task)["part"]) for task in tasks]
+            splits.setdefault(split, {})[language] = token_store.join_parts(parts) if len(parts) > 1 else parts[0]
+        write_atomic(folder / OUTPUT / token_store.TOKENIZER, self._tokenizer.model)
+        return dataclasses.replace(self._manifest, splits=splits).as_json()
+
+
+def _label(part: str, name: str) -> str:
+    """Returns the name of an input file in the provenance; two corpora may have files of one name."""
+    return f"{part}: {name}"
+
+
+def _part_of(task: str) -> str:
+    """Returns SPLIT/LANGUAGE of a task."""
+    return "/".join(task.split("/")[:2])
+
+
+def _run_path(task: str, run: int) -> str:
+    return f"{SCATTER}/{task}.{run}"
+
+
+def _numbered(part: str, count: int) -> list[str]:
+    """Returns the names of the tasks of a part of the store that is divided into so many."""
+    return [f"{part}/{number}" for number in range(count)] if count > 1 else [part]
+
+
+def _groups(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+    """Divides files, in order, into groups of at most `limit` bytes, or of one file."""
+    groups, size = [[]], 0
+    for name, of_file in sizes.items():
+        if limit is not None and groups[-1] and size + of_file > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += of_file
+    return groups
+
+
+def _text_bytes(name: str, size: int) -> int:
+    """Returns about how many bytes of text a file holds; nothing but its name and size may decide."""
+    return size * (_TEXT_PER_COMPRESSED_BYTE if name.endswith((".xz", ".gz", ".zst", ".parquet")) else 1)
+
+
+def make_plan(config: ExportConfig) -> Plan:
+    """Returns the work of an export.
+
+    `rows` writes the arrays, a task for each group of files. Of documents that are shuffled, `scatter` tokenises each
+    group of files first, and `rows` has a task for each bucket of keys. `manifest` puts the counts together.
+    """
+    return Export(config).plan
 
 
 def export_tokens(config: ExportConfig) -> None:
-    """Exports all splits and languages of a corpus to a token store, or this process's share of them.
+    """Exports all splits and languages of a corpus to a token store, or does this process's share of the work.
 
-    A whole store made before from the same files and settings is kept; an interrupted export resumes with the
-    parts that are not whole.
+    A whole store made before from the same files and settings is kept; an interrupted export goes on with the tasks
+    that are left.
 
     Raises:
       InputError: documents or tokenizer cannot be read, or another store is in the way.
     """
-    store, model = epath.Path(config.store), Tokenizer(config.tokenizer)
-    parts = config.parts
-    number, count = cluster.shard()
-    bytes_of = {part: sum(path.stat().length for path in files.values()) for part, files in parts.items()}
-    # The largest first, dealt out in turn.
-    own_parts = sorted(parts, key=lambda part: (-bytes_of[part], part))[number::count]
-    start = time.perf_counter()
-    settings = {"program": "data_mixtures.export", "version": __version__, **config.record_settings}
-    # All documents are hashed where a store is in the way, those of this process's parts otherwise.
-    exists = (store / token_store.MANIFEST).exists()
-    hashes = {part: {name: sha256(path) for name, path in parts[part].items()}
-              for part in (parts if exists else own_parts)}
-    planned = Manifest(config.sequence_length, model.vocab_size, model.sha256, {}, {})
-    records = PartRecords(
-        store, parts.__getitem__, {**settings, "sequence_length": config.sequence_length, "tokenizer": model.sha256})
-    if exists:
-        made_from = {"sequence_length": config.sequence_length, "tokenizer_sha256": model.sha256,
-                     **_with_inputs(planned, settings, hashes).provenance}
-        if is_current(store, _recorded(store), made_from, overwrite=config.overwrite, damage=lambda: _damage(store)):
-            records.clear()
-            return
-        (store / token_store.MANIFEST).unlink(missing_ok=True)
-    for part in own_parts:
-        if records.find(part, hashes[part]):
-            continue
-        records.remove(part)
-        files = records.fingerprint(part)
-        written = export_part(config.documents(part), model, store / part.folder, config.sequence_length,
-                              planned.dtype, config.num_threads, part.folder)
-        records.add(part, hashes[part], files, written)
-    whole = {part: record for part in parts
-             if (record := records.find(part, hashes.get(part) if part in own_parts else None))}
-    if len(whole) < len(parts):
-        if (store / token_store.MANIFEST).exists():
-            cluster.log(f"{store}: completed by another process")
-            return
-        cluster.log(f"{store}: {len(whole)} of {len(parts)} parts are complete; the process of the last one completes "
-                    "the store")
+    progress = _Progress(f"{config.store}:")
+    plan = complete(make_plan, config, config.workers)
+    if plan is None:
         return
-    _complete(store, model, _with_inputs(planned, settings, {part: record["hashes"] for part, record in whole.items()}),
-              {part: record["part"] for part, record in whole.items()})
-    records.clear()
-    _report(f"{store}:", sum(record["part"].documents for record in whole.values()),
-            sum(record["part"].tokens for record in whole.values()), time.perf_counter() - start)
-
-
-def _with_inputs(planned: Manifest, settings: Mapping[str, Any], hashes: Mapping[Unit, Mapping[str, str]]) -> Manifest:
-    """Returns `planned` with its provenance: `settings` and, as "inputs", the documents' hashes by split, language."""
-    inputs: dict[str, dict[str, Any]] = {}
-    for unit, of_unit in hashes.items():
-        inputs.setdefault(unit.split, {}).setdefault(unit.language, {}).update(of_unit)
-    return dataclasses.replace(planned, provenance={**settings, "inputs": inputs})
-
-
-def _complete(store: epath.Path, model: Tokenizer, planned: Manifest, parts: Mapping[Unit, Part]) -> None:
-    """Makes a store of whole parts; several processes may do so at once, as they write the same.
-
-    Raises:
-      InputError: a language whose files are in groups has no text.
-    """
-    by_language: dict[tuple[str, str], list[Part]] = {}
-    for unit, part in parts.items():
-        by_language.setdefault(unit[:2], []).append(part)
-    splits: dict[str, dict[str, Part]] = {}
-    for (split, language), groups in by_language.items():
-        part = token_store.join_parts(groups) if len(groups) > 1 else groups[0]
-        if not part.bytes:
-            raise InputError(f"{store}: no document has any text; leave {language!r} out of {split!r}")
-        splits.setdefault(split, {})[language] = part
-    for split, languages in splits.items():
-        children = [(path, languages) for path in _children(store / split)]
-        children += [(path, part.arrays) for language, part in languages.items() if part.groups
-                     for path in _children(store / split / language)]
-        for path, expected in children:
-            if path.name not in expected:  # part of an earlier store
-                with contextlib.suppress(OSError):
-                    path.rmtree() if path.is_dir() else path.unlink()
-    write_atomic(store / token_store.TOKENIZER, model.model)
-    token_store.write_manifest(store, dataclasses.replace(planned, splits=splits))
+    manifest = plan.result(MANIFEST, "all")
+    plan.finish(manifest)
+    parts = [part for languages in manifest["splits"].values() for part in languages.values()]
+    progress.update(sum(part["documents"] for part in parts), sum(part["tokens"] for part in parts), ends=True)
 
 
 if __name__ == "__main__":
-    run(export_tokens, ExportConfig, "data_mixtures.export", shards=True)
+    run(export_tokens, ExportConfig, "data_mixtures.export", has_phases=True)

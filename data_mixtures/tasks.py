@@ -3,7 +3,7 @@
 A task's examples are rows of a fixed length: documents tokenised, each ended by EOS, joined and cut *before* mixing.
 SeqIO's rates count examples, so that equal lengths make them token shares. The mixture takes its sources in the order
 of `MixtureOrder`, so that the shares are exact to a few rows at every moment. One epoch of a task has the same rows as
-the exporter's token store, as both tokenise with the same Python SentencePiece.
+the exporter's token store, without groups and shuffling, as both tokenise with the same Python SentencePiece.
 
 The iterator can be checkpointed: every Python function in the graph is a pure function of its arguments.
 """

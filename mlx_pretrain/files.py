@@ -103,6 +103,16 @@ def read_json(path: epath.PathLike, what: str = "file") -> Any:
         raise InputError(f"{path}: not a valid JSON {what}: {error}") from None
 
 
+def read_range(path: epath.PathLike, start: int, stop: int) -> bytes:
+    """Returns the bytes of a file from `start` to before `stop`; on gs:// in one request."""
+    if gcs.is_gs(path):
+        with gcs.named_errors(path):
+            return gcs.filesystem().cat_file(str(path), start, stop)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
 def read_jsonl(path: epath.PathLike) -> list[tuple[int, dict[str, Any]]]:
     """Returns (line number, object) of each line of a JSONL file, without a last line that a killed writer cut off.
 

@@ -89,13 +89,17 @@ class Manifest:
         """Smallest unsigned type that holds all token ids."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns the content of manifest.json."""
+        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        for part in (part for parts in content["splits"].values() for part in parts.values() if not part["groups"]):
+            del part["groups"]
+        return content
+
 
 def write_manifest(store: epath.PathLike, manifest: Manifest) -> None:
     """Writes the manifest, which completes a store; all arrays and the tokenizer must be in place."""
-    content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
-    for part in (part for parts in content["splits"].values() for part in parts.values() if not part["groups"]):
-        del part["groups"]
-    write_json(epath.Path(store) / MANIFEST, content)
+    write_json(epath.Path(store) / MANIFEST, manifest.as_json())
 
 
 def read_manifest(store: epath.PathLike) -> Manifest:

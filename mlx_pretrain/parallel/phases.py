@@ -111,6 +111,8 @@ class Plan:
       made_from: `artifacts.provenance` of the settings, and of the input files that all tasks read.
       phases: the phases, in order.
       overwrite: replaces an output made from other files or settings.
+      recorded: returns what is recorded of the output that is there, None without one; None: its marker's provenance.
+      damage: looks for damage in an output from the same files and settings, see `artifacts.is_current`; None: no look.
     """
 
     output: epath.PathLike
@@ -119,6 +121,8 @@ class Plan:
     made_from: Mapping[str, Any]
     phases: Sequence[Phase]
     overwrite: bool = False
+    recorded: Callable[[], Mapping[str, Any] | None] | None = None
+    damage: Callable[[], str | None] | None = None
 
     @property
     def _parts(self) -> epath.Path:
@@ -145,7 +149,8 @@ class Plan:
         inputs = dict(self.made_from.get("inputs", {}))
         for marker in self._markers():
             inputs |= marker["inputs"]
-        write_json(self.files / OUTPUT / self.marker, {**record, "provenance": {**self.made_from, "inputs": inputs}})
+        write_json(self.files / OUTPUT / self.marker, {
+            **record, "provenance": {**self.made_from, "inputs": dict(sorted(inputs.items()))}})
         self._publish()
         self.remove_parts()
 
@@ -174,16 +179,35 @@ class Plan:
     def _is_current(self) -> bool:
         if (self.files / OUTPUT / self.marker).exists():
             self._publish()  # a process was killed while it did so
-        recorded = read_folder_record(self.output, self.marker)
+        recorded = self._read_record()
         if recorded is None:  # the inputs are not hashed in vain
             return False
         inputs = {label: sha256(path) for phase in self.phases for task in phase.tasks
                   for label, path in phase.inputs(task).items()}
         made_from = {**self.made_from, "inputs": {**self.made_from.get("inputs", {}), **inputs}}
-        if is_current(self.output, recorded, made_from, overwrite=self.overwrite, contents=self.contents):
+        if is_current(self.output, recorded, made_from, overwrite=self.overwrite, damage=self.damage,
+                      contents=self.contents):
             self.remove_parts()
             return True
         return False
+
+    def _read_record(self) -> Mapping[str, Any] | None:
+        return read_folder_record(self.output, self.marker) if self.recorded is None else self.recorded()
+
+    def _stays(self) -> bool:
+        """Returns whether there is an output that may not be replaced, so that a shard would work in vain.
+
+        Its files are not compared, which would take every shard as long as their hashes.
+
+        Raises:
+          InputError: it was made with other settings.
+        """
+        if self.overwrite or (self.files / OUTPUT / self.marker).exists() or (recorded := self._read_record()) is None:
+            return False
+        settings = {name: value for name, value in self.made_from.items() if name != "inputs"}
+        is_current(self.output, recorded, settings, overwrite=False, quiet=True)
+        cluster.log(f"{self.output}: is there already; the same command without --shard compares its files")
+        return True
 
     def _marker(self, phase: str, task: str) -> epath.Path:
         return self._parts / "done" / phase / f"{task}.json"
@@ -345,7 +369,8 @@ def complete(make_plan: Callable[[Any], Plan], config: Any, workers: int = 1) ->
     plan = make_plan(config)
     number, count = cluster.shard()
     if count > 1:
-        _run_shard(plan, number, count)
+        if not plan._stays():
+            _run_shard(plan, number, count)
         return None
     if plan._is_current():
         return None

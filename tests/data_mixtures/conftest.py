@@ -43,6 +43,15 @@ def _write_corpus(folder, documents: dict[str, int]):
     return folder
 
 
+@pytest.fixture
+def shard():
+    """Returns a function that gives this process a shard until the end of the test."""
+    from mlx_pretrain.parallel import cluster
+
+    yield cluster.take_shard
+    cluster.take_shard(None)
+
+
 @pytest.fixture(scope="session")
 def made_up_text():
     return _made_up_text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +25,6 @@ from mlx_pretrain.data.token_store import ROWS_PER_SHARD, TokenStore, read_manif
 from mlx_pretrain.data.tokenizers import Tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import sha256
-from mlx_pretrain.parallel import cluster
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -59,11 +60,12 @@ def test_rows_are_the_documents(corpus, tokenizer_path, tmp_path, length, monkey
 
 def test_texts_are_tokenised_a_mebibyte_of_utf8_at_a_time():
     texts = ["a" * 500_000, "ä" * 200_000, "b" * 148_575, "c", "d", "ก" * 400_000, "e"]
-    documents = [Document(str(number), text, "en", "") for number, text in enumerate(texts)]
+    documents = [("file", Document(str(number), text, "en", "")) for number, text in enumerate(texts)]
     # A batch is complete with 2**20 bytes, not with one byte less.
     assert list(export._batches(documents)) == [
-        (texts[:4], 1_048_576), (texts[4:6], 1_200_001), (texts[6:], 1)]
-    assert list(export._batches(documents[:3])) == [(texts[:3], 1_048_575)] and not list(export._batches([]))
+        (documents[:4], [500_000, 400_000, 148_575, 1]), (documents[4:6], [1, 1_200_000]), (documents[6:], [1])]
+    assert list(export._batches(documents[:3])) == [(documents[:3], [500_000, 400_000, 148_575])]
+    assert not list(export._batches([]))
 
 
 def test_text_comes_back_out_of_the_store(corpus, store_path):
@@ -95,8 +97,10 @@ def test_provenance_names_tokenizer_and_documents(corpus, corpus_folder, tokeniz
     manifest = read_manifest(store_path)
     assert manifest.tokenizer_sha256 == sha256(tokenizer_path)
     assert manifest.vocab_size == 512
-    assert manifest.provenance["inputs"]["train"]["en"] == {
-        "train/en.jsonl.xz": sha256(corpus_folder / "train/en.jsonl.xz")}
+    assert manifest.provenance["settings"] == {"sequence_length": 32, "text_unit": "file"}
+    assert manifest.provenance["inputs"] == {"tokenizer": sha256(tokenizer_path), **{
+        f"{split}/{language}: {split}/{language}.jsonl.xz": sha256(corpus_folder / split / f"{language}.jsonl.xz")
+        for split in ("train", "heldout") for language in ("el", "en", "zh")}}
 
 
 def test_a_store_made_before_is_kept_and_another_needs_overwrite(tmp_path, tokenizer_path, capsys, write_corpus):
@@ -118,12 +122,38 @@ def test_a_store_made_before_is_kept_and_another_needs_overwrite(tmp_path, token
     assert not (store / "train/el").exists()
 
 
-def test_records_that_a_killed_process_left_in_a_whole_store_are_removed(corpus, tokenizer_path, store_path, tmp_path):
-    shutil.copytree(store_path, tmp_path / "store")
-    (tmp_path / "store/.export/train").mkdir(parents=True)
-    (tmp_path / "store/.export/train/en.json").write_text("{}")
-    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", 32))
-    assert not (tmp_path / "store/.export").exists() and contents(tmp_path / "store") == contents(store_path)
+def test_a_store_of_an_earlier_version_is_kept(corpus, corpus_folder, tokenizer_path, store_path, tmp_path, capsys):
+    """It had the hashes of documents by split and language, and the settings beside them."""
+    store = pathlib.Path(shutil.copytree(store_path, tmp_path / "store"))
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["provenance"] = {"program": "data_mixtures.export", "version": "0.1.0", "text_unit": "file", "inputs": {
+        split: {language: {f"{split}/{language}.jsonl.xz": sha256(corpus_folder / split / f"{language}.jsonl.xz")}
+                for language in ("el", "en", "zh")} for split in ("heldout", "train")}}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / ".export/train").mkdir(parents=True)  # of a process that was killed when the store was complete
+    before = contents(store)
+    config = ExportConfig(corpus, tokenizer_path, store, 32)
+    export_tokens(config)
+    assert "kept" in capsys.readouterr().err and contents(store) == before
+    assert TokenStore(store).part("train", "en") == TokenStore(store_path).part("train", "en")
+    with pytest.raises(InputError, match=r"settings sequence_length = 32 \(now 16\); set overwrite"):
+        export_tokens(dataclasses.replace(config, sequence_length=16))
+    with pytest.raises(InputError, match=r"settings group_bytes = null \(now 9\); set overwrite"):
+        export_tokens(dataclasses.replace(config, group_bytes=9))
+    manifest["provenance"]["inputs"]["train"]["en"]["train/en.jsonl.xz"] = sha256(tokenizer_path)
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"made with other inputs train/en: train/en\.jsonl\.xz; set overwrite"):
+        export_tokens(config)
+    export_tokens(dataclasses.replace(config, overwrite=True))
+    assert contents(store) == contents(store_path) and not (store / ".export").exists()
+
+
+def test_a_store_with_other_files_in_it_is_not_replaced(corpus, tokenizer_path, store_path, tmp_path):
+    store = pathlib.Path(shutil.copytree(store_path, tmp_path / "store"))
+    (store / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"store: holds notes\.txt besides what data_mixtures\.export makes"):
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 16, overwrite=True))
+    assert contents(store).items() > contents(store_path).items()
 
 
 def test_a_damaged_store_is_made_again(corpus, tokenizer_path, tmp_path, capsys):
@@ -145,38 +175,39 @@ def test_a_damaged_store_is_made_again(corpus, tokenizer_path, tmp_path, capsys)
         assert contents(store) == whole
 
 
-@pytest.fixture
-def shard():
-    """Returns a function that gives this process a shard until the end of the test."""
-    yield cluster.take_shard
-    cluster.take_shard(None)
+def parts_of(store) -> pathlib.Path:
+    """The folder where tasks leave what becomes the store."""
+    return store.parent / f".{store.name}.parts" / "files" / "output"
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
-def test_shards_make_the_same_store_in_any_order(corpus, tokenizer_path, store_path, tmp_path, shard, order):
-    store = tmp_path / "store"
-    for number in order[:-1]:
+def test_shards_make_the_same_store_in_any_order(corpus, tokenizer_path, store_path, tmp_path, shard, capsys, order):
+    config = ExportConfig(corpus, tokenizer_path, tmp_path / "store", 32)
+    for number in order:
         shard((number, len(order)))
-        export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
-        assert not (store / "manifest.json").exists()
+        export_tokens(config)
+        assert not config.store.exists()
     # A shard that starts again leaves its parts as they are.
-    stamps = {path: path.stat().st_mtime_ns for path in store.rglob("zarr.json")}
-    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
-    assert {path: path.stat().st_mtime_ns for path in store.rglob("zarr.json")} == stamps
-    shard((order[-1], len(order)))
-    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
-    assert contents(store) == contents(store_path)
+    stamps = {path: path.stat().st_mtime_ns for path in parts_of(config.store).rglob("zarr.json")}
+    export_tokens(config)
+    assert {path: path.stat().st_mtime_ns for path in parts_of(config.store).rglob("zarr.json")} == stamps
+    assert len(stamps) == 6
+    shard(None)
+    export_tokens(config)
+    assert contents(config.store) == contents(store_path)
     shard((0, 4))
-    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
-    assert contents(store) == contents(store_path)
+    capsys.readouterr()
+    export_tokens(config)
+    assert "store: is there already; the same command without --shard" in capsys.readouterr().err
+    assert contents(config.store) == contents(store_path) and not parts_of(config.store).exists()
 
 
 def test_without_shards_the_command_does_what_is_left(corpus, tokenizer_path, store_path, tmp_path, shard, capsys):
     store = tmp_path / "store"
     shard((1, 3))
     export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
-    assert "2 of 6 parts are complete" in capsys.readouterr().err
-    data = sorted(store.glob("*/*/c/0/0"))[0]
+    assert "rows (phase 1 of 2): 4 of 6 tasks are left" in capsys.readouterr().err
+    data = sorted(parts_of(store).glob("*/*/c/0/0"))[0]
     data.write_bytes(data.read_bytes()[:-1])  # one of the parts is damaged
     shard(None)
     export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
@@ -184,60 +215,44 @@ def test_without_shards_the_command_does_what_is_left(corpus, tokenizer_path, st
     assert contents(store) == contents(store_path)
 
 
+def test_local_processes_make_the_same_store(corpus, tokenizer_path, store_path, tmp_path):
+    export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "store", 32, workers=2))
+    assert contents(tmp_path / "store") == contents(store_path)
+
+
 def test_shards_over_a_store_of_other_documents(tmp_path, tokenizer_path, write_corpus, shard):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
+    before = contents(store)
     write_corpus(folder, {"en": 5})  # changes one part of four
     (folder / "train/el.jsonl.xz").unlink()  # removes another
     corpus = Corpus(folder)
     for number in range(3):
         shard((number, 3))
-        if number == 0:
-            with pytest.raises(InputError, match=r"set overwrite=True"):
-                export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
+        with pytest.raises(InputError, match=r"set overwrite=True"):
+            export_tokens(ExportConfig(corpus, tokenizer_path, store, 16))
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
+        assert (number > 0) == parts_of(store).exists()
         export_tokens(ExportConfig(corpus, tokenizer_path, store, 32, overwrite=True))
-        assert (store / "manifest.json").exists() == (number == 2)
+        assert contents(store) == before
     shard(None)
+    with pytest.raises(InputError, match=r"set overwrite=True"):
+        export_tokens(ExportConfig(corpus, tokenizer_path, store, 32))
+    export_tokens(ExportConfig(corpus, tokenizer_path, store, 32, overwrite=True))
     export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / "clean", 32))
     assert contents(store) == contents(tmp_path / "clean")
 
 
-def test_documents_that_change_between_shards_make_no_store(tmp_path, tokenizer_path, write_corpus, shard):
+def test_documents_that_change_between_shards_are_exported_again(tmp_path, tokenizer_path, write_corpus, shard):
     folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
     for number in (0, 1):
         shard((number, 2))
         export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
         if number == 0:
             shutil.copy(folder / "train/en.jsonl.xz", folder / "train/el.jsonl.xz")
-    assert not (store / "manifest.json").exists()
-    shard((0, 2))
-    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
     shard(None)
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 32))
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    assert contents(store) == contents(tmp_path / "clean")
-
-
-@pytest.mark.parametrize("change", ["size", "time"])
-def test_another_shards_part_is_not_taken_when_its_documents_have_changed(
-        tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text, shard, capsys, change):
-    folder, store = write_corpus(tmp_path / "corpus", {"en": 4, "el": 4}), tmp_path / "store"
-    shard((0, 2))
-    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    changed = folder / "train/el.jsonl.xz"  # the largest before and after, so that shards stay
-    before = changed.stat()
-    assert (store / "train/el").exists()
-    if change == "size":
-        write_jsonl(changed, [{"text": made_up_text("el", 400, 1)}])
-        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
-    else:
-        os.utime(changed, (0, 0))
-    shard((1, 2))
-    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    assert "3 of 4 parts are complete" in capsys.readouterr().err and not (store / "manifest.json").exists()
-    shard(None)
-    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, store, 32))
-    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 32))
     assert contents(store) == contents(tmp_path / "clean")
 
 
@@ -248,8 +263,8 @@ def test_shards_take_the_largest_parts_first(corpus, corpus_folder, tokenizer_pa
     for number in (0, 1, 5):
         shard((number, 6))
         export_tokens(ExportConfig(corpus, tokenizer_path, tmp_path / str(number), 32))
-        assert [str(path.parent.relative_to(tmp_path / str(number)))
-                for path in (tmp_path / str(number)).rglob("zarr.json")] == [largest[number]]
+        parts = parts_of(tmp_path / str(number))
+        assert [str(path.parent.relative_to(parts)) for path in parts.rglob("zarr.json")] == [largest[number]]
 
 
 def test_unreadable_documents_leave_no_store(tmp_path, tokenizer_path, write_corpus):
@@ -273,7 +288,7 @@ def test_a_language_without_text_leaves_no_store(tmp_path, tokenizer_path, write
     write_jsonl(folder / split / "xx.jsonl", [{"text": text} for text in texts])
     with pytest.raises(InputError, match=rf"{split}/xx\.jsonl: no document has any text; leave 'xx' out of '{split}'"):
         export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "store", 32))
-    assert not (tmp_path / "store/manifest.json").exists()
+    assert not (tmp_path / "store").exists()
     write_jsonl(folder / split / "xx.jsonl", [*({"text": text} for text in texts), {"text": "x"}])
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "store", 32))
     assert TokenStore(tmp_path / "store").part(split, "xx").documents == len(texts) + 1
@@ -298,12 +313,13 @@ def started(tokenizer, documents, store, *arguments):
 def test_killed_or_shared_among_commands_the_store_is_the_same(
         tmp_path, tokenizer_path, write_corpus, write_jsonl, made_up_text):
     folder = write_corpus(tmp_path / "corpus", {"en": 20})
-    write_jsonl(folder / "train/zz.jsonl", [{"text": made_up_text("zh", 3000, 1)}] * 120)  # a second of work
+    for language in ("yy", "zz"):  # a second of work each
+        write_jsonl(folder / f"train/{language}.jsonl", [{"text": made_up_text("zh", 3000, 1)}] * 120)
     command = functools.partial(started, tokenizer_path, folder)
     with command(tmp_path / "killed") as killed:
-        for line in killed.stderr:
-            if line.startswith("train/en"):
-                killed.send_signal(signal.SIGKILL)
+        while not (tmp_path / ".killed.parts/done/rows/train/yy.json").exists() and killed.poll() is None:
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match=f"{tmp_path}/killed: no token store here"):
         TokenStore(tmp_path / "killed")
@@ -311,8 +327,9 @@ def test_killed_or_shared_among_commands_the_store_is_the_same(
     jobs += [command(tmp_path / "shared", f"--shard={number}/2") for number in range(2)]
     said = [process.communicate()[1] for process in jobs]
     assert [process.returncode for process in jobs] == [0, 0, 0], said
-    assert "M tokens/s" in said[0]
+    assert "train/zz" in said[0] and "train/yy" not in said[0]
     export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "clean", 16))
+    export_tokens(ExportConfig(Corpus(folder), tokenizer_path, tmp_path / "shared", 16))
     assert contents(tmp_path / "killed") == contents(tmp_path / "shared") == contents(tmp_path / "clean")
 
 
@@ -370,12 +387,13 @@ def test_groups_of_files_become_arrays_that_are_read_as_one(many_files, tokenize
     for number in (2, 0):
         shard((number, 4))
         export_tokens(shared)
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("zarr.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "shared").rglob("zarr.json")}
     damaged, whole = sorted(stamps)
     next(damaged.parent.rglob("c/0/0")).unlink()
     shard(None)
     export_tokens(shared)
-    assert whole.stat().st_mtime_ns == stamps[whole]
+    whole_now = tmp_path / "shared" / whole.relative_to(parts_of(tmp_path / "shared"))
+    assert whole_now.stat().st_mtime_ns == stamps[whole]
     assert contents(tmp_path / "shared") == contents(tmp_path / "store")
     # Other groups leave nothing behind.
     export_tokens(dataclasses.replace(config, group_bytes=None, store=tmp_path / "one"))

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from data_mixtures.tokenizer import train_model
 from tests.e2e.conftest import REPOSITORY, run, started
 from tests.raters.rated import write_documents, write_scores
 
@@ -19,7 +20,12 @@ STAGES = {  # stage -> macro of its output, further flags
     "duplicates": ("DUPLICATES", "--gin.duplicates.write_documents=True"),
     "decontaminate": ("CONTAMINATED", "--gin.ITEMS=['items.jsonl']"),
     "select": ("SELECTED", "--gin.SCORES=scores", "--gin.select.fraction=0.4"),
+    "export": ("TOKEN_STORE", "--gin.DOCUMENTS=.", "--gin.Corpus.files={split}/{language}/*.jsonl",
+               "--gin.Corpus.splits=['corpus']", "--gin.TOKENIZER=tokenizer.model", "--gin.SEQUENCE_LENGTH=64",
+               "--gin.export_tokens.group_bytes=40000", "--gin.export_tokens.shuffle_seed=1",
+               "--gin.export_tokens.bucket_bytes=100000"),
 }
+MARKERS = {"select": "selection.json", "export": "manifest.json"}  # others: report.json
 WAYS = ("alone", "workers", "shards", "beam")
 
 
@@ -36,11 +42,17 @@ def corpus(tmp_path_factory) -> pathlib.Path:
             write_documents(folder / f"corpus/{language}/{number}.jsonl", part)
             write_scores(folder / "scores", f"{language}/{number}.jsonl", part, [len(one["text"]) % 97 for one in part])
     write_documents(folder / "items.jsonl", [{"id": "leak", "text": records[7]["text"][:200]}])
+    (folder / "tokenizer.model").write_bytes(train_model((record["text"] for record in records), {
+        "model_type": "bpe", "vocab_size": 400, "character_coverage": 1.0, "max_sentence_bytes": 9999,
+        "num_threads": 1}))
     return folder
 
 
 def flags(stage: str, output: str, *more: str) -> list[str]:
     macro, *settings = STAGES[stage]
+    if stage == "export":
+        return ["data_mixtures.export", "--gin_file=gin/mixtures/prepare.gin", f"--gin.{macro}={output}", *settings,
+                *more]
     return [f"raters.{stage}", f"--gin_file=gin/raters/{stage}.gin", "--gin.DOCUMENTS=*/*.jsonl", "--gin.ROOT=corpus",
             f"--gin.{macro}={output}", *settings, *more]
 
@@ -61,7 +73,8 @@ def undisturbed(corpus):
             assert ended.code == 0, ended.err
             made[stage] = contents(corpus / f"whole-{stage}"), time.monotonic() - start
             kinds = {name.split("/")[0] for name, content in made[stage][0].items() if content}
-            assert kinds >= ({"train", "selection.json"} if stage == "select" else {"removed", "report.json"})
+            assert kinds >= {{"select": "train", "export": "corpus"}.get(stage, "removed"),
+                             MARKERS.get(stage, "report.json")}
         return made[stage]
 
     return of
@@ -71,7 +84,8 @@ def commands(stage: str, output: str, way: str) -> list[list[str]]:
     """Returns the commands that together make the output, to be run one after the other until all have ended well."""
     if way == "shards":
         return [flags(stage, output, f"--shard={number}/2") for number in (1, 0, 1, 0)] + [flags(stage, output)]
-    return [flags(stage, output, *{"alone": (), "workers": (f"--gin.{stage}.workers=2",),
+    workers = f"--gin.{'export_tokens' if stage == 'export' else stage}.workers=2"
+    return [flags(stage, output, *{"alone": (), "workers": (workers,),
                                    "beam": ("--beam", "--runner=DirectRunner")}[way])]
 
 
@@ -94,7 +108,7 @@ def kill_and_go_on(corpus: pathlib.Path, stage: str, way: str, seconds: float, k
                 break
             assert ended.code == -signal.SIGKILL, ended.err
             killed += 1
-            report = corpus / "killed" / ("selection.json" if stage == "select" else "report.json")
+            report = corpus / "killed" / MARKERS.get(stage, "report.json")
             assert not (corpus / "killed").exists() or json.loads(report.read_text()), "a part of an output"
 
 
@@ -128,14 +142,15 @@ def test_two_processes_of_one_shard_do_no_harm(corpus, undisturbed):
     assert contents(corpus / "twice") == whole and not (corpus / ".twice.parts").exists()
 
 
-def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(corpus, undisturbed):
-    whole, _ = undisturbed("languages")
+@pytest.mark.parametrize("stage", ["languages", "export"])
+def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(corpus, undisturbed, stage):
+    whole, _ = undisturbed(stage)
     limit = max(map(len, whole.values())) - 1  # the largest file does not fit
-    with started(*flags("languages", "full"), folder=corpus) as process:
+    with started(*flags(stage, "full"), folder=corpus) as process:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         ended = process.end()
     assert ended.code == 1 and len(ended.err.splitlines()) == 1, ended.err
     assert ended.err.startswith("error: full") and ended.err.endswith("cannot be written (File too large)\n")
     assert not (corpus / "full").exists()
-    assert run(*flags("languages", "full"), folder=corpus).code == 0
+    assert run(*flags(stage, "full"), folder=corpus).code == 0
     assert contents(corpus / "full") == whole
