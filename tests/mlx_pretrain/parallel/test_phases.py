@@ -169,6 +169,44 @@ def test_other_settings_are_refused_and_replaced_when_asked(config, alone, monke
     assert set(contents(pathlib.Path(config.output, "letters"))) == {"a.json", "b.json"}
 
 
+def test_a_shard_does_not_work_for_an_output_that_stays(config, shard, tmp_path, monkeypatch, capsys):
+    main(config)
+    before = contents(config.output)
+    (pathlib.Path(config.folder) / "1.txt").write_text("b b")  # is compared by the command without a shard
+    counting.done.clear()
+    shard((0, 2))
+    assert not main(config) and not counting.done
+    assert "out: is there already; the same command without --shard compares its files" in capsys.readouterr().err
+    with monkeypatch.context() as changed:
+        changed.setattr(counting, "LETTERS", "ab")
+        with pytest.raises(InputError, match=r'exists, made with settings letters = "abc" \(now "ab"\)'):
+            main(config)
+    assert not counting.done and not (tmp_path / ".out.parts").exists()
+    assert not main(dataclasses.replace(config, overwrite=True)) and counting.done == NAMES[::2]
+    assert contents(config.output) == before
+
+
+def test_a_plan_may_know_damage_and_earlier_layouts_of_its_record(config, alone, monkeypatch):
+    def plan_with(**fields):
+        monkeypatch.setattr(counting, "make_plan", lambda one: dataclasses.replace(make_plan(one), **fields))
+
+    make_plan = counting.make_plan
+    main(config)
+    plan_with(damage=lambda: None)
+    assert not main(config)
+    counting.done.clear()
+    plan_with(damage=lambda: "a page is torn")
+    assert main(config) and counting.done == ALL and contents(config.output) == alone
+    report = pathlib.Path(config.output, "report.json")
+    content = json.loads(report.read_text())
+    report.write_text(json.dumps({"origin": content.pop("provenance"), **content}))
+    plan_with()
+    with pytest.raises(InputError, match="has no record of what it was made from"):
+        main(config)
+    plan_with(recorded=lambda: json.loads(report.read_text())["origin"])
+    assert not main(config)
+
+
 def test_a_move_that_was_killed_is_completed(config, alone, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(phases, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
