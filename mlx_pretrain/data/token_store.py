@@ -11,6 +11,8 @@ row of an array is padded with 0. Rows are read by random access, on local disks
 
 import dataclasses
 import hashlib
+import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -179,11 +181,17 @@ class PartWriter:
             self._rows, self._pending = [rows[whole:]], len(rows) - whole
 
     def _flush(self, rows: np.ndarray) -> None:
+        """Writes rows. Raises OSError where the disk is full, say."""
         stop = self._written + len(rows)
-        self._array = self._array.resize(exclusive_max=[stop, None]).result()
-        for start in range(self._written, stop, ROWS_PER_SHARD):
-            block = rows[start - self._written :][:ROWS_PER_SHARD]
-            self._array[start : start + len(block)].write(block).result()
+        try:
+            self._array = self._array.resize(exclusive_max=[stop, None]).result()
+            for start in range(self._written, stop, ROWS_PER_SHARD):
+                block = rows[start - self._written :][:ROWS_PER_SHARD]
+                self._array[start : start + len(block)].write(block).result()
+        except ValueError as error:
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(self._path)) from None
         self._written = stop
 
     def close(self, tokens: int, n_bytes: int, documents: int) -> Part:

@@ -51,8 +51,8 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 def flags(stage: str, output: str, *more: str) -> list[str]:
     macro, *settings = STAGES[stage]
     if stage == "export":
-        return ["data_mixtures.export", "--gin_file=gin/mixtures/prepare.gin", f"--gin.{macro}={output}", *settings,
-                *more]
+        return ["data_mixtures.export", "--gin_file=gin/mixtures/sample.gin", "--gin_file=gin/mixtures/prepare.gin",
+                f"--gin.{macro}={output}", *settings, *more]
     return [f"raters.{stage}", f"--gin_file=gin/raters/{stage}.gin", "--gin.DOCUMENTS=*/*.jsonl", "--gin.ROOT=corpus",
             f"--gin.{macro}={output}", *settings, *more]
 

@@ -1,7 +1,9 @@
 """The token store: rows are read as written, and damage is noticed when a store is opened."""
 
 import dataclasses
+import errno
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -34,6 +36,19 @@ def test_round_trip_over_shards(tmp_path, n, dtype):
     np.testing.assert_array_equal(store.read("train", "xx"), rows)
     np.testing.assert_array_equal(store.array("train", "xx")[np.array([2, 0, 2])].read().result(), rows[[2, 0, 2]])
     assert len(store.part("train", "xx").files) == -(-n // token_store.ROWS_PER_SHARD)
+
+
+def test_a_full_disk_is_the_system_s_error(tmp_path):
+    """A limit on the size of files, which the system reports as it reports a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            make(tmp_path, np.ones((100, 8), np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG and raised.value.filename == str(tmp_path / "train/xx")
+    make(tmp_path, np.ones((100, 8), np.uint16))
 
 
 def test_rewriting_a_part_leaves_nothing_old(tmp_path):
