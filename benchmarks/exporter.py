@@ -3,7 +3,8 @@
     python benchmarks/exporter.py [--quick] [--documents 'samples/text/train/*']
 
 Repeats real documents to a given amount of text, trains a tokenizer on them, and exports them from plain, gzip and xz
-files. The last line is one JSON object; `tokens_per_s` is that of .jsonl.xz, reading and decompressing included.
+files, and shuffled from xz files. The last line is one JSON object; `tokens_per_s` is that of .jsonl.xz, reading
+and decompressing included.
 """
 
 import argparse
@@ -56,22 +57,26 @@ def main() -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             train_tokenizer(TokenizerConfig(Corpus(folder / ".jsonl"), model, arguments.vocab_size,
                                             max_bytes=2_000_000))
-        for extension in WRITERS:
-            store, corpus = folder / extension / "store", Corpus(folder / extension)
-            start = time.perf_counter()
+        for extension, seed in (*((extension, None) for extension in WRITERS), (".jsonl.xz", 0)):
+            name = extension if seed is None else f"{extension}, shuffled"
+            store, corpus = folder / name / "store", Corpus(folder / extension)
+            start, cpu = time.perf_counter(), time.process_time()
             with contextlib.redirect_stderr(io.StringIO()):
-                export_tokens(ExportConfig(corpus, model, store, arguments.sequence_length, arguments.threads))
-            seconds = time.perf_counter() - start
+                export_tokens(ExportConfig(corpus, model, store, arguments.sequence_length, arguments.threads,
+                                           shuffle_seed=seed, bucket_bytes=16 << 20))
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             part = TokenStore(store).part("train", "all")
-            rows.append((extension, part.bytes, part.tokens, seconds))
+            rows.append((name, part.bytes, part.tokens, seconds, cpu))
 
-    print(f"{'files':<10} {'text MB':>8} {'tokens':>12} {'seconds':>8} {'MB/s':>7} {'M tokens/s':>11}")
-    for extension, n_bytes, tokens, seconds in rows:
-        print(f"{extension:<10} {n_bytes / 1e6:>8.1f} {tokens:>12,} {seconds:>8.2f} {n_bytes / 1e6 / seconds:>7.1f} "
-              f"{tokens / 1e6 / seconds:>11.2f}")
-    _, n_bytes, tokens, seconds = rows[-1]
-    print(json.dumps({"tokens_per_s": round(tokens / seconds), "bytes_per_token": round(n_bytes / tokens, 3),
-                      "threads": arguments.threads, "cores": len(os.sched_getaffinity(0))}))
+    print(f"{'files':<20} {'text MB':>8} {'tokens':>12} {'seconds':>8} {'MB/s':>7} {'M tokens/s':>11} {'CPU s':>8}")
+    for name, n_bytes, tokens, seconds, cpu in rows:
+        print(f"{name:<20} {n_bytes / 1e6:>8.1f} {tokens:>12,} {seconds:>8.2f} {n_bytes / 1e6 / seconds:>7.1f} "
+              f"{tokens / 1e6 / seconds:>11.2f} {cpu:>8.2f}")
+    (_, n_bytes, tokens, seconds, _), (*_, shuffled_seconds, _) = rows[-2:]
+    print(json.dumps({"tokens_per_s": round(tokens / seconds),
+                      "shuffled_tokens_per_s": round(tokens / shuffled_seconds),
+                      "bytes_per_token": round(n_bytes / tokens, 3), "threads": arguments.threads,
+                      "cores": len(os.sched_getaffinity(0))}))
 
 
 if __name__ == "__main__":

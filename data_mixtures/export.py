@@ -33,6 +33,7 @@ from mlx_pretrain.parallel import cluster
 from mlx_pretrain.parallel.phases import OUTPUT, Phase, Plan, complete
 
 HELDOUT = "heldout"
+_PROGRAM = "data_mixtures.export"
 ROWS, SCATTER, MANIFEST = "rows", "scatter", "manifest"  # phases
 _EARLIER_RECORDS = ".export"  # folder in stores that an earlier version was killed at
 _BATCH_BYTES = 1 << 20  # of text tokenised at a time
@@ -114,13 +115,13 @@ class RowWriter:
         """Creates the array at `path`."""
         self._writer, self._length = PartWriter(path, sequence_length, dtype), sequence_length
         self._rest = np.empty(0, dtype)
-        self.tokens = self.n_bytes = self.documents = 0
+        self._tokens = self._bytes = self._documents = 0
 
     def add(self, tokens: np.ndarray, n_bytes: int, n_documents: int) -> None:
         """Appends the tokens of whole documents, with their bytes of text and number."""
-        self.tokens += len(tokens)
-        self.n_bytes += n_bytes
-        self.documents += n_documents
+        self._tokens += len(tokens)
+        self._bytes += n_bytes
+        self._documents += n_documents
         tokens = np.concatenate([self._rest, tokens.astype(self._rest.dtype)])
         whole = len(tokens) // self._length * self._length
         self._writer.append(tokens[:whole].reshape(-1, self._length))
@@ -132,7 +133,7 @@ class RowWriter:
             row = np.full((1, self._length), PAD_ID, self._rest.dtype)
             row[0, : len(self._rest)] = self._rest
             self._writer.append(row)
-        return self._writer.close(self.tokens, self.n_bytes, self.documents)
+        return self._writer.close(self._tokens, self._bytes, self._documents)
 
 
 class _Progress:
@@ -201,7 +202,6 @@ class Export:
             if shuffles:
                 text = sum(_text_bytes(name, size) for name, size in of_files.items())
                 self._arrays[part] = _numbered(part, -(-text // config.bucket_bytes))
-
         # The largest first, so that no process begins a long task when the others are at the end.
         reading = sorted(self._reading, key=lambda task: (-sizes[task], task))
         arrays = [task for tasks in self._arrays.values() for task in tasks]
@@ -209,7 +209,7 @@ class Export:
                   if shuffles else [Phase(ROWS, reading, self._write_rows, self._inputs)])
         self.plan = Plan(
             config.store, token_store.MANIFEST, self._contents(),
-            provenance("data_mixtures.export", config.settings, {"tokenizer": self._tokenizer.sha256}),
+            provenance(_PROGRAM, config.settings, {"tokenizer": self._tokenizer.sha256}),
             [*phases, Phase(MANIFEST, ["all"], self._describe)], config.overwrite,
             recorded=self._recorded, damage=self._damage)
 
@@ -238,12 +238,14 @@ class Export:
         if not manifest:
             return manifest
         recorded = manifest.get("provenance")
-        if not isinstance(recorded, dict) or "program" not in recorded or "settings" in recorded:
-            return recorded if isinstance(recorded, dict) else {}
+        if not isinstance(recorded, dict):
+            return {}
+        if recorded.get("program") != _PROGRAM or "settings" in recorded:
+            return recorded
         inputs = {_label(f"{split}/{language}", name): digest for split, languages in recorded["inputs"].items()
                   for language, files in languages.items() for name, digest in files.items()}
         settings = {name: value for name, value in recorded.items() if name not in ("program", "version", "inputs")}
-        return {"program": recorded["program"], "version": recorded["version"],
+        return {"program": _PROGRAM, "version": recorded["version"],
                 "settings": {"sequence_length": manifest["sequence_length"], **settings},
                 "inputs": {"tokenizer": manifest["tokenizer_sha256"], **inputs}}
 
@@ -417,4 +419,4 @@ def export_tokens(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(export_tokens, ExportConfig, "data_mixtures.export", has_phases=True)
+    run(export_tokens, ExportConfig, _PROGRAM, has_phases=True)
