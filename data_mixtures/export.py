@@ -419,4 +419,4 @@ def export_tokens(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(export_tokens, ExportConfig, _PROGRAM, has_phases=True)
+    run(export_tokens, ExportConfig, "data_mixtures.export", has_phases=True)
