@@ -60,6 +60,11 @@ def quality(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: 
     return QualityModel(config).apply({"params": params}, tokens, segment_ids)
 
 
+def embed(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Returns what the head sees of token sequences, float32 `[batch, embed]`; arguments as in `QualityModel`."""
+    return Encoder(config).apply({"params": params["encoder"]}, tokens, segment_ids, pooled=True)
+
+
 def load_quality(
     run_dir: epath.PathLike, step: int | None = None
 ) -> tuple[QualityConfig, Any, Tokenizer | SubwordTokenizer]:
