@@ -24,8 +24,8 @@ from etils import epath
 from mlx_pretrain.errors import InputError
 
 FORMAT, VERSION = "mlx-rater-embeddings", 1
-# Stored type -> its NumPy type. The largest relative error of a number is 2**-9 in bfloat16, 2**-12 in float16 and
-# 2**-25 in float32, for numbers of ordinary size.
+# Stored type -> its NumPy type. Rounding changes a number by at most its 2**-8th part in bfloat16, its 2**-11th in
+# float16 (from 6e-5 to 65,504) and its 2**-24th in float32.
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 COLUMN = "embedding"
 # The numbers' bytes are near to noise: a dictionary or zstd would cost time and spare little.

@@ -18,12 +18,11 @@ from mlx_pretrain.errors import InputError
 from mlx_pretrain.inference.bulk import BulkInference, default_buckets
 from mlx_pretrain.models.config_checks import check_choice
 from mlx_pretrain.parallel import partitioning
-from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_params
 from raters.scoring import embedding_files
 from raters.scoring.chunks import mean_over_chunks
 from raters.scoring.heads import head_scores
-from raters.scoring.quality_model import QualityConfig, embed, load_quality, quality
+from raters.scoring.quality_model import QualityConfig, embed, load_quality, quality, quality_config
 from raters.train import TrainRaterConfig, configured_model
 
 # By platform. Data that leaves a CPU's caches takes longer to move than to compute; accelerators want large products.
@@ -59,7 +58,8 @@ class QualityScorer:
         """Loads the model onto this host's devices.
 
         Args:
-          run_dir: folder of a run of `raters.train`.
+          run_dir: folder of a run of `raters.train`; or, with `embeddings`, a Hugging Face encoder (config.json,
+            model.safetensors, tokenizer.json), whose documents get embeddings and no scores.
           step: step of the checkpoint; None: the latest.
           chunk_length: tokens of the chunks that longer documents are cut into; None: the longest the encoder takes.
           buckets: lengths of the batches, a program each; None: `bulk.default_buckets`.
@@ -77,6 +77,9 @@ class QualityScorer:
         if embeddings is not None:
             check_choice(self, "embeddings", embedding_files.DTYPES)
         config, params, self.tokenizer = load_quality(run_dir, step)
+        if embeddings is None and np.isnan(params["head"]["bias"]):
+            raise InputError(f"{run_dir}: an encoder without a head gives no scores; set QualityScorer.embeddings, or "
+                             "train a rater from it (train_rater.encoder)")
         self.name = f"{epath.Path(run_dir).name}@{_fingerprint(config, params, self.tokenizer)}"
         if window_tokens < 1:
             raise InputError(f"QualityScorer.window_tokens = {window_tokens}: must be positive")
@@ -172,7 +175,7 @@ def score_programs(mesh: Mesh, length: int | None) -> list[programs.Program]:
     if programs.is_bound("train_rater.steps"):
         model = configured_model(TrainRaterConfig())
     else:
-        model = checkpoints.load_model(settings["run_dir"], QualityConfig)
+        model = quality_config(settings["run_dir"])
     embeddings = settings.get("embeddings")
     settings = {name: settings[name] for name in ("chunk_length", "buckets", "tokens_per_batch", "in_flight")
                 if name in settings}

@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from mlx_pretrain.convert.encoders import load_encoder
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
+from mlx_pretrain.models.encoder import Encoder
 from mlx_pretrain.parallel import cluster
 from raters import select
 from raters.apply_heads import ApplyHeadsConfig
@@ -290,6 +293,32 @@ def many(scorers, tmp_path) -> pathlib.Path:
         write_jsonl(tmp_path / "in" / name, [record | {"id": f"{name}{record['id']}"} for record in records(seed, 350)])
     run_score(tmp_path / "in", tmp_path / "many", scorers["float16"])
     return tmp_path / "many"
+
+
+def test_an_encoder_without_a_rater_embeds_documents_for_heads(tmp_path):
+    encoder, goldens = tmp_path / "encoder", pathlib.Path(__file__).parents[1] / "mlx_pretrain/goldens"
+    shutil.copytree(goldens / "xlm_roberta", encoder)
+    shutil.copy(goldens / "tokenizer.json", encoder)
+    rng, word = np.random.default_rng(0), "embeddings.word_embeddings.weight"
+    weights = load_file(encoder / "model.safetensors")
+    weights[word] = rng.standard_normal((175, weights[word].shape[1])).astype(np.float32)
+    save_file(weights, encoder / "model.safetensors")
+    (encoder / "config.json").write_text(
+        (encoder / "config.json").read_text().replace('"vocab_size": 40', '"vocab_size": 175'))
+    with pytest.raises(InputError, match=r"encoder: an encoder without a head gives no scores; set QualityScorer\.emb"):
+        QualityScorer(encoder)
+    scorer = QualityScorer(encoder, embeddings="float32")
+    long = "das Haus and the river " * 9
+    write_jsonl(tmp_path / "in/de.jsonl", [{"text": "the house"}, {"text": ""}, {"text": long}])
+    run_score(tmp_path / "in", tmp_path / "out", scorer)
+    table, vectors = read(tmp_path / "out", "de.jsonl", "float32")
+    assert np.isnan(table["quality_score"].to_numpy()).all() and np.isnan(vectors[1]).all()
+    config, params = load_encoder(encoder)
+    ids = scorer.tokenizer.wrap(scorer.tokenizer.encode("the house"))[None]
+    expected = Encoder(config).apply(
+        {"params": jax.tree.map(jnp.asarray, params)}, ids, np.ones_like(ids), pooled=True)[0]
+    np.testing.assert_allclose(vectors[0], expected, rtol=1e-5, atol=1e-5)
+    assert len(scorer.tokenizer.encode(long)) > 14 and np.isfinite(vectors[2]).all()
 
 
 def test_heads_learn_labels_and_pairs_from_the_embeddings(many, tmp_path, capsys):
