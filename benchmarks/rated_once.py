@@ -3,7 +3,7 @@
 Scores the sample text with a rater of the shape in gin/raters/train.gin and drawn weights, or with a run of
 `raters.train` (--rater), without embeddings and with each type of them; then trains heads on labels that are drawn from
 the embeddings, and applies one and five of them. Processor seconds; compilation is left out, reading and tokenizing are
-not.
+not. Last, one and five heads on drawn embeddings of many documents (--many).
 """
 
 import argparse
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import sentencepiece
 
 from mlx_pretrain.data.corpus import Corpus
+from mlx_pretrain.data.documents import Document
 from mlx_pretrain.parallel import partitioning
 from mlx_pretrain.training import checkpoints
 from mlx_pretrain.training.train_state import abstract_state, initial_state
@@ -29,10 +30,11 @@ from raters.apply_heads import main as apply_heads
 from raters.score import ScoreConfig
 from raters.score import main as score
 from raters.scoring.embedded_corpus import read_corpus
-from raters.scoring.embedding_files import DTYPES, read_embeddings
+from raters.scoring.embedding_files import DTYPES, embedding_schema, read_embeddings
 from raters.scoring.heads import Heads, write_heads
 from raters.scoring.quality_model import QualityConfig, load_quality
 from raters.scoring.quality_scorer import QualityScorer
+from raters.scoring.shards import Shard, ShardWriter
 from raters.train_heads import TrainHeadsConfig
 from raters.train_heads import main as train_heads
 
@@ -69,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", default=f"{SAMPLES}/*.jsonl.xz", help="path or glob")
     parser.add_argument("--rater", help="run of raters.train in place of drawn weights")
+    parser.add_argument("--many", type=int, default=100_000, help="documents with drawn embeddings of 384 numbers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -120,7 +123,35 @@ def main() -> None:
         with processor_seconds(results, "apply_5_float16"):
             apply_heads(ApplyHeadsConfig(str(folder / "float16"), str(folder / "heads"), str(folder / "judged")))
         results["width"] = x.shape[1]
+        write_many(folder / "many", arguments.many)
+        for count in (1, 5):
+            (folder / f"many_heads_{count}").mkdir()
+            write_heads(folder / f"many_heads_{count}", Heads(
+                list(PROPERTIES[:count]), rng.standard_normal((count, 384)).astype(np.float32),
+                np.zeros(count, np.float32)), {"embeddings": {"rater": "drawn"},
+                                               "heads": {name: {} for name in PROPERTIES[:count]}})
+            with processor_seconds(results, f"apply_{count}_many"):
+                apply_heads(ApplyHeadsConfig(str(folder / "many"), str(folder / f"many_heads_{count}"),
+                                             str(folder / f"many_judged_{count}")))
+        results["many"] = arguments.many
         print(json.dumps(results))
+
+
+def write_many(folder: pathlib.Path, documents: int) -> None:
+    """Writes drawn embeddings of documents, as `raters.score` leaves them."""
+    folder.mkdir()
+    (folder / "corpus.json").write_text(json.dumps({"root": str(folder)}))
+    (folder / "drawn.jsonl").write_text("")
+    settings = {"rater": "drawn", "embeddings": "float16"}
+    writer = ShardWriter(Shard("drawn.jsonl", folder / "drawn.jsonl", folder), settings, "drawn",
+                         embeddings=embedding_schema("float16", 384, settings))
+    rng = np.random.default_rng(0)
+    for start in range(0, documents, 4096):
+        batch = [Document(f"drawn.jsonl:{number}", "", "en", "web", number)
+                 for number in range(start + 1, min(start + 4096, documents) + 1)]
+        writer.add(batch, np.full(len(batch), 690, np.int32), np.zeros(len(batch)),
+                   rng.standard_normal((len(batch), 384)).astype(np.float16))
+    writer.finish()
 
 
 def scores_in(folder: pathlib.Path) -> np.ndarray:
