@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 from matplotlib.figure import Figure
-from scipy import stats
 
 from mlx_pretrain.artifacts import is_current, new_folder, provenance, read_folder_record
 from mlx_pretrain.command_line import run
@@ -50,9 +49,10 @@ from mlx_pretrain.reports.figures import (
     short_label,
 )
 from raters.human_labels import LabelledDocument, read_labels
-from raters.languages import language_subtag
+from raters.languages import subtag_or_code
 from raters.rater_plugins.base import Rater
-from raters.scoring.chunks import Preparation, mean_over_chunks
+from raters.scoring.chunks import Preparation
+from raters.scoring.head_fitting import spearman
 from raters.scoring.quality_scorer import QualityScorer
 from raters.scoring.shards import SCORES
 
@@ -101,15 +101,6 @@ class HumanAgreementConfig:
             raise InputError(f"human_agreement.confidence = {self.confidence!r}: must be between 0 and 1")
 
 
-@functools.cache
-def _language(code: str) -> str:
-    """Returns the language of a code, without script and region; the code itself where ISO 639 does not have it."""
-    try:
-        return language_subtag(code)
-    except InputError:
-        return code
-
-
 def score_files(folder: epath.PathLike) -> list[epath.Path]:
     """Returns the score files of `raters.score` in a folder, up to four folders deep.
 
@@ -147,13 +138,13 @@ def joined_scores(folder: epath.PathLike, documents: Sequence[LabelledDocument])
         raters.update(table["rater"].unique().to_pylist())
         for name, code, score in zip(*(table[key].to_pylist() for key in ("id", "language", "quality_score"))):
             if name in wanted and score is not None and np.isfinite(score):
-                key = name, _language(code or UNDETERMINED)
+                key = name, subtag_or_code(code or UNDETERMINED)
                 if scores.setdefault(key, score) != score:
                     raise InputError(f"{path}: document {name!r} in {key[1]!r} has two scores that differ; score the "
                                      "label files themselves (human_agreement.raters) where their ids are not unique")
     if len(raters) > 1:
         raise InputError(f"{folder}: scores of several raters: {', '.join(sorted(map(str, raters)))}")
-    values = np.array([scores.get((one.id, _language(one.language)), scores.get((one.id, UNDETERMINED), np.nan))
+    values = np.array([scores.get((one.id, subtag_or_code(one.language)), scores.get((one.id, UNDETERMINED), np.nan))
                        for one in documents], np.float64)
     if not np.isfinite(values).any():
         raise InputError(f"{folder}: none of the {len(documents):,} labelled documents has a score, by id and "
@@ -175,14 +166,7 @@ def scores_of_texts(rater: QualityScorer | Rater, documents: Sequence[LabelledDo
         return rater.name, rater.score(texts)
     prepared = Preparation(rater.tokenizer, rater.chunk_length)(texts)
     (_, of_chunks), = rater.bulk([(None, prepared.chunks)])
-    return rater.name, mean_over_chunks(of_chunks, prepared.owners, prepared.weights, len(texts))
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns Spearman's rank correlation of two `[n]` arrays, equal values with their mean rank; nan for constants."""
-    a, b = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (first, second))
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else np.nan
+    return rater.name, rater.document_scores(of_chunks, prepared.owners, prepared.weights, len(texts))[0]
 
 
 @dataclasses.dataclass(frozen=True)

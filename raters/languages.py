@@ -100,6 +100,15 @@ def language_subtag(code: str) -> str:
     raise InputError(f'{code!r} is no code of a language, such as "fr", "fra" or "fra_Latn"')
 
 
+@functools.cache
+def subtag_or_code(code: str) -> str:
+    """Returns the language of a code, without script and region; the code itself where ISO 639 does not have it."""
+    try:
+        return language_subtag(code)
+    except InputError:
+        return code
+
+
 class Guess(NamedTuple):
     """An identifier's answer.
 

@@ -8,6 +8,9 @@ no such setting: a job continues on other machines, and each file's marker recor
 scores depend only on the file, the rater and the settings: batches never mix files, so the same bytes come out after
 any interruption (on the same type and number of devices).
 
+With `QualityScorer.embeddings` the documents' embeddings are kept beside the scores, for other heads
+(`raters.train_heads`, `raters.apply_heads`).
+
 Several processes share the files, process i of n taking every n-th; each runs the model on its own devices. They are
 one job (`--coordinator=...`, or as the platform sets it), which ends with one summary, or have no connection to one
 another (`--shard=I/N`, or a SLURM array).
@@ -33,7 +36,7 @@ from mlx_pretrain.data.workers import Workers
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.parallel import cluster, hardware
 from raters.rater_plugins.base import Rater, record_fields
-from raters.scoring.chunks import Preparation, Prepared, mean_over_chunks
+from raters.scoring.chunks import Preparation, Prepared
 from raters.scoring.pieces import Piece, read_pieces, windows
 from raters.scoring.progress import Progress, joint_summary
 from raters.scoring.quality_scorer import QualityScorer
@@ -42,6 +45,7 @@ from raters.scoring.shards import (
     REJECTS,
     Shard,
     ShardWriter,
+    absolute_root,
     check_root,
     claim_root,
     find_shards,
@@ -90,11 +94,11 @@ def score_on_devices(
     scorer: QualityScorer, prepared: Iterable[tuple[Piece, Prepared]]
 ) -> Iterator[tuple[ShardWriter, str | None]]:
     """Scores pieces with a trained model; yields (writer of a shard, reason of its failure or None) at its end."""
-    for window, scores in scorer.bulk(windows(prepared, scorer.window_tokens)):
-        means = mean_over_chunks(scores, np.concatenate(window.owners), np.concatenate(window.weights),
-                                 len(window.documents))
+    for window, outputs in scorer.bulk(windows(prepared, scorer.window_tokens)):
         if window.failure is None:
-            window.writer.add(window.documents, np.concatenate(window.n_tokens), means)
+            scores, embeddings = scorer.document_scores(
+                outputs, np.concatenate(window.owners), np.concatenate(window.weights), len(window.documents))
+            window.writer.add(window.documents, np.concatenate(window.n_tokens), scores, embeddings)
         if window.last:
             yield window.writer, window.failure
 
@@ -137,11 +141,12 @@ def main(config: ScoreConfig) -> dict[str, Any]:
     number, count = cluster.shard()
     all_shards = find_shards(corpus, output)
     own_shards = all_shards[number::count]
-    check_root(output, corpus, all_shards)
+    root = absolute_root(corpus.folder)
+    check_root(output, root, all_shards)
     shards = unfinished(own_shards, settings, config.overwrite)
     cluster.barrier()  # all have listed the files before any writes some
     output.mkdir(parents=True, exist_ok=True)
-    claim_root(output, corpus, all_shards)
+    claim_root(output, root, all_shards)
     if number == 0:
         save_effective(output / CONFIG)
     sweep(shards)
@@ -171,11 +176,12 @@ def _score_shards(
 ) -> None:
     """Scores shards one after the other, reading ahead."""
     rater = config.rater
+    embeddings = rater.embedding_schema(settings) if isinstance(rater, QualityScorer) else None
     begun: dict[Shard, ShardWriter] = {}
 
     def writers() -> Iterator[ShardWriter]:
         for shard in shards:
-            begun[shard] = ShardWriter(shard, settings, rater.name, getattr(rater, "layout", {}))
+            begun[shard] = ShardWriter(shard, settings, rater.name, getattr(rater, "layout", {}), embeddings)
             yield begun[shard]
 
     pieces = read_pieces(writers(), config.corpus, record_fields([rater]), progress)

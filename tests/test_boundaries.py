@@ -40,7 +40,7 @@ def test_core_never_loads_tensorflow():
 
 def test_commands_over_documents_never_load_jax():
     """A process that does tasks for them starts in moments, and many fit on a machine."""
-    modules = [f"raters.{name}" for name in ("languages", "duplicates", "decontaminate", "select")]
+    modules = [f"raters.{name}" for name in ("languages", "duplicates", "decontaminate", "select", "apply_heads")]
     code = f"import sys, {', '.join(modules)}; print(sorted(set(sys.modules) & {HEAVY | {'jax', 'scipy', 'grain'}!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """The examples in docs/formats.md have the keys of the files that the code writes."""
 
+import base64
 import csv
 import dataclasses
 import inspect
@@ -10,6 +11,7 @@ import re
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from data_mixtures.climb import proxies
@@ -24,13 +26,16 @@ from mlx_pretrain import generate
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.train import TrainConfig, train
 from mlx_pretrain.training.optimizers import constant
-from raters import human_agreement, pairs, score, select
+from raters import human_agreement, pairs, score, select, train_heads
 from raters.rater_plugins.heuristics import Heuristics
+from raters.scoring.embedding_files import embedding_schema
+from raters.scoring.quality_scorer import QualityScorer
 from raters.scoring.shards import SCHEMA
 from tests.data_mixtures.climb import test_allocate as allocate_tests
 from tests.evals.scoring.test_results import ITEMS, RIGHT, TASK
 from tests.evals.scoring.test_results import table as item_table
 from tests.raters import test_decontaminate, test_duplicates, test_languages
+from tests.raters import test_heads as head_tests
 from tests.raters import test_human_agreement as agreement_tests
 from tests.raters import test_pairs as pair_tests
 from tests.raters import test_select as selection_tests
@@ -49,8 +54,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "formats.md").read_text()
 # The keys of these objects are names of languages, raters, files or tasks, or they depend on other settings.
 OPEN = {"arrays", "config", "consistency", "epochs", "expected_loss", "expected_loss_interval", "files", "groups",
-        "higher_is_better", "layout", "left_out", "n-samples", "n-shot", "outputs", "over_all", "provenance", "raters",
-        "rates", "rates_interval", "results", "settings", "train_sequences", "within_languages"}
+        "heads", "higher_is_better", "layout", "left_out", "n-samples", "n-shot", "outputs", "over_all", "provenance",
+        "raters", "rates", "rates_interval", "results", "settings", "train_sequences", "within_languages"}
 
 
 def examples(section: str) -> list[Any]:
@@ -143,6 +148,28 @@ def test_scores(tmp_path):
     score.main(score.ScoreConfig(Corpus(tmp_path / "in", "*"), str(tmp_path / "out"), Heuristics(), workers=0,
                                  compilation_cache=None))
     assert_same_keys(marker, json.loads((tmp_path / "out/de.jsonl.done.json").read_text()))
+
+
+def test_embeddings_and_heads(tmp_path):
+    row, record = examples("Embeddings and heads")
+    schema = embedding_schema("float16", 2, {})
+    assert list(row) == schema.names
+    vector = np.array([1.1748, -0.5137], np.float16)
+    assert base64.b64decode(row["embedding"]) == vector.tobytes()
+    write_documents(tmp_path / "in/de.jsonl", [record | {"lang": "de"} for record in head_tests.records(1, 80)])
+    scorer = QualityScorer(head_tests.make_run(tmp_path), buckets=[24], embeddings="float16")
+    score.main(score.ScoreConfig(Corpus(tmp_path / "in", "*"), str(tmp_path / "out"), scorer, workers=0,
+                                 compilation_cache=None))
+    written = pyarrow.parquet.read_table(tmp_path / "out/de.jsonl.embeddings.parquet")
+    assert written.schema.names == schema.names
+    example = re.search(r"```python\n(import ml_dtypes.*?)```", PAGE, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(example.replace("runs/scores/de.jsonl.xz", str(tmp_path / "out/de.jsonl")), names)
+    assert names["embeddings"].shape == (80, 16) and np.isfinite(names["embeddings"]).any()
+    write_documents(tmp_path / "labels.jsonl", [{"id": f"d{i}", "educational": i % 7} for i in range(80)])
+    train_heads.main(train_heads.TrainHeadsConfig(str(tmp_path / "out"), str(tmp_path / "heads"), resamples=3,
+                                                  labels=str(tmp_path / "labels.jsonl")))
+    assert_same_keys(record, json.loads((tmp_path / "heads/heads.json").read_text()))
 
 
 def test_removal_lists(tmp_path):

@@ -95,17 +95,20 @@ def detect_language(text: str) -> str:
     return py3langid.classify(sample)[0] if any(map(str.isalpha, sample)) else UNDETERMINED
 
 
-def mean_over_chunks(scores: np.ndarray, owners: np.ndarray, weights: np.ndarray, documents: int) -> np.ndarray:
-    """Returns the token-weighted means of the chunks' scores.
+def mean_over_chunks(values: np.ndarray, owners: np.ndarray, weights: np.ndarray, documents: int) -> np.ndarray:
+    """Returns the token-weighted means of what the chunks have: scores, or embeddings.
 
     Args:
-      scores: float `[chunks]`.
-      owners, weights: int `[chunks]`, see `Prepared`.
+      values: float `[chunks, ...]`.
+      owners, weights: int `[chunks]`, see `Prepared`; owners ascend.
       documents: number of documents.
 
     Returns:
-      float64 `[documents]`, nan for a document without chunks.
+      float64 `[documents, ...]`, nan for a document without chunks; for one with a single chunk that chunk's values.
     """
-    total = np.bincount(owners, scores.astype(np.float64) * weights, documents)
-    with np.errstate(invalid="ignore"):
-        return total / np.bincount(owners, weights, documents)
+    means = np.full((documents, *values.shape[1:]), np.nan)
+    begins = np.flatnonzero(np.diff(owners, prepend=-1))
+    weights = weights.astype(np.float64).reshape(-1, *[1] * (values.ndim - 1))
+    totals = np.add.reduceat(values.astype(np.float64) * weights, begins, axis=0)
+    means[owners[begins]] = totals / np.add.reduceat(weights, begins, axis=0)
+    return means

@@ -7,9 +7,11 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer, load_tokenizer
+from mlx_pretrain.convert.encoders import load_encoder, read_config
+from mlx_pretrain.data.tokenizers import SubwordTokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.models.encoder import Encoder, EncoderConfig
 from mlx_pretrain.parallel import partitioning
@@ -60,23 +62,45 @@ def quality(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: 
     return QualityModel(config).apply({"params": params}, tokens, segment_ids)
 
 
+def embed(config: QualityConfig, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Returns what the head sees of token sequences, float32 `[batch, embed]`; arguments as in `QualityModel`."""
+    return Encoder(config).apply({"params": params["encoder"]}, tokens, segment_ids, pooled=True)
+
+
+def quality_config(run_dir: epath.PathLike) -> QualityConfig:
+    """Returns the configuration that `load_quality` returns, without its parameters; errors as there."""
+    if _is_encoder(run_dir):
+        return QualityConfig(**dataclasses.asdict(read_config(run_dir)))
+    return checkpoints.load_model(run_dir, QualityConfig)
+
+
+def _is_encoder(folder: epath.PathLike) -> bool:
+    return (epath.Path(folder) / "config.json").exists() and not (epath.Path(folder) / checkpoints.MODEL).exists()
+
+
 def load_quality(
     run_dir: epath.PathLike, step: int | None = None
 ) -> tuple[QualityConfig, Any, Tokenizer | SubwordTokenizer]:
     """Returns configuration, parameters (on the first device) and tokenizer of a run of `raters.train`.
 
     Args:
-      run_dir: the run's folder.
+      run_dir: the run's folder; or a Hugging Face encoder (config.json, model.safetensors and tokenizer.json), whose
+        head gives no scores (nan).
       step: step of the checkpoint; None: the latest.
 
     Raises:
-      InputError: `run_dir` holds no such run, or none of its checkpoints can be read.
+      InputError: `run_dir` holds neither, or none of the checkpoints can be read.
     """
-    config = checkpoints.load_model(run_dir, QualityConfig)
+    config = quality_config(run_dir)
     tokenizers = [path for path in (epath.Path(run_dir) / name for name in ("tokenizer.model", "tokenizer.json"))
                   if path.exists()]
     if len(tokenizers) != 1:
         raise InputError(f"{run_dir}: tokenizer.model or tokenizer.json is needed, one of them")
+    tokenizer = load_tokenizer(tokenizers[0])
+    check_vocabulary(tokenizers[0], tokenizer, config.vocab_size)
+    if _is_encoder(run_dir):
+        head = {"kernel": np.zeros(config.embed_dim, np.float32), "bias": np.float32(np.nan)}
+        return config, {"encoder": load_encoder(run_dir)[1], "head": head}, tokenizer
     mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
     params, _ = checkpoints.restore_params(run_dir, abstract_params(config, mesh), step)
-    return config, params, load_tokenizer(tokenizers[0])
+    return config, params, tokenizer

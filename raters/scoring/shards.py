@@ -3,6 +3,7 @@
     OUT/corpus.json             {"root"}: absolute root of the corpus, which the names of all files here are relative to
     OUT/score.gin               the configuration of the latest run
     OUT/<name>.scores.parquet   number, id, language, source, quality_score, n_tokens, rater; rows in input order
+    OUT/<name>.embeddings.parquet   if the rater gives embeddings: see `embedding_files`
     OUT/<name>.rejects.jsonl    {"number", "reason"} of every record that could not be read
     OUT/<name>.done.json        the marker, written last: counts, the input's fingerprint, settings, and the layout
                                 (devices, batches), which is not compared
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 import tensorstore as ts
 from etils import epath
@@ -33,11 +35,13 @@ from mlx_pretrain.data.documents import Document
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import atomic_writer, file_sizes, kvstore, read_json, sha256, write_json
 from mlx_pretrain.languages import UNDETERMINED
+from raters.scoring import embedding_files
 
 FORMAT = "mlx-rater-scores"
 VERSION = 1
 ROOT, CONFIG = "corpus.json", "score.gin"
 SCORES, REJECTS, MARKER = ".scores.parquet", ".rejects.jsonl", ".done.json"
+EMBEDDINGS = ".embeddings.parquet"
 SCHEMA = pa.schema([
     ("number", pa.int64()), ("id", pa.string()), ("language", pa.string()), ("source", pa.string()),
     ("quality_score", pa.float32()), ("n_tokens", pa.int32()), ("rater", pa.string()),
@@ -55,16 +59,22 @@ class Shard:
       path: path of the input.
       output: folder of all scores.
       language: language of the input's records that name none.
+      recorded: the input as the marker of its embeddings records it, where these are read in its place.
     """
 
     name: str
     path: epath.Path
     output: epath.Path
     language: str = UNDETERMINED
+    recorded: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def scores(self) -> epath.Path:
         return self.output / (self.name + SCORES)
+
+    @property
+    def embeddings(self) -> epath.Path:
+        return self.output / (self.name + EMBEDDINGS)
 
     @property
     def rejects(self) -> epath.Path:
@@ -76,6 +86,8 @@ class Shard:
 
     def fingerprint(self) -> dict[str, int]:
         """Returns size and time of change of the input (nanoseconds; seconds on an object store); zeros without it."""
+        if self.recorded is not None:
+            return {key: self.recorded[key] for key in ("size", "modified")}
         try:
             stat = os.stat(self.path)
             return {"size": stat.st_size, "modified": stat.st_mtime_ns}
@@ -86,6 +98,10 @@ class Shard:
             return {"size": stat.length, "modified": int(stat.mtime)}
         except OSError:
             return {"size": 0, "modified": 0}
+
+    def sha256(self) -> str:
+        """Returns the SHA-256 of the input."""
+        return sha256(self.path) if self.recorded is None else self.recorded["sha256"]
 
 
 def find_shards(corpus: Corpus, output: epath.PathLike) -> list[Shard]:
@@ -98,7 +114,7 @@ def find_shards(corpus: Corpus, output: epath.PathLike) -> list[Shard]:
     own = [output / ROOT, output / CONFIG]
     shards = [Shard(name, path, output, corpus.language_of_path(name))
               for name, path in sorted(corpus.paths().items())
-              if path not in own and not name.endswith((SCORES, REJECTS, MARKER))]
+              if path not in own and not name.endswith((SCORES, EMBEDDINGS, REJECTS, MARKER))]
     if not shards:
         raise InputError(f"{corpus.location}: no file matches that is not a file of scores")
     return shards
@@ -116,7 +132,7 @@ def scored_root(output: epath.PathLike) -> str | None:
     return record.get("root") if isinstance(record, dict) else None
 
 
-def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
+def check_root(output: epath.PathLike, own_root: str, shards: Sequence[Shard]) -> None:
     """Refuses a folder with the scores of another corpus: files of the same name below its root may be others.
 
     A corpus that was moved is the same: all files of `shards` that have scores have their content still. A root below
@@ -125,12 +141,12 @@ def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) 
     Raises:
       InputError: the folder holds scores of the documents below another root.
     """
-    root, own_root = scored_root(output), absolute_root(corpus.folder)
+    root = scored_root(output)
     if root in (None, own_root):
         return
     scored = [shard for shard in shards if shard.marker.exists()]
     if scored:
-        same = all(_has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)
+        same = all(has_input(shard, read_json(shard.marker, "completion marker")) for shard in scored)
     else:
         same = not any(name.endswith(MARKER) for name in file_sizes(output))
     if not same:
@@ -139,7 +155,7 @@ def check_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) 
                          "choose another score.output")
 
 
-def claim_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) -> None:
+def claim_root(output: epath.PathLike, root: str, shards: Sequence[Shard]) -> None:
     """Records the root of the corpus whose scores go to a folder.
 
     Of several processes the first writes the record, on condition that nobody did meanwhile; the others check it.
@@ -147,13 +163,12 @@ def claim_root(output: epath.PathLike, corpus: Corpus, shards: Sequence[Shard]) 
     Raises:
       InputError: as `check_root`.
     """
-    root = absolute_root(corpus.folder)
     content = json.dumps({"root": root}, indent=1) + "\n"
     with gcs.named_errors(output):
         store = ts.KvStore.open(kvstore(output)).result()
         while scored_root(output) != root:
             generation = store.read(ROOT).result().stamp.generation
-            check_root(output, corpus, shards)
+            check_root(output, root, shards)
             if store.write(ROOT, content, if_equal=generation).result().generation:
                 return
 
@@ -184,23 +199,24 @@ def _is_whole(shard: Shard, settings: Mapping[str, Any], overwrite: bool) -> boo
         recorded, settings = {**recorded, "language": language}, {**settings, "language": shard.language}
     return (is_current(shard.marker, recorded, settings, overwrite=overwrite, quiet=True)
             and language == shard.language and marker["status"] == "done"
-            and shard.scores.exists() and shard.rejects.exists() and _has_input(shard, marker))
+            and shard.scores.exists() and shard.rejects.exists() and has_input(shard, marker)
+            and (not settings.get("embeddings") or shard.embeddings.exists()))
 
 
-def _has_input(shard: Shard, marker: Mapping[str, Any]) -> bool:
+def has_input(shard: Shard, marker: Mapping[str, Any]) -> bool:
     """Returns whether a shard's input is the one that its marker records."""
     recorded, now = marker["input"], shard.fingerprint()
     if recorded["size"] != now["size"]:
         return False
     # Times differ between copies of the same file, so the hash decides.
-    return recorded["modified"] == now["modified"] or recorded["sha256"] == sha256(shard.path)
+    return recorded["modified"] == now["modified"] or recorded["sha256"] == shard.sha256()
 
 
 def sweep(shards: Sequence[Shard]) -> None:
     """Removes the unfinished files that a killed run has left of the outputs of these shards."""
     names_in: dict[epath.Path, set[str]] = {}
     for shard in shards:
-        for path in (shard.scores, shard.rejects, shard.marker):
+        for path in (shard.scores, shard.embeddings, shard.rejects, shard.marker):
             names_in.setdefault(path.parent, set()).add(path.name)
     for folder, names in names_in.items():
         for path in folder.iterdir() if folder.exists() else ():
@@ -223,6 +239,28 @@ class _Partial:
         self._writer.__exit__(type(error), error, None)
 
 
+class _Table:
+    """A parquet file that gets its name when it is complete."""
+
+    def __init__(self, path: epath.Path, schema: pa.Schema):
+        options = embedding_files.WRITE_OPTIONS if embedding_files.COLUMN in schema.names else {"compression": "zstd"}
+        self._partial, self._names = _Partial(path), schema.names
+        self._writer = pa.parquet.ParquetWriter(self._partial.file, schema, **options)
+
+    def write(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows.select(self._names), row_group_size=_ROWS_PER_GROUP)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def commit(self) -> None:
+        self._partial.commit()
+
+    def discard(self) -> None:
+        self._writer.close()  # otherwise it would close itself later, and write to a closed file
+        self._partial.discard()
+
+
 class ShardWriter:
     """Writes the outputs of one shard, until `finish`, `fail` or `discard`. Memory: one row group.
 
@@ -231,7 +269,8 @@ class ShardWriter:
       documents, tokens, rejected: counts of what was written so far.
     """
 
-    def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str, layout: Mapping[str, Any] | None = None):
+    def __init__(self, shard: Shard, settings: Mapping[str, Any], rater: str, layout: Mapping[str, Any] | None = None,
+                 embeddings: pa.Schema | None = None, program: str = "raters.score"):
         """Writes nothing yet.
 
         Args:
@@ -239,14 +278,22 @@ class ShardWriter:
           settings: settings that scores depend on, for the marker.
           rater: name@version, for every row.
           layout: devices and batches, for the marker.
+          embeddings: schema of the embeddings, which all documents have then; None: there are none.
+          program: name of the command, for the marker.
         """
         self.shard, self._settings, self._rater, self._layout = shard, settings, rater, layout or {}
+        self._program = f"{program} {__version__}"
         self._input = shard.fingerprint()
         self.documents = self.tokens = self.rejected = 0
-        self._rows: dict[str, list] = {name: [] for name in SCHEMA.names[:-1]}
+        metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(self._settings)}
+        self._schemas = {shard.scores: SCHEMA.with_metadata(metadata)}
+        self._schema = SCHEMA
+        if embeddings is not None:
+            self._schemas[shard.embeddings] = embeddings
+            self._schema = SCHEMA.append(embeddings.field(embedding_files.COLUMN))
+        self._rows: list[pa.Table] = []  # not written yet
         self._rejects: _Partial | None = None
-        self._scores: _Partial | None = None
-        self._table: pa.parquet.ParquetWriter | None = None
+        self._tables: list[_Table] = []
 
     def reject(self, number: int | None, reason: str) -> None:
         """Notes a record that cannot be scored, with its number; None: the whole file."""
@@ -259,42 +306,58 @@ class ShardWriter:
         self._rejects.file.write(line.encode(errors="backslashreplace") + b"\n")
         self.rejected += 1
 
-    def add(self, documents: Sequence[Document], n_tokens: np.ndarray | None, scores: np.ndarray) -> None:
-        """Appends scored documents, in input order: n_tokens int `[documents]` or None, scores `[documents]`."""
-        counts = [None] * len(documents) if n_tokens is None else n_tokens.tolist()
-        columns = (
-            [d.number for d in documents], [d.id for d in documents], [d.language for d in documents],
-            [d.source for d in documents], np.asarray(scores, np.float32).tolist(), counts,
-        )
-        for rows, column in zip(self._rows.values(), columns):
-            rows += column
-        self.documents += len(documents)
-        self.tokens += 0 if n_tokens is None else int(n_tokens.sum())
+    def add(self, documents: Sequence[Document], n_tokens: np.ndarray | None, scores: np.ndarray,
+            embeddings: np.ndarray | None = None) -> None:
+        """Appends scored documents, in input order.
+
+        Args:
+          documents: the documents.
+          n_tokens: int `[documents]` or None.
+          scores: `[documents]`.
+          embeddings: `[documents, width]` in the type and width of the writer's schema.
+        """
+        columns = {
+            "number": [d.number for d in documents], "id": [d.id for d in documents],
+            "language": [d.language for d in documents], "source": [d.source for d in documents],
+            "n_tokens": [None] * len(documents) if n_tokens is None else n_tokens,
+        }
+        if embeddings is not None:
+            columns[embedding_files.COLUMN] = embedding_files.as_column(embeddings)
+        self.add_rows(columns, scores)
+
+    def add_rows(self, columns: Mapping[str, Any], scores: np.ndarray) -> None:
+        """Appends scored documents as columns of `SCHEMA`, but for score and rater, in input order."""
+        rows = pa.table({**columns, "quality_score": np.asarray(scores, np.float32),
+                         "rater": pa.repeat(self._rater, len(scores))}, self._schema)
+        self._rows.append(rows)
+        self.documents += len(rows)
+        self.tokens += pa.compute.sum(rows["n_tokens"]).as_py() or 0
         # Groups of one size, so that the bytes do not depend on the calls.
-        while len(self._rows["number"]) >= _ROWS_PER_GROUP:
+        while sum(map(len, self._rows)) >= _ROWS_PER_GROUP:
             self._write_group()
 
     def _write_group(self) -> None:
-        if self._scores is None:
-            self._scores = _Partial(self.shard.scores)
-            metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(self._settings)}
-            self._table = pa.parquet.ParquetWriter(self._scores.file, SCHEMA.with_metadata(metadata),
-                                                   compression="zstd")
-        group = {name: rows[:_ROWS_PER_GROUP] for name, rows in self._rows.items()}
-        n = len(group["number"])
-        self._table.write_table(pa.table(group | {"rater": [self._rater] * n}, SCHEMA), row_group_size=_ROWS_PER_GROUP)
-        self._rows = {name: rows[_ROWS_PER_GROUP:] for name, rows in self._rows.items()}
+        if not self._tables:
+            self._tables = [_Table(path, schema) for path, schema in self._schemas.items()]
+        rows = pa.concat_tables(self._rows or [self._schema.empty_table()]).combine_chunks()
+        for table in self._tables:
+            table.write(rows.slice(0, _ROWS_PER_GROUP))
+        self._rows = [rows.slice(_ROWS_PER_GROUP)] if len(rows) > _ROWS_PER_GROUP else []
 
     def finish(self) -> str | None:
         """Completes the outputs, the marker last; or returns a reason to call `fail`."""
-        digest = sha256(self.shard.path)
+        digest = self.shard.sha256()
         if self._input != self.shard.fingerprint():
             return "changed while it was scored"
-        if self._rows["number"] or self._scores is None:
+        if self._rows or not self._tables:
             self._write_group()
-        self._table.close()
+        for table in self._tables:
+            table.close()
         self.shard.marker.unlink(missing_ok=True)
-        self._scores.commit()
+        if self.shard.embeddings not in self._schemas:  # of an earlier run with other settings
+            self.shard.embeddings.unlink(missing_ok=True)
+        for table in self._tables:
+            table.commit()
         self._commit_rejects()
         self._write_marker("done", digest)
         return None
@@ -302,9 +365,9 @@ class ShardWriter:
     def fail(self, reason: str) -> None:
         """Leaves only the rejects, the whole file among them, and a marker with the status "failed"."""
         self.reject(None, reason)
-        self._discard_scores()
-        self.shard.marker.unlink(missing_ok=True)
-        self.shard.scores.unlink(missing_ok=True)
+        self._discard_tables()
+        for path in (self.shard.marker, self.shard.scores, self.shard.embeddings):
+            path.unlink(missing_ok=True)
         self._commit_rejects()
         self.documents = self.tokens = 0
         self._write_marker("failed", None)
@@ -315,7 +378,7 @@ class ShardWriter:
 
     def _write_marker(self, status: str, digest: str | None) -> None:
         write_json(self.shard.marker, {
-            "format": FORMAT, "version": VERSION, "status": status, "program": f"raters.score {__version__}",
+            "format": FORMAT, "version": VERSION, "status": status, "program": self._program,
             "rater": self._rater,
             "documents": self.documents, "rejected": self.rejected, "tokens": self.tokens,
             "input": {"name": self.shard.name, **self._input, "sha256": digest, "language": self.shard.language},
@@ -324,11 +387,10 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Removes what has been written so far."""
-        self._discard_scores()
+        self._discard_tables()
         if self._rejects is not None:
             self._rejects.discard()
 
-    def _discard_scores(self) -> None:
-        if self._scores is not None:
-            self._table.close()  # otherwise it would close itself later, and write to a closed file
-            self._scores.discard()
+    def _discard_tables(self) -> None:
+        for table in self._tables:
+            table.discard()

@@ -11,11 +11,12 @@ from scipy import stats
 
 from mlx_pretrain.data.corpus import Corpus
 from mlx_pretrain.errors import InputError
-from raters.human_agreement import HumanAgreementConfig, compare, joined_scores, main, scores_of_texts, spearman
+from raters.human_agreement import HumanAgreementConfig, compare, joined_scores, main, scores_of_texts
 from raters.human_labels import LabelledDocument, read_labels
 from raters.rater_plugins.base import Rater
 from raters.score import ScoreConfig
 from raters.score import main as score
+from raters.scoring.head_fitting import spearman
 from raters.scoring.quality_scorer import QualityScorer
 from tests.raters.rated import write_documents, write_scores
 from tests.raters.test_score import make_run

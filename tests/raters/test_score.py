@@ -380,7 +380,7 @@ def test_a_root_is_the_same_from_every_working_folder(tmp_path, monkeypatch):
 
 
 def test_the_root_of_an_interrupted_run_without_scores_binds_nobody(files, tmp_path):
-    claim_root(tmp_path / "out", Corpus(files, "*"), [])
+    claim_root(tmp_path / "out", str(files), [])
     write_jsonl(tmp_path / "other/a.jsonl.gz", [{"text": "t", "rank": 1}])
     run_score(tmp_path / "other", tmp_path / "out", ExistingScores("rank"))
     assert json.loads((tmp_path / "out/corpus.json").read_text()) == {"root": str(tmp_path / "other")}
@@ -403,7 +403,7 @@ def test_any_shard_of_a_job_array_records_the_root(files, tmp_path, monkeypatch)
 def test_of_processes_that_begin_at_once_one_records_the_root(gcs, files, tmp_path):
     for output in (tmp_path / "out", epath.Path("gs://bucket/claimed")):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: claim_root(output, Corpus(files, "*"), []), range(8)))  # noqa: B023
+            list(pool.map(lambda _: claim_root(output, str(files), []), range(8)))  # noqa: B023
         assert [path.name for path in epath.Path(output).iterdir()] == ["corpus.json"]
         assert scored_root(output) == str(files)
 
