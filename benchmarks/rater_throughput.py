@@ -39,7 +39,7 @@ VOCAB, MAX_LENGTH, PAD = 1000, 512, 1
 TORCH_TOKENS = (1024, 4096, 16384)
 TOKENS = {"6x384": 30_000, "12x768": 6_000}  # timed in float32 on one core
 CHECKED = 4
-LENGTHS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "mlx_pretrain" / "bench_lengths.npy"
+LENGTHS = pathlib.Path(__file__).resolve().parent.parent / "tests/mlx_pretrain/inference/bench_lengths.npy"
 
 
 def documents() -> list[np.ndarray]:

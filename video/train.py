@@ -111,9 +111,10 @@ class VideoTraining(TrainModule):
         data = [*(sha256(path) for path in config.questions), self._store.fingerprint()]
         self.mixture = Mixture.of_one("videos", len(videos), " ".join(data), config.seed, config.batch_size)
         self.source(self.mixture, np.arange(1))  # checks lengths and frames
-        if config.towers is not None and (towers := checkpoints.load_model(config.towers, TowersConfig)).vision != (
-                config.model.vision):
-            raise config.config_error("towers", f"{config.towers} has another vision tower ({towers.vision})")
+        if config.towers is not None and (different := checkpoints.different_field(
+                checkpoints.load_model(config.towers, TowersConfig).vision, config.model.vision)):
+            name, old, new = different
+            raise config.config_error("towers", f"the vision tower of {config.towers} has {name}={old}, this one {new}")
         size, per_row = self._store.size, config.questions_per_video
         self.batch_row = {
             "frames": jax.ShapeDtypeStruct((config.frames, size, size, 3), np.uint8),

@@ -83,6 +83,8 @@ def measured_matmul_flops(dtype: str, seconds: float = 0.05) -> float:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
         for size in (512, 1024, 2048):
+            if 2 * size**3 > best * seconds > 0:  # a single product would take longer than that
+                break
             x = jnp.ones((size, size), dtype)
             multiply = product.lower(x, x).compile()
             stop = time.perf_counter() + seconds

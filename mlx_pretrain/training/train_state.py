@@ -45,8 +45,7 @@ class ModelConfig(Protocol):
         """Returns the number of parameters."""
 
 
-def _state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
-    params = nn.unbox(config.init(jax.random.key(seed)))
+def _state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -66,7 +65,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     """
     params = abstract_params(config, mesh)
     with partitioning.use(mesh):
-        state = jax.eval_shape(lambda: _state(config, optimizer, 0))
+        state = jax.eval_shape(lambda params: _state(params, optimizer), params)
     replicated = NamedSharding(mesh, PartitionSpec())
     # Moments are laid out as their parameters, everything else (counts) is replicated.
     opt_shardings = optax.tree.map_params(
@@ -100,7 +99,7 @@ def make_initial_state(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # It runs once: on a CPU, optimising the random generators takes seconds and saves milliseconds.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    state = lambda seed: _state(config, optimizer, seed)  # noqa: E731
+    state = lambda seed: _state(nn.unbox(config.init(jax.random.key(seed))), optimizer)  # noqa: E731
     return jax.jit(state, out_shardings=shardings, compiler_options=options)
 
 

@@ -301,6 +301,13 @@ def test_similarity_of_own_towers(command, labelled):
     found = json.loads((labelled / "aks/selected_frames.json").read_text())
     questions = (labelled / "videos/test.jsonl").read_text().splitlines()
     assert sorted(map(len, found)) == [0] * (len(questions) - 4) + [3] * 4
+    # They start a Video-LLM of the same shape, however its tower is computed.
+    flags = ("--gin.VIDEO_LLM=from_towers", "--gin.train_video.towers=towers", "--gin.STEPS=2")
+    refused = command("train", *flags, "--gin.VisionConfig.embed_dim=48")
+    assert (refused.code, refused.err) == (1, "error: train_video.towers = 'towers': the vision tower of towers has "
+                                              "embed_dim=24, this one 48\n")
+    assert "done: 2 steps" in good(command("train", *flags, "--gin.VisionConfig.attention=blockwise",
+                                           "--gin.warmup_cosine.warmup_steps=1"))
 
 
 def test_accuracy_with_the_frames_of_every_chooser(command, labelled, voyager):
