@@ -133,12 +133,12 @@ def main(config: ApplyHeadsConfig) -> dict[str, Any]:
                 writer.discard()
             raise
         documents += max(writer.documents for writer in writers.values())
-    scored = [file for file, by_property in todo.items() if by_property]
+    failed = [file for file in names if corpus.markers[file]["status"] != "done"]
+    scored = sum(bool(by_property) for by_property in todo.values()) - len(failed)
     summary = {
-        "files": len(names), "scored": len(scored), "skipped": len(names) - len(scored),
-        "failed": sum(corpus.markers[file]["status"] != "done" for file in names), "documents": documents,
-        "properties": list(heads.properties), "seconds": round(time.perf_counter() - started, 4),
-        "output": str(config.output)}
+        "files": len(names), "scored": scored, "skipped": len(names) - scored - len(failed), "failed": len(failed),
+        "documents": documents, "properties": list(heads.properties),
+        "seconds": round(time.perf_counter() - started, 4), "output": str(config.output)}
     print(json.dumps(summary), flush=True)
     return summary
 

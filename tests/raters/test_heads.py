@@ -232,7 +232,7 @@ def test_files_that_could_not_be_read_are_recorded_as_such(run_dir, scorers, own
         run_score(own.parent / "in", own, scorers["float16"])
     heads = rater_heads(tmp_path / "heads", run_dir, scorers["float16"].name)
     summary = apply_heads(ApplyHeadsConfig(str(own), heads, str(tmp_path / "out")))
-    assert (summary["files"], summary["failed"]) == (5, 1)
+    assert (summary["files"], summary["scored"], summary["skipped"], summary["failed"]) == (5, 4, 0, 1)
     first, again = outputs(own), outputs(tmp_path / "out/own")
     assert not any("cut.jsonl.gz.scores" in name for name in again)
     for name in ("bad.jsonl", "cut.jsonl.gz", "empty.jsonl"):
