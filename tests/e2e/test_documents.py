@@ -145,13 +145,14 @@ def test_two_processes_of_one_shard_do_no_harm(corpus, undisturbed):
 @pytest.mark.parametrize("stage", ["languages", "export"])
 def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(corpus, undisturbed, stage):
     whole, _ = undisturbed(stage)
+    name = f"full-{stage}"
     limit = max(map(len, whole.values())) - 1  # the largest file does not fit
-    with started(*flags(stage, "full"), folder=corpus) as process:
+    with started(*flags(stage, name), folder=corpus) as process:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         ended = process.end()
     *progress, error = ended.err.splitlines()
     assert ended.code == 1 and all(line.endswith("tokens/s") for line in progress), ended.err
-    assert error.startswith("error: full") and error.endswith("cannot be written (File too large)")
-    assert not (corpus / "full").exists()
-    assert run(*flags(stage, "full"), folder=corpus).code == 0
-    assert contents(corpus / "full") == whole
+    assert error.startswith(f"error: {name}") and error.endswith("cannot be written (File too large)")
+    assert not (corpus / name).exists()
+    assert run(*flags(stage, name), folder=corpus).code == 0
+    assert contents(corpus / name) == whole

@@ -301,7 +301,7 @@ def test_scores_and_removal_lists_below_another_root_are_refused(tmp_path):
     config = make(tmp_path)
     with pytest.raises(InputError, match=r"de\.jsonl\.gz\.scores\.parquet: no such score file"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
-    claim_root(tmp_path / "scores", config.corpus, [])
+    claim_root(tmp_path / "scores", str(tmp_path / "corpus"), [])
     with pytest.raises(InputError, match=r"not under this Corpus\.root: the scores are of .*/corpus$"):
         main(dataclasses.replace(config, corpus=Corpus(tmp_path / "corpus/one", "*")))
     lists = write_removed(tmp_path / "lists", [{"file": "th.jsonl", "number": 1, "id": "th0"}])
