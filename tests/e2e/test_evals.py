@@ -220,6 +220,7 @@ def test_two_processes_write_the_same_text(model, tmp_path):
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_the_harness_gets_the_same_numbers(tmp_path, model, tasks, runs, monkeypatch):
     """lm_eval itself, on a local task with two examples, its first ones; an item that German has not is only there."""
     out = runs[2][0] / "out"

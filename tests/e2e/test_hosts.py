@@ -98,6 +98,7 @@ def stopped(job: list[Process], run_dir: pathlib.Path, number: int, since: int) 
     return end_all(job)
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_on_one_host_then_on_other_numbers_of_hosts(tiny_gin, pair, reference, tmp_path):
     """kill -9 reaches one process of two, then SIGTERM; one process resumes, then two after a damaged checkpoint."""
     run_dir, often = tmp_path / "run", "--gin.train.checkpoint_every=4"

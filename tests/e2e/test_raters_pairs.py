@@ -80,6 +80,7 @@ def test_the_multilingual_method(made):
     assert header["provenance"]["settings"]["method"] == "M" and languages(rows) == {"ar", "vi"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_old_files_and_another_ends_the_same(made, tmp_path):
     folder, _ = made
     names = ("pairs.jsonl", "validation.jsonl")

@@ -186,6 +186,7 @@ def test_labelling_killed_and_on_other_devices_gives_the_same(command, labelled)
     np.testing.assert_allclose(killed.features_of(rows), whole.features_of(rows), atol=0.02)  # bfloat16
 
 
+@pytest.mark.slow
 def test_shuffled_questions_several_sizes_and_a_second_round(command, labelled):
     questions = (labelled / "videos/labels.jsonl").read_text().splitlines()
     np.random.default_rng(0).shuffle(questions)

@@ -2,7 +2,9 @@
 
 import ast
 import base64
+import importlib
 import importlib.util
+import inspect
 import io
 import os
 import pathlib
@@ -105,6 +107,22 @@ def test_links_commands_and_files_in_the_prose_exist(name):
     assert not [file for file in files if not (ROOT / file).is_file()]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_calls_what_there_is_with_arguments_that_it_takes(name):
+    tree = ast.parse("\n".join(re.sub(r"^[%!].*$", "", cell, flags=re.M) for cell in cells(read(name), "code")))
+    imported = {alias.asname or alias.name: getattr(importlib.import_module(node.module), alias.name)
+                for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    own = [value for value in imported.values()
+           if callable(value) and (ROOT / value.__module__.split(".")[0] / "__init__.py").exists()]
+    called = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and imported.get(node.func.id) in own:
+            called.append(imported[node.func.id])
+            inspect.signature(called[-1]).bind_partial(*node.args, **{
+                keyword.arg: keyword.value for keyword in node.keywords if keyword.arg})
+    assert len(called) > 3
+
+
 class Executed:
     """A notebook after it has run in a folder of its own.
 
@@ -202,6 +220,7 @@ def test_consistency(trained, tmp_path):
     assert re.search(rf"^MLC, mean over the pairs +{mlc:.2f} ", executed.text, re.M)
 
 
+@pytest.mark.slow
 def test_frame_voyager(tmp_path):
     executed = Executed("frame_voyager", tmp_path)
     executed.check("frame_voyager")
