@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
 
 from mlx_pretrain.errors import InputError
 from mlx_pretrain.files import write_atomic
@@ -182,6 +185,9 @@ def _table(methods: Mapping[str, Any]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
+_LABEL_GAP = 0.085  # between the middles of two labels, of the height of a panel
+
+
 def _cost_figure(settings: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws accuracy against the frames that were encoded, and against seconds a question, one row for each setting."""
     with plot_style():
@@ -190,20 +196,37 @@ def _cost_figure(settings: Sequence[Mapping[str, Any]]) -> Figure:
         for (left, right), setting in zip(grid, settings):
             for axes, name, label in ((left, "frames_encoded", "frames encoded"), (right, "seconds", "ms a question")):
                 scale = 1000 if name == "seconds" else 1
+                labels = []  # accuracy, method, colour, x of its point or None
                 for method, row in setting["methods"].items():
                     interval = {key: 100 * value for key, value in row["accuracy"]["all"].items()}
-                    if not row["frames_encoded"]:
-                        if method != RANDOM:
-                            axes.axhline(interval["value"], color=MUTED, linewidth=1, linestyle=":")
-                            axes.annotate(method, (1, interval["value"]), xycoords=("axes fraction", "data"),
-                                          ha="right", va="bottom", fontsize=8.5, color=MUTED)
-                        continue
-                    colour, x = (ACCENT if method == VOYAGER else INK), scale * row[name]
-                    axes.errorbar(x, interval["value"], [[interval["value"] - interval["low"]],
-                                                         [interval["high"] - interval["value"]]],
-                                  fmt="o", color=colour, markersize=5, linewidth=1.2)
-                    axes.annotate(f" {method}", (x, interval["value"]), fontsize=8.5, color=colour, va="center")
+                    accuracy = interval["value"]
+                    if row["frames_encoded"]:
+                        colour, x = (ACCENT if method == VOYAGER else INK), scale * row[name]
+                        axes.errorbar(x, accuracy, [[accuracy - interval["low"]], [interval["high"] - accuracy]],
+                                      fmt="o", color=colour, markersize=5, linewidth=1.2)
+                        labels.append((accuracy, method, colour, x))
+                    elif method != RANDOM:
+                        axes.axhline(accuracy, color=MUTED, linewidth=1, linestyle=":")
+                        labels.append((accuracy, method, MUTED, None))
                 axes.set_title(f"Accuracy, %: {setting['frames']} of {setting['candidates']} frames")
                 axes.set_xlabel(label)
-                axes.margins(x=0.25, y=0.1)
+                axes.margins(x=0.1, y=0.1)
+                if name == "frames_encoded":
+                    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+                _label_points(axes, labels)
     return figure
+
+
+def _label_points(axes: Axes, labels: Sequence[tuple[float, str, str, float | None]]) -> None:
+    """Writes labels (y, text, colour, x or None) in a column right of the panel; a line joins each with its point."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    labels = sorted(labels, key=lambda label: label[:2])
+    heights = np.array([(y - low) / (high - low) for y, *_ in labels])
+    steps = _LABEL_GAP * np.arange(len(heights))
+    apart = isotonic_regression(heights - steps).x + steps  # the nearest heights with that gap, by least squares
+    for height, (y, text, colour, x) in zip(apart, labels):
+        axes.annotate(text, (1.06, height), xycoords="axes fraction", va="center", fontsize=8.5, color=colour,
+                      annotation_clip=False)
+        end = 1 if x is None else (x - left) / (right - left)
+        axes.plot([end, 1.05], [(y - low) / (high - low), height], transform=axes.transAxes, color=colour,
+                  linewidth=0.5, clip_on=False, alpha=0.5)

@@ -1,10 +1,12 @@
 """Accuracies by the frames that were shown: means, intervals by video, differences and the report, by plain loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from mlx_pretrain.errors import InputError
-from video.frame_choice.evaluation_tables import Answered, Cost, summarise, write_report
+from video.frame_choice.evaluation_tables import Answered, Cost, _cost_figure, summarise, write_report
 
 METHODS = ("uniform", "similarity", "Frame-Voyager", "Frame-Voyager", "frames that matter")
 CHANCES = {"uniform": 0.2, "frames that matter": 0.95}
@@ -78,6 +80,16 @@ def test_report_shows_every_method(tmp_path, results):
     assert f"| {100 * accuracy['value']:.1f} [{100 * accuracy['low']:.1f}, " in rows["similarity"]
     assert rows["similarity"].rstrip().endswith("| 16 | 2.0 |") and rows["uniform"].rstrip().endswith("|  |  |")
     assert (tmp_path / "cost.svg").stat().st_size > 1000 and (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_no_label_of_the_figure_covers_another(results):
+    methods = results["settings"][0]["methods"]
+    crowded = {f"like {name} {i}": row for i in range(4) for name, row in methods.items()}
+    figure = _cost_figure([{**results["settings"][0], "methods": methods | crowded}])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+        assert len(boxes) > 8 and all(above.y0 > below.y1 - 0.5 for below, above in itertools.pairwise(boxes))
 
 
 def test_trials_must_answer_the_same_questions(trials):
