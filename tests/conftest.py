@@ -5,15 +5,16 @@
 import atexit
 import contextlib
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
 import tempfile
 
 # Most programs run once or twice: compiling is what they cost. A small training step compiles in 0.6 s with these, in
-# 3.2 s with XLA's own choice of emitters.
-QUICK_COMPILES = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-                  "--xla_cpu_parallel_codegen_split_count=1")
+# 3.2 s with XLA's own choice of emitters, which cannot be changed any more in jax 0.12, the one for Python 3.12.
+QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" + (
+    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
 # Before jax is imported anywhere.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
 os.environ["JAX_PLATFORMS"] = "cpu"
