@@ -224,9 +224,9 @@ def _label_points(axes: Axes, labels: Sequence[tuple[float, str, str, float | No
     heights = np.array([(y - low) / (high - low) for y, *_ in labels])
     steps = _LABEL_GAP * np.arange(len(heights))
     apart = isotonic_regression(heights - steps).x + steps  # the nearest heights with that gap, by least squares
-    for height, (y, text, colour, x) in zip(apart, labels):
+    for own, height, (_, text, colour, x) in zip(heights, apart, labels):
         axes.annotate(text, (1.06, height), xycoords="axes fraction", va="center", fontsize=8.5, color=colour,
                       annotation_clip=False)
         end = 1 if x is None else (x - left) / (right - left)
-        axes.plot([end, 1.05], [(y - low) / (high - low), height], transform=axes.transAxes, color=colour,
-                  linewidth=0.5, clip_on=False, alpha=0.5)
+        axes.plot([end, 1.05], [own, height], transform=axes.transAxes, color=colour, linewidth=0.5, clip_on=False,
+                  alpha=0.5)
